@@ -1,0 +1,22 @@
+// What this CPU can run, asked once.
+#pragma once
+#include <string>
+
+namespace mprec {
+
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2 };
+
+struct CpuFeatures {
+  bool avx2;    // AVX2, FMA, F16C, BMI2
+  bool avx512;  // F, BW, DQ, VL
+  bool avx512_vnni;
+  bool avx512_bf16;
+};
+
+const CpuFeatures& cpu_features();
+const std::string& cpu_model();  // brand string
+bool can_run(Isa);
+const char* isa_name(Isa);
+Isa parse_isa(const std::string&);  // std::invalid_argument for an unknown name
+
+}  // namespace mprec

@@ -1,0 +1,4 @@
+#pragma once
+namespace mprec {
+struct DheKernels {};
+}  // namespace mprec

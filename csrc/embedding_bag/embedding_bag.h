@@ -1,0 +1,4 @@
+#pragma once
+namespace mprec {
+struct EmbeddingBagKernels {};
+}  // namespace mprec

@@ -1,0 +1,45 @@
+// The native module: what it was built with, what it runs on, and one function per operator.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/cpu.h"
+#include "python/tensor.h"
+#include "registry.h"
+
+namespace py = pybind11;
+
+namespace mprec::python {
+void bind_embedding_bag(py::module_&);  // embedding_bag.cpp
+void bind_dhe(py::module_&);            // dhe.cpp
+}  // namespace mprec::python
+
+PYBIND11_MODULE(_C, m) {
+  using namespace mprec;
+  m.doc() = "Native CPU kernels of mprec. Private: use mprec.ops and mprec.nn.";
+  python::register_exceptions();
+
+  m.attr("version") = MPREC_VERSION;
+  m.attr("compiler") = "g++ " __VERSION__;
+  m.def("cpu_model", &cpu_model);
+  m.def("cpu_features", [] {
+    const CpuFeatures& f = cpu_features();
+    py::dict d;
+    d["avx2"] = f.avx2;
+    d["avx512"] = f.avx512;
+    d["avx512_vnni"] = f.avx512_vnni;
+    d["avx512_bf16"] = f.avx512_bf16;
+    return d;
+  });
+  m.def("isa", [] { return isa_name(kernels().isa); }, "Name of the ISA whose kernels are in use.");
+  m.def("runnable_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+      if (can_run(isa)) names.emplace_back(isa_name(isa));
+    return names;
+  });
+  m.def(
+      "use_isa", [](const std::string& name) { use_isa(parse_isa(name)); }, py::arg("name"),
+      "Switch kernels; ValueError if the CPU cannot run them.");
+  m.def("omp_max_threads", &omp_get_max_threads);
+}

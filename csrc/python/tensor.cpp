@@ -1,0 +1,181 @@
+#include "python/tensor.h"
+
+#include "common/error.h"
+#include "python/dlpack.h"
+
+namespace py = pybind11;
+
+namespace mprec::python {
+namespace {
+
+DType from_dlpack(dlpack::DataType t) {
+  if (t.lanes != 1) return DType::other;
+  switch (t.code << 8 | t.bits) {
+    case dlpack::float_code << 8 | 32: return DType::f32;
+    case dlpack::float_code << 8 | 16: return DType::f16;
+    case dlpack::float_code << 8 | 64: return DType::f64;
+    case dlpack::bfloat_code << 8 | 16: return DType::bf16;
+    case dlpack::int_code << 8 | 64: return DType::i64;
+    case dlpack::int_code << 8 | 32: return DType::i32;
+    case dlpack::int_code << 8 | 8: return DType::i8;
+    case dlpack::uint_code << 8 | 8: return DType::u8;
+    default: return DType::other;
+  }
+}
+
+DType from_buffer(const char* format, Py_ssize_t itemsize) {
+  const char kind = format ? format[format[0] == '<' || format[0] == '=' || format[0] == '@'] : 'B';
+  switch (kind) {
+    case 'f': return DType::f32;
+    case 'e': return DType::f16;
+    case 'd': return DType::f64;
+    case 'i':
+    case 'l':
+    case 'q': return itemsize == 8 ? DType::i64 : itemsize == 4 ? DType::i32 : DType::other;
+    case 'b': return DType::i8;
+    case 'B': return DType::u8;
+    default: return DType::other;
+  }
+}
+
+// The exchange API of `type`, remembered for the last type seen (torch.Tensor, in practice; Parameter is
+// another type with the same API). Guarded by the GIL.
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+  static PyTypeObject* known_types[2] = {nullptr, nullptr};
+  static const dlpack::ExchangeApi* known_apis[2] = {nullptr, nullptr};
+  for (int i = 0; i < 2; ++i)
+    if (known_types[i] == type) return known_apis[i];
+  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+  if (!capsule) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DECREF(capsule);
+  while (api && api->version.major != 1) api = api->previous;
+  if (!api) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  static int next = 0;
+  Py_INCREF(type);
+  Py_XDECREF(known_types[next]);
+  known_types[next] = type;
+  known_apis[next] = api;
+  next ^= 1;
+  return api;
+}
+
+void check_ndim(int ndim, const char* name) {
+  if (ndim > Tensor::max_ndim)
+    throw py::value_error(message(name, ": expected at most ", Tensor::max_ndim, " dimensions, got ", ndim));
+}
+
+void set_contiguous_strides(Tensor& t) {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    t.strides[i] = stride;
+    stride *= t.shape[i];
+  }
+}
+
+}  // namespace
+
+int64_t Tensor::numel() const {
+  int64_t n = 1;
+  for (int i = 0; i < ndim; ++i) n *= shape[i];
+  return n;
+}
+
+bool Tensor::contiguous() const {
+  int64_t stride = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    if (shape[i] == 0) return true;
+    if (shape[i] != 1 && strides[i] != stride) return false;
+    stride *= shape[i];
+  }
+  return true;
+}
+
+const char* dtype_name(DType dtype) {
+  static const char* const names[] = {"float32", "float16", "bfloat16", "float64",      "int64",
+                                      "int32",   "int8",    "uint8",    "another dtype"};
+  return names[static_cast<int>(dtype)];
+}
+
+Tensor view(PyObject* object, const char* name) {
+  Tensor t;
+  if (const auto* api = exchange_api(Py_TYPE(object))) {
+    dlpack::Tensor d;
+    if (api->tensor_from_object(object, &d) != 0) throw py::error_already_set();
+    if (d.device.type != dlpack::cpu_device && d.device.type != dlpack::cuda_host_device)
+      throw py::value_error(
+          message(name, ": expected a CPU tensor, got one on DLPack device type ", d.device.type));
+    check_ndim(d.ndim, name);
+    t.data = static_cast<char*>(d.data) + d.byte_offset;
+    t.dtype = from_dlpack(d.dtype);
+    t.ndim = d.ndim;
+    for (int i = 0; i < d.ndim; ++i) t.shape[i] = d.shape[i];
+    if (d.strides)
+      for (int i = 0; i < d.ndim; ++i) t.strides[i] = d.strides[i];
+    else
+      set_contiguous_strides(t);
+    return t;
+  }
+  Py_buffer buffer;
+  if (!PyObject_CheckBuffer(object) ||
+      PyObject_GetBuffer(object, &buffer, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+    PyErr_Clear();
+    throw py::type_error(
+        message(name, ": expected a torch tensor or a numpy array, got ", Py_TYPE(object)->tp_name));
+  }
+  t.data = buffer.buf;
+  t.dtype = from_buffer(buffer.format, buffer.itemsize);
+  t.ndim = buffer.ndim;
+  const int ndim = buffer.ndim;
+  for (int i = 0; i < ndim && i < Tensor::max_ndim; ++i) {
+    t.shape[i] = buffer.shape[i];
+    t.strides[i] = buffer.itemsize ? buffer.strides[i] / buffer.itemsize : 0;
+  }
+  PyBuffer_Release(&buffer);  // the array itself keeps the memory, and the caller keeps the array
+  check_ndim(ndim, name);
+  return t;
+}
+
+Tensor view(PyObject* object, const char* name, DType dtype, int ndim) {
+  Tensor t = view(object, name);
+  if (t.dtype != dtype)
+    throw py::type_error(message(name, ": expected ", dtype_name(dtype), ", got ", dtype_name(t.dtype)));
+  if (t.ndim != ndim)
+    throw py::value_error(message(name, ": expected ", ndim, " dimension(s), got ", t.ndim));
+  if (!t.contiguous()) throw py::value_error(message(name, ": expected a contiguous tensor"));
+  return t;
+}
+
+Tensor view_ids(PyObject* object, const char* name) {
+  Tensor t = view(object, name);
+  if (t.dtype != DType::i64 && t.dtype != DType::i32)
+    throw py::type_error(message(name, ": expected int32 or int64, got ", dtype_name(t.dtype)));
+  if (t.ndim != 1) throw py::value_error(message(name, ": expected 1 dimension, got ", t.ndim));
+  if (!t.contiguous()) throw py::value_error(message(name, ": expected a contiguous tensor"));
+  return t;
+}
+
+void register_exceptions() {
+  // Defined in mprec/errors.py, which needs nothing native. Kept for the life of the process.
+  static PyObject *id_error, *offsets_error;
+  const auto errors = py::module_::import("mprec.errors");
+  id_error = py::object(errors.attr("IdOutOfRangeError")).release().ptr();
+  offsets_error = py::object(errors.attr("InvalidOffsetsError")).release().ptr();
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const IdError& e) {
+      PyErr_SetString(id_error, e.what());
+    } catch (const OffsetsError& e) {
+      PyErr_SetString(offsets_error, e.what());
+    }
+  });
+}
+
+}  // namespace mprec::python

@@ -1,0 +1,36 @@
+#include "registry.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#include "common/error.h"
+
+namespace mprec {
+namespace {
+
+const Kernels tables[] = {
+    {Isa::scalar, nullptr, nullptr},
+    {Isa::avx2, nullptr, nullptr},
+    {Isa::avx512, nullptr, nullptr},
+};
+
+const Kernels* best() {
+  for (Isa isa : {Isa::avx512, Isa::avx2})
+    if (can_run(isa)) return &tables[static_cast<int>(isa)];
+  return &tables[0];
+}
+
+std::atomic<const Kernels*> in_use{best()};
+
+}  // namespace
+
+const Kernels& kernels() { return *in_use.load(std::memory_order_relaxed); }
+
+void use_isa(Isa isa) {
+  if (!can_run(isa))
+    throw std::invalid_argument(
+        message("isa: '", isa_name(isa), "' cannot run on this CPU (", cpu_model(), ")"));
+  in_use.store(&tables[static_cast<int>(isa)], std::memory_order_relaxed);
+}
+
+}  // namespace mprec

@@ -1,0 +1,36 @@
+"""Loads the native module, after torch (it shares torch's OpenMP runtime), or says why it cannot."""
+
+import os
+import platform
+import sys
+
+try:
+    import torch
+except ImportError as error:  # pragma: no cover - exercised in a subprocess
+    raise ImportError("mprec needs torch >= 2.10: pip install torch") from error
+
+if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(
+        f"mprec needs torch >= 2.10 (it exchanges tensors by DLPack's C API), found {torch.__version__}"
+    )
+
+try:
+    from mprec import _C
+except ImportError as error:
+    raise ImportError(
+        "mprec's native module did not load:\n"
+        f"  {error}\n"
+        f"on Python {platform.python_version()}, {platform.machine()} {sys.platform}, "
+        f"torch {torch.__version__}.\n"
+        "Likely causes: the package was not built (pip install . needs g++ >= 11, on x86-64 Linux); it was "
+        "built for another Python version; or Python was started inside the source folder with mprec not "
+        "installed (pip install --no-build-isolation -e .)."
+    ) from error
+
+if wanted := os.environ.get("MPREC_ISA"):
+    try:
+        _C.use_isa(wanted)
+    except ValueError as error:
+        raise ImportError(f"environment variable MPREC_ISA: {error}") from error
+
+__version__: str = _C.version

@@ -1,0 +1,24 @@
+"""Helpers for tests and benchmarks of code that uses mprec."""
+
+import contextlib
+from collections.abc import Iterator
+
+from mprec._native import _C
+
+__all__ = ["isa", "runnable_isas"]
+
+
+def runnable_isas() -> list[str]:
+    """The ISAs that this CPU can run, slowest first: ``scalar``, then ``avx2`` and ``avx512`` if present."""
+    return _C.runnable_isas()
+
+
+@contextlib.contextmanager
+def isa(name: str) -> Iterator[None]:
+    """Run the enclosed calls with the kernels of one ISA. ``ValueError`` if this CPU cannot run it."""
+    before = _C.isa()
+    _C.use_isa(name)
+    try:
+        yield
+    finally:
+        _C.use_isa(before)
