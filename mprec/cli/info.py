@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         f"runnable here: {', '.join(facts['isa_runnable'])}; choose with MPREC_ISA)",
         "threads": f"torch {facts['threads']['torch']}, OpenMP {facts['threads']['openmp']}",
         "huge pages": facts["transparent_huge_pages"] or "not supported by this kernel",
-        "GPU": f"{gpu['name']}, {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else "none",
+        "GPU": f"{gpu['name']}, {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB"
+        if gpu
+        else "none",
         "Triton": "kernels installed" if facts["triton_kernels"] else "kernels missing",
     }
     width = max(map(len, rows))
