@@ -36,7 +36,8 @@ def parse_plainly(text):
         categories = [int(f, 16) if f else -1 for f in fields[14:]]
     except ValueError:
         return None
-    return (int(fields[0]), integers, categories) if all(len(f) <= 8 for f in fields[14:]) else None
+    hexadecimal = all(len(f) <= 8 and not f.startswith("-") for f in fields[14:])
+    return (int(fields[0]), integers, categories) if hexadecimal else None
 
 
 FIELD = st.sampled_from(["", "0", "7", "-1", "123456", "-42", "x", "1.5", "-", "999999999999999999"])
