@@ -1,4 +1,5 @@
 // Pooled look-ups in embedding tables, many tables per call. README.md has the formula.
+// Inline functions here are always inlined: the files compiled for an ISA must not leave copies for others.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +12,7 @@ struct Integers {
   const void* data;
   int64_t size;
   bool wide;  // int64
-  int64_t operator[](int64_t i) const {
+  __attribute__((always_inline)) int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
 };
@@ -36,7 +37,9 @@ struct BagRequest {
   Mode mode;
   int64_t padding_idx;  // indices of this value are left out; -1: none
 
-  int64_t bag_begin(int64_t bag) const { return bag < offsets.size ? offsets[bag] : indices.size; }
+  __attribute__((always_inline)) int64_t bag_begin(int64_t bag) const {
+    return bag < offsets.size ? offsets[bag] : indices.size;
+  }
 };
 
 // Writes every bag's result. IdError or OffsetsError (naming the first offender) if the indices or offsets
