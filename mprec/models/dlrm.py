@@ -46,8 +46,6 @@ class DLRM(nn.Module):
         top: Sequence[int] = (512, 256),
     ) -> None:
         super().__init__()
-        if not features:
-            raise ValueError("features must name at least one feature")
         if num_dense < 0:
             raise ValueError(f"num_dense must not be negative, got {num_dense}")
         if wrong := [f for f in features if f.embedding_dim != embedding_dim]:
@@ -58,10 +56,6 @@ class DLRM(nn.Module):
         self.num_dense, self.embedding_dim = num_dense, embedding_dim
         self.bottom_sizes, self.top_sizes = tuple(bottom), tuple(top)
         self.embeddings = EmbeddingBagCollection(features)
-        for feature in features:
-            if feature.representation != "dhe":  # DLRM's own initialisation: products of vectors start small
-                bound = max(feature.num_embeddings, 1) ** -0.5
-                nn.init.uniform_(self.embeddings.tables[feature.name].weight, -bound, bound)
         if num_dense:
             self.bottom = mlp([num_dense, *bottom, embedding_dim], last_relu=True)
         else:
