@@ -66,7 +66,7 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     """(model in eval mode on the CPU, metadata). ``CheckpointError`` says what is wrong with the file."""
     path = Path(path)
     try:
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115 - closed by the with below; errors of opening are another kind
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
     with file, warnings.catch_warnings():

@@ -11,21 +11,22 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mprec.data import ClickDataset
 from mprec.errors import TrainingError
 from mprec.metrics import Metrics
-from mprec.models import DLRM
+from mprec.models import DLRM, PATHS, MultiPathDLRM
 from mprec.nn import DheConfig, FeatureConfig, with_representation
 
 __all__ = [
+    "MULTI_PATH",
     "REPRESENTATIONS",
     "Progress",
     "TrainOptions",
@@ -33,12 +34,15 @@ __all__ = [
     "Trained",
     "build_model",
     "evaluate",
+    "evaluate_paths",
     "predict",
     "train",
     "train_representations",
 ]
 
 REPRESENTATIONS = ("table", "dhe", "select", "hybrid")
+PARTS = ("train", "valid", "test")
+MULTI_PATH = "multi-path"  # all four in one model
 MONITORS = {"auc": -1.0, "log_loss": 1.0}  # sign that makes smaller better
 
 
@@ -103,9 +107,12 @@ def train(
     valid: ClickDataset,
     options: TrainOptions = TrainOptions(),
     progress: Callable[[Progress], None] | None = None,
+    quality: Callable[[nn.Module, ClickDataset], Metrics] | None = None,
 ) -> TrainResult:
     """Fit ``model`` in place to ``train``; leaves it in eval mode with the weights of its best epoch on
     ``valid``.
+
+    ``quality`` measures the model after each epoch (default: :func:`evaluate`).
 
     The same seed, data, threads and machine give the same weights. ``TrainingError`` if the loss is not a
     number.
@@ -127,9 +134,7 @@ def train(
         batches = train.batches(options.batch_size, seed=_seed(options.seed, epoch))
         for step, batch in enumerate(batches, start=1):
             optimizer.zero_grad(set_to_none=True)
-            loss = binary_cross_entropy_with_logits(
-                model(batch.dense, batch.indices, batch.offsets), batch.labels
-            )
+            loss = model.loss(batch)
             value = loss.item()
             _check(value, f"the loss at epoch {epoch}, step {step} of {steps}", options)
             loss.backward()
@@ -139,15 +144,15 @@ def train(
                 progress(
                     Progress(epoch, options.epochs, step, steps, total / step, time.perf_counter() - start)
                 )
-        quality = evaluate(model, valid)
-        _check(quality.log_loss, f"the validation loss after epoch {epoch}", options)
+        measured = (quality or evaluate)(model, valid)
+        _check(measured.log_loss, f"the validation loss after epoch {epoch}", options)
         seconds = time.perf_counter() - start
-        history.append({"epoch": epoch, "loss": total / steps, "seconds": seconds, **quality.to_dict()})
+        history.append({"epoch": epoch, "loss": total / steps, "seconds": seconds, **measured.to_dict()})
         if progress:
-            progress(Progress(epoch, options.epochs, steps, steps, total / steps, seconds, quality))
-        score = sign * getattr(quality, options.monitor)
+            progress(Progress(epoch, options.epochs, steps, steps, total / steps, seconds, measured))
+        score = sign * getattr(measured, options.monitor)
         if best_state is None or score < best:
-            best, best_epoch, best_valid = score, epoch, quality
+            best, best_epoch, best_valid = score, epoch, measured
             best_state = copy.deepcopy(model.state_dict())
         elif epoch - best_epoch >= options.patience:
             break
@@ -196,6 +201,16 @@ def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer
     return torch.optim.Adam([group for group in groups if group["params"]], fused=True)
 
 
+def evaluate_paths(model: MultiPathDLRM, dataset: ClickDataset) -> dict[str, Metrics]:
+    """Quality of a multi-path model along each of its paths."""
+    return {name: evaluate(model.path(name), dataset) for name in PATHS}
+
+
+def _mean_over_paths(model: MultiPathDLRM, dataset: ClickDataset) -> Metrics:
+    found = [astuple(metrics) for metrics in evaluate_paths(model, dataset).values()]
+    return Metrics(*np.mean(found, axis=0).tolist())
+
+
 def build_model(
     dataset: ClickDataset,
     representation: str,
@@ -208,19 +223,21 @@ def build_model(
     seed: int = 0,
 ) -> DLRM:
     """A DLRM for the dataset's features, all in one representation, or (``select``) the
-    ``select_largest`` largest features as DHE and the others as tables. The same seed gives the same
-    weights; the global random state is left alone.
+    ``select_largest`` largest features as DHE and the others as tables; for ``multi-path``, a
+    :class:`mprec.models.MultiPathDLRM`. The same seed gives the same weights; the global random state is
+    left alone.
     """
-    if representation not in REPRESENTATIONS:
-        raise ValueError(
-            f"representation must be one of {', '.join(REPRESENTATIONS)}, got {representation!r}"
-        )
-    features = [FeatureConfig(name, size, dim) for name, size in dataset.features]
+    if representation not in (*REPRESENTATIONS, MULTI_PATH):
+        choices = ", ".join((*REPRESENTATIONS, MULTI_PATH))
+        raise ValueError(f"representation must be one of {choices}, got {representation!r}")
     dhe = DheConfig() if dhe is None else dhe
-    features = with_representation(features, representation, dhe=dhe, select_largest=select_largest)
+    features = [FeatureConfig(name, size, dim, dhe=dhe) for name, size in dataset.features]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return DLRM(features, dataset.num_dense, dim, bottom=bottom, top=top)
+        if representation == MULTI_PATH:
+            return MultiPathDLRM(features, dataset.num_dense, dim, bottom, top, select_largest)
+        features = with_representation(features, representation, select_largest=select_largest)
+        return DLRM(features, dataset.num_dense, dim, bottom, top)
 
 
 @dataclass(frozen=True)
@@ -244,35 +261,37 @@ def train_representations(
     """Train one model per representation on the same split; ``model_arguments`` go to :func:`build_model`.
 
     Each one's ``metadata`` has the dataset's description, the split, the quality on the validation and
-    test parts, the options, and the model's size.
+    test parts, the options, and the model's size; a ``multi-path`` model's also the quality along each
+    path, under ``paths``.
     """
-    parts = dataset.split(by=split)
+    parts = dict(zip(PARTS, dataset.split(by=split), strict=True))
+    shared = {
+        "dataset": dataset.describe(),
+        "split": split or dataset.default_split,
+        "rows": {name: len(part) for name, part in parts.items()},
+        "seed": options.seed,
+        "options": asdict(options),
+    }
     trained = {}
-    for representation in representations:
-        model = build_model(dataset, representation, seed=options.seed, **model_arguments)
-
-        def report(event: Progress, name: str = representation) -> None:
-            if progress:
-                progress(name, event)
-
-        result = train(model, parts[0], parts[1], options, report)
-        test = evaluate(model, parts[2])
-        embedding = sum(p.numel() for p in model.embeddings.parameters())
-        trained[representation] = Trained(
-            model,
-            result,
-            {
-                "representation": representation,
-                "dataset": dataset.describe(),
-                "split": split or dataset.default_split,
-                "rows": dict(zip(("train", "valid", "test"), map(len, parts), strict=True)),
-                "metrics": {"valid": result.valid.to_dict(), "test": test.to_dict()},
-                "epoch": result.best_epoch,
-                "seconds": result.seconds,
-                "seed": options.seed,
-                "options": asdict(options),
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "embedding_parameters": embedding,
-            },
-        )
+    for name in representations:
+        model = build_model(dataset, name, seed=options.seed, **model_arguments)
+        report = partial(progress, name) if progress else None
+        quality = _mean_over_paths if name == MULTI_PATH else evaluate
+        result = train(model, parts["train"], parts["valid"], options, report, quality)
+        held_out = ("valid", "test")
+        metadata = {
+            "representation": name,
+            "metrics": {part: evaluate(model, parts[part]).to_dict() for part in held_out},
+            "epoch": result.best_epoch,
+            "seconds": result.seconds,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "embedding_parameters": sum(p.numel() for p in model.embeddings.parameters()),
+            **shared,
+        }
+        if name == MULTI_PATH:
+            found = {part: evaluate_paths(model, parts[part]) for part in held_out}
+            metadata["paths"] = {
+                path: {part: found[part][path].to_dict() for part in held_out} for path in PATHS
+            }
+        trained[name] = Trained(model, result, metadata)
     return trained

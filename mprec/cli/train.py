@@ -13,7 +13,7 @@ from mprec import checkpoint, data
 from mprec.cli._progress import training_progress
 from mprec.data.dataset import SPLITS
 from mprec.nn import DheConfig
-from mprec.training import MONITORS, REPRESENTATIONS, TrainOptions, train_representations
+from mprec.training import MONITORS, MULTI_PATH, REPRESENTATIONS, TrainOptions, train_representations
 
 HELP = "train a model on a click log and write its checkpoint"
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help=f"{', '.join(data.available())}, a folder or a file; options follow: criteo:train.txt,rows=1000",
     )
-    parser.add_argument("--representation", required=True, choices=REPRESENTATIONS)
+    parser.add_argument("--representation", required=True, choices=(*REPRESENTATIONS, MULTI_PATH))
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="checkpoint to write")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
     parser.add_argument("--split", choices=SPLITS, help="how rows are held out (default: the data's own)")
@@ -127,6 +127,10 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{part} ({rows} rows): AUC {quality['auc']:.4f}, log-loss {quality['log_loss']:.4f}, "
             f"accuracy {quality['accuracy']:.4f}"
+        )
+    for path, quality in trained.metadata.get("paths", {}).items():
+        print(
+            f"  test, {path} path: AUC {quality['test']['auc']:.4f}, log-loss {quality['test']['log_loss']:.4f}"
         )
     print(f"{result['bytes']} bytes in {args.output} ({trained.metadata['parameters']} parameters)")
     return 0
