@@ -1,0 +1,141 @@
+"""Timing that can be trusted on a shared machine: interleaved rounds in one process, medians, fresh inputs.
+
+Candidates that do the same work are called in turn (A B C, A B C, …) so that a change of clock or a noisy
+neighbour hits all of them alike; each round draws new random inputs. Results are appended to CSV files in
+``benchmarks/results/``, whose rows name the command that wrote them.
+"""
+
+import csv
+import datetime
+import gc
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mprec import _native
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over the rounds."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[Any], object]],
+    make_input: Callable[[], Any],
+    *,
+    seconds: float = 1.0,
+    min_rounds: int = 15,
+    target_call_s: float = 200e-6,
+) -> dict[str, Timing]:
+    """Time `candidates` on equal inputs, in turn, for about `seconds` in total.
+
+    Each round draws as many inputs from `make_input` as it takes for the fastest candidate to run about
+    `target_call_s`, and every candidate runs over all of them; a round's figure is the mean per call.
+    Returns one `Timing` per name. The garbage collector is off meanwhile.
+    """
+    probe = make_input()
+    fastest = float("inf")
+    for call in candidates.values():
+        for _ in range(3):
+            start = time.perf_counter()
+            call(probe)
+            fastest = min(fastest, time.perf_counter() - start)
+    repeats = max(1, min(2000, round(target_call_s / max(fastest, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    with _no_gc():
+        while rounds < min_rounds or time.perf_counter() < deadline:
+            inputs = [make_input() for _ in range(repeats)]
+            names.append(names.pop(0))  # no candidate always follows the same one
+            for name in names:
+                call = candidates[name]
+                start = time.perf_counter()
+                for item in inputs:
+                    call(item)
+                samples[name].append((time.perf_counter() - start) / repeats)
+            rounds += 1
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    if len(values) < 2:
+        return Timing(values[0], values[0], values[0], len(values))
+    p20, _, _, p80 = statistics.quantiles(values, n=5)
+    return Timing(p20, statistics.median(values), p80, len(values))
+
+
+@contextmanager
+def _no_gc():
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def threads(count: int):
+    """Run the enclosed calls with `count` threads (torch's and mprec's are the same)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def environment() -> dict[str, str]:
+    """The columns that say where a figure was measured."""
+    return {
+        "time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "cpu": _native._C.cpu_model(),
+        "isa": _native._C.isa(),
+        "threads": str(torch.get_num_threads()),
+        "mprec": _native.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def append_csv(name: str, rows: list[dict]) -> Path:
+    """Append `rows` (equal keys) and the environment's columns to ``benchmarks/results/<name>.csv``.
+
+    ``ValueError`` if the file has other columns: a result file keeps its form for ever.
+    """
+    path = RESULTS / f"{name}.csv"
+    where = environment()
+    full = [{**row, **where} for row in rows]
+    if not full:
+        return path
+    columns = list(full[0])
+    exists = path.exists()
+    if exists:
+        with path.open(newline="") as file:
+            known = next(csv.reader(file))
+        if known != columns:
+            raise ValueError(f"{path}: has columns {known}, not {columns}")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if not exists:
+            writer.writeheader()
+        writer.writerows(full)
+    return path

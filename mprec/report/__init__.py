@@ -1,0 +1,36 @@
+"""The demo's result as a terminal table and as one self-contained HTML page.
+
+Both are drawn from the same JSON-able dictionary (the *result*), so that a page can be made again from a
+saved file. Its keys:
+
+``environment``
+    What ``mprec info`` prints.
+``data``
+    ``name``, ``rows``, ``features`` (a list of name and vocabulary), ``split`` (rows of train, valid, test).
+``representations``
+    One entry each: ``representation``, ``auc``, ``log_loss``, ``accuracy`` (test split), ``parameters``,
+    ``embedding_bytes``, ``train_s``, ``latency_ms`` (batch size -> median milliseconds), ``history`` (AUC
+    per epoch on the validation split).
+``load``
+    ``sla_ms``, ``qps``, ``queries``, ``rows``: one entry per static path and for the dispatcher with
+    ``path``, ``p50_ms``, ``p95_ms``, ``p99_ms``, ``violations`` (share of queries), ``accuracy`` (of the
+    answered samples), ``correct_per_s`` (latency-bounded throughput of correct predictions) and, for the
+    dispatcher, ``chosen`` (share of samples answered by each path).
+``plan``
+    ``memory_bytes``, ``rows``: ``feature``, ``vocabulary``, ``choice``, ``bytes``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mprec.report.page import render
+from mprec.report.terminal import demo_table
+
+__all__ = ["demo_table", "render", "write"]
+
+
+def write(result: Mapping, path: str | Path) -> Path:
+    """Write the page of `result` to `path` and return the path."""
+    path = Path(path)
+    path.write_text(render(result), encoding="utf-8")
+    return path

@@ -1,0 +1,116 @@
+"""The page's pictures, as inline SVG text."""
+
+import io
+from collections.abc import Mapping
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+__all__ = ["chosen_shares", "correct_throughput", "latency_curves", "learning_curves", "quality_against_size"]
+
+# Okabe and Ito's palette: told apart by colour-blind readers.
+_COLOURS = {
+    "table": "#0072B2",
+    "dhe": "#D55E00",
+    "select": "#009E73",
+    "hybrid": "#CC79A7",
+    "dispatcher": "#222222",
+}
+
+
+def _colour(path: str) -> str:
+    return _COLOURS.get(path, "#777777")
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    # A fixed hash salt and no date make equal results equal pages.
+    with plt.rc_context({"svg.hashsalt": "mprec"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple[Figure, plt.Axes]:
+    figure, axes = plt.subplots(figsize=(5.6, 3.6))
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def latency_curves(result: Mapping) -> str:
+    """Measured latency over batch size, one line a path, and the SLA."""
+    figure, axes = _axes("samples per batch", "milliseconds (median)")
+    for entry in result["representations"]:
+        points = sorted((int(batch), ms) for batch, ms in entry.get("curve_ms", entry["latency_ms"]).items())
+        name = entry["representation"]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=_colour(name), label=name)
+    axes.axhline(result["load"]["sla_ms"], color="#999999", linestyle="--", linewidth=1)
+    axes.annotate(
+        "SLA", (1, result["load"]["sla_ms"]), textcoords="offset points", xytext=(2, 3), color="#777777"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def quality_against_size(result: Mapping) -> str:
+    """AUC over embedding memory: up and left is better."""
+    figure, axes = _axes("embedding memory, KiB", "AUC on the test split")
+    for entry in result["representations"]:
+        name = entry["representation"]
+        x, y = entry["embedding_bytes"] / 1024, entry["auc"]
+        axes.scatter(x, y, color=_colour(name), s=45)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), color=_colour(name))
+    axes.set_xscale("log")
+    axes.margins(x=0.25, y=0.2)
+    return _svg(figure)
+
+
+def correct_throughput(result: Mapping) -> str:
+    """Correct predictions per second within the SLA, a bar a path."""
+    figure, axes = _axes("", "correct predictions per second within the SLA")
+    rows = result["load"]["rows"]
+    bars = axes.bar(
+        [row["path"] for row in rows],
+        [row["correct_per_s"] for row in rows],
+        color=[_colour(row["path"]) for row in rows],
+    )
+    axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    axes.grid(False)
+    return _svg(figure)
+
+
+def chosen_shares(result: Mapping) -> str:
+    """Share of samples that the dispatcher answered by each path."""
+    chosen = next((row["chosen"] for row in result["load"]["rows"] if row.get("chosen")), {})
+    figure, axes = _axes("share of samples", "")
+    figure.set_figheight(1.4)
+    left = 0.0
+    for name, share in chosen.items():
+        axes.barh(["dispatcher"], [share], left=left, color=_colour(name), label=name)
+        left += share
+    axes.set_xlim(0, 1)
+    axes.grid(False)
+    if chosen:
+        axes.legend(frameon=False, ncols=len(chosen), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _svg(figure)
+
+
+def learning_curves(result: Mapping) -> str:
+    """AUC on the validation split after each epoch."""
+    figure, axes = _axes("epoch", "AUC on the validation split")
+    for entry in result["representations"]:
+        name, history = entry["representation"], entry["history"]
+        axes.plot(
+            range(1, len(history) + 1), history, marker="o", markersize=3, color=_colour(name), label=name
+        )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+    return _svg(figure)
