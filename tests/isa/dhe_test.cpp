@@ -24,8 +24,8 @@ const char* family_name(HashFamily family) {
   static const char* const names[] = {"universal", "artifact", "artifact_gaussian", "sign", "u7"};
   return names[static_cast<int>(family)];
 }
-constexpr HashFamily all_families[] = {HashFamily::universal, HashFamily::artifact, HashFamily::artifact_gaussian,
-                                       HashFamily::sign, HashFamily::u7};
+constexpr HashFamily all_families[] = {HashFamily::universal, HashFamily::artifact,
+                                       HashFamily::artifact_gaussian, HashFamily::sign, HashFamily::u7};
 
 bool is_artifact(HashFamily f) { return f == HashFamily::artifact || f == HashFamily::artifact_gaussian; }
 
@@ -81,8 +81,8 @@ int64_t expected_hash(const Coefficients& c, HashFamily family, int64_t id, int6
   }
   constexpr uint64_t limb = (uint64_t{1} << 30) - 1;
   using Wide = unsigned __int128;
-  const Wide sum = Wide(c.at(0, j)) * (x & limb) + Wide(c.at(2, j)) * (x >> 30 & limb) + Wide(c.at(3, j)) * (x >> 60) +
-                   Wide(c.at(1, j));
+  const Wide sum = Wide(c.at(0, j)) * (x & limb) + Wide(c.at(2, j)) * (x >> 30 & limb) +
+                   Wide(c.at(3, j)) * (x >> 60) + Wide(c.at(1, j));
   return static_cast<int64_t>(sum % mersenne_p);
 }
 
@@ -122,7 +122,8 @@ void test_hashes(const std::string& isa, HashFamily family) {
     const Coefficients coefficients = random_coefficients(family, k, random);
     const Encoder encoder(coefficients.matrix(), family);
     // Whole groups of IDs, a lone one, and one limb only (the last 4 are small).
-    for (const auto& [first, n] : std::vector<std::pair<int64_t, int64_t>>{{0, k < 100 ? all : 9}, {all - 4, 4}, {7, 3}, {all - 1, 1}, {0, 0}}) {
+    for (const auto& [first, n] : std::vector<std::pair<int64_t, int64_t>>{
+             {0, k < 100 ? all : 9}, {all - 4, 4}, {7, 3}, {all - 1, 1}, {0, 0}}) {
       Guarded<int64_t> some(n);
       std::copy_n(ids.begin() + first, n, some.data());
       Guarded<int64_t> hashes(n * k);
@@ -138,8 +139,8 @@ void test_hashes(const std::string& isa, HashFamily family) {
             c.expect(units[i * stride + j] == untouched, "encode wrote beyond its ", k, " columns");
             continue;
           }
-          c.expect(hashes[i * k + j] == expected_hash(coefficients, family, some[i], j), "hash ", j, " of ", k,
-                   " of ID ", some[i], ": got ", hashes[i * k + j], ", want ",
+          c.expect(hashes[i * k + j] == expected_hash(coefficients, family, some[i], j), "hash ", j, " of ",
+                   k, " of ID ", some[i], ": got ", hashes[i * k + j], ", want ",
                    expected_hash(coefficients, family, some[i], j));
           const Unit want = expected_unit(coefficients, family, some[i], j);
           if (std::isfinite(want.value))
@@ -202,12 +203,13 @@ class Network {
           const double w = weights_[l][o * sizes_[l] + i];
           sum += w * x[i].value;
           magnitude += std::fabs(w * x[i].value);
-          inherited += std::fabs(w) * x[i].bound;
+          inherited += w * x[i].bound * w * x[i].bound;
         }
-        // Rounding errors add up like a random walk; no activation is steeper than 1.09.
-        const double rounding = eps * (2 + std::sqrt(static_cast<double>(sizes_[l]))) * magnitude;
+        // Errors add up like a random walk; no activation is steeper than 1.09.
+        const double rounding = eps * (2 + std::sqrt(static_cast<double>(sizes_[l])) / 4) * magnitude;
         const double value = activate(f, sum);
-        y.push_back({value, 1.09 * (inherited + rounding) + 4 * eps * std::max(std::fabs(value), 1e-3)});
+        y.push_back(
+            {value, 1.09 * (std::sqrt(inherited) + rounding) + 4 * eps * std::max(std::fabs(value), 1e-3)});
       }
       x = y;
     }
@@ -225,7 +227,8 @@ class Network {
 void check_forward(Case& c, const Network& network, int n, Random& random) {
   const Decoder decoder = network.decoder();
   Guarded<int64_t> ids(n);
-  for (int64_t i = 0; i < n; ++i) ids[i] = i % 3 == 2 ? static_cast<int64_t>(random.bits() >> 1) : random.below(1 << 30);
+  for (int64_t i = 0; i < n; ++i)
+    ids[i] = i % 3 == 2 ? static_cast<int64_t>(random.bits() >> 1) : random.below(1 << 30);
   constexpr float untouched = -12345.0f;
   const int64_t dim = network.dim(), stride = dim + 2;
   Guarded<float> out(n * stride - 2), scratch(scratch_floats(decoder.view()));
@@ -252,8 +255,9 @@ void test_shapes(const std::string& isa) {
   Case c(isa + " dhe forward, shapes");
   Random random(6);
   for (int64_t width = 1; width <= 49; ++width)
-    check_forward(c, Network(HashFamily::universal, {width, 50 - width, width % 7 + 1}, Activation::relu,
-                             Activation::sigmoid, random),
+    check_forward(c,
+                  Network(HashFamily::universal, {width, 50 - width, width % 7 + 1}, Activation::relu,
+                          Activation::sigmoid, random),
                   1 + static_cast<int>(width % 5), random);
   for (const std::vector<int64_t>& sizes : std::vector<std::vector<int64_t>>{{16, 1},
                                                                              {7, 70},
@@ -267,7 +271,8 @@ void test_shapes(const std::string& isa) {
                                                                              {10, 8, 520},
                                                                              {6, 260, 270, 1}})
     for (int n : {1, 7, 17})
-      check_forward(c, Network(HashFamily::universal, sizes, Activation::relu, Activation::none, random), n, random);
+      check_forward(c, Network(HashFamily::universal, sizes, Activation::relu, Activation::none, random), n,
+                    random);
 }
 
 void test_activations(const std::string& isa) {
@@ -277,14 +282,14 @@ void test_activations(const std::string& isa) {
     for (Activation activation : {Activation::none, Activation::relu, Activation::sigmoid, Activation::mish})
       for (Activation last : {Activation::none, Activation::relu, Activation::sigmoid, Activation::mish}) {
         // Without IDs above artifact's range: a Gaussian has NaNs there.
-        const Network network(family == HashFamily::artifact_gaussian ? HashFamily::artifact : family, {24, 21, 18, 6},
-                              activation, last, random);
+        const Network network(family == HashFamily::artifact_gaussian ? HashFamily::artifact : family,
+                              {24, 21, 18, 6}, activation, last, random);
         check_forward(c, network, 7, random);
       }
 }
 
-double pooled(const std::vector<std::vector<Unit>>& vectors, const std::vector<double>& weights, int mode, int64_t d,
-              double& bound) {
+double pooled(const std::vector<std::vector<Unit>>& vectors, const std::vector<double>& weights, int mode,
+              int64_t d, double& bound) {
   double sum = 0, magnitude = 0, inherited = 0, largest = -HUGE_VAL;
   for (size_t i = 0; i < vectors.size(); ++i) {
     const Unit& x = vectors[i][d];
@@ -340,8 +345,18 @@ void test_bags(const std::string& isa, int threads) {
           Guarded<float> out(bags * stride - 2);
           std::fill(out.data(), out.data() + out.size(), untouched);
           const void* const id_data = wide ? static_cast<const void*>(wide_ids.data()) : narrow_ids.data();
-          dhe_bag_forward({views, features, bags, {id_data, n, wide}, {offsets.data(), offsets.size(), true},
-                           weighted ? weights.data() : nullptr, mode, padding, out.data(), stride, columns, dedupe},
+          dhe_bag_forward({views,
+                           features,
+                           bags,
+                           {id_data, n, wide},
+                           {offsets.data(), offsets.size(), true},
+                           weighted ? weights.data() : nullptr,
+                           mode,
+                           padding,
+                           out.data(),
+                           stride,
+                           columns,
+                           dedupe},
                           threads);
           for (int t = 0; t < features; ++t) {
             std::vector<std::vector<Unit>> vector_of_id;
@@ -357,8 +372,8 @@ void test_bags(const std::string& isa, int threads) {
               for (int64_t d = 0; d < networks[t]->dim(); ++d) {
                 double bound;
                 const double want = pooled(entries, factors, mode, d, bound);
-                c.close(out[b * stride + columns[t] + d], want, bound, "mode ", mode, " feature ", t, " bag ", b,
-                        " column ", d);
+                c.close(out[b * stride + columns[t] + d], want, bound, "mode ", mode, " feature ", t, " bag ",
+                        b, " column ", d);
               }
             }
           }

@@ -34,7 +34,10 @@ struct Table {
 class GuardedIntegers {
  public:
   GuardedIntegers(const std::vector<int64_t>& values, bool wide)
-      : wide_(wide), size_(static_cast<int64_t>(values.size())), narrow_(wide ? 0 : size_), full_(wide ? size_ : 0) {
+      : wide_(wide),
+        size_(static_cast<int64_t>(values.size())),
+        narrow_(wide ? 0 : size_),
+        full_(wide ? size_ : 0) {
     for (int64_t i = 0; i < size_; ++i)
       if (wide)
         full_[i] = values[i];
@@ -92,8 +95,8 @@ void check_forward(Case& c, const std::vector<Table*>& tables, const std::vector
   for (int64_t t = 0; t < num_tables; ++t) {
     const Table& table = *tables[t];
     features.push_back({reinterpret_cast<const char*>(table.rows.data()), table.num_rows, table.dim,
-                        table.row_floats * static_cast<int64_t>(sizeof(float)), t * batch, out.data() + column,
-                        total});
+                        table.row_floats * static_cast<int64_t>(sizeof(float)), t * batch,
+                        out.data() + column, total});
     column += table.dim + o.gap;
   }
   features.push_back({});
@@ -182,7 +185,8 @@ void test_many_tables(const std::string& isa, int threads) {
     o.threads = threads;
     o.gap = 2;
     check_forward(c, {&a, &b, &e, &f}, ragged, o, random);
-    check_forward(c, {&a}, std::vector<int64_t>(threads > 1 ? 3000 : 100, 2), o, random);  // enough to be split
+    check_forward(c, {&a}, std::vector<int64_t>(threads > 1 ? 3000 : 100, 2), o,
+                  random);  // enough to be split
     check_forward(c, {&b, &a, &a}, {}, o, random);
     check_forward(c, {&b, &a}, {0, 0}, o, random);
   }
@@ -197,8 +201,8 @@ void expect_refusal(Case& c, const std::vector<int64_t>& indices, const std::vec
   const GuardedIntegers ids(indices, wide_indices), ends(offsets, true);
   const auto bags = static_cast<int64_t>(offsets.size()) - 1;
   Guarded<float> out(bags * dim);
-  Feature features[2] = {{reinterpret_cast<const char*>(table.rows.data()), num_rows, dim, dim * 4, 0, out.data(), dim},
-                         {}};
+  Feature features[2] = {
+      {reinterpret_cast<const char*>(table.rows.data()), num_rows, dim, dim * 4, 0, out.data(), dim}, {}};
   features[1].first_bag = bags;
   for (Mode mode : {Mode::sum, Mode::mean, Mode::max})
     for (int64_t padding : {-1, 1}) {

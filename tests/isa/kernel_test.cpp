@@ -1,9 +1,10 @@
-// Holds the kernels of every ISA that this CPU can run against their formulas in float64, with arrays that end
-// where their page ends. Linked from the wheel's own object files; native or under tests/isa/emulator.
-//   kernel_test [THREADS]     default 1
+// Holds the kernels of every ISA that this CPU can run against their formulas in float64, with arrays that
+// end where their page ends. Linked from the wheel's own object files; native or under tests/isa/emulator.
+//   kernel_test [--threads N] [ISA ...]     default: one thread, every ISA
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "check.h"
 #include "registry.h"
@@ -40,12 +41,20 @@ void test_dispatch() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
+  int threads = 1;
+  std::vector<Isa> wanted;
+  for (int i = 1; i < argc; ++i)
+    if (std::strcmp(argv[i], "--threads") == 0 && i + 1 < argc)
+      threads = std::atoi(argv[++i]);
+    else
+      wanted.push_back(parse_isa(argv[i]));
+  if (wanted.empty()) wanted.assign(std::begin(all_isas), std::end(all_isas));
+
   const CpuFeatures& f = cpu_features();
   std::printf("# %s: avx2 %d, avx512 %d, vnni %d, bf16 %d; %d thread(s)\n", cpu_model().c_str(), f.avx2,
               f.avx512, f.avx512_vnni, f.avx512_bf16, threads);
   test_dispatch();
-  for (Isa isa : all_isas) {
+  for (Isa isa : wanted) {
     if (!can_run(isa)) {
       std::printf("# %s: this CPU cannot run it\n", isa_name(isa));
       continue;

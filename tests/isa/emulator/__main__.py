@@ -1,4 +1,4 @@
-"""Runs a static x86-64 Linux program on an emulated CPU: ``python tests/isa/emulator --cpu skx PROGRAM [ARGS...]``.
+"""Runs a static x86-64 Linux program on an emulated CPU: ``python tests/isa/emulator --cpu skx PROGRAM ...``
 
 For programs of tests: one thread, some thirty system calls, no files. The exit status is the program's, or
 128 + the signal that it would have died of (139: touched memory that it does not own; 132: an instruction
@@ -24,7 +24,8 @@ def main() -> int:
         type=lambda text: int(text, 0),
         help="register state that the kernel enables; 0x7 is one that knows AVX only",
     )
-    parser.add_argument("program", type=Path)
+    parser.add_argument("--check", action="store_true", help="only say (by the exit status) if Bochs loads")
+    parser.add_argument("program", type=Path, nargs="?")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
 
@@ -33,6 +34,10 @@ def main() -> int:
         model = replace(model, xcr0=args.xcr0)
     try:
         machine = Machine(bochs.load(model), model.xcr0)
+        if args.check:
+            return 0
+        if args.program is None:
+            parser.error("PROGRAM is missing")
         environment = {k: v for k, v in os.environ.items() if k.startswith(("MPREC_", "OMP_"))}
         program = elf.load(machine.memory, args.program, [str(args.program), *args.arguments], environment)
         return machine.run(program)

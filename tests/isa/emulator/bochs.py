@@ -35,7 +35,7 @@ MODELS = {
 
 
 def load(model: Model) -> ModuleType:
-    """``ImportError`` if bochscpu-python is absent or does not load; ``OSError`` if the shim cannot be built."""
+    """``ImportError`` if bochscpu-python is absent or broken; ``OSError`` if the shim does not build."""
     os.environ["BOCHS_CPU_FACTORY"] = model.factory
     with tempfile.TemporaryDirectory() as folder:
         shim = Path(folder, "shim.so")

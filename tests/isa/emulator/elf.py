@@ -14,7 +14,16 @@ _STACK_TOP, STACK_SIZE = 0x7FFF_FFFF_0000, 8 << 20
 
 # Keys of the auxiliary vector (elf.h)
 _AT_NULL, _AT_PHDR, _AT_PHENT, _AT_PHNUM, _AT_PAGESZ, _AT_ENTRY = 0, 3, 4, 5, 6, 9
-_AT_UID, _AT_EUID, _AT_GID, _AT_EGID, _AT_PLATFORM, _AT_CLKTCK, _AT_SECURE, _AT_RANDOM = 11, 12, 13, 14, 15, 17, 23, 25
+_AT_UID, _AT_EUID, _AT_GID, _AT_EGID, _AT_PLATFORM, _AT_CLKTCK, _AT_SECURE, _AT_RANDOM = (
+    11,
+    12,
+    13,
+    14,
+    15,
+    17,
+    23,
+    25,
+)
 
 
 @dataclass(frozen=True)

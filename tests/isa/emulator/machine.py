@@ -25,7 +25,14 @@ _KERNEL_CODE = b"".join(
 )
 
 # What the kernel makes of a CPU exception; SIGSEGV for the rest.
-_SIGNALS = {0: signal.SIGFPE, 1: signal.SIGTRAP, 3: signal.SIGTRAP, 6: signal.SIGILL, 16: signal.SIGFPE, 19: signal.SIGFPE}
+_SIGNALS = {
+    0: signal.SIGFPE,
+    1: signal.SIGTRAP,
+    3: signal.SIGTRAP,
+    6: signal.SIGILL,
+    16: signal.SIGFPE,
+    19: signal.SIGFPE,
+}
 
 
 class Machine:
@@ -80,8 +87,8 @@ class Machine:
         cpu = session.cpu
         killed_by = _SIGNALS.get(vector, signal.SIGSEGV)
         print(
-            f"emulator: {killed_by.name} (exception {vector}, error code {error_code:#x}) at rip {cpu.rip:#x}, "
-            f"address {cpu.cr2:#x}, instruction {self._instruction_bytes(cpu.rip)}",
+            f"emulator: {killed_by.name} (exception {vector}, error code {error_code:#x}) near rip "
+            f"{cpu.rip:#x} ({self._instruction_bytes(cpu.rip)}), last page fault at {cpu.cr2:#x}",
             file=sys.stderr,
         )
         raise Exit(128 + killed_by)
