@@ -4,14 +4,15 @@
 #include <stdexcept>
 
 #include "common/error.h"
+#include "dhe/dhe.h"
 
 namespace mprec {
 namespace {
 
 const Kernels tables[] = {
-    {Isa::scalar, nullptr, nullptr},
-    {Isa::avx2, nullptr, nullptr},
-    {Isa::avx512, nullptr, nullptr},
+    {Isa::scalar, nullptr, &scalar::dhe_kernels},
+    {Isa::avx2, nullptr, &avx2::dhe_kernels},
+    {Isa::avx512, nullptr, &avx512::dhe_kernels},
 };
 
 const Kernels* best() {
