@@ -1,5 +1,6 @@
-"""The DHE kernels against Python integers, torch's int64 and float64 plain torch, on every ISA of this CPU."""
+"""The DHE kernels against Python integers, torch's int64 and float64 plain torch, on every runnable ISA."""
 
+import itertools
 import math
 
 import numpy as np
@@ -146,7 +147,7 @@ def test_universal_near_the_modulus(k0):
 def make_layers(dims, seed=0, bias=True):
     g = torch.Generator().manual_seed(seed)
     weights, biases = [], []
-    for k, n in zip(dims, dims[1:], strict=False):
+    for k, n in itertools.pairwise(dims):
         weights.append(torch.randn(n, k, generator=g) / math.sqrt(k) * 1.5)
         biases.append(torch.randn(n, generator=g) * 0.3 if bias else torch.zeros(n))
     return weights, biases
@@ -171,7 +172,7 @@ def decode_reference(u, weights, biases, activation, last_activation):
 def pool_reference(vectors, ids, offsets, mode, weights, padding_idx):
     """vectors [n, D] float64; offsets with the end."""
     out = []
-    for begin, end in zip(offsets, offsets[1:], strict=False):
+    for begin, end in itertools.pairwise(offsets):
         keep = [i for i in range(begin, end) if ids[i] != padding_idx]
         rows = vectors[keep]
         if weights is not None:
@@ -391,12 +392,12 @@ def test_bad_decoders():
         _C.Decoder(coefficients, [weights[0], weights[0]], [biases[0], biases[0]], 0, 1, 1)
     with pytest.raises(ValueError, match="rows for this hash family"):
         _C.Decoder(coefficients, weights, biases, FAMILIES["artifact"], 1, 1)
+    bad = coefficients.clone()
+    bad[0, 2] = 0
     with pytest.raises(ValueError, match=r"coefficients\[0, 2\] is 0"):
-        bad = coefficients.clone()
-        bad[0, 2] = 0
         _C.Decoder(bad, weights, biases, 0, 1, 1)
+    odd = make_coefficients("artifact", 7)
     with pytest.raises(ValueError, match="odd number"):
-        odd = make_coefficients("artifact", 7)
         hash_encode(odd, torch.tensor([1]), "artifact_gaussian")
     with pytest.raises(ValueError, match="at least one layer"):
         _C.Decoder(coefficients, [], [], 0, 1, 1)

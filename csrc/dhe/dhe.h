@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+// Functions here that kernels call are always inlined: an emitted copy could be one ISA's, taken for all.
 namespace mprec {
 
 enum class HashFamily : int { universal = 0, artifact = 1, artifact_gaussian = 2, sign = 3, u7 = 4 };
@@ -14,7 +15,7 @@ constexpr float sign_magnitude = 0.57735026918962576f;  // 1 / sqrt(3): the unif
 
 // Where universal hash k stands in a packed row of coefficients: the middle two of each four change places
 // (int_vec.h says why). Its own inverse.
-constexpr int hash_slot(int k) { return (k & ~3) | (k & 1) << 1 | (k >> 1 & 1); }
+[[gnu::always_inline]] constexpr int hash_slot(int k) { return (k & ~3) | (k & 1) << 1 | (k >> 1 & 1); }
 
 // Rows of k_padded words. universal, sign, u7: 2a 2b 2c 2d, by hash_slot. artifact: a, b, and the floats a/p,
 // b/p, in order.
@@ -22,7 +23,9 @@ struct EncoderView {
   const uint32_t* rows;
   int k, k_padded;  // k_padded: a multiple of 16, the rest zeros
   HashFamily family;
-  const uint32_t* row(int i) const { return rows + static_cast<int64_t>(i) * k_padded; }
+  [[gnu::always_inline]] const uint32_t* row(int i) const {
+    return rows + static_cast<int64_t>(i) * k_padded;
+  }
 };
 
 // out = activation(weight in + bias), the weight packed in panels: [outputs / 16][inputs][16], zero-padded.
@@ -55,7 +58,9 @@ constexpr int block_columns = 256, block_pitch = block_columns + 16;
 // stay in a 512 KiB L2 cache beside the weights that stream through. Whole tiles of 6 and nearly of 14 rows.
 constexpr int max_ids = 66;
 
-constexpr int blocks_of(int columns) { return (columns + block_columns - 1) / block_columns; }
+[[gnu::always_inline]] constexpr int blocks_of(int columns) {
+  return (columns + block_columns - 1) / block_columns;
+}
 // Floats of scratch for one thread: one block of hashes and two layers' activations.
 inline int64_t scratch_floats(const DecoderView& d) {
   return int64_t{max_ids} * block_pitch * (1 + 2 * blocks_of(d.widest)) + 64;
