@@ -12,6 +12,7 @@ namespace py = pybind11;
 namespace mprec::python {
 void bind_embedding_bag(py::module_&);  // embedding_bag.cpp
 void bind_dhe(py::module_&);            // dhe.cpp
+void bind_cache(py::module_&);          // cache.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -44,4 +45,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("omp_max_threads", &omp_get_max_threads);
   python::bind_embedding_bag(m);
   python::bind_dhe(m);
+  python::bind_cache(m);
 }
