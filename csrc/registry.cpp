@@ -5,14 +5,15 @@
 
 #include "common/error.h"
 #include "embedding_bag/embedding_bag.h"
+#include "gradient/gradient.h"
 
 namespace mprec {
 namespace {
 
 const Kernels tables[] = {
-    {Isa::scalar, &scalar::embedding_bag_kernels, nullptr},
-    {Isa::avx2, &avx2::embedding_bag_kernels, nullptr},
-    {Isa::avx512, &avx512::embedding_bag_kernels, nullptr},
+    {Isa::scalar, &scalar::embedding_bag_kernels, &scalar::gradient_kernels, nullptr},
+    {Isa::avx2, &avx2::embedding_bag_kernels, &avx2::gradient_kernels, nullptr},
+    {Isa::avx512, &avx512::embedding_bag_kernels, &avx512::gradient_kernels, nullptr},
 };
 
 const Kernels* best() {

@@ -89,28 +89,26 @@ RowGradients share(const BagRequest& r, const Feature& f, int thread, int thread
     collect<int32_t>(r, f, thread, threads, s);
   s.row.resize(std::max<int64_t>(f.dim, 1));
   const float* scales = s.scales.empty() ? nullptr : s.scales.data();
-  return {s.keys.data(), static_cast<int64_t>(s.keys.size()),
-          s.bags.data(), scales,
-          f.out,         f.out_stride,
+  return {s.keys.data(), static_cast<int64_t>(s.keys.size()), s.bags.data(), scales, f.out, f.out_stride,
           f.dim};
 }
 
 // Everything is checked before anything is written: a failed call leaves the tables as they were.
 void check(const BagRequest& r) {
-  if (r.mode == Mode::max) throw std::invalid_argument("mode: max has no row gradients; expected sum or mean");
+  if (r.mode == Mode::max)
+    throw std::invalid_argument("mode: max has no row gradients; expected sum or mean");
   constexpr int64_t limit = std::numeric_limits<uint32_t>::max();
   if (r.indices.size > limit) throw std::invalid_argument("indices: more than 2^32 are not supported");
   bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
   int64_t from = 0;
   for (const Feature* f = r.features; valid && f != r.features + r.num_features; ++f) {
     if (f->num_rows > limit)
-      throw std::invalid_argument(message("weights: tables of more than 2^32 rows are not supported, got ",
-                                          f->num_rows));
+      throw std::invalid_argument(
+          message("weights: tables of more than 2^32 rows are not supported, got ", f->num_rows));
     for (int64_t bag = f->first_bag; valid && bag < f[1].first_bag; ++bag) {
       const int64_t to = r.bag_begin(bag + 1);
       valid = from <= to && to <= r.indices.size;
-      for (int64_t i = from; valid && i < to; ++i)
-        valid = r.indices[i] >= 0 && r.indices[i] < f->num_rows;
+      for (int64_t i = from; valid && i < to; ++i) valid = r.indices[i] >= 0 && r.indices[i] < f->num_rows;
       from = to;
     }
   }
@@ -122,8 +120,8 @@ void check(const BagRequest& r) {
 void update_tables(const BagRequest& r, const TableRows* tables, const Update& update, int threads) {
   check(r);
   const auto apply = kernels().gradient->apply;
-  const int parts = static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>(threads, r.indices.size / indices_per_thread)));
+  const int parts =
+      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, r.indices.size / indices_per_thread)));
   parallel_ranges(parts, parts, [&](int64_t first, int64_t last) {
     static thread_local Scratch scratch;
     for (int64_t part = first; part < last; ++part)

@@ -36,7 +36,8 @@ void update_tables(py::object weights, py::object first, py::object second, py::
   weights = tuple_of(weights);
   const Py_ssize_t tables = PyTuple_GET_SIZE(weights.ptr());
   if (tables == 0) throw py::value_error("weights: expected at least one table");
-  for (auto [needed, name, states] : {std::tuple{needs_first, "first", &first}, {needs_second, "second", &second}})
+  for (auto [needed, name, states] :
+       {std::tuple{needs_first, "first", &first}, {needs_second, "second", &second}})
     if (needed) {
       *states = tuple_of(*states);
       if (PyTuple_GET_SIZE(states->ptr()) != tables)
@@ -46,8 +47,7 @@ void update_tables(py::object weights, py::object first, py::object second, py::
   if (!columns.is_none()) {
     columns = tuple_of(columns);
     if (PyTuple_GET_SIZE(columns.ptr()) != tables)
-      throw py::value_error(
-          message("columns: expected ", tables, ", got ", PyTuple_GET_SIZE(columns.ptr())));
+      throw py::value_error(message("columns: expected ", tables, ", got ", PyTuple_GET_SIZE(columns.ptr())));
   }
 
   const Tensor g = matrix(grad.ptr(), "grad");
@@ -113,8 +113,8 @@ int64_t sparse_gradient(py::handle indices, py::handle offsets, py::handle per_s
   const Tensor out = view(values.ptr(), "values", DType::f32, 2);
   if (found.shape[0] < r.indices.size || out.shape[0] < r.indices.size || out.shape[1] != g.shape[1])
     throw py::value_error(message("rows, values: expected room for ", r.indices.size, " rows of ", g.shape[1],
-                                  " columns, got ", found.shape[0], " and [", out.shape[0], ", ", out.shape[1],
-                                  "]"));
+                                  " columns, got ", found.shape[0], " and [", out.shape[0], ", ",
+                                  out.shape[1], "]"));
   Feature features[2] = {};
   features[0].num_rows = num_rows;
   features[0].dim = g.shape[1];
