@@ -23,27 +23,41 @@ struct Scratch {
   std::vector<int32_t> bags;
   std::vector<float> scales, row;
   std::vector<uint32_t> histogram;
+  int64_t count = 0;
+
+  void reserve(int64_t entries, bool scaled, int64_t dim) {
+    const size_t n = static_cast<size_t>(entries);
+    if (keys.size() < n) keys.resize(n), sorted.resize(n), bags.resize(n);
+    if (scaled && scales.size() < n) scales.resize(n);
+    if (row.size() < static_cast<size_t>(dim)) row.resize(dim);
+  }
 };
 
 // Least-significant-digit radix sort by row; stable, so entries of a row keep the indices' order.
 void sort_by_row(Scratch& s, int64_t num_rows) {
-  const size_t n = s.keys.size();
+  const int64_t n = s.count;
   if (n <= 32) {
-    std::sort(s.keys.begin(), s.keys.end());  // keys are distinct: the entry breaks ties
+    std::sort(s.keys.begin(), s.keys.begin() + n);  // keys are distinct: the entry breaks ties
     return;
   }
-  const int digit = n < 8192 ? 8 : 11;
-  const uint32_t buckets = 1u << digit;
-  s.sorted.resize(n);
-  s.histogram.resize(buckets);
-  for (int shift = 32; shift < 64 && ((num_rows - 1) >> (shift - 32)) > 0; shift += digit) {
-    std::fill(s.histogram.begin(), s.histogram.end(), 0u);
-    for (const uint64_t key : s.keys) ++s.histogram[(key >> shift) & (buckets - 1)];
+  int bits = 1;
+  while ((num_rows - 1) >> bits) ++bits;
+  // Histograms of 2^11 fit the first-level cache; for few keys, clearing them costs more than a pass.
+  const int widest = n < 4096 ? 8 : 11, passes = (bits + widest - 1) / widest;
+  const int digit = (bits + passes - 1) / passes;
+  const uint64_t mask = (uint64_t{1} << digit) - 1;
+  s.histogram.resize(mask + 1);
+  uint64_t *from = s.keys.data(), *to = s.sorted.data();
+  uint32_t* const histogram = s.histogram.data();
+  for (int pass = 0, shift = 32; pass < passes; ++pass, shift += digit) {
+    std::fill_n(histogram, mask + 1, 0u);
+    for (int64_t i = 0; i < n; ++i) ++histogram[from[i] >> shift & mask];
     uint32_t sum = 0;
-    for (uint32_t& count : s.histogram) sum += std::exchange(count, sum);
-    for (const uint64_t key : s.keys) s.sorted[s.histogram[(key >> shift) & (buckets - 1)]++] = key;
-    s.keys.swap(s.sorted);
+    for (uint64_t d = 0; d <= mask; ++d) sum += std::exchange(histogram[d], sum);
+    for (int64_t i = 0; i < n; ++i) to[histogram[from[i] >> shift & mask]++] = from[i];
+    std::swap(from, to);
   }
+  if (from != s.keys.data()) s.keys.swap(s.sorted);
 }
 
 // Which of `threads` handles a row: mixed, because hot rows are often neighbours.
@@ -58,39 +72,51 @@ int64_t bag_size(const BagRequest& r, const Index* ids, int64_t begin, int64_t e
 }
 
 // Gathers the entries of feature f whose rows belong to this thread. Offsets have been checked.
-template <class Index>
+template <class Index, bool shared>
 void collect(const BagRequest& r, const Feature& f, int thread, int threads, Scratch& s) {
   const auto ids = static_cast<const Index*>(r.indices.data);
   const bool scaled = r.per_sample_weights || r.mode == Mode::mean;
-  s.keys.clear();
-  s.bags.clear();
-  s.scales.clear();
-  for (int64_t bag = f.first_bag; bag < (&f)[1].first_bag; ++bag) {
-    const int64_t begin = r.bag_begin(bag), end = r.bag_begin(bag + 1);
+  const int64_t last_bag = (&f)[1].first_bag;
+  s.reserve(r.bag_begin(last_bag) - r.bag_begin(f.first_bag), scaled, f.dim);
+  uint64_t* const keys = s.keys.data();
+  int32_t* const bags = s.bags.data();
+  uint64_t n = 0;
+  for (int64_t bag = f.first_bag, begin = r.bag_begin(bag), end; bag < last_bag; ++bag, begin = end) {
+    end = r.bag_begin(bag + 1);
     const float divisor = r.mode == Mode::mean && end - begin > 1
                               ? static_cast<float>(std::max<int64_t>(bag_size(r, ids, begin, end), 1))
                               : 1.0f;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = ids[i];
       if (row == r.padding_idx) continue;
-      if (threads > 1 && owner(row, threads) != static_cast<uint32_t>(thread)) continue;
-      s.keys.push_back(static_cast<uint64_t>(row) << 32 | s.bags.size());
-      s.bags.push_back(static_cast<int32_t>(bag - f.first_bag));
-      if (scaled) s.scales.push_back((r.per_sample_weights ? r.per_sample_weights[i] : 1.0f) / divisor);
+      if (shared && owner(row, threads) != static_cast<uint32_t>(thread)) continue;
+      keys[n] = static_cast<uint64_t>(row) << 32 | n;
+      bags[n] = static_cast<int32_t>(bag - f.first_bag);
+      if (scaled) s.scales[n] = (r.per_sample_weights ? r.per_sample_weights[i] : 1.0f) / divisor;
+      ++n;
     }
   }
+  s.count = static_cast<int64_t>(n);
   sort_by_row(s, f.num_rows);
 }
 
 RowGradients share(const BagRequest& r, const Feature& f, int thread, int threads, Scratch& s) {
   if (r.indices.wide)
-    collect<int64_t>(r, f, thread, threads, s);
+    (threads > 1 ? collect<int64_t, true> : collect<int64_t, false>)(r, f, thread, threads, s);
   else
-    collect<int32_t>(r, f, thread, threads, s);
-  s.row.resize(std::max<int64_t>(f.dim, 1));
-  const float* scales = s.scales.empty() ? nullptr : s.scales.data();
-  return {s.keys.data(), static_cast<int64_t>(s.keys.size()), s.bags.data(), scales, f.out, f.out_stride,
-          f.dim};
+    (threads > 1 ? collect<int32_t, true> : collect<int32_t, false>)(r, f, thread, threads, s);
+  const bool scaled = r.per_sample_weights || r.mode == Mode::mean;
+  return {s.keys.data(), s.count,      s.bags.data(), scaled ? s.scales.data() : nullptr,
+          f.out,         f.out_stride, f.dim};
+}
+
+template <class Index>
+bool all_within(const BagRequest& r, int64_t begin, int64_t end, int64_t num_rows) {
+  const auto ids = static_cast<const Index*>(r.indices.data);
+  bool within = true;  // no early exit: the loop is then a vector loop
+  for (int64_t i = begin; i < end; ++i)
+    within &= static_cast<uint64_t>(static_cast<int64_t>(ids[i])) < static_cast<uint64_t>(num_rows);
+  return within;
 }
 
 // Everything is checked before anything is written: a failed call leaves the tables as they were.

@@ -19,16 +19,18 @@ inline void prefetch_lines(const float* p, int64_t floats) {
 inline uint32_t row_of(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
 inline uint32_t entry_of(uint64_t key) { return static_cast<uint32_t>(key); }
 
-inline void prefetch_entry(const RowGradients& g, const TableRows& t, uint64_t key, bool rowwise) {
-  const int64_t row = row_of(key);
-  prefetch_lines(g.grad + g.bags[entry_of(key)] * g.grad_stride, g.dim);
+template <Rule rule>
+inline void prefetch_entry(const RowGradients& g, const TableRows& t, int64_t i, bool compact) {
+  prefetch_lines(g.grad + g.bags[entry_of(g.keys[i])] * g.grad_stride, g.dim);
+  const int64_t row = row_of(g.keys[i]);
+  if (compact || row == row_of(g.keys[i - 1])) return;
   prefetch_lines(t.weight + row * t.weight_stride, g.dim);
-  if (t.first) prefetch_lines(t.first + row * t.state_stride, rowwise ? 1 : g.dim);
+  if (t.first) prefetch_lines(t.first + row * t.state_stride, rule == Rule::rowwise_adagrad ? 1 : g.dim);
   if (t.second) prefetch_lines(t.second + row * t.state_stride, g.dim);
 }
 
 // Sum of the gradients of entries [begin, end) in `vectors` registers of columns.
-template <int vectors, bool tail>
+template <int vectors, bool tail, bool scaled>
 inline void accumulate(const RowGradients& g, int64_t begin, int64_t end, int64_t column, Mask mask,
                        Vec (&acc)[vectors]) {
 #pragma GCC unroll 8
@@ -36,11 +38,11 @@ inline void accumulate(const RowGradients& g, int64_t begin, int64_t end, int64_
   for (int64_t i = begin; i < end; ++i) {
     const uint32_t entry = entry_of(g.keys[i]);
     const float* grad = g.grad + g.bags[entry] * g.grad_stride + column;
-    const Vec scale = broadcast(g.scales ? g.scales[entry] : 1.0f);
+    const Vec scale = broadcast(scaled ? g.scales[entry] : 1.0f);
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       const Vec x = tail ? load(grad + v * Vec::width, mask) : load(grad + v * Vec::width);
-      acc[v] = acc[v] + x * scale;
+      acc[v] = acc[v] + (scaled ? x * scale : x);
     }
   }
 }
@@ -91,7 +93,10 @@ template <Rule rule, int vectors, bool tail>
 inline void update_block(const RowGradients& g, int64_t begin, int64_t end, int64_t column, Mask mask,
                          const Constants& c, float* weight, float* first, float* second) {
   Vec acc[vectors];
-  accumulate<vectors, tail>(g, begin, end, column, mask, acc);
+  if (g.scales)
+    accumulate<vectors, tail, true>(g, begin, end, column, mask, acc);
+  else
+    accumulate<vectors, tail, false>(g, begin, end, column, mask, acc);
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) {
     const int64_t at = column + v * Vec::width;
@@ -146,7 +151,7 @@ void apply_rule(const RowGradients& g, const TableRows& t, const Update& u, bool
     int64_t end = begin + 1;
     while (end < g.count && row_of(g.keys[end]) == row) ++end;
     for (int64_t i = begin + entries_ahead; i < end + entries_ahead && i < g.count; ++i)
-      prefetch_entry(g, t, g.keys[i], rule == Rule::rowwise_adagrad);
+      prefetch_entry<rule>(g, t, i, compact);
     float* weight = t.weight + (compact ? distinct : row) * t.weight_stride;
     // A rule without state is given its weight in the state's place: never read or written there.
     float* first = t.first ? t.first + row * t.state_stride : weight;
