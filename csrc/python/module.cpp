@@ -11,8 +11,8 @@ namespace py = pybind11;
 
 namespace mprec::python {
 void bind_embedding_bag(py::module_&);
-void bind_gradient(py::module_&);       // gradient.cpp  // embedding_bag.cpp
-void bind_dhe(py::module_&);            // dhe.cpp
+void bind_gradient(py::module_&);  // gradient.cpp  // embedding_bag.cpp
+void bind_dhe(py::module_&);       // dhe.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -45,4 +45,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("omp_max_threads", &omp_get_max_threads);
   python::bind_embedding_bag(m);
   python::bind_gradient(m);
+  python::bind_dhe(m);
 }
