@@ -11,8 +11,11 @@ namespace py = pybind11;
 
 namespace mprec::python {
 void bind_embedding_bag(py::module_&);
-void bind_gradient(py::module_&);  // gradient.cpp  // embedding_bag.cpp
-void bind_dhe(py::module_&);       // dhe.cpp
+void bind_gradient(py::module_&);       // gradient.cpp  // embedding_bag.cpp
+void bind_dhe(py::module_&);            // dhe.cpp
+void bind_embedding_bag(py::module_&);  // embedding_bag.cpp
+void bind_dhe(py::module_&);            // dhe.cpp
+void bind_cache(py::module_&);          // cache.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -46,4 +49,5 @@ PYBIND11_MODULE(_C, m) {
   python::bind_embedding_bag(m);
   python::bind_gradient(m);
   python::bind_dhe(m);
+  python::bind_cache(m);
 }
