@@ -17,7 +17,7 @@ class IdOutOfRangeError(IndexError, RuntimeError):
 
 
 class InvalidOffsetsError(ValueError, RuntimeError):
-    """Offsets are not 0 = o[0] <= o[1] <= ... <= number of indices (torch raises ``RuntimeError``)."""
+    """Offsets are not 0 = o[0] <= o[1] <= ... = number of indices (torch raises ``RuntimeError``)."""
 
 
 class DataError(ValueError):
