@@ -175,8 +175,9 @@ class Dispatcher:
 
         Times are in seconds. Of the paths predicted to answer in time, the one of highest quality, of
         several the fastest; if none is, the fastest of all. ``unique_share`` (distinct IDs over all, see
-        ``unique_share()``) refines the prediction; None takes that of the profile's inputs. ``explain=True`` returns an
-        :class:`Explanation`. ``ValueError`` for a batch size below 1, a NaN, or a negative waiting time.
+        ``unique_share()``) refines the prediction; None takes that of the profile's inputs.
+        ``explain=True`` returns an :class:`Explanation`. ``ValueError`` for a batch size below 1, a NaN,
+        or a negative waiting time.
         """
         if explain:
             return self._explain(batch_size, sla_s, queued_s, unique_share)
