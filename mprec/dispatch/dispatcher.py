@@ -112,9 +112,7 @@ class _State:
         self.idle += 1
         if self.log_correction > 0.0:
             self.log_correction -= self.log_correction / self.patience
-            if (
-                self.log_correction < _DEAD_BAND / 2
-            ):  # the dead band must not keep the last bit
+            if self.log_correction < _DEAD_BAND / 2:  # the dead band must not keep the last bit
                 self.log_correction, self.correction = 0.0, 1.0
             self.settle()
 
