@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from mprec.models import DLRM
 from mprec.nn import DheConfig, FeatureConfig, with_representation
@@ -68,6 +69,7 @@ def test_hybrid_contributes_two_vectors_of_every_feature():
 @pytest.mark.parametrize("representation", ["select", "hybrid"])
 def test_every_parameter_learns(representation):
     m = model(representation)
+    nn.init.constant_(m.bottom[-2].bias, 1.0)  # no dead ReLU
     dense, indices, offsets = inputs()
     m(dense, indices, offsets).square().sum().backward()
     for name, parameter in m.named_parameters():

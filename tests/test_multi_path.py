@@ -12,6 +12,14 @@ from mprec.training import TrainOptions, evaluate, train_representations
 DHE = DheConfig(k=16, hidden=(8,))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -35,7 +43,7 @@ def test_a_path_sees_its_own_vectors(model, batch, path):
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".dhe." not in k})
     for feature in model.features:
         table = model.embeddings.tables[feature.name].weight
-        decoded = model.embeddings.dhe[feature.name].materialize()
+        decoded = model.embeddings.dhe[feature.name].materialize(feature.num_embeddings)
         use_dhe = {"table": 0, "dhe": 1, "hybrid": 0.5, "select": float(feature.name == "b")}[path]
         with torch.no_grad():
             plain.embeddings.tables[feature.name].weight.copy_(torch.lerp(table, decoded, use_dhe))

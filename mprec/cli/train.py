@@ -129,8 +129,7 @@ def run(args: argparse.Namespace) -> int:
             f"accuracy {quality['accuracy']:.4f}"
         )
     for path, quality in trained.metadata.get("paths", {}).items():
-        print(
-            f"  test, {path} path: AUC {quality['test']['auc']:.4f}, log-loss {quality['test']['log_loss']:.4f}"
-        )
+        test = quality["test"]
+        print(f"  test, {path} path: AUC {test['auc']:.4f}, log-loss {test['log_loss']:.4f}")
     print(f"{result['bytes']} bytes in {args.output} ({trained.metadata['parameters']} parameters)")
     return 0

@@ -86,8 +86,8 @@ class MultiPathDLRM(DLRM):
         return {name: self.score(batch.dense, self.mix(embedded, m)) for name, m in mixings.items()}
 
     def loss(self, batch: Batch, distillation: float = 0.5) -> Tensor:
-        """Mean over the paths of the log-loss; ``distillation`` is the weight of the hybrid path's prediction,
-        beside the label, in what the other paths are compared with.
+        """Mean over the paths of the log-loss. The paths but the hybrid one are compared with a mixture of the
+        label and the hybrid's prediction, of which ``distillation`` is the share.
         """
         logits = self.logits(batch)
         teacher = logits["hybrid"].detach().sigmoid()
