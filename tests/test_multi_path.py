@@ -1,4 +1,4 @@
-"""One model with four paths: what each path computes, what it shares, and that training reaches all of them."""
+"""One model with four paths: what each computes, what they share, and that training reaches all of them."""
 
 import pytest
 import torch

@@ -87,7 +87,7 @@ class MultiPathDLRM(DLRM):
 
     def loss(self, batch: Batch, distillation: float = 0.5) -> Tensor:
         """Mean over the paths of the log-loss. The paths but the hybrid one are compared with a mixture of the
-        label and the hybrid's prediction, of which ``distillation`` is the share.
+        the label and the hybrid's prediction, of which ``distillation`` is the share.
         """
         logits = self.logits(batch)
         teacher = logits["hybrid"].detach().sigmoid()
