@@ -48,8 +48,17 @@ int64_t split(const BagRequest& r, int64_t total, int64_t part, int64_t parts) {
   return f->first_bag + low;
 }
 
-// Finds the first invalid offset, else the first invalid ID, and throws. Runs only after a kernel met one.
-[[noreturn]] void throw_first_error(const BagRequest& r) {
+// Floats of scratch that a kernel needs to pool in float32 what it stores in 16 bits.
+int64_t scratch_size(const BagRequest& r) {
+  int64_t size = 0;
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
+    if (f->out_format != Format::f32) size = std::max(size, f->dim);
+  return size;
+}
+
+}  // namespace
+
+void throw_first_error(const BagRequest& r) {
   const int64_t n = r.indices.size;
   for (int64_t b = 0; b <= r.num_bags; ++b) {
     const int64_t begin = r.bag_begin(b);
@@ -79,16 +88,6 @@ int64_t split(const BagRequest& r, int64_t total, int64_t part, int64_t parts) {
   throw std::runtime_error("indices or offsets were changed by another thread during the call");
 }
 
-// Floats of scratch that a kernel needs to pool in float32 what it stores in 16 bits.
-int64_t scratch_size(const BagRequest& r) {
-  int64_t size = 0;
-  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
-    if (f->out_format != Format::f32) size = std::max(size, f->dim);
-  return size;
-}
-
-}  // namespace
-
 int64_t embedding_bag_cost(const BagRequest& r) {
   int64_t total = 0;
   for (const Feature* f = r.features; f != r.features + r.num_features; ++f) total += cost(r, *f);
@@ -109,7 +108,8 @@ void embedding_bag_forward(const BagRequest& r, int threads) {
       std::atomic<bool> all_valid{true};
       parallel_ranges(parts, static_cast<int>(parts), [&](int64_t first, int64_t last) {
         const int64_t end = last == parts ? r.num_bags : split(r, total, last, parts);
-        if (!forward(r, split(r, total, first, parts), end, buffer.get() + first * scratch)) all_valid = false;
+        if (!forward(r, split(r, total, first, parts), end, buffer.get() + first * scratch))
+          all_valid = false;
       });
       valid = all_valid;
     }

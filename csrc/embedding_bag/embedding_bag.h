@@ -35,9 +35,9 @@ struct Feature {
   int64_t num_rows, dim;
   int64_t row_bytes;  // from one row to the next
   int64_t first_bag;
-  char* out;
-  int64_t out_bytes;  // from one bag's result to the next
-  Format format, out_format;
+  float* out;          // or what out_format says
+  int64_t out_stride;  // elements from one bag's result to the next
+  Format format = Format::f32, out_format = Format::f32;
 };
 
 struct BagRequest {
@@ -58,6 +58,9 @@ struct BagRequest {
 // Writes every bag's result. IdError or OffsetsError (naming the first offender) if the indices or offsets
 // are invalid; results are then unspecified, but nothing outside the tables has been read.
 void embedding_bag_forward(const BagRequest&, int threads);
+
+// Finds the first invalid offset, else the first invalid ID, and throws. For when a kernel has met one.
+[[noreturn]] void throw_first_error(const BagRequest&);
 
 // Rough count of cache lines that a request touches: the measure by which work is split.
 int64_t embedding_bag_cost(const BagRequest&);

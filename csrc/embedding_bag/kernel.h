@@ -104,10 +104,11 @@ bool pool_bags(const BagRequest& r, const Feature& f, int64_t begin, int64_t end
   constexpr int64_t block = max_vectors * Vec::width;
   const int64_t last_column = f.dim > block ? (f.dim - 1) / block * block : 0;
   const int64_t limit = ahead.limit(&f);
-  char* result = f.out + (begin - f.first_bag) * f.out_bytes;
+  const int64_t out_bytes = f.out_stride * (f.out_format == Format::f32 ? 4 : 2);
+  char* result = reinterpret_cast<char*>(f.out) + (begin - f.first_bag) * out_bytes;
   int64_t from = r.bag_begin(begin);
   if (from < 0) return false;
-  for (int64_t bag = begin; bag < end; ++bag, result += f.out_bytes) {
+  for (int64_t bag = begin; bag < end; ++bag, result += out_bytes) {
     const int64_t to = r.bag_begin(bag + 1);
     if (from > to || to > limit) return false;
     float* out = f.out_format == Format::f32 ? reinterpret_cast<float*>(result) : scratch;

@@ -1,0 +1,61 @@
+// Bags of IDs to pooled vectors, for one or several features, over threads.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "dhe/dhe.h"
+
+namespace mprec {
+
+// int32 or int64 numbers, read as int64.
+struct IdArray {
+  const void* data;
+  int64_t size;
+  bool is_int64;
+  int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+enum class Dedupe { automatic, never, always };
+
+// Bag b of feature t is indices[offset(t * bags + b) : offset(t * bags + b + 1)], where the offset after the
+// last one given is the number of indices. Its vector goes to out[b * out_stride + columns[t]] and on.
+struct DheBagRequest {
+  const DecoderView* decoders;
+  int64_t num_features, bags;
+  IdArray indices, offsets;
+  const float* per_sample_weights;  // null: ones
+  int mode;                         // 0 sum, 1 mean, 2 max
+  int64_t padding_idx;              // -1: none
+  float* out;
+  int64_t out_stride;
+  const int64_t* columns;
+  Dedupe dedupe;
+
+  int64_t bag_begin(int64_t bag) const { return bag < offsets.size ? offsets[bag] : indices.size; }
+  // Whether each bag of the feature holds one ID: its vector then needs no pooling.
+  bool one_id_per_bag(int64_t feature) const;
+};
+
+// OffsetsError or IdError (a negative ID) before anything is written. Results do not depend on the number of
+// threads.
+void dhe_bag_forward(const DheBagRequest&, int threads);
+
+// The two checks, for callers that pool by themselves.
+void check_offsets(const DheBagRequest&);
+// The IDs as int64, in `storage` if they come as int32.
+const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage);
+
+// One feature's IDs, all >= 0, and where their vectors go: vectors[i * stride] and on.
+struct DecodeWork {
+  DecoderView decoder;
+  const int64_t* ids;
+  int64_t count;
+  float* vectors;
+  int64_t stride;
+};
+// The vectors of several features' IDs, not pooled. As many IDs for one thread as for another.
+void dhe_decode(const std::vector<DecodeWork>&, int threads);
+
+}  // namespace mprec
