@@ -1,6 +1,14 @@
 """Exceptions that the kernels raise on bad input."""
 
-__all__ = ["IdOutOfRangeError", "InvalidOffsetsError"]
+__all__ = ["DeviceError", "DtypeError", "IdOutOfRangeError", "InvalidOffsetsError"]
+
+
+class DtypeError(TypeError, RuntimeError):
+    """A tensor's dtype is not one the operator takes (torch raises ``RuntimeError``)."""
+
+
+class DeviceError(ValueError, RuntimeError):
+    """Tensors of one call are on different devices (torch raises ``RuntimeError``)."""
 
 
 class IdOutOfRangeError(IndexError, RuntimeError):
