@@ -4,14 +4,15 @@
 #include <stdexcept>
 
 #include "common/error.h"
+#include "embedding_bag/embedding_bag.h"
 
 namespace mprec {
 namespace {
 
 const Kernels tables[] = {
-    {Isa::scalar, nullptr, nullptr},
-    {Isa::avx2, nullptr, nullptr},
-    {Isa::avx512, nullptr, nullptr},
+    {Isa::scalar, &scalar::embedding_bag_kernels, nullptr},
+    {Isa::avx2, &avx2::embedding_bag_kernels, nullptr},
+    {Isa::avx512, &avx512::embedding_bag_kernels, nullptr},
 };
 
 const Kernels* best() {

@@ -1,6 +1,14 @@
-"""Exceptions that the kernels raise on bad input."""
+"""mprec's own exceptions."""
 
-__all__ = ["DeviceError", "DtypeError", "IdOutOfRangeError", "InvalidOffsetsError"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DatasetNotInstalledError",
+    "DeviceError",
+    "DtypeError",
+    "IdOutOfRangeError",
+    "InvalidOffsetsError",
+]
 
 
 class DtypeError(TypeError, RuntimeError):
@@ -19,4 +27,16 @@ class IdOutOfRangeError(IndexError, RuntimeError):
 
 
 class InvalidOffsetsError(ValueError, RuntimeError):
-    """Offsets are not 0 = o[0] <= o[1] <= ... <= number of indices (torch raises ``RuntimeError``)."""
+    """Offsets are not 0 = o[0] <= o[1] <= ... = number of indices (torch raises ``RuntimeError``)."""
+
+
+class DataError(ValueError):
+    """A data file or a dataset is not what it should be; the message says where (``file:line`` for text)."""
+
+
+class DatasetNotInstalledError(DataError):
+    """A dataset was asked for that is not on this machine; the message says how to get it."""
+
+
+class CheckpointError(ValueError):
+    """A file is not a checkpoint of mprec's, is damaged, or was written by a newer version."""

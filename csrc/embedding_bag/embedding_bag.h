@@ -1,4 +1,67 @@
+// Pooled look-ups in embedding tables, many tables per call. README.md has the formula.
+// Inline functions here are always inlined: the files compiled for an ISA must not leave copies for others.
 #pragma once
+#include <cstdint>
+
 namespace mprec {
-struct EmbeddingBagKernels {};
+
+enum class Mode { sum = 0, mean = 1, max = 2 };
+
+// int32 or int64 values, as the caller has them.
+struct Integers {
+  const void* data;
+  int64_t size;
+  bool wide;  // int64
+  __attribute__((always_inline)) int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// A table and where its bags' results go. Its bags are [first_bag, first_bag of the next feature).
+struct Feature {
+  const char* rows;
+  int64_t num_rows, dim;
+  int64_t row_bytes;  // from one row to the next
+  int64_t first_bag;
+  float* out;
+  int64_t out_stride;  // floats from one bag's result to the next
+};
+
+struct BagRequest {
+  Integers indices;  // feature-major
+  Integers offsets;  // bag b holds indices[offsets[b]] .. indices[offsets[b + 1] - 1]; a missing last entry
+                     // is indices.size
+  const Feature* features;  // num_features of them, then one whose first_bag is num_bags
+  int64_t num_features, num_bags;
+  const float* per_sample_weights;  // one per index, or null
+  Mode mode;
+  int64_t padding_idx;  // indices of this value are left out; -1: none
+
+  __attribute__((always_inline)) int64_t bag_begin(int64_t bag) const {
+    return bag < offsets.size ? offsets[bag] : indices.size;
+  }
+};
+
+// Writes every bag's result. IdError or OffsetsError (naming the first offender) if the indices or offsets
+// are invalid; results are then unspecified, but nothing outside the tables has been read.
+void embedding_bag_forward(const BagRequest&, int threads);
+
+// Rough count of cache lines that a request touches: the measure by which work is split.
+int64_t embedding_bag_cost(const BagRequest&);
+
+struct EmbeddingBagKernels {
+  // Pools bags [begin, end); false if it met an invalid offset or ID.
+  bool (*forward)(const BagRequest&, int64_t begin, int64_t end);
+};
+
+namespace scalar {
+extern const EmbeddingBagKernels embedding_bag_kernels;
+}
+namespace avx2 {
+extern const EmbeddingBagKernels embedding_bag_kernels;
+}
+namespace avx512 {
+extern const EmbeddingBagKernels embedding_bag_kernels;
+}
+
 }  // namespace mprec

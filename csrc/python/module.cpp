@@ -42,4 +42,5 @@ PYBIND11_MODULE(_C, m) {
       "use_isa", [](const std::string& name) { use_isa(parse_isa(name)); }, py::arg("name"),
       "Switch kernels; ValueError if the CPU cannot run them.");
   m.def("omp_max_threads", &omp_get_max_threads);
+  python::bind_embedding_bag(m);
 }

@@ -107,7 +107,13 @@ Tensor view(PyObject* object, const char* name) {
   Tensor t;
   if (const auto* api = exchange_api(Py_TYPE(object))) {
     dlpack::Tensor d;
-    if (api->tensor_from_object(object, &d) != 0) throw py::error_already_set();
+    try {  // torch throws through this C function what it cannot describe: meta or sparse tensors
+      if (api->tensor_from_object(object, &d) != 0) throw py::error_already_set();
+    } catch (const std::exception& error) {
+      const std::string why = error.what();
+      throw py::value_error(
+          message(name, ": expected a CPU tensor with plain storage (", why.substr(0, why.find('\n')), ")"));
+    }
     if (d.device.type != dlpack::cpu_device && d.device.type != dlpack::cuda_host_device)
       throw py::value_error(
           message(name, ": expected a CPU tensor, got one on DLPack device type ", d.device.type));

@@ -1,0 +1,110 @@
+#include "embedding_bag/embedding_bag.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "common/error.h"
+#include "common/parallel.h"
+#include "registry.h"
+
+namespace mprec {
+namespace {
+
+// Work that repays waking a thread, in cache lines touched.
+constexpr int64_t lines_per_thread = 1024;
+// A bag's own cost (offsets, the store of its result) against a row's cache lines.
+constexpr int64_t bag_cost = 2;
+
+int64_t clamped_begin(const BagRequest& r, int64_t bag) {
+  return std::clamp<int64_t>(r.bag_begin(bag), 0, r.indices.size);
+}
+
+int64_t row_cost(const Feature& f) { return f.dim * static_cast<int64_t>(sizeof(float)) / 64 + 1; }
+
+// Cost of the first `bags` bags of a feature.
+int64_t cost(const BagRequest& r, const Feature& f, int64_t bags) {
+  const int64_t indices = clamped_begin(r, f.first_bag + bags) - clamped_begin(r, f.first_bag);
+  return std::max<int64_t>(indices, 0) * row_cost(f) + bags * bag_cost;
+}
+
+int64_t cost(const BagRequest& r, const Feature& f) { return cost(r, f, (&f)[1].first_bag - f.first_bag); }
+
+// The bag at which a fraction part / parts of the total cost is reached.
+int64_t split(const BagRequest& r, int64_t total, int64_t part, int64_t parts) {
+  int64_t target = static_cast<int64_t>(static_cast<double>(total) * part / parts);
+  const Feature* f = r.features;
+  for (const Feature* end = f + r.num_features; f != end; target -= cost(r, *f), ++f)
+    if (target < cost(r, *f)) break;
+  if (f->first_bag == r.num_bags) return r.num_bags;
+  int64_t low = 0, high = f[1].first_bag - f->first_bag;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (cost(r, *f, middle) < target)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return f->first_bag + low;
+}
+
+// Finds the first invalid offset, else the first invalid ID, and throws. Runs only after a kernel met one.
+[[noreturn]] void throw_first_error(const BagRequest& r) {
+  const int64_t n = r.indices.size;
+  for (int64_t b = 0; b <= r.num_bags; ++b) {
+    const int64_t begin = r.bag_begin(b);
+    if (b == 0 && begin != 0 && r.num_bags > 0)
+      throw OffsetsError(message("offsets[0] has to be 0, got ", begin));
+    if (begin < 0 || begin > n)
+      throw OffsetsError(
+          message("offsets[", b, "] is ", begin, ", expected 0 to the number of indices, ", n));
+    if (b > 0 && begin < r.bag_begin(b - 1))
+      throw OffsetsError(
+          message("offsets[", b, "] is ", begin, ", less than the offset before it, ", r.bag_begin(b - 1)));
+  }
+  if (r.bag_begin(r.num_bags) != n)
+    throw OffsetsError(
+        message("offsets end at ", r.bag_begin(r.num_bags), ", expected the number of indices, ", n));
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
+    for (int64_t bag = f->first_bag; bag < f[1].first_bag; ++bag)
+      for (int64_t i = r.bag_begin(bag); i < r.bag_begin(bag + 1); ++i) {
+        const int64_t id = r.indices[i];
+        if (id >= 0 && id < f->num_rows) continue;
+        const auto where = r.num_features == 1
+                               ? message("bag ", bag)
+                               : message("feature ", f - r.features, ", bag ", bag - f->first_bag);
+        throw IdError(
+            message("indices[", i, "] (", where, ") is ", id, ", expected 0 <= index < ", f->num_rows));
+      }
+  throw std::runtime_error("indices or offsets were changed by another thread during the call");
+}
+
+}  // namespace
+
+int64_t embedding_bag_cost(const BagRequest& r) {
+  int64_t total = 0;
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f) total += cost(r, *f);
+  return total;
+}
+
+void embedding_bag_forward(const BagRequest& r, int threads) {
+  const auto forward = kernels().embedding_bag->forward;
+  bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
+  if (valid) {
+    const int64_t total = threads > 1 ? embedding_bag_cost(r) : 0;
+    const int64_t parts = std::min<int64_t>(threads, total / lines_per_thread);
+    if (parts <= 1) {
+      valid = forward(r, 0, r.num_bags);
+    } else {
+      std::atomic<bool> all_valid{true};
+      parallel_ranges(parts, static_cast<int>(parts), [&](int64_t first, int64_t last) {
+        if (!forward(r, split(r, total, first, parts),
+                     last == parts ? r.num_bags : split(r, total, last, parts)))
+          all_valid = false;
+      });
+      valid = all_valid;
+    }
+  }
+  if (!valid) throw_first_error(r);
+}
+
+}  // namespace mprec

