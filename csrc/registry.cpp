@@ -4,15 +4,16 @@
 #include <stdexcept>
 
 #include "common/error.h"
+#include "dhe/dhe.h"
 #include "embedding_bag/embedding_bag.h"
 
 namespace mprec {
 namespace {
 
 const Kernels tables[] = {
-    {Isa::scalar, &scalar::embedding_bag_kernels, nullptr},
-    {Isa::avx2, &avx2::embedding_bag_kernels, nullptr},
-    {Isa::avx512, &avx512::embedding_bag_kernels, nullptr},
+    {Isa::scalar, &scalar::embedding_bag_kernels, &scalar::dhe_kernels},
+    {Isa::avx2, &avx2::embedding_bag_kernels, &avx2::dhe_kernels},
+    {Isa::avx512, &avx512::embedding_bag_kernels, &avx512::dhe_kernels},
 };
 
 const Kernels* best() {

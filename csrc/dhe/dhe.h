@@ -1,4 +1,99 @@
+// Deep hash embedding: k hashes of an ID, decoded by an MLP into its vector. What the kernels see: plain
+// pointers and sizes. The formulas are in README.md beside this file.
 #pragma once
+#include <cstdint>
+
+// Functions here that kernels call are always inlined: an emitted copy could be one ISA's, taken for all.
 namespace mprec {
-struct DheKernels {};
+
+enum class HashFamily : int { universal = 0, artifact = 1, artifact_gaussian = 2, sign = 3, u7 = 4 };
+enum class Activation : int { none = 0, relu = 1, sigmoid = 2, mish = 3 };
+
+constexpr int64_t mersenne_p = 2147483647;  // 2^31 - 1: universal, sign, u7
+constexpr int64_t artifact_p = 1000003, artifact_m = 1000000;
+constexpr float sign_magnitude = 0.57735026918962576f;  // 1 / sqrt(3): the uniform encoding's variance
+
+// Where universal hash k stands in a packed row of coefficients: the middle two of each four change places
+// (int_vec.h says why). Its own inverse.
+[[gnu::always_inline]] constexpr int hash_slot(int k) { return (k & ~3) | (k & 1) << 1 | (k >> 1 & 1); }
+
+// Rows of k_padded words. universal, sign, u7: 2a 2b 2c 2d, by hash_slot. artifact: a, b, and the floats a/p,
+// b/p, in order.
+struct EncoderView {
+  const uint32_t* rows;
+  int k, k_padded;  // k_padded: a multiple of 16, the rest zeros
+  HashFamily family;
+  [[gnu::always_inline]] const uint32_t* row(int i) const {
+    return rows + static_cast<int64_t>(i) * k_padded;
+  }
+};
+
+// out = activation(weight in + bias), the weight packed in panels: [outputs / 16][inputs][16], zero-padded.
+constexpr int panel_columns = 16;
+struct LayerView {
+  const float* weights;
+  const float* bias;  // padded with zeros to whole panels
+  int inputs, outputs;
+  Activation activation;
+};
+
+struct DecoderView {
+  EncoderView encoder;
+  const LayerView* layers;
+  int num_layers;
+  int dim;                         // outputs of the last layer
+  int widest;                      // outputs of the widest layer
+  int64_t multiply_adds() const {  // per ID
+    int64_t sum = 0;
+    for (int l = 0; l < num_layers; ++l) sum += int64_t{layers[l].inputs} * layers[l].outputs;
+    return sum;
+  }
+};
+
+// Activations between layers lie in blocks of `block_columns` columns: [block][row][block_pitch]. The pitch
+// is a constant so that a row of a tile is a constant offset in the microkernel, and no power of two so that
+// rows do not share cache sets.
+constexpr int block_columns = 256, block_pitch = block_columns + 16;
+// IDs that one call of `forward` takes: their block of hashes (73 KiB) and the activations of a layer of 512
+// stay in a 512 KiB L2 cache beside the weights that stream through. Whole tiles of 6 and nearly of 14 rows.
+constexpr int max_ids = 66;
+
+[[gnu::always_inline]] constexpr int blocks_of(int columns) {
+  return (columns + block_columns - 1) / block_columns;
+}
+// Floats of scratch for one thread: one block of hashes and two layers' activations.
+inline int64_t scratch_floats(const DecoderView& d) {
+  return int64_t{max_ids} * block_pitch * (1 + 2 * blocks_of(d.widest)) + 64;
+}
+
+struct PoolArguments {
+  const float* vectors;  // [rows, dim]
+  int64_t dim;
+  const int32_t*
+      row_of_entry;      // entry i's vector is vectors[row_of_entry[i]], or it is padding (-1); null: i
+  const float* weights;  // null: ones
+  int mode;              // 0 sum, 1 mean, 2 max
+};
+
+struct DheKernels {
+  // u of n IDs, all >= 0, into out[i * stride + j], j < k.
+  void (*encode)(const EncoderView&, const int64_t* ids, int64_t n, float* out, int64_t stride);
+  // h of n IDs into out[i * k + j].
+  void (*hash)(const EncoderView&, const int64_t* ids, int64_t n, int64_t* out);
+  // The vectors of n <= max_ids IDs into out[i * stride + j], j < dim.
+  void (*forward)(const DecoderView&, const int64_t* ids, int n, float* out, int64_t stride, float* scratch);
+  // One bag: entries [begin, end) into out[0, dim).
+  void (*pool)(const PoolArguments&, int64_t begin, int64_t end, float* out);
+};
+
+namespace scalar {
+extern const DheKernels dhe_kernels;
+}
+namespace avx2 {
+extern const DheKernels dhe_kernels;
+}
+namespace avx512 {
+extern const DheKernels dhe_kernels;
+}
+
 }  // namespace mprec

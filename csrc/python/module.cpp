@@ -43,4 +43,5 @@ PYBIND11_MODULE(_C, m) {
       "Switch kernels; ValueError if the CPU cannot run them.");
   m.def("omp_max_threads", &omp_get_max_threads);
   python::bind_embedding_bag(m);
+  python::bind_dhe(m);
 }

@@ -1,0 +1,218 @@
+#include "dhe/bag.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/aligned.h"
+#include "common/error.h"
+#include "registry.h"
+
+namespace mprec {
+namespace {
+
+// Work that repays waking a thread: some 20 microseconds.
+constexpr int64_t multiply_adds_per_thread = 1 << 20;
+// Fewer IDs than this cannot repay looking for equal ones.
+constexpr int64_t fewest_to_dedupe = 8;
+
+// One feature's IDs to compute, and where their vectors go.
+struct FeatureWork {
+  const int64_t* ids;
+  int64_t count;
+  float* vectors;
+  int64_t stride;
+  PoolArguments pool;  // pool.vectors is null where every vector already went to its place in `out`
+};
+
+struct Block {
+  int64_t feature, begin, count;
+};
+
+// What a call needs beside its arguments; kept by each calling thread, so that calls do not allocate.
+struct Workspace {
+  std::vector<int64_t> ids, distinct;
+  std::vector<int32_t> row_of_entry, slots;
+  std::vector<FeatureWork> features;
+  std::vector<Block> blocks;
+  AlignedBuffer<float> vectors, scratch;
+};
+
+int64_t offset(const DheBagRequest& r, int64_t bag) {
+  return bag < r.offsets.size ? r.offsets[bag] : r.indices.size;
+}
+
+void check_offsets(const DheBagRequest& r) {
+  const int64_t total = r.num_features * r.bags, n = r.indices.size;
+  if (total == 0 && n > 0)
+    throw OffsetsError(message("offsets: describe no bags, but there are ", n, " indices"));
+  int64_t previous = 0;
+  for (int64_t b = 0; b <= total; ++b) {
+    const int64_t o = offset(r, b);
+    if (b == 0 && o != 0 && total > 0) throw OffsetsError(message("offsets[0] has to be 0, got ", o));
+    if (o < previous)
+      throw OffsetsError(message("offsets[", b, "] is ", o, ", less than the offset before it, ", previous));
+    if (o > n)
+      throw OffsetsError(message("offsets[", b, "] is ", o, ", expected at most the number of indices, ", n));
+    previous = o;
+  }
+  if (previous != n)
+    throw OffsetsError(message("offsets end at ", previous, ", expected the number of indices, ", n));
+}
+
+// The IDs as int64; IdError for a negative one.
+const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage) {
+  const int64_t* ids = static_cast<const int64_t*>(indices.data);
+  if (!indices.is_int64) {
+    storage.resize(indices.size);
+    for (int64_t i = 0; i < indices.size; ++i) storage[i] = indices[i];
+    ids = storage.data();
+  }
+  int64_t signs = 0;
+  for (int64_t i = 0; i < indices.size; ++i) signs |= ids[i];
+  if (signs < 0)
+    for (int64_t i = 0; i < indices.size; ++i)
+      if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
+  return ids;
+}
+
+uint64_t mix(uint64_t x) {
+  x *= 0x9E3779B97F4A7C15u;
+  return x ^ x >> 32;
+}
+
+// Appends the distinct IDs, padding left out, to `distinct` and tells each entry its row among them.
+// Returns their number.
+int64_t find_distinct(const int64_t* ids, int64_t n, int64_t padding_idx, std::vector<int32_t>& slots,
+                      int64_t* distinct, int32_t* row_of_entry) {
+  int64_t capacity = 16;
+  while (capacity < 2 * n) capacity *= 2;
+  slots.assign(capacity, -1);
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (ids[i] == padding_idx) {
+      row_of_entry[i] = -1;
+      continue;
+    }
+    int64_t s = mix(ids[i]) & (capacity - 1);
+    while (slots[s] >= 0 && distinct[slots[s]] != ids[i]) s = (s + 1) & (capacity - 1);
+    if (slots[s] < 0) {
+      slots[s] = count;
+      distinct[count++] = ids[i];
+    }
+    row_of_entry[i] = slots[s];
+  }
+  return count;
+}
+
+bool one_id_per_bag(const DheBagRequest& r, int64_t t) {
+  for (int64_t b = t * r.bags; b <= (t + 1) * r.bags; ++b)
+    if (offset(r, b) != offset(r, t * r.bags) + b - t * r.bags) return false;
+  return true;
+}
+
+// Which IDs of each feature are computed, and where to.
+void plan_features(const DheBagRequest& r, const int64_t* ids, Workspace& w) {
+  const int64_t n = r.indices.size;
+  const bool dedupe = r.dedupe == Dedupe::always || (r.dedupe == Dedupe::automatic && n >= fewest_to_dedupe);
+  w.features.resize(r.num_features);
+  if (dedupe || r.padding_idx >= 0) {
+    w.distinct.resize(n);
+    w.row_of_entry.resize(n);
+  }
+  int64_t floats = 0;
+  for (int64_t t = 0; t < r.num_features; ++t) {
+    FeatureWork& f = w.features[t];
+    const int64_t dim = r.decoders[t].dim, begin = offset(r, t * r.bags), end = offset(r, (t + 1) * r.bags);
+    f = {ids + begin, end - begin, nullptr, dim, {nullptr, dim, nullptr, nullptr, r.mode}};
+    if (dedupe || r.padding_idx >= 0) {
+      int64_t* distinct = w.distinct.data() + begin;
+      int32_t* rows = w.row_of_entry.data() + begin;
+      const int64_t count = find_distinct(f.ids, f.count, r.padding_idx, w.slots, distinct, rows);
+      if (count < f.count) {  // else every ID is computed for its only entry
+        f.ids = distinct;
+        f.count = count;
+        f.pool.row_of_entry = rows;
+      }
+    }
+    if (r.per_sample_weights) f.pool.weights = r.per_sample_weights + begin;
+    if (!f.pool.row_of_entry && !f.pool.weights && one_id_per_bag(r, t)) {
+      f.vectors = r.out + r.columns[t];
+      f.stride = r.out_stride;
+    } else {
+      floats += f.count * dim;
+    }
+  }
+  float* vectors = w.vectors.reserve(floats + 1);
+  for (FeatureWork& f : w.features) {
+    if (f.vectors) continue;
+    f.pool.vectors = f.vectors = vectors;
+    vectors += f.count * f.stride;
+  }
+}
+
+// Cuts each feature's IDs into nearly equal blocks, as many for one thread as for another.
+void plan_blocks(const std::vector<FeatureWork>& features, int threads, std::vector<Block>& blocks) {
+  blocks.clear();
+  int64_t total = 0;
+  for (const FeatureWork& f : features) total += f.count;
+  if (total == 0) return;
+  const int64_t rounds = (total + threads * max_ids - 1) / (threads * max_ids);
+  const int64_t largest = std::min<int64_t>(max_ids, (total + threads * rounds - 1) / (threads * rounds));
+  for (size_t t = 0; t < features.size(); ++t) {
+    const int64_t n = features[t].count, parts = (n + largest - 1) / largest;
+    for (int64_t i = 0; i < parts; ++i)
+      blocks.push_back({static_cast<int64_t>(t), n * i / parts, n * (i + 1) / parts - n * i / parts});
+  }
+}
+
+}  // namespace
+
+void dhe_bag_forward(const DheBagRequest& r, int threads) {
+  thread_local Workspace own;
+  Workspace& w = own;  // the same object in every thread of the region below
+  check_offsets(r);
+  plan_features(r, checked_ids(r.indices, w.ids), w);
+
+  int64_t multiply_adds = 0, scratch = 0;
+  for (int64_t t = 0; t < r.num_features; ++t) {
+    multiply_adds += w.features[t].count * r.decoders[t].multiply_adds();
+    scratch = std::max(scratch, scratch_floats(r.decoders[t]));
+  }
+  threads = static_cast<int>(
+      std::max<int64_t>(1, std::min<int64_t>(threads, multiply_adds / multiply_adds_per_thread)));
+  plan_blocks(w.features, threads, w.blocks);
+  float* all_scratch = w.scratch.reserve(scratch * threads);
+
+  const DheKernels& kernel = *kernels().dhe;
+  const auto compute = [&](const Block& b, float* own_scratch) {
+    const FeatureWork& f = w.features[b.feature];
+    kernel.forward(r.decoders[b.feature], f.ids + b.begin, static_cast<int>(b.count),
+                   f.vectors + b.begin * f.stride, f.stride, own_scratch);
+  };
+  const auto pool = [&](int64_t bag) {
+    const int64_t t = bag / r.bags;
+    const FeatureWork& f = w.features[t];
+    if (!f.pool.vectors) return;
+    const int64_t begin = offset(r, t * r.bags);
+    kernel.pool(f.pool, offset(r, bag) - begin, offset(r, bag + 1) - begin,
+                r.out + bag % r.bags * r.out_stride + r.columns[t]);
+  };
+  const int64_t num_blocks = static_cast<int64_t>(w.blocks.size()), num_bags = r.num_features * r.bags;
+  if (threads == 1) {
+    for (const Block& b : w.blocks) compute(b, all_scratch);
+    for (int64_t b = 0; b < num_bags; ++b) pool(b);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    float* own_scratch = all_scratch + omp_get_thread_num() * scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_blocks; ++i) compute(w.blocks[i], own_scratch);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < num_bags; ++b) pool(b);
+  }
+}
+
+}  // namespace mprec

@@ -1,0 +1,40 @@
+// Bags of IDs to pooled vectors, for one or several features, over threads.
+#pragma once
+#include <cstdint>
+
+#include "dhe/dhe.h"
+
+namespace mprec {
+
+// int32 or int64 numbers, read as int64.
+struct IdArray {
+  const void* data;
+  int64_t size;
+  bool is_int64;
+  int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+enum class Dedupe { automatic, never, always };
+
+// Bag b of feature t is indices[offset(t * bags + b) : offset(t * bags + b + 1)], where the offset after the
+// last one given is the number of indices. Its vector goes to out[b * out_stride + columns[t]] and on.
+struct DheBagRequest {
+  const DecoderView* decoders;
+  int64_t num_features, bags;
+  IdArray indices, offsets;
+  const float* per_sample_weights;  // null: ones
+  int mode;                         // 0 sum, 1 mean, 2 max
+  int64_t padding_idx;              // -1: none
+  float* out;
+  int64_t out_stride;
+  const int64_t* columns;
+  Dedupe dedupe;
+};
+
+// OffsetsError or IdError (a negative ID) before anything is written. Results do not depend on the number of
+// threads.
+void dhe_bag_forward(const DheBagRequest&, int threads);
+
+}  // namespace mprec

@@ -1,0 +1,100 @@
+// The kernels of dhe.h for the ISA of the including file.
+#pragma once
+#include "dhe/dhe.h"
+#include "dhe/gemm.h"
+#include "dhe/hash.h"
+
+namespace mprec::MPREC_ISA {
+
+inline void copy_row(const float* from, int count, float* to) {
+  int j = 0;
+  for (; j + Vec::width <= count; j += Vec::width) store(to + j, load(from + j));
+  if (j < count) store(to + j, load(from + j, Mask(count - j)), Mask(count - j));
+}
+
+static inline void encode(const EncoderView& e, const int64_t* ids, int64_t n, float* out, int64_t stride) {
+  alignas(64) float block[4 * block_pitch];
+  for (int64_t i = 0; i < n; i += 4) {
+    const int rows = static_cast<int>(n - i < 4 ? n - i : 4);
+    for (int k0 = 0; k0 < e.k; k0 += block_columns) {
+      const int count = e.k - k0 < block_columns ? e.k - k0 : block_columns;
+      encode_block(e, ids + i, rows, k0, count, block, block_pitch);
+      for (int r = 0; r < rows; ++r) copy_row(block + r * block_pitch, count, out + (i + r) * stride + k0);
+    }
+  }
+}
+
+template <class Hash, class Id>
+void hash_one(const EncoderView& e, int64_t id, int64_t* out) {
+  int32_t h[Vec::width];
+  for (int k = 0; k < e.k; k += Vec::width) {
+    store(h, Hash(e, k)(Id(id)));
+    for (int j = 0; j < Vec::width && k + j < e.k; ++j) out[k + j] = h[j];
+  }
+}
+
+static inline void hash(const EncoderView& e, const int64_t* ids, int64_t n, int64_t* out) {
+  const bool artifact = e.family == HashFamily::artifact || e.family == HashFamily::artifact_gaussian;
+  for (int64_t i = 0; i < n; ++i, out += e.k) {
+    if (artifact && ids[i] > artifact_exact_ids)
+      for (int k = 0; k < e.k; ++k) out[k] = artifact_wrapped(e, k, ids[i]);
+    else if (artifact)
+      hash_one<ArtifactHash, ArtifactId>(e, ids[i], out);
+    else if (one_limb(ids[i]))
+      hash_one<UniversalHash<true>, Limbs<true>>(e, ids[i], out);
+    else
+      hash_one<UniversalHash<false>, Limbs<false>>(e, ids[i], out);
+  }
+}
+
+static inline void forward(const DecoderView& d, const int64_t* ids, int n, float* out, int64_t stride,
+                           float* scratch) {
+  const int64_t block_stride = int64_t{max_ids} * block_pitch;
+  float* hashes = scratch;
+  float* from = scratch + block_stride;
+  float* to = from + blocks_of(d.widest) * block_stride;
+
+  // Hashes never leave the cache: a block of them is made, multiplied and forgotten.
+  for (int k0 = 0; k0 < d.encoder.k; k0 += block_columns) {
+    const int count = d.encoder.k - k0 < block_columns ? d.encoder.k - k0 : block_columns;
+    encode_block(d.encoder, ids, n, k0, count, hashes, block_pitch);
+    multiply_block(d.layers[0], k0, count, hashes, n, to, block_stride);
+  }
+  for (int l = 1; l < d.num_layers; ++l) {
+    float* swapped = from;
+    from = to;
+    to = swapped;
+    const LayerView& layer = d.layers[l];
+    for (int k0 = 0; k0 < layer.inputs; k0 += block_columns) {
+      const int count = layer.inputs - k0 < block_columns ? layer.inputs - k0 : block_columns;
+      multiply_block(layer, k0, count, from + k0 / block_columns * block_stride, n, to, block_stride);
+    }
+  }
+  for (int i = 0; i < n; ++i)
+    for (int c = 0; c < d.dim; c += block_columns) {
+      const int count = d.dim - c < block_columns ? d.dim - c : block_columns;
+      copy_row(to + c / block_columns * block_stride + i * block_pitch, count, out + i * stride + c);
+    }
+}
+
+static inline void pool(const PoolArguments& p, int64_t begin, int64_t end, float* out) {
+  for (int64_t j = 0; j < p.dim; ++j) out[j] = 0.0f;
+  int64_t count = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = p.row_of_entry ? p.row_of_entry[i] : i;
+    if (row < 0) continue;
+    const float* v = p.vectors + row * p.dim;
+    const bool first = count++ == 0;
+    if (p.mode == 2)
+      // NaN wins, as in torch.
+      for (int64_t j = 0; j < p.dim; ++j) out[j] = first || v[j] > out[j] || v[j] != v[j] ? v[j] : out[j];
+    else if (p.weights)
+      for (int64_t j = 0; j < p.dim; ++j) out[j] += p.weights[i] * v[j];
+    else
+      for (int64_t j = 0; j < p.dim; ++j) out[j] += v[j];
+  }
+  if (p.mode == 1 && count > 1)
+    for (int64_t j = 0; j < p.dim; ++j) out[j] /= static_cast<float>(count);
+}
+
+}  // namespace mprec::MPREC_ISA

@@ -1,0 +1,226 @@
+#include "dhe/dhe.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/error.h"
+#include "dhe/bag.h"
+#include "dhe/decoder.h"
+#include "python/tensor.h"
+#include "registry.h"
+
+namespace py = pybind11;
+
+namespace mprec::python {
+namespace {
+
+HashFamily hash_family(int family) {
+  if (family < 0 || family > 4) throw py::value_error(message("family: expected 0 to 4, got ", family));
+  return static_cast<HashFamily>(family);
+}
+
+Activation activation(int value, const char* name) {
+  if (value < 0 || value > 3) throw py::value_error(message(name, ": expected 0 to 3, got ", value));
+  return static_cast<Activation>(value);
+}
+
+Tensor strided(PyObject* object, const std::string& name, DType dtype, int ndim) {
+  const Tensor t = view(object, name.c_str());
+  if (t.dtype != dtype)
+    throw py::type_error(message(name, ": expected ", dtype_name(dtype), ", got ", dtype_name(t.dtype)));
+  if (t.ndim != ndim)
+    throw py::value_error(message(name, ": expected ", ndim, " dimension(s), got ", t.ndim));
+  return t;
+}
+
+Encoder encoder(py::handle coefficients, int family) {
+  const Tensor c = strided(coefficients.ptr(), "coefficients", DType::i32, 2);
+  return Encoder({c.ptr<int32_t>(), c.shape[0], c.shape[1], c.strides[0], c.strides[1]}, hash_family(family));
+}
+
+std::unique_ptr<Decoder> make_decoder(py::handle coefficients, const std::vector<py::object>& weights,
+                                      const std::vector<py::object>& biases, int family, int between,
+                                      int last) {
+  if (weights.size() != biases.size())
+    throw py::value_error(
+        message("biases: expected one for each of the ", weights.size(), " weights, got ", biases.size()));
+  std::vector<LinearWeights> layers;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor w = strided(weights[l].ptr(), message("weights[", l, "]"), DType::f32, 2);
+    const Tensor b = strided(biases[l].ptr(), message("biases[", l, "]"), DType::f32, 1);
+    if (b.shape[0] != w.shape[0])
+      throw py::value_error(message("biases[", l, "]: expected ", w.shape[0], " values, got ", b.shape[0]));
+    layers.push_back(
+        {w.ptr<float>(), w.shape[0], w.shape[1], w.strides[0], w.strides[1], b.ptr<float>(), b.strides[0]});
+  }
+  return std::make_unique<Decoder>(encoder(coefficients, family), layers, activation(between, "activation"),
+                                   activation(last, "last_activation"));
+}
+
+IdArray id_array(py::handle object, const char* name) {
+  const Tensor t = view_ids(object.ptr(), name);
+  return {t.data, t.shape[0], t.dtype == DType::i64};
+}
+
+Tensor out_matrix(py::handle object, int64_t rows) {
+  const Tensor out = strided(object.ptr(), "out", DType::f32, 2);
+  if (out.shape[0] != rows)
+    throw py::value_error(message("out: expected ", rows, " rows, got ", out.shape[0]));
+  if (out.shape[1] > 1 && out.strides[1] != 1)
+    throw py::value_error(message("out: expected rows of adjacent values, got stride ", out.strides[1]));
+  return out;
+}
+
+Dedupe parse_dedupe(const std::optional<bool>& dedupe) {
+  return !dedupe ? Dedupe::automatic : *dedupe ? Dedupe::always : Dedupe::never;
+}
+
+// Fills in what both functions below have in common, and runs.
+void run(DheBagRequest r, py::handle per_sample_weights, int threads, py::handle out_object) {
+  if (r.mode < 0 || r.mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", r.mode));
+  if (threads < 1) throw py::value_error(message("threads: expected at least 1, got ", threads));
+  r.per_sample_weights = nullptr;
+  if (!per_sample_weights.is_none()) {
+    const Tensor w = view(per_sample_weights.ptr(), "per_sample_weights", DType::f32, 1);
+    if (w.shape[0] != r.indices.size)
+      throw py::value_error(
+          message("per_sample_weights: expected as many as indices, ", r.indices.size, ", got ", w.shape[0]));
+    if (r.mode == 2) throw py::value_error("per_sample_weights: mode max does not take any");
+    r.per_sample_weights = w.ptr<float>();
+  }
+  const Tensor out = out_matrix(out_object, r.bags);
+  for (int64_t t = 0; t < r.num_features; ++t)
+    if (r.columns[t] < 0 || r.columns[t] + r.decoders[t].dim > out.shape[1])
+      throw py::value_error(message("out: feature ", t, " needs columns ", r.columns[t], " to ",
+                                    r.columns[t] + r.decoders[t].dim, ", but there are ", out.shape[1]));
+  r.out = out.ptr<float>();
+  r.out_stride = out.strides[0];
+  py::gil_scoped_release release;
+  dhe_bag_forward(r, threads);
+}
+
+void dhe_bag(const Decoder& decoder, py::handle indices, py::handle offsets, py::handle per_sample_weights,
+             int mode, bool include_last_offset, int64_t padding_idx, py::handle out, int threads,
+             const std::optional<bool>& dedupe) {
+  const DecoderView view = decoder.view();
+  const int64_t column = 0;
+  DheBagRequest r{};
+  r.decoders = &view;
+  r.num_features = 1;
+  r.columns = &column;
+  r.indices = id_array(indices, "indices");
+  r.offsets = id_array(offsets, "offsets");
+  if (include_last_offset && r.offsets.size == 0)
+    throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
+  r.bags = r.offsets.size - include_last_offset;
+  r.mode = mode;
+  r.padding_idx = padding_idx;
+  r.dedupe = parse_dedupe(dedupe);
+  run(r, per_sample_weights, threads, out);
+}
+
+void dhe_bag_multi(const std::vector<const Decoder*>& decoders, py::handle indices, py::handle offsets,
+                   py::handle per_sample_weights, int mode, int64_t padding_idx, py::handle out,
+                   const std::optional<std::vector<int64_t>>& out_columns, int threads,
+                   const std::optional<bool>& dedupe) {
+  const int64_t features = static_cast<int64_t>(decoders.size());
+  if (features == 0) throw py::value_error("decoders: expected at least one");
+  if (out_columns && static_cast<int64_t>(out_columns->size()) != features)
+    throw py::value_error(message("out_columns: expected ", features, ", got ", out_columns->size()));
+  std::vector<DecoderView> views;
+  std::vector<int64_t> columns;
+  int64_t column = 0;
+  for (int64_t t = 0; t < features; ++t) {
+    if (!decoders[t]) throw py::type_error(message("decoders[", t, "]: expected a Decoder, got None"));
+    views.push_back(decoders[t]->view());
+    columns.push_back(out_columns ? (*out_columns)[t] : column);
+    column += views.back().dim;
+  }
+  DheBagRequest r{};
+  r.decoders = views.data();
+  r.num_features = features;
+  r.columns = columns.data();
+  r.indices = id_array(indices, "indices");
+  r.offsets = id_array(offsets, "offsets");
+  if (r.offsets.size == 0 || (r.offsets.size - 1) % features != 0)
+    throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", features,
+                               ", got ", r.offsets.size));
+  r.bags = (r.offsets.size - 1) / features;
+  r.mode = mode;
+  r.padding_idx = features == 1 ? padding_idx : -1;
+  r.dedupe = parse_dedupe(dedupe);
+  run(r, per_sample_weights, threads, out);
+}
+
+// IDs for the two encoding functions below: int64, none negative.
+std::vector<int64_t> checked_ids(py::handle indices) {
+  const IdArray array = id_array(indices, "indices");
+  std::vector<int64_t> ids(array.size);
+  for (int64_t i = 0; i < array.size; ++i) {
+    ids[i] = array[i];
+    if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
+  }
+  return ids;
+}
+
+Tensor check_encoded(const Tensor& out, int64_t n, int64_t k) {
+  if (out.shape[0] != n || out.shape[1] != k)
+    throw py::value_error(
+        message("out: expected shape [", n, ", ", k, "], got [", out.shape[0], ", ", out.shape[1], "]"));
+  return out;
+}
+
+void hash_encode(py::handle coefficients, py::handle indices, int family, py::handle out_object) {
+  const Encoder e = encoder(coefficients, family);
+  const std::vector<int64_t> ids = checked_ids(indices);
+  const int64_t n = static_cast<int64_t>(ids.size()), k = e.view().k;
+  const Tensor out = check_encoded(view(out_object.ptr(), "out", DType::f32, 2), n, k);
+  py::gil_scoped_release release;
+  kernels().dhe->encode(e.view(), ids.data(), n, out.ptr<float>(), k);
+}
+
+void hash_values(py::handle coefficients, py::handle indices, int family, py::handle out_object) {
+  const Encoder e = encoder(coefficients, family);
+  const std::vector<int64_t> ids = checked_ids(indices);
+  const int64_t n = static_cast<int64_t>(ids.size());
+  const Tensor out = check_encoded(view(out_object.ptr(), "out", DType::i64, 2), n, e.view().k);
+  py::gil_scoped_release release;
+  kernels().dhe->hash(e.view(), ids.data(), n, out.ptr<int64_t>());
+}
+
+}  // namespace
+
+void bind_dhe(py::module_& m) {
+  py::class_<Decoder>(m, "Decoder", "An encoder's coefficients and an MLP's weights, packed for the kernels.")
+      .def(py::init(&make_decoder), py::arg("coefficients"), py::arg("weights"), py::arg("biases"),
+           py::arg("family"), py::arg("activation"), py::arg("last_activation"))
+      .def_property_readonly("k", [](const Decoder& d) { return d.view().encoder.k; })
+      .def_property_readonly("dim", [](const Decoder& d) { return d.view().dim; })
+      .def_property_readonly("dims",
+                             [](const Decoder& d) {
+                               std::vector<int> dims{d.view().encoder.k};
+                               for (const LayerView& layer : d.layers()) dims.push_back(layer.outputs);
+                               return dims;
+                             })
+      .def_property_readonly("nbytes", &Decoder::nbytes);
+  m.def("dhe_bag", &dhe_bag, py::arg("decoder"), py::arg("indices"), py::arg("offsets"),
+        py::arg("per_sample_weights"), py::arg("mode"), py::arg("include_last_offset"),
+        py::arg("padding_idx"), py::arg("out"), py::arg("threads"), py::arg("dedupe") = py::none(),
+        "Pools one feature's decoded IDs into out [B, dim]. dedupe: compute equal IDs once (None: choose).");
+  m.def("dhe_bag_multi", &dhe_bag_multi, py::arg("decoders"), py::arg("indices"), py::arg("offsets"),
+        py::arg("per_sample_weights"), py::arg("mode"), py::arg("padding_idx"), py::arg("out"),
+        py::arg("out_columns"), py::arg("threads"), py::arg("dedupe") = py::none(),
+        "Pools every feature's decoded IDs into its columns of out [B, total].");
+  m.def("hash_encode", &hash_encode, py::arg("coefficients"), py::arg("indices"), py::arg("family"),
+        py::arg("out"), "The encodings u of n IDs into out [n, k], float32.");
+  m.def("hash_values", &hash_values, py::arg("coefficients"), py::arg("indices"), py::arg("family"),
+        py::arg("out"), "The hash values h of n IDs into out [n, k], int64.");
+}
+
+}  // namespace mprec::python

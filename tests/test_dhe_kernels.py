@@ -1,0 +1,418 @@
+"""The DHE kernels against Python integers, torch's int64 and float64 plain torch, on every runnable ISA."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mprec._native import _C
+from mprec.errors import IdOutOfRangeError, InvalidOffsetsError
+from mprec.testing import isa, runnable_isas
+
+torch.set_num_threads(1)
+
+P = 2**31 - 1
+ARTIFACT_P, ARTIFACT_M = 1_000_003, 1_000_000
+FAMILIES = {"universal": 0, "artifact": 1, "artifact_gaussian": 2, "sign": 3, "u7": 4}
+ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2, "mish": 3}
+EDGE_IDS = [0, 1, P - 1, P, P + 1, 2**30 - 1, 2**30, 2**31, 2**31 + 1, 2**60, 2**63 - 1]
+
+
+@pytest.fixture(params=runnable_isas(), autouse=True)
+def each_isa(request):
+    with isa(request.param):
+        yield request.param
+
+
+def make_coefficients(family: str, k: int, seed: int = 0, edges: bool = False) -> torch.Tensor:
+    """Random rows for `family`; with `edges`, the first columns hold the extremes of their range."""
+    g = torch.Generator().manual_seed(seed)
+    rows, p = (2, ARTIFACT_P) if family.startswith("artifact") else (4, P)
+    c = torch.randint(0, p, (rows, k), generator=g)
+    c[0].clamp_(min=1)
+    if edges:
+        c[:, 0] = p - 1
+        c[0, 1], c[1:, 1] = 1, 0
+    return c.to(torch.int32)
+
+
+def wrap_int64(x: int) -> int:
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def hash_reference(coefficients: torch.Tensor, ids, family: str) -> list[list[int]]:
+    """h by the definition, in Python's integers."""
+    rows = coefficients.tolist()
+    if family.startswith("artifact"):
+
+        def h(x, a, b):  # C's remainder takes the sign of the dividend
+            return int(math.copysign(1, v := wrap_int64(a * x + b))) * (abs(v) % ARTIFACT_P % ARTIFACT_M)
+    else:
+
+        def h(x, a, b, c, d):
+            return (a * (x & (2**30 - 1)) + c * ((x >> 30) & (2**30 - 1)) + d * (x >> 60) + b) % P
+
+    return [[h(x, *column) for column in zip(*rows, strict=True)] for x in ids]
+
+
+def unit_reference(h: torch.Tensor, family: str) -> torch.Tensor:
+    """u from h, in float32 arithmetic as the definition says."""
+    if family == "universal":
+        return h.float() * 2.0**-30 - 1
+    if family == "sign":
+        s = torch.tensor(1 / math.sqrt(3), dtype=torch.float32)
+        return torch.where(h >= 2**30, s, -s)
+    if family == "u7":
+        return (2 * (h >> 24) - 127).float() / 127
+    if family == "artifact":
+        return h.float() / torch.tensor(float(ARTIFACT_M - 1)) * 2 - 1
+    u = (h.double() + 1) / ARTIFACT_M
+    radius, angle = (-2 * u[:, 0::2].log()).sqrt(), 2 * math.pi * u[:, 1::2]
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(1).float()
+
+
+def hash_values(coefficients, ids, family):
+    out = torch.full((len(ids), coefficients.shape[1]), -7, dtype=torch.int64)
+    _C.hash_values(coefficients, ids, FAMILIES[family], out)
+    return out
+
+
+def hash_encode(coefficients, ids, family):
+    out = torch.full((len(ids), coefficients.shape[1]), math.nan)
+    _C.hash_encode(coefficients, ids, FAMILIES[family], out)
+    return out
+
+
+def sample_ids(seed: int, n: int) -> torch.Tensor:
+    """The edge IDs, then IDs of every magnitude."""
+    g = np.random.default_rng(seed)
+    random = g.integers(0, 2**63, size=n, dtype=np.int64) >> g.integers(0, 63, size=n)
+    return torch.from_numpy(np.concatenate([np.array(EDGE_IDS, dtype=np.int64), random]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("k", [2, 6, 16, 40, 300])
+def test_hashes_equal_the_definition(family, k):
+    coefficients = make_coefficients(family, k, seed=k, edges=True)
+    ids = sample_ids(k, 60)
+    expected = torch.tensor(hash_reference(coefficients, ids.tolist(), family))
+    assert torch.equal(hash_values(coefficients, ids, family), expected)
+    u, expected_u = hash_encode(coefficients, ids, family), unit_reference(expected, family)
+    if family == "artifact_gaussian":
+        # Near U = 1, ln U has the absolute error of U's rounding, and the root makes it larger.
+        torch.testing.assert_close(u, expected_u, rtol=1e-5, atol=5e-5, equal_nan=True)
+    else:
+        assert torch.equal(u, expected_u)
+
+
+def test_artifact_equals_torch_int64():
+    coefficients = make_coefficients("artifact", 64)
+    ids = sample_ids(5, 500)
+    a, b = coefficients.long()
+    h = torch.fmod(torch.fmod(a * ids[:, None] + b, ARTIFACT_P), ARTIFACT_M)
+    assert torch.equal(hash_values(coefficients, ids, "artifact"), h)
+    assert torch.equal(hash_encode(coefficients, ids, "artifact"), unit_reference(h, "artifact"))
+
+
+@pytest.mark.parametrize("family", ["artifact", "u7"])
+def test_every_level_is_correctly_rounded(family):
+    # a = 1, b = 0: the hash is the ID itself, so every value that u can take occurs.
+    coefficients = torch.zeros(2 if family == "artifact" else 4, 1, dtype=torch.int32)
+    coefficients[0] = 1
+    ids = torch.arange(ARTIFACT_M) if family == "artifact" else torch.arange(128) << 23
+    if family == "u7":
+        ids = torch.cat([ids, (torch.arange(128) << 23) + 2**23 - 1])
+    h = torch.tensor(hash_reference(coefficients, ids.tolist(), family))
+    assert torch.equal(hash_encode(coefficients, ids, family), unit_reference(h, family))
+
+
+@pytest.mark.parametrize("k0", [0, 2**30 - 64, 2**31 - 70])
+def test_universal_near_the_modulus(k0):
+    # Sums that are a multiple of p, or one less, need the last fold.
+    coefficients = torch.zeros(4, 3, dtype=torch.int32)
+    coefficients[0] = 1
+    coefficients[1] = torch.tensor([0, P - 1, P - 2**30])
+    ids = torch.arange(k0, k0 + 140)
+    expected = torch.tensor(hash_reference(coefficients, ids.tolist(), "universal"))
+    assert torch.equal(hash_values(coefficients, ids, "universal"), expected)
+
+
+# ---- forward
+
+
+def make_layers(dims, seed=0, bias=True):
+    g = torch.Generator().manual_seed(seed)
+    weights, biases = [], []
+    for k, n in itertools.pairwise(dims):
+        weights.append(torch.randn(n, k, generator=g) / math.sqrt(k) * 1.5)
+        biases.append(torch.randn(n, generator=g) * 0.3 if bias else torch.zeros(n))
+    return weights, biases
+
+
+ACTIVATE = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "mish": torch.nn.functional.mish,
+}
+
+
+def decode_reference(u, weights, biases, activation, last_activation):
+    y = u.double()
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        y = y @ w.double().T + b.double()
+        y = ACTIVATE[last_activation if i == len(weights) - 1 else activation](y)
+    return y
+
+
+def pool_reference(vectors, ids, offsets, mode, weights, padding_idx):
+    """vectors [n, D] float64; offsets with the end."""
+    out = []
+    for begin, end in itertools.pairwise(offsets):
+        keep = [i for i in range(begin, end) if ids[i] != padding_idx]
+        rows = vectors[keep]
+        if weights is not None:
+            rows = rows * weights[keep].double()[:, None]
+        if not keep:
+            out.append(torch.zeros(vectors.shape[1], dtype=torch.float64))
+        elif mode == 0:
+            out.append(rows.sum(0))
+        elif mode == 1:
+            out.append(rows.sum(0) / len(keep))
+        else:
+            out.append(rows.amax(0))
+    return torch.stack(out) if out else torch.zeros(0, vectors.shape[1], dtype=torch.float64)
+
+
+class Net:
+    """A decoder and its float64 twin."""
+
+    def __init__(self, dims, family="universal", activation="relu", last="sigmoid", seed=0):
+        self.family, self.activation, self.last = family, activation, last
+        self.coefficients = make_coefficients(family, dims[0], seed)
+        self.weights, self.biases = make_layers(dims, seed)
+        self.handle = _C.Decoder(
+            self.coefficients,
+            self.weights,
+            self.biases,
+            FAMILIES[family],
+            ACTIVATIONS[activation],
+            ACTIVATIONS[last],
+        )
+
+    def vectors(self, ids):
+        h = torch.tensor(hash_reference(self.coefficients, ids.tolist(), self.family)).reshape(len(ids), -1)
+        u = unit_reference(h, self.family)
+        return decode_reference(u, self.weights, self.biases, self.activation, self.last)
+
+    def __call__(self, ids, offsets, weights=None, mode=0, padding_idx=-1, threads=1, dedupe=None):
+        """offsets with the end."""
+        out = torch.full((len(offsets) - 1, self.handle.dim), math.nan)
+        _C.dhe_bag(self.handle, ids, offsets, weights, mode, True, padding_idx, out, threads, dedupe)
+        return out
+
+    def one_each(self, ids, **options):
+        return self(ids, torch.arange(len(ids) + 1), **options)
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dims", [(1024, 128, 16), (64, 512, 256, 64), (20, 7), (2, 1, 3, 1), (530, 33, 17)])
+def test_forward(family, dims):
+    net = Net(dims, family)
+    ids = torch.randint(0, 2**40, (37,), generator=torch.Generator().manual_seed(1))
+    assert_close(net.one_each(ids), net.vectors(ids))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("last", ACTIVATIONS)
+def test_activations(activation, last):
+    net = Net((48, 40, 20), activation=activation, last=last)
+    ids = torch.arange(19)
+    assert_close(net.one_each(ids), net.vectors(ids))
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "mish"])
+def test_activation_accuracy_and_nan(activation):
+    # Two inputs +-c give the decoder's pre-activation exactly: weight 0, bias x.
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1e-3, 1e-3, 101)])
+    x = torch.cat([x, torch.tensor([math.inf, -math.inf, math.nan, 0.0])])
+    handle = _C.Decoder(
+        make_coefficients("universal", 2), [torch.zeros(len(x), 2)], [x], 0, 0, ACTIVATIONS[activation]
+    )
+    out = torch.empty(1, len(x))
+    _C.dhe_bag(handle, torch.tensor([3]), torch.tensor([0]), None, 0, False, -1, out, 1)
+    expected = ACTIVATE[activation](x.double())
+    tiny = 1e-36  # below it float32 runs out of normal numbers
+    torch.testing.assert_close(out[0].double(), expected, rtol=1e-6, atol=tiny, equal_nan=True)
+
+
+def test_nan_weights_propagate():
+    net = Net((32, 24, 8), activation="relu", last="none")
+    net.weights[0][3, 5] = math.nan
+    handle = _C.Decoder(net.coefficients, net.weights, net.biases, 0, 1, 0)
+    out = torch.zeros(2, 8)
+    _C.dhe_bag(handle, torch.tensor([1, 2]), torch.tensor([0, 1]), None, 0, False, -1, out, 1)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 29, 65, 66, 67, 133, 300])
+@pytest.mark.parametrize("dims", [(300, 40, 16), (48, 260)])
+def test_every_number_of_rows(n, dims):
+    net = Net(dims)
+    ids = torch.arange(n) * 977
+    assert_close(net.one_each(ids), net.vectors(ids))
+
+
+def test_dims_1_to_130():
+    for d in range(1, 131):
+        net = Net((8, d), activation="none", last="none", seed=d)
+        ids = torch.arange(5)
+        out = torch.full((5, d + 2), 7.0)
+        _C.dhe_bag(net.handle, ids, ids, None, 0, False, -1, out[:, 1 : 1 + d], 1)
+        assert_close(out[:, 1 : 1 + d], net.vectors(ids))
+        assert (out[:, 0] == 7).all()
+        assert (out[:, -1] == 7).all(), "wrote past the last column"
+
+
+bags = st.lists(st.lists(st.integers(0, 12) | st.integers(0, 2**63 - 1), max_size=5), min_size=0, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bags=bags,
+    dims=st.lists(st.integers(1, 70), min_size=2, max_size=4),
+    mode=st.integers(0, 2),
+    weighted=st.booleans(),
+    padding_idx=st.sampled_from([-1, 0, 3]),
+    dedupe=st.sampled_from([None, True, False]),
+    index_dtype=st.sampled_from([torch.int64, torch.int32]),
+    offset_dtype=st.sampled_from([torch.int64, torch.int32]),
+    include_last=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_bags(
+    bags, dims, mode, weighted, padding_idx, dedupe, index_dtype, offset_dtype, include_last, threads
+):
+    flat = [i % 2**31 if index_dtype == torch.int32 else i for bag in bags for i in bag]
+    ids = torch.tensor(flat, dtype=index_dtype)
+    offsets = np.cumsum([0] + [len(b) for b in bags]).tolist()
+    weighted = weighted and mode != 2
+    weights = torch.linspace(-1, 2, len(flat)) if weighted else None
+    net = Net(dims, last="none")
+    vectors = net.vectors(ids) if flat else torch.zeros(0, dims[-1], dtype=torch.float64)
+    expected = pool_reference(vectors, flat, offsets, mode, weights, padding_idx)
+    given_offsets = torch.tensor(offsets if include_last else offsets[:-1], dtype=offset_dtype)
+    out = torch.full((len(bags), dims[-1]), math.nan)
+    _C.dhe_bag(net.handle, ids, given_offsets, weights, mode, include_last, padding_idx, out, threads, dedupe)
+    assert_close(out, expected, 1e-4)
+
+
+def test_unaligned_memory():
+    net = Net((40, 24))
+    raw = torch.zeros(8 * 9 + 4, dtype=torch.uint8)
+    ids = np.frombuffer(raw.numpy().data, dtype=np.int64, count=9, offset=4)
+    ids[:] = np.arange(9) * 3
+    out = np.frombuffer(bytearray(9 * 24 * 4 + 4), dtype=np.float32, count=9 * 24, offset=4).reshape(9, 24)
+    _C.dhe_bag(net.handle, ids, np.arange(9), None, 0, False, -1, out, 1)
+    assert_close(torch.from_numpy(out.copy()), net.vectors(torch.from_numpy(ids.copy())))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_multi(threads, mode):
+    nets = [Net((64, 32, 8), seed=1), Net((30, 5), "sign", seed=2), Net((257, 300, 17), "artifact", seed=3)]
+    g = np.random.default_rng(threads)
+    batch = 41
+    lengths = g.integers(0, 6, size=3 * batch)
+    lengths[:batch] = 1  # one feature goes straight to its place
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = torch.from_numpy(g.integers(0, 50, size=offsets[-1]))
+    expected = []
+    for t, net in enumerate(nets):
+        o = offsets[t * batch : (t + 1) * batch + 1]
+        part = ids[o[0] : o[-1]]
+        expected.append(pool_reference(net.vectors(part), part.tolist(), (o - o[0]).tolist(), mode, None, -1))
+    handles = [net.handle for net in nets]
+    out = torch.full((batch, 30), math.nan)
+    _C.dhe_bag_multi(handles, ids, torch.from_numpy(offsets), None, mode, -1, out, None, threads)
+    assert_close(out, torch.cat(expected, 1), 1e-4)
+
+    spread = torch.full((batch, 40), 7.0)
+    _C.dhe_bag_multi(handles, ids, torch.from_numpy(offsets), None, mode, -1, spread, [30, 2, 8], threads)
+    assert_close(spread[:, 30:38], expected[0], 1e-4)
+    assert_close(spread[:, 2:7], expected[1], 1e-4)
+    assert (spread[:, [0, 1, 7, 27, 39]] == 7).all(), "wrote outside its columns"
+
+
+def test_threads_and_repetition_do_not_change_a_bit():
+    net = Net((300, 130, 20))
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 2**30, (2000,), generator=g)
+    offsets = torch.arange(0, 2001, 4)
+    first = net(ids, offsets, threads=2)
+    assert torch.equal(first, net(ids, offsets, threads=2))
+
+
+# ---- bad input
+
+
+def test_bad_ids_and_offsets():
+    net = Net((8, 4))
+    ids = torch.tensor([5, 6, 7])
+    for bad in ([1, 2, 3], [0, 2, 1, 3], [0, 4], [0, 2], [-1, 3], []):
+        offsets, out = torch.tensor(bad, dtype=torch.int64), torch.zeros(max(len(bad) - 1, 0), 4)
+        with pytest.raises(InvalidOffsetsError, match="offsets"):
+            _C.dhe_bag(net.handle, ids, offsets, None, 0, True, -1, out, 1)
+    with pytest.raises(IdOutOfRangeError, match=r"indices\[1\] is -4"):
+        net.one_each(torch.tensor([0, -4]))
+    with pytest.raises(IdOutOfRangeError, match=r"indices\[0\] is -1"):
+        hash_encode(net.coefficients, torch.tensor([-1]), "universal")
+    with pytest.raises(TypeError, match="int32 or int64"):
+        net.one_each(torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="mode max"):
+        net.one_each(ids, weights=torch.ones(3), mode=2)
+    with pytest.raises(ValueError, match="per_sample_weights"):
+        net.one_each(ids, weights=torch.ones(2))
+    with pytest.raises(ValueError, match="columns"):
+        _C.dhe_bag(net.handle, ids, ids * 0, None, 0, False, -1, torch.zeros(3, 3), 1)
+
+
+def test_bad_decoders():
+    coefficients = make_coefficients("universal", 8)
+    weights, biases = make_layers((8, 6, 4))
+    with pytest.raises(ValueError, match=r"weights\[1\]: expected 6 inputs"):
+        _C.Decoder(coefficients, [weights[0], weights[0]], [biases[0], biases[0]], 0, 1, 1)
+    with pytest.raises(ValueError, match="rows for this hash family"):
+        _C.Decoder(coefficients, weights, biases, FAMILIES["artifact"], 1, 1)
+    bad = coefficients.clone()
+    bad[0, 2] = 0
+    with pytest.raises(ValueError, match=r"coefficients\[0, 2\] is 0"):
+        _C.Decoder(bad, weights, biases, 0, 1, 1)
+    odd = make_coefficients("artifact", 7)
+    with pytest.raises(ValueError, match="odd number"):
+        hash_encode(odd, torch.tensor([1]), "artifact_gaussian")
+    with pytest.raises(ValueError, match="at least one layer"):
+        _C.Decoder(coefficients, [], [], 0, 1, 1)
+    with pytest.raises(TypeError, match="float32"):
+        _C.Decoder(coefficients, [w.double() for w in weights], biases, 0, 1, 1)
+
+
+def test_weights_of_any_strides_and_numpy():
+    coefficients = make_coefficients("universal", 8)
+    (w,), (b,) = make_layers((8, 6))
+    ids, out = torch.arange(4), [torch.zeros(4, 6), np.zeros((4, 6), dtype=np.float32)]
+    transposed = w.T.contiguous().T
+    _C.dhe_bag(_C.Decoder(coefficients, [transposed], [b], 0, 1, 1), ids, ids, None, 0, False, -1, out[0], 1)
+    plain = _C.Decoder(coefficients.numpy(), [w.numpy()], [b.numpy()], 0, 1, 1)
+    _C.dhe_bag(plain, ids.numpy(), ids.numpy(), None, 0, False, -1, out[1], 1)
+    assert torch.equal(out[0], torch.from_numpy(out[1]))
+    assert plain.dims == [8, 6]
+    assert plain.nbytes >= 4 * (6 * 8 + 6 + 4 * 8)
