@@ -210,7 +210,7 @@ def dhe_bag_multi(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """One decoder per feature, ``[B, sum D]``; ``weights`` and ``biases`` flat, ``layers[t]`` of each for t."""
+    """One decoder per feature, ``[B, sum D]``; see :func:`mprec.ops.dhe_bag_multi` for the flat arguments."""
     features = range(len(layers)) if features is None else features
     bags = _feature_bags(indices, offsets, per_sample_weights, features, num_features or len(layers))
     parts, first = [], 0

@@ -67,7 +67,8 @@ class EmbeddingBagCollection(nn.Module):
         self.output_dims = [feature.output_dim for feature in self.features]
         self.tables, self.dhe = nn.ModuleDict(), nn.ModuleDict()
         for f in self.features:
-            # Into _modules directly: ModuleDict refuses names of its own methods, such as "type" or "keys".
+            # Into _modules directly: ModuleDict refuses names of its own methods, such as "type" or "keys"
+            # (with these, all works but torch.export, which looks submodules up by getattr).
             if f.has_table:
                 table = EmbeddingBag(
                     f.num_embeddings,
@@ -138,8 +139,8 @@ class EmbeddingBagCollection(nn.Module):
             ``[B, sum(output_dims)]``.
 
         Raises:
-            IdOutOfRangeError: an ID of a feature with a table is not in ``[0, num_embeddings)``, or an ID of one
-                without is negative (a deep hash embedding takes any other).
+            IdOutOfRangeError: an ID of a feature with a table is not in ``[0, num_embeddings)``, or an ID of
+                one without is negative (a deep hash embedding takes any other).
             InvalidOffsetsError, DtypeError, DeviceError, ValueError, NotImplementedError.
         """
         batch = self._check(indices, offsets)
@@ -158,7 +159,8 @@ class EmbeddingBagCollection(nn.Module):
         return batch_size(offsets, len(self.features))
 
     def _forward_direct(self, indices, offsets, per_sample_weights, batch) -> Tensor | None:
-        """Kernels straight into one output, no dispatcher, no concatenation; ``None`` where that cannot be."""
+        """Kernels straight into one output, no dispatcher, no concatenation; ``None`` where that cannot
+        be."""
         if torch.is_grad_enabled() or not direct(indices, offsets, per_sample_weights):
             return None
         if indices.dtype not in IDS or offsets.dtype not in IDS or not native(per_sample_weights):

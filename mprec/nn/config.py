@@ -1,6 +1,7 @@
 """What a feature's embedding is made of, as plain data that goes into checkpoints and plans."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class DheConfig:
     def num_parameters(self, embedding_dim: int) -> int:
         """Weights and biases of the decoder (the hash coefficients are not trained)."""
         widths = self.widths(embedding_dim)
-        return sum((a + 1) * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+        return sum((a + 1) * b for a, b in itertools.pairwise(widths))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON types)."""
@@ -96,7 +97,8 @@ class FeatureConfig:
         if self.representation not in REPRESENTATIONS:
             choices = ", ".join(map(repr, REPRESENTATIONS))
             raise ValueError(
-                f"feature {self.name!r}: representation: expected one of {choices}, got {self.representation!r}"
+                f"feature {self.name!r}: representation: expected one of {choices}, got "
+                f"{self.representation!r}"
             )
         code(MODES, self.mode, f"feature {self.name!r}: mode")
         if self.representation != "table" and self.dhe is None:
@@ -149,8 +151,8 @@ def with_representation(
 
     Args:
         features: names, sizes and pooling are kept.
-        representation: ``"table"``, ``"dhe"``, ``"hybrid"`` for all of them, or ``"select"``: ``"dhe"`` for the
-            ``select_largest`` features of the largest vocabularies, ``"table"`` for the rest.
+        representation: ``"table"``, ``"dhe"``, ``"hybrid"`` for all of them, or ``"select"``: ``"dhe"`` for
+            the ``select_largest`` features of the largest vocabularies, ``"table"`` for the rest.
         dhe: the deep hash embedding where there is one; default: the feature's own, or ``DheConfig()``.
     """
     if representation != "select" and representation not in REPRESENTATIONS:

@@ -1,5 +1,6 @@
 """A deep hash embedding with pooling."""
 
+import itertools
 import math
 
 import torch
@@ -63,7 +64,7 @@ class DeepHashEmbeddingBag(nn.Module):
         widths = self.config.widths(embedding_dim)
         self.decoder = nn.ModuleList(
             nn.Linear(inputs, outputs, device=device, dtype=dtype)
-            for inputs, outputs in zip(widths[:-1], widths[1:], strict=True)
+            for inputs, outputs in itertools.pairwise(widths)
         )
         self.reset_parameters()
 
@@ -145,7 +146,8 @@ class DeepHashEmbeddingBag(nn.Module):
 
 
 def check_bound(indices: Tensor, bound: int) -> None:
-    """``IdOutOfRangeError`` if an ID is not below ``bound``. On a GPU this would wait for it: not checked there."""
+    """``IdOutOfRangeError`` if an ID is not below ``bound``. On a GPU this would wait for it: not checked
+    there."""
     if torch.compiler.is_compiling() or not indices.is_cpu or not indices.numel():
         return
     top = int(indices.max())

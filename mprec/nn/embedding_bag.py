@@ -9,8 +9,9 @@ from mprec import ops
 class EmbeddingBag(torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` on mprec's kernels: the same constructor, state_dict, repr and exceptions.
 
-    A swap is one line, and checkpoints go both ways. Differences are those of :func:`mprec.ops.embedding_bag`:
-    weights per sample also with ``mode="mean"``, and errors where torch drops data.
+    A swap is one line, and checkpoints go both ways. Differences are those of
+    :func:`mprec.ops.embedding_bag`: weights per sample also with ``mode="mean"``, and errors where torch
+    drops data.
 
     Shape: ``input`` ``[n]`` with ``offsets`` ``[B]``, or ``[B, L]``; output ``[B, embedding_dim]``.
 

@@ -76,6 +76,13 @@ def check_same_device(**tensors: Tensor | Sequence[Tensor] | None) -> None:
                 )
 
 
+def num_bags(offsets: Tensor, include_last_offset: bool) -> int:
+    bags = offsets.shape[0] - include_last_offset
+    if bags < 0:
+        raise InvalidOffsetsError("offsets: with include_last_offset there must be at least one, got none")
+    return bags
+
+
 def check_weights(weight: Tensor, name: str) -> None:
     if weight.dtype not in FLOATS:
         raise DtypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {weight.dtype}")
@@ -86,7 +93,8 @@ def check_per_sample_weights(per_sample_weights: Tensor | None, weight: Tensor, 
         return
     if per_sample_weights.dtype != weight.dtype:
         raise DtypeError(
-            f"per_sample_weights: expected the dtype of weight, {weight.dtype}, got {per_sample_weights.dtype}"
+            f"per_sample_weights: expected the dtype of weight, {weight.dtype}, got "
+            f"{per_sample_weights.dtype}"
         )
     if per_sample_weights.shape != indices.shape:
         raise ValueError(
@@ -97,13 +105,9 @@ def check_per_sample_weights(per_sample_weights: Tensor | None, weight: Tensor, 
 
 def check_bags(offsets: Tensor, num_indices: int, include_last_offset: bool) -> None:
     """The checks of offsets that native kernels make, for the paths without them."""
+    if num_bags(offsets, include_last_offset) == 0 and num_indices:
+        raise InvalidOffsetsError(f"offsets: no bags, but there are {num_indices} indices")
     if offsets.numel() == 0:
-        if include_last_offset:
-            raise InvalidOffsetsError(
-                "offsets: with include_last_offset there must be at least one, got none"
-            )
-        if num_indices:
-            raise InvalidOffsetsError(f"offsets: no bags, but there are {num_indices} indices")
         return
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0:
@@ -118,7 +122,8 @@ def check_bags(offsets: Tensor, num_indices: int, include_last_offset: bool) -> 
     if last > num_indices or (include_last_offset and last != num_indices):
         bound = "" if include_last_offset else "at most "
         raise InvalidOffsetsError(
-            f"offsets[{offsets.numel() - 1}]: expected {bound}the number of indices, {num_indices}, got {last}"
+            f"offsets[{offsets.numel() - 1}]: expected {bound}the number of indices, {num_indices}, got "
+            f"{last}"
         )
 
 

@@ -1,6 +1,7 @@
 """Features of a batch in feature-major CSR layout.
 
-Bag b of feature f of F is ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]`` with ``B = (len(offsets) - 1) / F``.
+Bag b of feature f of F is ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]``, and offsets has F * B + 1
+entries.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ def batch_size(offsets: Tensor, num_features: int) -> int:
     bags = offsets.shape[0] - 1
     if bags < 0 or bags % num_features:
         raise InvalidOffsetsError(
-            f"offsets: expected 1 + a multiple of the number of features, {num_features}, got {offsets.shape[0]}"
+            f"offsets: expected 1 + a multiple of the number of features, {num_features}, got "
+            f"{offsets.shape[0]}"
         )
     return bags // num_features
 

@@ -2,7 +2,8 @@
 
 A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is kept per first
 weight tensor, weakly, and used again if every tensor still has its storage address and its version counter.
-In-place operations raise the counter, optimizers' steps included; writes through ``tensor.data`` or NumPy views do
+In-place operations raise the counter, optimizers' steps included; writes through ``tensor.data`` or NumPy
+views do
 not: call :func:`clear_decoders` after those. Nothing is kept while grad mode is on (training changes the
 weights at every step), nor for tensors made under ``inference_mode``, which carry no counter.
 """
@@ -44,7 +45,7 @@ def decoder(
 
 
 def clear_decoders() -> None:
-    """Forget all packed decoders: needed only after weights were changed through ``.data`` or a NumPy view."""
+    """Forget all packed decoders: needed only after changing weights through ``.data`` or a NumPy view."""
     _kept.clear()
 
 

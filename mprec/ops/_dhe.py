@@ -21,12 +21,14 @@ from mprec.ops._common import (
     library,
     native,
     needs_grad,
+    num_bags,
     passed_only,
 )
 from mprec.ops._decoders import decoder
 
 library.define(
-    "dhe_bag(Tensor indices, Tensor offsets, Tensor coefficients, Tensor[] weights, Tensor[] biases, str family, "
+    "dhe_bag(Tensor indices, Tensor offsets, Tensor coefficients, Tensor[] weights, Tensor[] biases, str "
+    "family, "
     "str activation, str last_activation, int mode=0, Tensor? per_sample_weights=None, "
     "bool include_last_offset=False, int padding_idx=-1) -> Tensor"
 )
@@ -37,11 +39,13 @@ library.define(
 )
 library.define(
     "dhe_bag_multi(Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] weights, Tensor[] biases, "
-    "int[] layers, str family, str activation, str last_activation, int mode=0, Tensor? per_sample_weights=None, "
+    "int[] layers, str family, str activation, str last_activation, int mode=0, Tensor? "
+    "per_sample_weights=None, "
     "int[]? features=None, int? num_features=None) -> Tensor"
 )
 library.define(
-    "dhe_bag_multi_backward(Tensor grad, Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] weights, "
+    "dhe_bag_multi_backward(Tensor grad, Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] "
+    "weights, "
     "Tensor[] biases, int[] layers, str family, str activation, str last_activation, int mode, "
     "Tensor? per_sample_weights, int[] features, int num_features, bool need_per_sample_weights) "
     "-> (Tensor[], Tensor[], Tensor)"
@@ -111,7 +115,7 @@ def _forward_rows(indices, coefficients, weights, biases, family, activation, la
 
 def run_dhe_bag(handle, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx):
     """The native kernel, for arguments that are checked: one packed decoder on the CPU."""
-    out = torch.empty(offsets.shape[0] - include_last_offset, handle.dim)
+    out = torch.empty(num_bags(offsets, include_last_offset), handle.dim)
     _C.dhe_bag(
         handle,
         indices,
@@ -207,7 +211,7 @@ def _dhe_bag_backward(
     padding_idx,
     need_per_sample_weights,
 ):
-    """Each distinct ID is decoded once and takes the summed gradient of its occurrences: exact, and cheaper."""
+    """Each distinct ID is decoded once, and takes the summed gradient of its occurrences."""
     keep = None if padding_idx < 0 else indices != padding_idx
     distinct, occurrence = torch.unique(indices, return_inverse=True)
     last = len(weights) - 1

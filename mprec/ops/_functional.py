@@ -54,8 +54,9 @@ def embedding_bag(
     Arguments, results and exceptions are torch's, with these differences:
 
     * ``per_sample_weights`` go with ``mode="mean"`` too: ``sum(w_i x_i) / count``;
-    * indices that no bag holds (no offsets at all, or a last offset below the number of indices) are an error,
-      where torch drops them or crashes;
+    * indices that no bag holds (no offsets at all, or a last offset below the number of indices) are an
+      error, where torch drops them or crashes;
+    * ``scale_grad_by_freq`` divides by each ID's own frequency (torch 2.13's CPU kernel takes another's);
     * every ID is checked, on the CPU, before anything is read or (``max_norm``) written.
 
     Args:
@@ -66,7 +67,8 @@ def embedding_bag(
         scale_grad_by_freq: divide gradients by how often an ID occurs in the call (not for ``max``).
         mode: ``"sum"``, ``"mean"`` or ``"max"``. An empty bag gives zeros.
         sparse: the gradient of ``weight`` is a sparse tensor (not for ``max``).
-        per_sample_weights: one factor per index, of ``input``'s shape and ``weight``'s dtype (not for ``max``).
+        per_sample_weights: one factor per index, of ``input``'s shape and ``weight``'s dtype (not for
+            ``max``).
         include_last_offset: ``offsets`` ends with the number of indices.
         padding_idx: entries with this ID are left out; negative counts from the end.
 
@@ -146,6 +148,7 @@ def embedding_bag(
             include_last_offset,
             padding,
         )
+    check_same_device(weight=weight, input=input, offsets=offsets, per_sample_weights=per_sample_weights)
     return torch.ops.mprec.embedding_bag(
         weight,
         input,
@@ -210,6 +213,9 @@ def embedding_bag_multi(
             raise ValueError(
                 f"weights[{t}] has to be a 2D Tensor, but got Tensor of dimension {weight.dim()}"
             )
+    check_same_device(
+        weights=weights, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
+    )
     return torch.ops.mprec.embedding_bag_multi(
         list(weights), indices, offsets, number, per_sample_weights, features, num_features, sparse
     )
@@ -266,6 +272,14 @@ def dhe_bag(
             include_last_offset,
             padding,
         )
+    check_same_device(
+        coefficients=coefficients,
+        weights=weights,
+        biases=biases,
+        indices=indices,
+        offsets=offsets,
+        per_sample_weights=per_sample_weights,
+    )
     return torch.ops.mprec.dhe_bag(
         indices,
         offsets,
@@ -300,8 +314,8 @@ def dhe_bag_multi(
 ) -> Tensor:
     """Deep hash embeddings of many features in one call; layout as in :func:`embedding_bag_multi`.
 
-    ``coefficients`` has one tensor per decoder; ``weights`` and ``biases`` are flat, ``layers[t]`` of each for
-    decoder t. All share family and activations; shapes may differ. Returns ``[B, sum D_t]``.
+    ``coefficients`` has one tensor per decoder; ``weights`` and ``biases`` are flat, ``layers[t]`` of each
+    for decoder t. All share family and activations; shapes may differ. Returns ``[B, sum D_t]``.
     """
     number = _mode_code(mode, per_sample_weights)
     if not layers:
@@ -309,6 +323,14 @@ def dhe_bag_multi(
     features, num_features = _check_features(features, num_features, len(layers))
     _check_ndim(indices, "indices")
     _check_ndim(offsets, "offsets")
+    check_same_device(
+        coefficients=coefficients,
+        weights=weights,
+        biases=biases,
+        indices=indices,
+        offsets=offsets,
+        per_sample_weights=per_sample_weights,
+    )
     return torch.ops.mprec.dhe_bag_multi(
         indices,
         offsets,

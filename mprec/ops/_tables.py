@@ -19,25 +19,31 @@ from mprec.ops._common import (
     library,
     native,
     needs_grad,
+    num_bags,
     passed_only,
 )
 
 library.define(
-    "embedding_bag(Tensor weight, Tensor indices, Tensor offsets, int mode=0, Tensor? per_sample_weights=None, "
-    "bool include_last_offset=False, int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False) -> Tensor"
+    "embedding_bag(Tensor weight, Tensor indices, Tensor offsets, int mode=0, Tensor? "
+    "per_sample_weights=None, "
+    "bool include_last_offset=False, int padding_idx=-1, bool scale_grad_by_freq=False, bool "
+    "sparse=False) -> Tensor"
 )
 library.define(
     "embedding_bag_backward(Tensor grad, Tensor weight, Tensor indices, Tensor offsets, int mode, "
-    "Tensor? per_sample_weights, bool include_last_offset, int padding_idx, bool scale_grad_by_freq, bool sparse, "
+    "Tensor? per_sample_weights, bool include_last_offset, int padding_idx, bool scale_grad_by_freq, "
+    "bool sparse, "
     "bool need_weight, bool need_per_sample_weights) -> (Tensor, Tensor)"
 )
 library.define(
     "embedding_bag_multi(Tensor[] weights, Tensor indices, Tensor offsets, int mode=0, "
-    "Tensor? per_sample_weights=None, int[]? features=None, int? num_features=None, bool sparse=False) -> Tensor"
+    "Tensor? per_sample_weights=None, int[]? features=None, int? num_features=None, bool sparse=False) "
+    "-> Tensor"
 )
 library.define(
     "embedding_bag_multi_backward(Tensor grad, Tensor[] weights, Tensor indices, Tensor offsets, int mode, "
-    "Tensor? per_sample_weights, int[] features, int num_features, bool sparse, bool need_per_sample_weights) "
+    "Tensor? per_sample_weights, int[] features, int num_features, bool sparse, bool "
+    "need_per_sample_weights) "
     "-> (Tensor[], Tensor)"
 )
 
@@ -47,7 +53,7 @@ library.define(
 
 def run_embedding_bag(weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx):
     """The native kernel, for arguments that are checked: one float32 table on the CPU."""
-    out = torch.empty(offsets.shape[0] - include_last_offset, weight.shape[1])
+    out = torch.empty(num_bags(offsets, include_last_offset), weight.shape[1])
     _C.embedding_bag(
         weight,
         indices,
@@ -192,7 +198,7 @@ def _backward_of_embedding_bag(ctx, grad):
 def run_embedding_bag_multi(
     weights, indices, offsets, mode, per_sample_weights, out, out_columns, features=None, num_features=None
 ):
-    """The native kernel, for arguments that are checked: float32 tables on the CPU, into columns of ``out``."""
+    """The native kernel, for checked arguments: float32 tables on the CPU, into columns of ``out``."""
     if features is not None:
         csr = _csr.Csr(indices, offsets, per_sample_weights)
         indices, offsets, per_sample_weights = _csr.select(csr, features, num_features)
