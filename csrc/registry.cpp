@@ -6,15 +6,14 @@
 #include "common/error.h"
 #include "dhe/dhe.h"
 #include "embedding_bag/embedding_bag.h"
+#include "gradient/gradient.h"
 
 namespace mprec {
 namespace {
 
-const Kernels tables[] = {
-    {Isa::scalar, &scalar::embedding_bag_kernels, &scalar::dhe_kernels},
-    {Isa::avx2, &avx2::embedding_bag_kernels, &avx2::dhe_kernels},
-    {Isa::avx512, &avx512::embedding_bag_kernels, &avx512::dhe_kernels},
-};
+#define MPREC_KERNELS(isa) {Isa::isa, &isa::embedding_bag_kernels, &isa::gradient_kernels, &isa::dhe_kernels}
+const Kernels tables[] = {MPREC_KERNELS(scalar), MPREC_KERNELS(avx2), MPREC_KERNELS(avx512)};
+#undef MPREC_KERNELS
 
 const Kernels* best() {
   for (Isa isa : {Isa::avx512, Isa::avx2})

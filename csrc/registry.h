@@ -5,11 +5,13 @@
 namespace mprec {
 
 struct EmbeddingBagKernels;  // embedding_bag/embedding_bag.h
+struct GradientKernels;      // gradient/gradient.h
 struct DheKernels;           // dhe/dhe.h
 
 struct Kernels {
   Isa isa;
   const EmbeddingBagKernels* embedding_bag;
+  const GradientKernels* gradient;
   const DheKernels* dhe;
 };
 

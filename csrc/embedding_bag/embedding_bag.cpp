@@ -47,8 +47,9 @@ int64_t split(const BagRequest& r, int64_t total, int64_t part, int64_t parts) {
   return f->first_bag + low;
 }
 
-// Finds the first invalid offset, else the first invalid ID, and throws. Runs only after a kernel met one.
-[[noreturn]] void throw_first_error(const BagRequest& r) {
+}  // namespace
+
+void throw_first_error(const BagRequest& r) {
   const int64_t n = r.indices.size;
   for (int64_t b = 0; b <= r.num_bags; ++b) {
     const int64_t begin = r.bag_begin(b);
@@ -77,8 +78,6 @@ int64_t split(const BagRequest& r, int64_t total, int64_t part, int64_t parts) {
       }
   throw std::runtime_error("indices or offsets were changed by another thread during the call");
 }
-
-}  // namespace
 
 int64_t embedding_bag_cost(const BagRequest& r) {
   int64_t total = 0;

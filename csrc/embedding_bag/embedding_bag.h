@@ -46,6 +46,9 @@ struct BagRequest {
 // are invalid; results are then unspecified, but nothing outside the tables has been read.
 void embedding_bag_forward(const BagRequest&, int threads);
 
+// Finds the first invalid offset, else the first invalid ID, and throws. For when a kernel has met one.
+[[noreturn]] void throw_first_error(const BagRequest&);
+
 // Rough count of cache lines that a request touches: the measure by which work is split.
 int64_t embedding_bag_cost(const BagRequest&);
 

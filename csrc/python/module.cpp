@@ -11,7 +11,9 @@ namespace py = pybind11;
 
 namespace mprec::python {
 void bind_embedding_bag(py::module_&);  // embedding_bag.cpp
+void bind_gradient(py::module_&);       // gradient.cpp
 void bind_dhe(py::module_&);            // dhe.cpp
+void bind_cache(py::module_&);          // cache.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -43,5 +45,7 @@ PYBIND11_MODULE(_C, m) {
       "Switch kernels; ValueError if the CPU cannot run them.");
   m.def("omp_max_threads", &omp_get_max_threads);
   python::bind_embedding_bag(m);
+  python::bind_gradient(m);
   python::bind_dhe(m);
+  python::bind_cache(m);
 }

@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 __all__ = ["chosen_shares", "correct_throughput", "latency_curves", "learning_curves", "quality_against_size"]
 
@@ -56,6 +57,8 @@ def latency_curves(result: Mapping) -> str:
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
     return _svg(figure)
 
@@ -69,6 +72,8 @@ def quality_against_size(result: Mapping) -> str:
         axes.scatter(x, y, color=_colour(name), s=45)
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), color=_colour(name))
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.25, y=0.2)
     return _svg(figure)
 

@@ -1,0 +1,69 @@
+// Gradients of embedding tables, row by row, and optimizers applied in the same pass. README.md has the
+// formulas.
+#pragma once
+#include <cstdint>
+
+#include "embedding_bag/embedding_bag.h"
+
+namespace mprec {
+
+// What becomes of a row's gradient g. `first` and `second` are the optimizer's state of that row.
+enum class Rule {
+  assign,           // row = g
+  sgd,              // row -= lr g
+  adagrad,          // first += g^2;         row -= lr g / (sqrt(first) + eps)
+  rowwise_adagrad,  // first += mean(g^2);   row -= lr g / (sqrt(first) + eps), one `first` a row
+  adam,             // first, second: moments of g and g^2; row -= lr first / (sqrt(second) + eps)
+};
+
+struct Update {
+  Rule rule;
+  float lr, eps;       // adam: lr with both bias corrections in it
+  float beta1, beta2;  // adam
+};
+
+// The rows that an update writes. `first` and `second` may be null if the rule has no such state.
+struct TableRows {
+  float *weight, *first, *second;
+  int64_t weight_stride, state_stride;  // floats from one row to the next
+};
+
+// A sorted share of one table's gradient: entry e adds scales[e] times the gradient of bag bags[e].
+struct RowGradients {
+  const uint64_t* keys;  // row << 32 | entry, ascending: so a row's entries are added in the indices' order
+  int64_t count;
+  const int32_t* bags;
+  const float* scales;  // null: all 1
+  const float* grad;    // bag b's gradient: grad + b * grad_stride, dim floats
+  int64_t grad_stride, dim;
+};
+
+// Applies `update` to the rows of every table that the request's bags use. The request's features hold the
+// gradient of the pooled output in `out` (read only) and the tables in `tables`. Modes sum and mean.
+// A row's gradient is summed in the order of the indices and each row is handled by one thread: the result
+// does not depend on the number of threads. Nothing is written if the indices or offsets are invalid
+// (IdError, OffsetsError).
+void update_tables(const BagRequest&, const TableRows* tables, const Update&, int threads);
+
+// The coalesced sparse gradient of the one table of the request: its distinct rows, ascending, to `rows`
+// and their gradients to `values` [count, dim]; both have room for as many rows as there are indices.
+// Returns their count.
+int64_t sparse_gradient(const BagRequest&, int64_t* rows, float* values, int threads);
+
+struct GradientKernels {
+  // Applies the update to each distinct row of the share. `compact`: the i-th distinct row of the share is
+  // written at weight + i * weight_stride, not at its own place (assign only). `scratch`: dim floats.
+  void (*apply)(const RowGradients&, const TableRows&, const Update&, bool compact, float* scratch);
+};
+
+namespace scalar {
+extern const GradientKernels gradient_kernels;
+}
+namespace avx2 {
+extern const GradientKernels gradient_kernels;
+}
+namespace avx512 {
+extern const GradientKernels gradient_kernels;
+}
+
+}  // namespace mprec

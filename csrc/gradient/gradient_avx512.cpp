@@ -1,0 +1,5 @@
+#include "gradient/kernel.h"
+
+namespace mprec::avx512 {
+const GradientKernels gradient_kernels = {apply};
+}

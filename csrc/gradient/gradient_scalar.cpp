@@ -1,0 +1,5 @@
+#include "gradient/kernel.h"
+
+namespace mprec::scalar {
+const GradientKernels gradient_kernels = {apply};
+}

@@ -1,0 +1,48 @@
+// Tables and bags as Python passes them, checked.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include "common/error.h"
+#include "embedding_bag/embedding_bag.h"
+#include "python/arguments.h"
+#include "python/tensor.h"
+
+namespace mprec::python {
+
+inline Integers integers(const Tensor& t) { return {t.data, t.shape[0], t.dtype == DType::i64}; }
+
+inline Tensor matrix(PyObject* object, const char* name) {
+  const Tensor t = view(object, name);
+  if (t.dtype != DType::f32)
+    throw pybind11::type_error(message(name, ": expected float32, got ", dtype_name(t.dtype)));
+  if (t.ndim != 2) throw pybind11::value_error(message(name, ": expected 2 dimensions, got ", t.ndim));
+  if (t.shape[1] > 1 && t.strides[1] != 1)
+    throw pybind11::value_error(
+        message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
+  return t;
+}
+
+inline Feature feature(const Tensor& weight, int64_t first_bag, const Tensor& out, int64_t column) {
+  return {weight.ptr<char>(), weight.shape[0],
+          weight.shape[1],    weight.strides[0] * static_cast<int64_t>(sizeof(float)),
+          first_bag,          out.ptr<float>() + column,
+          out.strides[0]};
+}
+
+inline Mode parse_mode(PyObject* object) {
+  const long long mode = integer(object, "mode");
+  if (mode < 0 || mode > 2) throw pybind11::value_error(message("mode: expected 0, 1 or 2, got ", mode));
+  return static_cast<Mode>(mode);
+}
+
+inline const float* parse_weights(PyObject* object, const Integers& indices, Mode mode) {
+  if (object == Py_None) return nullptr;
+  const Tensor t = view(object, "per_sample_weights", DType::f32, 1);
+  if (t.shape[0] != indices.size)
+    throw pybind11::value_error(
+        message("per_sample_weights: expected as many as indices, ", indices.size, ", got ", t.shape[0]));
+  if (mode == Mode::max) throw pybind11::value_error("per_sample_weights: mode max does not take any");
+  return t.ptr<float>();
+}
+
+}  // namespace mprec::python

@@ -1,0 +1,127 @@
+#include <pybind11/pybind11.h>
+
+#include <optional>
+
+#include "cache/distinct.h"
+#include "cache/row_cache.h"
+#include "common/error.h"
+#include "python/tensor.h"
+
+namespace py = pybind11;
+
+namespace mprec::python {
+namespace {
+
+// Below so many rows a call is over sooner than another thread could make use of the GIL.
+constexpr int64_t release_gil_rows = 512;
+
+// int64, one-dimensional, none negative.
+Tensor ids_view(const py::object& object) {
+  const Tensor t = view(object.ptr(), "ids", DType::i64, 1);
+  const int64_t* ids = t.ptr<int64_t>();
+  int64_t all = 0;
+  for (int64_t i = 0; i < t.shape[0]; ++i) all |= ids[i];
+  if (all < 0)
+    for (int64_t i = 0; i < t.shape[0]; ++i)
+      if (ids[i] < 0) throw IdError(message("ids[", i, "] is ", ids[i], ", expected 0 <= ID"));
+  return t;
+}
+
+// float32 [at least n, dim], adjacent values in a row.
+Tensor rows_view(const py::object& object, const char* name, int64_t n, int64_t dim) {
+  const Tensor t = view(object.ptr(), name);
+  if (t.dtype != DType::f32)
+    throw py::type_error(message(name, ": expected float32, got ", dtype_name(t.dtype)));
+  if (t.ndim != 2) throw py::value_error(message(name, ": expected 2 dimensions, got ", t.ndim));
+  if (t.shape[0] != n) throw py::value_error(message(name, ": expected ", n, " rows, got ", t.shape[0]));
+  if (t.shape[1] != dim)
+    throw py::value_error(message(name, ": expected ", dim, " columns, got ", t.shape[1]));
+  if (dim > 1 && t.strides[1] != 1)
+    throw py::value_error(message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
+  return t;
+}
+
+int64_t* scratch(const py::object& object, const char* name, int64_t n) {
+  const Tensor t = view(object.ptr(), name, DType::i64, 1);
+  if (t.shape[0] < n) throw py::value_error(message(name, ": expected room for ", n, ", got ", t.shape[0]));
+  return t.ptr<int64_t>();
+}
+
+template <class Call>
+auto without_gil(int64_t rows, const Call& call) {
+  std::optional<py::gil_scoped_release> release;
+  if (rows >= release_gil_rows) release.emplace();
+  return call();
+}
+
+py::tuple lookup(RowCache& cache, const py::object& ids, uint32_t generation, const py::object& out,
+                 const py::object& positions, const py::object& distinct_ids, const py::object& inverse) {
+  const Tensor i = ids_view(ids);
+  const int64_t n = i.shape[0];
+  const Tensor o = rows_view(out, "out", n, cache.dim());
+  int64_t* const p = scratch(positions, "positions", n);
+  int64_t* const d = scratch(distinct_ids, "distinct_ids", n);
+  int64_t* const v = scratch(inverse, "inverse", n);
+  const auto [missing, different] = without_gil(n, [&] {
+    const int64_t missing = cache.lookup(i.ptr<int64_t>(), n, generation, o.ptr<float>(), o.strides[0], p);
+    const int64_t different = missing ? distinct(i.ptr<int64_t>(), p, missing, d, v) : 0;
+    return std::pair(missing, different);
+  });
+  return py::make_tuple(missing, different);
+}
+
+using Store = int64_t (RowCache::*)(const int64_t*, int64_t, uint32_t, const float*, int64_t);
+
+template <Store store>
+int64_t store_rows(RowCache& cache, const py::object& ids, const py::object& rows, uint32_t generation) {
+  const Tensor i = ids_view(ids);
+  const int64_t n = i.shape[0];
+  const Tensor r = rows_view(rows, "rows", n, cache.dim());
+  return without_gil(
+      n, [&] { return (cache.*store)(i.ptr<int64_t>(), n, generation, r.ptr<float>(), r.strides[0]); });
+}
+
+int64_t held_ids(const RowCache& cache, const py::object& out) {
+  const Tensor o = view(out.ptr(), "out", DType::i64, 1);
+  return without_gil(release_gil_rows,
+                     [&] { return cache.ids(cache.generation(), o.ptr<int64_t>(), o.shape[0]); });
+}
+
+py::dict stats(const RowCache& cache) {
+  const RowCacheStats s = cache.stats();
+  py::dict d;
+  d["hits"] = s.hits;
+  d["misses"] = s.misses;
+  d["admissions"] = s.admissions;
+  d["evictions"] = s.evictions;
+  d["rejections"] = s.rejections;
+  return d;
+}
+
+}  // namespace
+
+void bind_cache(py::module_& m) {
+  py::class_<RowCache>(m, "RowCache", "Rows of floats by ID, in a fixed number of bytes; for many threads.")
+      .def(py::init<int64_t, int64_t>(), py::arg("dim"), py::arg("nbytes"))
+      .def_static("bytes_for", &RowCache::bytes_for, py::arg("dim"), py::arg("rows"))
+      .def_property_readonly("dim", &RowCache::dim)
+      .def_property_readonly("capacity", &RowCache::capacity)
+      .def_property_readonly("nbytes", &RowCache::nbytes)
+      .def_property_readonly("generation", &RowCache::generation)
+      .def("__len__", &RowCache::size)
+      .def("invalidate", &RowCache::invalidate)
+      .def("lookup", &lookup, py::arg("ids"), py::arg("generation"), py::arg("out"), py::arg("positions"),
+           py::arg("distinct_ids"), py::arg("inverse"),
+           "Copies the rows of hits into out [n, dim]; returns (m, d): positions[:m] are the misses, "
+           "distinct_ids[:d] their distinct IDs, and ids[positions[i]] is distinct_ids[inverse[i]].")
+      .def("admit", &store_rows<&RowCache::admit>, py::arg("ids"), py::arg("rows"), py::arg("generation"),
+           "Offers rows [n, dim]; returns how many were stored.")
+      .def("fill", &store_rows<&RowCache::fill>, py::arg("ids"), py::arg("rows"), py::arg("generation"),
+           "Stores rows [n, dim] of the hottest IDs, hottest first, while there is room; returns how many.")
+      .def("ids", &held_ids, py::arg("out"),
+           "Writes the IDs held to out, as many as fit; returns their number.")
+      .def("stats", &stats)
+      .def("reset_stats", &RowCache::reset_stats);
+}
+
+}  // namespace mprec::python

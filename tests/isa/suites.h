@@ -1,0 +1,11 @@
+// One suite per family of kernels; each tests the table of registry.h that is in use.
+#pragma once
+#include <string>
+
+namespace mprec::test {
+
+// `isa` names the table in the report. The operators' own drivers run with `threads`.
+void embedding_bag_suite(const std::string& isa, int threads);
+void dhe_suite(const std::string& isa, int threads);
+
+}  // namespace mprec::test

@@ -1,0 +1,43 @@
+"""The wheel's kernels against their formulas in float64: on this CPU, and on emulated ones."""
+
+import re
+import subprocess
+
+import pytest
+from conftest import run_command
+
+MODELS = {"spr": "avx512", "icl": "avx512", "skx": "avx512", "hsw": "avx2"}  # and the best that each can run
+
+
+def report(done: subprocess.CompletedProcess) -> int:
+    """Number of cases that passed; fails with the program's report unless all did."""
+    text = f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, text
+    passed, failed = map(int, re.search(r"^(\d+) passed, (\d+) failed$", done.stdout, re.M).groups())
+    assert passed > 0, text
+    assert failed == 0, text
+    return passed
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_on_this_cpu(kernel_build, threads):
+    assert report(run_command([kernel_build / "kernel_test", "--threads", str(threads)])) > 10
+
+
+@pytest.mark.parametrize("cpu", MODELS)
+def test_on_emulated_cpu(kernel_build, emulate, cpu):
+    done = emulate(cpu, kernel_build / "kernel_test", MODELS[cpu])
+    assert report(done) > 10
+    assert f"{MODELS[cpu]} embedding_bag" in done.stdout
+
+
+def test_avx512_is_not_reached_without_it(kernel_build, emulate):
+    done = emulate("hsw", kernel_build / "kernel_test", "avx512")
+    assert report(done) == 1  # dispatch alone
+    assert "avx512: this CPU cannot run it" in done.stdout
+
+
+def test_avx512_is_not_reached_where_the_kernel_does_not_save_its_registers(kernel_build, emulate):
+    done = emulate("skx", kernel_build / "kernel_test", "avx512", options=["--xcr0", "0x7"])
+    assert report(done) == 1
+    assert "avx512: this CPU cannot run it" in done.stdout

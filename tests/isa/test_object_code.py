@@ -1,0 +1,77 @@
+"""What the compiled kernels may hold: no instruction beyond their ISA, and no function that the linker could
+merge with another ISA's."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import checked
+
+ISAS = ("avx2", "avx512", "avx512vnni", "avx512bf16")
+
+
+def objects(build: Path) -> dict[str, Path]:
+    found = {path.name: path for path in build.glob("CMakeFiles/mprec_kernels.dir/**/*.cpp.o")}
+    assert any("avx512" in name for name in found), "no objects"
+    return found
+
+
+def isa_of(name: str) -> str:
+    suffix = name.removesuffix(".cpp.o").rpartition("_")[2]
+    return suffix if suffix in ISAS else "baseline"
+
+
+_PREFIXES = {"26", "2e", "36", "3e", "64", "65", "66", "67", "f0", "f2", "f3"}
+# Not tzcnt: compilers emit it where an old CPU's bsf, which shares its encoding, does as well.
+_SCALAR_EXTENSIONS = {"lzcnt", "popcnt", "movbe", "crc32"}
+
+
+def instructions(path: Path) -> Iterator[tuple[str, str]]:
+    """(encoding, text) of each: the byte after the prefixes tells VEX and EVEX from all others."""
+    for line in checked(["objdump", "-d", "--insn-width=16", path]).splitlines():
+        if match := re.match(r"\s+[0-9a-f]+:\t((?:[0-9a-f]{2} )+)\s*\t(.*)", line):
+            first = next((b for b in match[1].split() if b not in _PREFIXES), "")
+            encoding = {"c4": "VEX", "c5": "VEX", "62": "EVEX"}.get(first, "legacy")
+            text = match[2].strip()
+            if encoding == "legacy" and text.split()[0] in _SCALAR_EXTENSIONS:
+                encoding = "scalar extension"
+            yield encoding, text
+
+
+ALLOWED = {"baseline": {"legacy"}, "avx2": {"legacy", "scalar extension", "VEX"}}
+
+
+def test_instructions_stay_within_the_isa(kernel_build):
+    seen = {}
+    for name, path in objects(kernel_build).items():
+        isa = isa_of(name)
+        for encoding, text in instructions(path):
+            seen[isa, encoding] = True
+            assert isa not in ALLOWED or encoding in ALLOWED[isa], f"{name}: {encoding} instruction {text}"
+    assert seen["baseline", "legacy"]
+    assert seen["avx2", "VEX"]
+    assert seen["avx512", "EVEX"], "the disassembly was misread"
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_kernels_use_whole_registers(kernel_build, isa):
+    register = {"avx2": "%ymm", "avx512": "%zmm"}[isa]
+    for name, path in objects(kernel_build).items():
+        if isa_of(name) == isa:
+            assert any(register in text for _, text in instructions(path)), name
+
+
+def test_no_function_of_an_isa_can_stand_in_for_another(kernel_build):
+    """A weak symbol (an inline function, a template) of an ISA's object must be named after the ISA: else the
+    linker may keep this copy for callers that run on any CPU."""
+    checked_symbols = 0
+    for name, path in objects(kernel_build).items():
+        if (isa := isa_of(name)) == "baseline":
+            continue
+        for line in checked(["nm", "-C", "--defined-only", path]).splitlines():
+            _, kind, symbol = line.split(maxsplit=2)
+            if kind in "WVu" and not symbol.startswith("DW.ref."):
+                assert f"mprec::{isa}::" in symbol, f"{name} defines {symbol}"
+            checked_symbols += 1
+    assert checked_symbols

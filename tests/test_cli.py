@@ -1,0 +1,63 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mprec import _native, cli
+
+
+def _mprec(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "mprec", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_info_names_what_a_bug_report_needs():
+    facts = json.loads(_mprec("info", "--json").stdout)
+    assert facts["mprec"] == _native.__version__
+    assert facts["isa"] in facts["isa_runnable"]
+    assert facts["threads"]["torch"] >= 1
+    assert {"torch", "cpu", "gpu", "compiler", "triton_kernels"} <= facts.keys()
+    text = _mprec("info").stdout
+    assert f"ISA in use  {facts['isa']}" in text
+
+
+def test_isa_is_chosen_by_the_environment():
+    assert json.loads(_mprec("info", "--json", MPREC_ISA="scalar").stdout)["isa"] == "scalar"
+
+
+def test_an_unknown_isa_is_named():
+    done = _mprec("info", MPREC_ISA="avx3")
+    assert done.returncode != 0
+    assert "MPREC_ISA" in done.stderr
+    assert "'avx3' is none of scalar, avx2, avx512" in done.stderr
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path):
+    done = _mprec("report", str(tmp_path / "absent.json"))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "absent.json" in done.stderr
+
+
+def test_every_subcommand_has_help(capsys):
+    for name in cli.SUBCOMMANDS:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([name, "--help"])
+        assert exit_.value.code == 0
+        assert f"mprec {name}" in capsys.readouterr().out
+
+
+def test_no_subcommand_is_an_error(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([])
+    assert exit_.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
