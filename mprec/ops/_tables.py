@@ -7,8 +7,10 @@ from torch import Tensor
 
 from mprec import reference
 from mprec._native import _C
+from mprec.names import MODES
 from mprec.ops import _backward, _csr
 from mprec.ops._common import (
+    NATIVE_TABLES,
     check_bags,
     check_ids,
     check_per_sample_weights,
@@ -52,8 +54,8 @@ library.define(
 
 
 def run_embedding_bag(weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx):
-    """The native kernel, for arguments that are checked: one float32 table on the CPU."""
-    out = torch.empty(num_bags(offsets, include_last_offset), weight.shape[1])
+    """The native kernel: one table on the CPU of a dtype in ``NATIVE_TABLES``; weights in float32."""
+    out = torch.empty(num_bags(offsets, include_last_offset), weight.shape[1], dtype=weight.dtype)
     _C.embedding_bag(
         weight,
         indices,
@@ -66,6 +68,10 @@ def run_embedding_bag(weight, indices, offsets, mode, per_sample_weights, includ
         torch.get_num_threads(),
     )
     return out
+
+
+def _float32(per_sample_weights: Tensor | None) -> Tensor | None:
+    return None if per_sample_weights is None else contiguous(per_sample_weights.to(torch.float32))
 
 
 def _embedding_bag(
@@ -83,10 +89,15 @@ def _embedding_bag(
     check_weights(weight, "weight")
     indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
     check_per_sample_weights(per_sample_weights, weight, indices)
-    per_sample_weights = contiguous(per_sample_weights)
-    if weight.is_cpu and native(weight):
+    if weight.is_cpu and weight.dtype in NATIVE_TABLES:
         return run_embedding_bag(
-            contiguous(weight), indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx
+            contiguous(weight),
+            indices,
+            offsets,
+            mode,
+            _float32(per_sample_weights),
+            include_last_offset,
+            padding_idx,
         )
     check_bags(offsets, len(indices), include_last_offset)
     check_ids(indices, len(weight))
@@ -110,6 +121,60 @@ def _embedding_bag_fake(
     return weight.new_empty(offsets.shape[0] - include_last_offset, weight.shape[1])
 
 
+_SGD = 1  # of update_tables
+
+
+def _dense_gradients(
+    grad: Tensor, weights: Sequence[Tensor], csr: _csr.Csr, mode: int, padding_idx: int = -1
+) -> list[Tensor]:
+    """Of every table, in one native call: a gradient is what an SGD step of rate -1 adds to zeros."""
+    grads = [torch.zeros(weight.shape) for weight in weights]
+    _C.update_tables(
+        grads,
+        None,
+        None,
+        csr.indices,
+        csr.offsets,
+        contiguous(csr.per_sample_weights),
+        mode,
+        padding_idx,
+        _adjacent(grad),
+        None,
+        _SGD,
+        -1.0,
+        0.0,
+        0.0,
+        0.0,
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def _sparse_gradient(grad, weight, indices, offsets, mode, per_sample_weights, padding_idx) -> Tensor:
+    """Coalesced, rows ascending."""
+    rows, values = torch.empty(len(indices), dtype=torch.int64), torch.empty(len(indices), weight.shape[1])
+    count = _C.sparse_gradient(
+        ids(indices, "indices"),
+        offsets,
+        contiguous(per_sample_weights),
+        mode,
+        padding_idx,
+        len(weight),
+        _adjacent(grad),
+        rows,
+        values,
+        torch.get_num_threads(),
+    )
+    return torch.sparse_coo_tensor(
+        rows[:count][None], values[:count], weight.shape, is_coalesced=True, check_invariants=False
+    )
+
+
+def _adjacent(grad: Tensor) -> Tensor:
+    """With the values of a row side by side (a sum's gradient is one number, expanded)."""
+    return grad if grad.stride(1) == 1 else grad.clone(memory_format=torch.contiguous_format)
+
+
 def _embedding_bag_backward(
     grad,
     weight,
@@ -124,8 +189,21 @@ def _embedding_bag_backward(
     need_weight,
     need_per_sample_weights,
 ):
+    if (
+        weight.is_cpu
+        and native(weight, grad)
+        and mode != MODES["max"]
+        and not (scale_grad_by_freq or need_per_sample_weights)
+    ):
+        offsets = ids(offsets, "offsets")
+        if sparse:
+            return _sparse_gradient(
+                grad, weight, indices, offsets, mode, per_sample_weights, padding_idx
+            ), grad.new_empty(0)
+        csr = _csr.Csr(ids(indices, "indices"), offsets, per_sample_weights)
+        return _dense_gradients(grad, [weight], csr, mode, padding_idx)[0], grad.new_empty(0)
     keep = None if padding_idx < 0 else indices != padding_idx
-    rows = weight[indices] if need_per_sample_weights or mode == 2 else None
+    rows = weight[indices] if need_per_sample_weights or mode == MODES["max"] else None
     grad_rows, grad_psw = _backward.pool_backward(
         grad,
         rows,
@@ -198,7 +276,7 @@ def _backward_of_embedding_bag(ctx, grad):
 def run_embedding_bag_multi(
     weights, indices, offsets, mode, per_sample_weights, out, out_columns, features=None, num_features=None
 ):
-    """The native kernel, for checked arguments: float32 tables on the CPU, into columns of ``out``."""
+    """The native kernel: tables on the CPU into columns of ``out``; dtypes as for one table."""
     if features is not None:
         csr = _csr.Csr(indices, offsets, per_sample_weights)
         indices, offsets, per_sample_weights = _csr.select(csr, features, num_features)
@@ -235,17 +313,16 @@ def _embedding_bag_multi(
             raise TypeError(f"weights[{t}]: expected {weights[0].dtype} as weights[0], got {weight.dtype}")
     indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
     check_per_sample_weights(per_sample_weights, weights[0], indices)
-    per_sample_weights = contiguous(per_sample_weights)
     num_features = len(weights) if num_features is None else num_features
     batch = _csr.batch_size(offsets, num_features)
-    if features is not None or not (weights[0].is_cpu and native(weights[0])):
-        check_bags(offsets, len(indices), True)
-    if weights[0].is_cpu and native(weights[0]):
+    if weights[0].is_cpu and weights[0].dtype in NATIVE_TABLES:
         weights = [contiguous(weight) for weight in weights]
-        out = torch.empty(batch, sum(weight.shape[1] for weight in weights))
+        out = torch.empty(batch, sum(weight.shape[1] for weight in weights), dtype=weights[0].dtype)
+        psw = _float32(per_sample_weights)
         return run_embedding_bag_multi(
-            weights, indices, offsets, mode, per_sample_weights, out, None, features, num_features
+            weights, indices, offsets, mode, psw, out, None, features, num_features
         )
+    check_bags(offsets, len(indices), True)
     features = range(num_features) if features is None else features
     csr = _csr.Csr(indices, offsets, per_sample_weights)
     for t, (begin, end, _) in enumerate(_csr.feature_slices(csr, features, num_features)):
@@ -282,8 +359,17 @@ def _embedding_bag_multi_backward(
     sparse,
     need_per_sample_weights,
 ):
-    csr = _csr.Csr(indices, offsets, per_sample_weights)
+    csr = _csr.Csr(ids(indices, "indices"), ids(offsets, "offsets"), contiguous(per_sample_weights))
     grad_psw = grad.new_zeros(indices.shape if need_per_sample_weights else 0)
+    if (
+        grad.is_cpu
+        and native(grad, *weights)
+        and mode != MODES["max"]
+        and not (sparse or need_per_sample_weights)
+    ):
+        if list(features) != list(range(num_features)):
+            csr = _csr.select(csr, features, num_features)
+        return _dense_gradients(grad, weights, csr, mode), grad_psw
     grads = []
     columns = grad.split([weight.shape[1] for weight in weights], dim=1)
     for weight, part, (begin, end, starts) in zip(
