@@ -47,15 +47,19 @@ def test_sparse_gradient_against_float64(seed, rows, dim, bags, longest, mode, p
         count = _native._C.sparse_gradient(
             ids.to(dtype), offsets.to(dtype), weights, mode, padding, rows, grad, found, values, 2
         )
-    table = torch.zeros(rows, dim, dtype=torch.float64)
+    table, magnitude = torch.zeros(2, rows, dim, dtype=torch.float64)
     for bag in range(bags):
         inside = [i for i in range(int(offsets[bag]), int(offsets[bag + 1])) if int(ids[i]) != padding]
         for i in inside:
             scale = 1.0 if weights is None else float(weights[i])
-            table[ids[i]] += scale / (len(inside) if mode == 1 else 1) * grad[bag].double()
+            term = scale / (len(inside) if mode == 1 else 1) * grad[bag].double()
+            table[ids[i]] += term
+            magnitude[ids[i]] += term.abs()
     expected = sorted({int(i) for i in ids} - {padding})
     assert found[:count].tolist() == expected
-    torch.testing.assert_close(values[:count].double(), table[expected], rtol=1e-5, atol=1e-5)
+    # n float32 additions err by at most about n/2 ulp of the sum of magnitudes; n < 2400
+    error = (values[:count].double() - table[expected]).abs()
+    assert (error <= 2e-5 * magnitude[expected] + 1e-7).all()
 
 
 @pytest.mark.parametrize("name", ISAS)

@@ -17,15 +17,6 @@ constexpr int64_t multiply_adds_per_thread = 1 << 20;
 // Fewer IDs than this cannot repay looking for equal ones.
 constexpr int64_t fewest_to_dedupe = 8;
 
-// One feature's IDs to compute, and where their vectors go.
-struct FeatureWork {
-  const int64_t* ids;
-  int64_t count;
-  float* vectors;
-  int64_t stride;
-  PoolArguments pool;  // pool.vectors is null where every vector already went to its place in `out`
-};
-
 struct Block {
   int64_t feature, begin, count;
 };
@@ -34,48 +25,13 @@ struct Block {
 struct Workspace {
   std::vector<int64_t> ids, distinct;
   std::vector<int32_t> row_of_entry, slots;
-  std::vector<FeatureWork> features;
+  std::vector<DecodeWork> features;
+  std::vector<PoolArguments> pools;  // vectors is null where every vector already went to its place in `out`
   std::vector<Block> blocks;
   AlignedBuffer<float> vectors, scratch;
 };
 
-int64_t offset(const DheBagRequest& r, int64_t bag) {
-  return bag < r.offsets.size ? r.offsets[bag] : r.indices.size;
-}
-
-void check_offsets(const DheBagRequest& r) {
-  const int64_t total = r.num_features * r.bags, n = r.indices.size;
-  if (total == 0 && n > 0)
-    throw OffsetsError(message("offsets: describe no bags, but there are ", n, " indices"));
-  int64_t previous = 0;
-  for (int64_t b = 0; b <= total; ++b) {
-    const int64_t o = offset(r, b);
-    if (b == 0 && o != 0 && total > 0) throw OffsetsError(message("offsets[0] has to be 0, got ", o));
-    if (o < previous)
-      throw OffsetsError(message("offsets[", b, "] is ", o, ", less than the offset before it, ", previous));
-    if (o > n)
-      throw OffsetsError(message("offsets[", b, "] is ", o, ", expected at most the number of indices, ", n));
-    previous = o;
-  }
-  if (previous != n)
-    throw OffsetsError(message("offsets end at ", previous, ", expected the number of indices, ", n));
-}
-
-// The IDs as int64; IdError for a negative one.
-const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage) {
-  const int64_t* ids = static_cast<const int64_t*>(indices.data);
-  if (!indices.is_int64) {
-    storage.resize(indices.size);
-    for (int64_t i = 0; i < indices.size; ++i) storage[i] = indices[i];
-    ids = storage.data();
-  }
-  int64_t signs = 0;
-  for (int64_t i = 0; i < indices.size; ++i) signs |= ids[i];
-  if (signs < 0)
-    for (int64_t i = 0; i < indices.size; ++i)
-      if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
-  return ids;
-}
+thread_local Workspace own_workspace;
 
 uint64_t mix(uint64_t x) {
   x *= 0x9E3779B97F4A7C15u;
@@ -106,26 +62,24 @@ int64_t find_distinct(const int64_t* ids, int64_t n, int64_t padding_idx, std::v
   return count;
 }
 
-bool one_id_per_bag(const DheBagRequest& r, int64_t t) {
-  for (int64_t b = t * r.bags; b <= (t + 1) * r.bags; ++b)
-    if (offset(r, b) != offset(r, t * r.bags) + b - t * r.bags) return false;
-  return true;
-}
-
 // Which IDs of each feature are computed, and where to.
 void plan_features(const DheBagRequest& r, const int64_t* ids, Workspace& w) {
   const int64_t n = r.indices.size;
   const bool dedupe = r.dedupe == Dedupe::always || (r.dedupe == Dedupe::automatic && n >= fewest_to_dedupe);
   w.features.resize(r.num_features);
+  w.pools.resize(r.num_features);
   if (dedupe || r.padding_idx >= 0) {
     w.distinct.resize(n);
     w.row_of_entry.resize(n);
   }
   int64_t floats = 0;
   for (int64_t t = 0; t < r.num_features; ++t) {
-    FeatureWork& f = w.features[t];
-    const int64_t dim = r.decoders[t].dim, begin = offset(r, t * r.bags), end = offset(r, (t + 1) * r.bags);
-    f = {ids + begin, end - begin, nullptr, dim, {nullptr, dim, nullptr, nullptr, r.mode}};
+    DecodeWork& f = w.features[t];
+    PoolArguments& pool = w.pools[t];
+    const int64_t dim = r.decoders[t].dim, begin = r.bag_begin(t * r.bags),
+                  end = r.bag_begin((t + 1) * r.bags);
+    f = {r.decoders[t], ids + begin, end - begin, nullptr, dim};
+    pool = {nullptr, dim, nullptr, nullptr, r.mode};
     if (dedupe || r.padding_idx >= 0) {
       int64_t* distinct = w.distinct.data() + begin;
       int32_t* rows = w.row_of_entry.data() + begin;
@@ -133,11 +87,11 @@ void plan_features(const DheBagRequest& r, const int64_t* ids, Workspace& w) {
       if (count < f.count) {  // else every ID is computed for its only entry
         f.ids = distinct;
         f.count = count;
-        f.pool.row_of_entry = rows;
+        pool.row_of_entry = rows;
       }
     }
-    if (r.per_sample_weights) f.pool.weights = r.per_sample_weights + begin;
-    if (!f.pool.row_of_entry && !f.pool.weights && one_id_per_bag(r, t)) {
+    if (r.per_sample_weights) pool.weights = r.per_sample_weights + begin;
+    if (!pool.row_of_entry && !pool.weights && r.one_id_per_bag(t)) {
       f.vectors = r.out + r.columns[t];
       f.stride = r.out_stride;
     } else {
@@ -145,18 +99,19 @@ void plan_features(const DheBagRequest& r, const int64_t* ids, Workspace& w) {
     }
   }
   float* vectors = w.vectors.reserve(floats + 1);
-  for (FeatureWork& f : w.features) {
+  for (int64_t t = 0; t < r.num_features; ++t) {
+    DecodeWork& f = w.features[t];
     if (f.vectors) continue;
-    f.pool.vectors = f.vectors = vectors;
+    w.pools[t].vectors = f.vectors = vectors;
     vectors += f.count * f.stride;
   }
 }
 
 // Cuts each feature's IDs into nearly equal blocks, as many for one thread as for another.
-void plan_blocks(const std::vector<FeatureWork>& features, int threads, std::vector<Block>& blocks) {
+void plan_blocks(const std::vector<DecodeWork>& features, int threads, std::vector<Block>& blocks) {
   blocks.clear();
   int64_t total = 0;
-  for (const FeatureWork& f : features) total += f.count;
+  for (const DecodeWork& f : features) total += f.count;
   if (total == 0) return;
   const int64_t rounds = (total + threads * max_ids - 1) / (threads * max_ids);
   const int64_t largest = std::min<int64_t>(max_ids, (total + threads * rounds - 1) / (threads * rounds));
@@ -167,49 +122,110 @@ void plan_blocks(const std::vector<FeatureWork>& features, int threads, std::vec
   }
 }
 
-}  // namespace
+// How many of `threads` repay waking them for this work; plans w.blocks and w.scratch for so many.
+struct Team {
+  int threads;
+  int64_t scratch;  // floats of w.scratch for each
+};
 
-void dhe_bag_forward(const DheBagRequest& r, int threads) {
-  thread_local Workspace own;
-  Workspace& w = own;  // the same object in every thread of the region below
-  check_offsets(r);
-  plan_features(r, checked_ids(r.indices, w.ids), w);
-
+Team plan_team(const std::vector<DecodeWork>& features, int threads, Workspace& w) {
   int64_t multiply_adds = 0, scratch = 0;
-  for (int64_t t = 0; t < r.num_features; ++t) {
-    multiply_adds += w.features[t].count * r.decoders[t].multiply_adds();
-    scratch = std::max(scratch, scratch_floats(r.decoders[t]));
+  for (const DecodeWork& f : features) {
+    multiply_adds += f.count * f.decoder.multiply_adds();
+    scratch = std::max(scratch, scratch_floats(f.decoder));
   }
   threads = static_cast<int>(
       std::max<int64_t>(1, std::min<int64_t>(threads, multiply_adds / multiply_adds_per_thread)));
-  plan_blocks(w.features, threads, w.blocks);
-  float* all_scratch = w.scratch.reserve(scratch * threads);
+  plan_blocks(features, threads, w.blocks);
+  w.scratch.reserve(scratch * threads);
+  return {threads, scratch};
+}
 
-  const DheKernels& kernel = *kernels().dhe;
-  const auto compute = [&](const Block& b, float* own_scratch) {
-    const FeatureWork& f = w.features[b.feature];
-    kernel.forward(r.decoders[b.feature], f.ids + b.begin, static_cast<int>(b.count),
-                   f.vectors + b.begin * f.stride, f.stride, own_scratch);
-  };
+void compute(const std::vector<DecodeWork>& features, const Block& b, float* scratch) {
+  const DecodeWork& f = features[b.feature];
+  kernels().dhe->forward(f.decoder, f.ids + b.begin, static_cast<int>(b.count),
+                         f.vectors + b.begin * f.stride, f.stride, scratch);
+}
+
+}  // namespace
+
+void check_offsets(const DheBagRequest& r) {
+  const int64_t total = r.num_features * r.bags, n = r.indices.size;
+  if (total == 0 && n > 0)
+    throw OffsetsError(message("offsets: describe no bags, but there are ", n, " indices"));
+  int64_t previous = 0;
+  for (int64_t b = 0; b <= total; ++b) {
+    const int64_t o = r.bag_begin(b);
+    if (b == 0 && o != 0 && total > 0) throw OffsetsError(message("offsets[0] has to be 0, got ", o));
+    if (o < previous)
+      throw OffsetsError(message("offsets[", b, "] is ", o, ", less than the offset before it, ", previous));
+    if (o > n)
+      throw OffsetsError(message("offsets[", b, "] is ", o, ", expected at most the number of indices, ", n));
+    previous = o;
+  }
+  if (previous != n)
+    throw OffsetsError(message("offsets end at ", previous, ", expected the number of indices, ", n));
+}
+
+// The IDs as int64; IdError for a negative one.
+const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage) {
+  const int64_t* ids = static_cast<const int64_t*>(indices.data);
+  if (!indices.is_int64) {
+    storage.resize(indices.size);
+    for (int64_t i = 0; i < indices.size; ++i) storage[i] = indices[i];
+    ids = storage.data();
+  }
+  int64_t signs = 0;
+  for (int64_t i = 0; i < indices.size; ++i) signs |= ids[i];
+  if (signs < 0)
+    for (int64_t i = 0; i < indices.size; ++i)
+      if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
+  return ids;
+}
+
+bool DheBagRequest::one_id_per_bag(int64_t t) const {
+  for (int64_t b = t * bags; b <= (t + 1) * bags; ++b)
+    if (bag_begin(b) != bag_begin(t * bags) + b - t * bags) return false;
+  return true;
+}
+
+void dhe_decode(const std::vector<DecodeWork>& features, int threads) {
+  Workspace& w = own_workspace;
+  const Team team = plan_team(features, threads, w);
+  const int64_t num_blocks = static_cast<int64_t>(w.blocks.size());
+  if (team.threads == 1) {
+    for (const Block& b : w.blocks) compute(features, b, w.scratch.data());
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team.threads)
+  for (int64_t i = 0; i < num_blocks; ++i)
+    compute(features, w.blocks[i], w.scratch.data() + omp_get_thread_num() * team.scratch);
+}
+
+void dhe_bag_forward(const DheBagRequest& r, int threads) {
+  Workspace& w = own_workspace;  // the same object in every thread of the region below
+  check_offsets(r);
+  plan_features(r, checked_ids(r.indices, w.ids), w);
+  const Team team = plan_team(w.features, threads, w);
+
   const auto pool = [&](int64_t bag) {
     const int64_t t = bag / r.bags;
-    const FeatureWork& f = w.features[t];
-    if (!f.pool.vectors) return;
-    const int64_t begin = offset(r, t * r.bags);
-    kernel.pool(f.pool, offset(r, bag) - begin, offset(r, bag + 1) - begin,
-                r.out + bag % r.bags * r.out_stride + r.columns[t]);
+    if (!w.pools[t].vectors) return;
+    const int64_t begin = r.bag_begin(t * r.bags);
+    kernels().dhe->pool(w.pools[t], r.bag_begin(bag) - begin, r.bag_begin(bag + 1) - begin,
+                        r.out + bag % r.bags * r.out_stride + r.columns[t]);
   };
   const int64_t num_blocks = static_cast<int64_t>(w.blocks.size()), num_bags = r.num_features * r.bags;
-  if (threads == 1) {
-    for (const Block& b : w.blocks) compute(b, all_scratch);
+  if (team.threads == 1) {
+    for (const Block& b : w.blocks) compute(w.features, b, w.scratch.data());
     for (int64_t b = 0; b < num_bags; ++b) pool(b);
     return;
   }
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(team.threads)
   {
-    float* own_scratch = all_scratch + omp_get_thread_num() * scratch;
+    float* scratch = w.scratch.data() + omp_get_thread_num() * team.scratch;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_blocks; ++i) compute(w.blocks[i], own_scratch);
+    for (int64_t i = 0; i < num_blocks; ++i) compute(w.features, w.blocks[i], scratch);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < num_bags; ++b) pool(b);
   }

@@ -1,6 +1,7 @@
 // Bags of IDs to pooled vectors, for one or several features, over threads.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "dhe/dhe.h"
 
@@ -31,10 +32,30 @@ struct DheBagRequest {
   int64_t out_stride;
   const int64_t* columns;
   Dedupe dedupe;
+
+  int64_t bag_begin(int64_t bag) const { return bag < offsets.size ? offsets[bag] : indices.size; }
+  // Whether each bag of the feature holds one ID: its vector then needs no pooling.
+  bool one_id_per_bag(int64_t feature) const;
 };
 
 // OffsetsError or IdError (a negative ID) before anything is written. Results do not depend on the number of
 // threads.
 void dhe_bag_forward(const DheBagRequest&, int threads);
+
+// The two checks, for callers that pool by themselves.
+void check_offsets(const DheBagRequest&);
+// The IDs as int64, in `storage` if they come as int32.
+const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage);
+
+// One feature's IDs, all >= 0, and where their vectors go: vectors[i * stride] and on.
+struct DecodeWork {
+  DecoderView decoder;
+  const int64_t* ids;
+  int64_t count;
+  float* vectors;
+  int64_t stride;
+};
+// The vectors of several features' IDs, not pooled. As many IDs for one thread as for another.
+void dhe_decode(const std::vector<DecodeWork>&, int threads);
 
 }  // namespace mprec

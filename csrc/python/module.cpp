@@ -10,10 +10,8 @@
 namespace py = pybind11;
 
 namespace mprec::python {
-void bind_embedding_bag(py::module_&);
-void bind_gradient(py::module_&);       // gradient.cpp  // embedding_bag.cpp
-void bind_dhe(py::module_&);            // dhe.cpp
 void bind_embedding_bag(py::module_&);  // embedding_bag.cpp
+void bind_gradient(py::module_&);       // gradient.cpp
 void bind_dhe(py::module_&);            // dhe.cpp
 void bind_cache(py::module_&);          // cache.cpp
 }  // namespace mprec::python
