@@ -9,15 +9,19 @@
 
 namespace mprec::MPREC_ISA {
 
-// sum + four products of the bytes of each lane, unsigned times signed.
+// sum + four products of the bytes of each lane, unsigned times signed. The additions are not intrinsics:
+// with those gcc 12 keeps a tile's accumulators in memory.
 #if defined(__AVX512VNNI__)
 inline Int dot4(Int sum, Int levels, Int weights) {
-  return {_mm512_dpbusd_epi32(sum.v, levels.v, weights.v)};
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(levels.v), "v"(weights.v));
+  return sum;
 }
 #elif defined(__AVX2__)
 inline Int dot4(Int sum, Int levels, Int weights) {
   const IntRegister pairs = MPREC_MM(maddubs_epi16)(levels.v, weights.v);
-  return sum + Int{MPREC_MM(madd_epi16)(pairs, MPREC_MM(set1_epi16)(1))};
+  const IntRegister products = MPREC_MM(madd_epi16)(pairs, MPREC_MM(set1_epi16)(1));
+  asm("vpaddd %1, %0, %0" : "+v"(sum.v) : "v"(products));
+  return sum;
 }
 #else
 inline Int dot4(Int sum, Int levels, Int weights) {

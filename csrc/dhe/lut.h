@@ -12,6 +12,7 @@
 namespace mprec::MPREC_ISA {
 
 constexpr int lut_block = 32;   // groups whose tables (32 KiB) stay in the L1 cache while IDs pass
+constexpr int lut_few = 12;     // IDs that do not need most of a block
 constexpr int lut_flush = 256;  // groups that 16 bits hold
 constexpr int lut_line = lut_columns;
 
@@ -43,7 +44,10 @@ struct StoreOffsets {
     if constexpr (Vec::width == 1) {
       *to = static_cast<uint16_t>((j % 4 == 0 ? 0 : *to) | bits << (6 + j % 4));
     } else {
-      for (int g = 0; g < Vec::width / 4; ++g) to[g] = static_cast<uint16_t>((bits >> (4 * g) & 15) << 6);
+#if defined(__AVX2__)
+      const uint64_t four = _pdep_u64(bits, 0x03c003c003c003c0);  // 16 bits to four codes times 64
+      __builtin_memcpy(to, &four, Vec::width / 2);
+#endif
     }
   }
 };
@@ -73,9 +77,14 @@ inline void look_up(const LayerView& layer, const uint16_t* offsets, int64_t str
       for (int r = 0; r < 2 * rows; ++r) sums[r] = Words{};
       for (int g0 = first; g0 < end; g0 += lut_block) {
         const int count = end - g0 < lut_block ? end - g0 : lut_block;
+        // The next block's tables are fetched meanwhile, if these IDs are enough to need most of them.
+        const uint8_t* table0 = tables + int64_t{g0} * 16 * lut_line;
+        const uint8_t* next = table0 + lut_block * 16 * lut_line;
+        const int ahead = rows < lut_few ? 0 : lut_block * 16 / rows + 1;
         for (int r = 0; r < rows; ++r) {
+          for (int i = 0; i < ahead; ++i) prefetch(next + (r * ahead + i) * lut_line);
           Words even = sums[2 * r], odd = sums[2 * r + 1];
-          const uint8_t* table = tables + int64_t{g0} * 16 * lut_line;
+          const uint8_t* table = table0;
           const uint16_t* offset = offsets + r * stride + g0;
           for (int g = 0; g < count; ++g, table += 16 * lut_line) {
             const auto* line = reinterpret_cast<const WordVector*>(table + offset[g]);
