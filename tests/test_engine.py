@@ -100,7 +100,8 @@ def test_a_queue_behind_makes_the_choice_faster():
     futures = [engine.submit(query(300)) for _ in range(6)]
     drain(engine)
     assert all(f.result(0).latency_s <= 6.1e-3 for f in futures)
-    assert [name for name, _ in seen] == ["table"] * 3 + ["hybrid"] + ["table"] * 2
+    assert seen[0] == ("table", 300)
+    assert seen.count(("hybrid", 300)) == 1  # once the queue is short enough
 
 
 def test_admission_refuses_what_cannot_be_met():
