@@ -1,0 +1,120 @@
+"""Deep hash embeddings on the device against float64 torch, the encodings taken from the device itself."""
+
+import pytest
+import torch
+from mprec.triton_kernels import dhe, tuning
+from mprec.triton_kernels.dhe import dhe_forward
+from mprec.triton_kernels.hashing import hash_encode
+from test_hashing import coefficients_of
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "mish": torch.nn.functional.mish,
+}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def decoder(k, widths, dtype, device):
+    weights, biases = [], []
+    for out in widths:
+        weights.append((torch.randn(out, k) / k**0.5).to(dtype).to(device))
+        biases.append((torch.randn(out) * 0.1).to(dtype).to(device))
+        k = out
+    return weights, biases
+
+
+def expected(ids, c, weights, biases, family, activation, last_activation):
+    """float64, but with every layer's input rounded to the weights' type, as the kernels do."""
+    x = hash_encode(ids, c, family)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = x.to(weight.dtype).double() @ weight.double().T + bias.double()
+        x = ACTIVATIONS[last_activation if layer == len(weights) - 1 else activation](x)
+    return x
+
+
+def ids_of(n, device, wide=False):
+    return torch.randint(0, 2**62 if wide else 2**30, (n,), device=device)
+
+
+def assert_close(got, want, dtype):
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("family", ["universal", "artifact", "artifact_gaussian", "sign", "u7"])
+@pytest.mark.parametrize("widths", [(17,), (24, 10), (40, 33, 7), (16, 16, 16, 16)], ids=str)
+def test_forward(widths, family, dtype, device):
+    k, ids = 70, ids_of(21, device)
+    c = coefficients_of(family, k).to(device)
+    weights, biases = decoder(k, widths, dtype, device)
+    got = dhe_forward(ids, c, weights, biases, family, "relu", "sigmoid")
+    assert_close(got, expected(ids, c, weights, biases, family, "relu", "sigmoid"), dtype)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("last_activation", list(ACTIVATIONS))
+def test_activations(activation, last_activation, device):
+    ids, c = ids_of(5, device), coefficients_of("universal", 32).to(device)
+    weights, biases = decoder(32, (16, 8), torch.float32, device)
+    got = dhe_forward(ids, c, weights, biases, "universal", activation, last_activation)
+    assert_close(
+        got, expected(ids, c, weights, biases, "universal", activation, last_activation), torch.float32
+    )
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 130])
+@pytest.mark.parametrize("design", ["fused", "first layer"])
+def test_ragged_counts_write_every_row_and_nothing_else(design, n, device):
+    """Outputs start as NaN, in the middle of a larger buffer of NaN."""
+    k, widths = 96, (72, 20) if design == "fused" else (72,)
+    buffer = torch.full((n + 2, widths[-1]), torch.nan, device=device)
+    ids, c = torch.randint(0, 2**40, (n,), device=device), coefficients_of("universal", k).to(device)
+    weights, biases = decoder(k, widths, torch.float32, device)
+    config = tuning.Config(64, 32, 32, 2, 4)
+    if design == "fused":
+        got = dhe.fused(ids, c, weights, biases, "universal", "relu", "none", config, buffer[1:-1])
+    else:
+        got = dhe.first_layer(ids, c, weights[0], biases[0], "universal", "none", config, buffer[1:-1])
+    assert_close(got, expected(ids, c, weights, biases, "universal", "relu", "none"), torch.float32)
+    assert buffer[[0, -1]].isnan().all()
+
+
+def test_wide_narrow_and_int32_ids_in_one_call(device):
+    ids = torch.cat([ids_of(64, device), ids_of(64, device, wide=True), ids_of(9, device)])
+    c = coefficients_of("universal", 64).to(device)
+    weights, biases = decoder(64, (32, 16), torch.float32, device)
+    got = dhe_forward(ids, c, weights, biases, "universal", "mish", "none")
+    assert_close(got, expected(ids, c, weights, biases, "universal", "mish", "none"), torch.float32)
+    small = ids[:64].int()
+    assert torch.equal(dhe_forward(small, c, weights, biases, "universal", "mish", "none"), got[:64])
+
+
+def test_nan_weights_reach_the_output(device):
+    c = coefficients_of("universal", 32).to(device)
+    weights, biases = decoder(32, (16, 8), torch.float32, device)
+    weights[0][3] = torch.nan
+    for activation in ACTIVATIONS:
+        assert (
+            dhe_forward(ids_of(3, device), c, weights, biases, "universal", activation, "none").isnan().all()
+        )
+
+
+def test_bad_input(device):
+    c = coefficients_of("universal", 32).to(device)
+    weights, biases = decoder(32, (16, 8), torch.float32, device)
+    ids = ids_of(3, device)
+    with pytest.raises(ValueError, match="family: 'md5'"):
+        dhe_forward(ids, c, weights, biases, "md5", "relu", "none")
+    with pytest.raises(ValueError, match="last_activation: 'gelu'"):
+        dhe_forward(ids, c, weights, biases, "universal", "relu", "gelu")
+    with pytest.raises(TypeError, match="indices: int32 or int64"):
+        dhe_forward(ids.float(), c, weights, biases, "universal", "relu", "none")
+    with pytest.raises(ValueError, match=r"coefficients: \[2, k > 0\]"):
+        dhe_forward(ids, c, weights, biases, "artifact", "relu", "none")
+    with pytest.raises(ValueError, match=r"layer 1: weight \[out, 16\]"):
+        dhe_forward(ids, c, weights[:1] * 2, biases[:1] * 2, "universal", "relu", "none")
+    with pytest.raises(TypeError, match=r"layer 1: torch\.float32"):
+        dhe_forward(ids, c, [weights[0], weights[1].half()], biases, "universal", "relu", "none")

@@ -1,0 +1,108 @@
+"""Which tile sizes a kernel gets: an estimate of registers and shared memory, and the choice by shape."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Tile sizes of a DHE kernel: BM IDs x BN outputs, BK hashes a step, STAGES weight tiles in flight."""
+
+    BM: int
+    BN: int
+    BK: int
+    STAGES: int
+    warps: int
+
+
+class _Budget(NamedTuple):
+    """What compiles without spills: float32 accumulators a thread (by bytes per weight), shared memory, BK.
+
+    The rest of the 255 registers holds hashes and addresses; tf32x3 also holds both halves of its operands.
+    """
+
+    accumulators: dict[int, int]
+    shared: int
+    depth_bytes: int
+
+
+_BUDGETS = {
+    "sm_80": _Budget({2: 72, 4: 40}, 160 * 1024, 64),
+    "sm_90": _Budget({2: 144, 4: 80}, 224 * 1024, 128),
+    "sm_100": _Budget({2: 144, 4: 80}, 224 * 1024, 128),
+    "gfx942": _Budget({2: 128, 4: 80}, 64 * 1024, 128),
+}
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """The tuning target nearest to a device: "sm_80", "sm_90", "sm_100" or "gfx942"."""
+    if device.type != "cuda":
+        return "sm_90"  # the interpreter
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def tile_width(columns: int) -> int:
+    """The power of two >= columns, at least 16 (the matrix unit's smallest tile)."""
+    return max(16, 1 << (columns - 1).bit_length())
+
+
+def accumulators_per_thread(config: Config, second_width: int = 0) -> int:
+    """float32 accumulators that each thread holds: the [BM, BN] tile and, when fused, [BM, second_width]."""
+    return config.BM * (config.BN + second_width) // (32 * config.warps)
+
+
+def shared_bytes(config: Config, dtype: torch.dtype, second_width: int = 0, third_width: int = 0) -> int:
+    """Shared memory that the weight tiles need: the pipeline of the first layer, and the later layers'."""
+    pipeline = config.STAGES * config.BN * config.BK
+    later = max(config.BN * second_width, second_width * third_width)
+    return (pipeline + later) * dtype.itemsize
+
+
+def _rows(count: int) -> int:
+    # Few IDs: small tiles, so that more than a handful of multiprocessors have work.
+    return 16 if count <= 256 else 64 if count <= 4096 else 128
+
+
+def _candidates(target: str, count: int, widths: list[int], k: int, dtype: torch.dtype, fused: bool):
+    """Configs within the budget, widest tile first: fewer tiles across means fewer times the same hash."""
+    rows = _rows(count)
+    # below 64 rows there is no wgmma, and a thread holds what sm_80's instructions need
+    budget = _BUDGETS["sm_80" if rows < 64 and target != "gfx942" else target]
+    depth = min(budget.depth_bytes // dtype.itemsize, tile_width(k))
+    second, third = (*(tile_width(width) for width in widths[1:]), 0, 0)[:2] if fused else (0, 0)
+    for columns in (256, 128, 64, 32, 16):
+        config = Config(rows, columns, depth, 3, rows // 16)
+        if (
+            columns <= tile_width(widths[0])
+            and accumulators_per_thread(config, max(second, third)) <= budget.accumulators[dtype.itemsize]
+            and shared_bytes(config, dtype, second, third) <= budget.shared
+        ):
+            yield config
+
+
+def first_layer_config(target: str, count: int, k: int, width: int, dtype: torch.dtype) -> Config:
+    """For [hash + first layer] alone: count IDs, k hashes, `width` outputs."""
+    configs = list(_candidates(target, count, [width], k, dtype, fused=False))
+    if count <= 256:  # latency: narrow tiles spread the weights over the multiprocessors
+        configs = [config for config in configs if config.BN <= 32]
+    return configs[0]
+
+
+def fused_config(target: str, count: int, k: int, widths: list[int], dtype: torch.dtype) -> Config | None:
+    """For two or three layers in one kernel, or None where they do not fit registers and shared memory.
+
+    None also where the first layer would be cut in tiles narrower than 128 (64 for float32): the hashes,
+    computed again for each tile, would cost more than writing the hidden layer to memory and reading it.
+    """
+    if not 2 <= len(widths) <= 3:
+        return None
+    narrowest = min(128 if dtype.itemsize == 2 else 64, tile_width(widths[0]))
+    for config in _candidates(target, count, widths, k, dtype, fused=True):
+        if narrowest <= config.BN:
+            return config
+    return None
