@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mprec._native import _C
 from mprec.errors import InvalidOffsetsError
+from mprec.ops._common import ids
 
 
 class Csr(NamedTuple):
@@ -41,7 +42,13 @@ def feature_slices(csr: Csr, features: Sequence[int], num_features: int) -> Iter
 
 def select(csr: Csr, features: Sequence[int], num_features: int) -> Csr:
     """The batch of these features alone, in this order (CPU). ``InvalidOffsetsError`` on bad offsets."""
-    indices, offsets, weights = csr
+    if list(features) == list(range(num_features)):
+        return csr
+    indices, offsets, weights = (
+        ids(csr.indices, "indices"),
+        ids(csr.offsets, "offsets"),
+        csr.per_sample_weights,
+    )
     out_indices = torch.empty_like(indices)
     out_offsets = torch.empty(len(features) * batch_size(offsets, num_features) + 1, dtype=torch.int64)
     out_weights = None if weights is None else torch.empty_like(weights)

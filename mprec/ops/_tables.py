@@ -8,7 +8,7 @@ from torch import Tensor
 from mprec import reference
 from mprec._native import _C
 from mprec.names import MODES
-from mprec.ops import _backward, _csr
+from mprec.ops import _backward, _csr, fused
 from mprec.ops._common import (
     NATIVE_TABLES,
     check_bags,
@@ -121,60 +121,6 @@ def _embedding_bag_fake(
     return weight.new_empty(offsets.shape[0] - include_last_offset, weight.shape[1])
 
 
-_SGD = 1  # of update_tables
-
-
-def _dense_gradients(
-    grad: Tensor, weights: Sequence[Tensor], csr: _csr.Csr, mode: int, padding_idx: int = -1
-) -> list[Tensor]:
-    """Of every table, in one native call: a gradient is what an SGD step of rate -1 adds to zeros."""
-    grads = [torch.zeros(weight.shape) for weight in weights]
-    _C.update_tables(
-        grads,
-        None,
-        None,
-        csr.indices,
-        csr.offsets,
-        contiguous(csr.per_sample_weights),
-        mode,
-        padding_idx,
-        _adjacent(grad),
-        None,
-        _SGD,
-        -1.0,
-        0.0,
-        0.0,
-        0.0,
-        torch.get_num_threads(),
-    )
-    return grads
-
-
-def _sparse_gradient(grad, weight, indices, offsets, mode, per_sample_weights, padding_idx) -> Tensor:
-    """Coalesced, rows ascending."""
-    rows, values = torch.empty(len(indices), dtype=torch.int64), torch.empty(len(indices), weight.shape[1])
-    count = _C.sparse_gradient(
-        ids(indices, "indices"),
-        offsets,
-        contiguous(per_sample_weights),
-        mode,
-        padding_idx,
-        len(weight),
-        _adjacent(grad),
-        rows,
-        values,
-        torch.get_num_threads(),
-    )
-    return torch.sparse_coo_tensor(
-        rows[:count][None], values[:count], weight.shape, is_coalesced=True, check_invariants=False
-    )
-
-
-def _adjacent(grad: Tensor) -> Tensor:
-    """With the values of a row side by side (a sum's gradient is one number, expanded)."""
-    return grad if grad.stride(1) == 1 else grad.clone(memory_format=torch.contiguous_format)
-
-
 def _embedding_bag_backward(
     grad,
     weight,
@@ -190,18 +136,14 @@ def _embedding_bag_backward(
     need_per_sample_weights,
 ):
     if (
-        weight.is_cpu
-        and native(weight, grad)
-        and mode != MODES["max"]
-        and not (scale_grad_by_freq or need_per_sample_weights)
+        need_weight
+        and not need_per_sample_weights
+        and _backward.has_native_gradient(grad, weight, mode, scale_grad_by_freq)
     ):
-        offsets = ids(offsets, "offsets")
-        if sparse:
-            return _sparse_gradient(
-                grad, weight, indices, offsets, mode, per_sample_weights, padding_idx
-            ), grad.new_empty(0)
-        csr = _csr.Csr(ids(indices, "indices"), offsets, per_sample_weights)
-        return _dense_gradients(grad, [weight], csr, mode, padding_idx)[0], grad.new_empty(0)
+        gradient = _backward.native_table_gradient(
+            grad, weight, indices, offsets, mode, per_sample_weights, padding_idx, sparse
+        )
+        return gradient, grad.new_empty(0)
     keep = None if padding_idx < 0 else indices != padding_idx
     rows = weight[indices] if need_per_sample_weights or mode == MODES["max"] else None
     grad_rows, grad_psw = _backward.pool_backward(
@@ -251,6 +193,8 @@ def _backward_of_embedding_bag(ctx, grad):
     weight, indices, offsets, psw = ctx.saved_tensors
     mode, include_last, padding_idx, by_freq, sparse = ctx.options
     need_weight, need_psw = needs_grad(ctx, 0), needs_grad(ctx, 4)
+    owner = fused.attached(weight) if need_weight else None
+    need_weight = need_weight and owner is None
     grad_weight, grad_psw = torch.ops.mprec.embedding_bag_backward(
         grad,
         weight,
@@ -265,6 +209,10 @@ def _backward_of_embedding_bag(ctx, grad):
         need_weight,
         need_psw,
     )
+    if owner is not None:
+        if by_freq:
+            raise NotImplementedError("scale_grad_by_freq: not for tables that an optimizer of mprec owns")
+        fused.apply([weight], [owner], _csr.Csr(indices, offsets, psw), mode, padding_idx, grad)
     grad_psw = grad_psw if need_psw else None
     grad_weight = grad_weight if need_weight else None
     return passed_only(ctx, grad_weight, None, None, None, grad_psw, None, None, None, None)
@@ -367,9 +315,8 @@ def _embedding_bag_multi_backward(
         and mode != MODES["max"]
         and not (sparse or need_per_sample_weights)
     ):
-        if list(features) != list(range(num_features)):
-            csr = _csr.select(csr, features, num_features)
-        return _dense_gradients(grad, weights, csr, mode), grad_psw
+        csr = _csr.select(csr, features, num_features)
+        return _backward.native_dense_gradients(grad, weights, csr, mode), grad_psw
     grads = []
     columns = grad.split([weight.shape[1] for weight in weights], dim=1)
     for weight, part, (begin, end, starts) in zip(
@@ -424,9 +371,17 @@ def _backward_of_multi(ctx, grad):
     *weights, indices, offsets, psw = ctx.saved_tensors
     features, num_features, mode, sparse = ctx.options
     need_psw = needs_grad(ctx, 4)
-    grads, grad_psw = torch.ops.mprec.embedding_bag_multi_backward(
-        grad, weights, indices, offsets, mode, psw, features, num_features, sparse, need_psw
-    )
+    owners = [fused.attached(weight) for weight in weights]
+    if need_psw or not all(owners):
+        grads, grad_psw = torch.ops.mprec.embedding_bag_multi_backward(
+            grad, weights, indices, offsets, mode, psw, features, num_features, sparse, need_psw
+        )
+    else:
+        grads, grad_psw = [None] * len(weights), None
+    if any(owners):
+        csr = _csr.select(_csr.Csr(indices, offsets, psw), features, num_features)
+        fused.apply(weights, owners, csr, mode, -1, grad)
+        grads = [None if owner else g for owner, g in zip(owners, grads, strict=True)]
     grad_psw = grad_psw if need_psw else None
     return passed_only(ctx, grads, None, None, None, grad_psw, None, None, None)
 
