@@ -198,7 +198,7 @@ def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer
         {"params": others, "lr": options.learning_rate, "weight_decay": options.weight_decay},
         {"params": tables, "lr": options.table_learning_rate},
     ]
-    return torch.optim.Adam([group for group in groups if group["params"]])
+    return torch.optim.Adam([group for group in groups if group["params"]], fused=True)
 
 
 def evaluate_paths(model: MultiPathDLRM, dataset: ClickDataset) -> dict[str, Metrics]:

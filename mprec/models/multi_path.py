@@ -86,7 +86,7 @@ class MultiPathDLRM(DLRM):
         return {name: self.score(batch.dense, self.mix(embedded, m)) for name, m in mixings.items()}
 
     def loss(self, batch: Batch, distillation: float = 0.5) -> Tensor:
-        """Mean over the paths of the log-loss. The paths but the hybrid one are compared with a mixture of the
+        """Mean over the paths of the log-loss. All but the hybrid path are compared with a mix of
         the label and the hybrid's prediction, of which ``distillation`` is the share.
         """
         logits = self.logits(batch)
