@@ -29,7 +29,11 @@ from mprec.planner.tables import FEATURE_SETS, feature_set
 from mprec.report.terminal import format_bytes
 
 HELP = "choose a representation per feature within a memory budget"
-_UNITS = {"": 1, **{p + b: (1024 if b == "ib" else 1000) ** i for i, p in enumerate("kmgt", 1) for b in ("b", "ib")}, "b": 1}  # fmt: skip
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
 
 
 def memory(text: str) -> int:

@@ -170,7 +170,7 @@ def plan_paths(
 
     ``accurate`` is the plan of highest quality that fits. If memory is left, ``fast`` is the plan of least
     time that fits beside it, and ``balanced`` beside both the one of highest quality that takes at most
-    the geometric mean of their times: the dispatcher has something to choose from. A path that is not
+    half of ``accurate``'s time: the dispatcher has something to choose from. A path that is not
     faster than a better one is left out. A memory-starved device ends with one path.
     """
     accurate = plan(features, options, [device], base_quality=base_quality, name="accurate")
@@ -187,7 +187,7 @@ def plan_paths(
     if fast is None or fast.seconds >= accurate.seconds:
         return paths
     paths.append(fast)
-    balanced = beside("balanced", max_seconds=math.sqrt(fast.seconds * accurate.seconds))
+    balanced = beside("balanced", max_seconds=accurate.seconds / 2)
     if balanced is not None and fast.quality < balanced.quality < accurate.quality:
         paths.insert(1, balanced)
     return paths
