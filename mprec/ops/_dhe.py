@@ -215,12 +215,13 @@ def _dhe_bag_backward(
     keep = None if padding_idx < 0 else indices != padding_idx
     distinct, occurrence = torch.unique(indices, return_inverse=True)
     last = len(weights) - 1
-    inputs, sums = [], []
     x = _encode(coefficients, distinct, family, weights[0].dtype)
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+    inputs, sums = [x], [_first_layer(x, distinct, coefficients, weights[0], biases[0], family)]
+    x = reference.activate(sums[0], activation if last else last_activation)
+    for layer in range(1, last + 1):
         inputs.append(x)
-        sums.append(torch.addmm(bias, x, weight.t()))
-        x = reference.activate(sums[-1], last_activation if layer == last else activation)
+        sums.append(torch.addmm(biases[layer], x, weights[layer].t()))
+        x = reference.activate(sums[layer], last_activation if layer == last else activation)
 
     rows = x[occurrence] if need_per_sample_weights or mode == 2 else None
     grad_rows, grad_psw = _backward.pool_backward(
@@ -239,11 +240,38 @@ def _dhe_bag_backward(
     for layer in range(last, -1, -1):
         name = last_activation if layer == last else activation
         grad_sum = _activation_gradient(grad_x, sums[layer], name)
-        grad_weights.append(grad_sum.t() @ inputs[layer])
+        grad_weights.append(_transposed_product(grad_sum, inputs[layer]))
         grad_biases.append(grad_sum.sum(0))
         if layer:
             grad_x = grad_sum @ weights[layer]
     return grad_weights[::-1], grad_biases[::-1], grad.new_empty(0) if grad_psw is None else grad_psw
+
+
+def _first_layer(x, indices, coefficients, weight, bias, family):
+    """``x @ weight.t() + bias`` where ``x`` encodes ``indices``, by the kernel that hashes as it multiplies.
+
+    For a few rows, packing the weights would cost more than it saves.
+    """
+    if len(x) < 32 or not (x.is_cpu and native(x)):
+        return torch.addmm(bias, x, weight.t())
+    handle = _C.Decoder(
+        contiguous(coefficients),
+        [contiguous(weight.detach())],
+        [contiguous(bias.detach())],
+        code(FAMILIES, family, "family"),
+        ACTIVATIONS["none"],
+        ACTIVATIONS["none"],
+    )
+    one_each = torch.arange(len(indices))
+    return run_dhe_bag(handle, contiguous(indices), one_each, 0, None, False, -1)
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a.t() @ b``, by oneDNN: over twice as fast as MKL's product on CPUs that are not Intel's."""
+    if a.is_cpu and native(a, b) and len(a) >= 64 and torch.backends.mkldnn.is_available():
+        a, b = a.t().contiguous(), b.t().contiguous()
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a.t() @ b
 
 
 def _activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
