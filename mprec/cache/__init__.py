@@ -2,8 +2,9 @@
 
 Two stages, after MP-Rec (Hsia et al., ASPLOS 2023):
 
-* :class:`CachedDeepHashEmbeddingBag` and :class:`CachedEmbeddingBagCollection` keep the rows of hot IDs before
-  the decoder. Exact: a hit is a row that the decoder made, and rows are forgotten when the weights change.
+* :class:`CachedDeepHashEmbeddingBag` and :class:`CachedEmbeddingBagCollection` keep the rows of hot IDs
+  before the decoder. Exact: a hit is a row that the decoder made, and rows are forgotten when the weights
+  change.
 * :class:`Codebook` replaces the decoder: an ID has a code of a byte or two, and a code has a vector.
   Approximate: its error is measured when it is made, and it is refused if that exceeds the bound given.
 
