@@ -1,12 +1,12 @@
 """The decoder stage: a code for each ID, a vector for each code.
 
-MP-Rec's decoder stage replaces the decoder by the nearest of some centroids of an intermediate value. For deep
-hash embeddings that value must be the *final* embedding: encodings of different IDs are nearly orthogonal, so
-that the nearest one says little (see :class:`NearestCentroid` and the figures in the README). Then the search
-need not be done when serving: each ID's code is found once, and serving reads a byte or two and a small table.
+MP-Rec's decoder stage replaces the decoder by the nearest of some centroids of an intermediate value. For
+deep hash embeddings that value had better be the *final* embedding: encodings of different IDs are nearly
+orthogonal, so that the nearest one says little (:mod:`mprec.cache.centroids`). Then the search need not be
+done when serving: each ID's code is found once, and serving reads a byte or two and a small table.
 
-Codes are those of a residual quantiser (Chen et al., Sensors 2010): stage s holds 256 centroids of what the
-stages before it left over, and an embedding is the sum of one centroid per stage.
+Codes are those of a residual quantiser (Chen et al., Sensors 2010): stage s holds 256 centroids of what
+the stages before it left over, and an embedding is the sum of one centroid per stage.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from mprec.nn import DeepHashEmbeddingBag
 __all__ = ["Codebook", "CodebookEmbeddingBag", "CodebookError"]
 
 CENTROIDS = 256  # a stage's code is a byte
-_SAMPLE = 65_536  # rows that centroids are fitted to
+_SAMPLE = 32_768  # rows that centroids are fitted to
 
 
 class CodebookError(ValueError):
@@ -106,7 +106,7 @@ class Codebook:
 
 def _centroids(rows: Tensor, weights: Tensor, seed: int) -> Tensor:
     """At most 256 centroids of (a sample of) the rows."""
-    from sklearn.cluster import MiniBatchKMeans  # slow to import, and only needed here
+    from sklearn.cluster import KMeans  # slow to import, and only needed here
 
     rng = np.random.default_rng(seed)
     x, w = rows.numpy(), weights.numpy()
@@ -114,9 +114,11 @@ def _centroids(rows: Tensor, weights: Tensor, seed: int) -> Tensor:
         # A weighted sample of equal weights stands for the weighted rows.
         chosen = rng.choice(len(x), _SAMPLE, p=w / w.sum())
         x, w = x[chosen], np.ones(_SAMPLE)
-    count = min(CENTROIDS, len(np.unique(x, axis=0)))
-    means = MiniBatchKMeans(count, batch_size=4096, n_init=1, max_iter=30, random_state=seed)
-    return torch.from_numpy(means.fit(x, sample_weight=w).cluster_centers_.astype(np.float32))
+    different = np.unique(x[w > 0], axis=0)
+    if len(different) <= CENTROIDS:
+        return torch.from_numpy(different)
+    means = KMeans(CENTROIDS, n_init=1, max_iter=25, random_state=seed).fit(x, sample_weight=w)
+    return torch.from_numpy(means.cluster_centers_.astype(np.float32))
 
 
 def _nearest(rows: Tensor, centres: Tensor) -> Tensor:
@@ -226,9 +228,7 @@ def _decode(bag: DeepHashEmbeddingBag, ids: Tensor) -> Tensor:
     return ops.dhe_bag(
         ids,
         starts,
-        bag.coefficients,
-        bag.weights,
-        bag.biases,
+        *bag.stack(),
         c.family,
         c.activation,
         c.last_activation,

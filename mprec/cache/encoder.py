@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mprec._native import _C
 from mprec.cache.budget import Counts, hottest, split_budget
@@ -14,9 +14,7 @@ from mprec.names import MODES
 from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection
 from mprec.nn.deep_hash import check_bound
 from mprec.ops._common import direct
-from mprec.ops._csr import batch_size
 from mprec.ops._decoders import decoder
-from mprec.ops._tables import run_embedding_bag_multi
 
 __all__ = [
     "CacheStats",
@@ -127,8 +125,9 @@ class _Rows:
             with torch.no_grad():
                 for module in self.modules.values():
                     kind = module.config
-                    stack = module.coefficients, module.weights, module.biases
-                    handles.append(decoder(*stack, kind.family, kind.activation, kind.last_activation))
+                    handles.append(
+                        decoder(*module.stack(), kind.family, kind.activation, kind.last_activation)
+                    )
             for cache in self.caches.values():
                 if cache is not None:
                     cache.invalidate()
@@ -263,7 +262,8 @@ class CachedDeepHashEmbeddingBag(_Cached, DeepHashEmbeddingBag):
     Args:
         bag: the module to speed up.
         nbytes: the cache's memory in bytes, everything counted; see ``mprec._C.RowCache.bytes_for``.
-        admit: let IDs that are looked up often enough replace others. Otherwise only :meth:`fill` stores rows.
+        admit: let IDs that are looked up often enough replace others. Otherwise only :meth:`fill` stores
+            rows.
         watch: compare version counters and addresses of the weights at each call (about 0.2 microseconds
             a tensor), so that no row outlives the weights it was made with. Without, call
             :meth:`invalidate` after changing them.
@@ -320,13 +320,13 @@ class CachedDeepHashEmbeddingBag(_Cached, DeepHashEmbeddingBag):
 class CachedEmbeddingBagCollection(_Cached, EmbeddingBagCollection):
     """A :class:`mprec.nn.EmbeddingBagCollection` with rows of hot IDs before its decoders.
 
-    Shares the parameters of ``collection`` and stands in for it: same calls, same state_dict, same results (in
-    the last bits: the decoder adds in another order for a handful of IDs than for many)::
+    Shares the parameters of ``collection`` and stands in for it: same calls, same state_dict, same results
+    but for the last bits (the decoder adds in another order for a handful of IDs than for many)::
 
         model.embeddings = CachedEmbeddingBagCollection(model.embeddings, nbytes=8 << 20, counts=counts)
 
-    The cache serves calls without gradients, on the CPU, in float32; others run as in ``collection``. Tables are
-    read as ever. Safe for concurrent calls.
+    The cache serves calls without gradients, on the CPU, in float32; others run as in ``collection``. Tables
+    are read as ever. Safe for concurrent calls.
 
     Args:
         collection: the module to speed up.
@@ -385,6 +385,9 @@ class CachedEmbeddingBagCollection(_Cached, EmbeddingBagCollection):
             )
             for group in self._dhe_groups
         ]
+        self._rows_of = {
+            group.names[0]: rows for group, rows in zip(self._dhe_groups, self._rows, strict=True)
+        }
         if counts:
             self.fill(counts)
 
@@ -393,25 +396,9 @@ class CachedEmbeddingBagCollection(_Cached, EmbeddingBagCollection):
         cache holds then. ``counts``: see :data:`mprec.cache.budget.Counts`."""
         return self._fill(counts)
 
-    def _forward_direct(self, indices, offsets, per_sample_weights, *_) -> Tensor:
-        count = len(self.features)
-        out = torch.empty(batch_size(offsets, count), self._width)
-        for group in self._table_groups:
-            features = None if group.whole else group.features
-            run_embedding_bag_multi(
-                self._weights(group),
-                indices,
-                offsets,
-                MODES[group.mode],
-                per_sample_weights,
-                out,
-                group.columns,
-                features,
-                count,
-            )
-        for group, rows in zip(self._dhe_groups, self._rows, strict=True):
-            rows.forward(indices, offsets, per_sample_weights, MODES[group.mode], True, -1, out)
-        return out
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out) -> None:
+        rows = self._rows_of[group.names[0]]
+        rows.forward(indices, offsets, per_sample_weights, group.mode_code, True, -1, out)
 
 
 @torch.no_grad()
