@@ -1,7 +1,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cache/cached_dhe.h"
@@ -102,13 +105,53 @@ py::dict stats(const RowCache& cache) {
   return d;
 }
 
+// Notices when weights change: remembers of each tensor in a module's dict of parameters or buffers which it
+// was, where its storage was, and its version counter, which in-place operations raise.
+class WeightWatch {
+ public:
+  explicit WeightWatch(const std::vector<std::pair<py::dict, py::str>>& places) {
+    for (const auto& [dict, key] : places) {
+      PyObject* tensor = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+      if (!tensor) throw py::key_error(message("places: no '", std::string(key), "' in the dict"));
+      seen_.push_back(
+          {dict, key, py::reinterpret_borrow<py::object>(tensor), address(tensor), version(tensor)});
+    }
+  }
+
+  bool changed() const {
+    for (const Seen& s : seen_) {
+      PyObject* tensor = PyDict_GetItemWithError(s.dict.ptr(), s.key.ptr());
+      if (tensor != s.tensor.ptr() || address(tensor) != s.address || version(tensor) != s.version)
+        return true;
+    }
+    return false;
+  }
+
+ private:
+  struct Seen {
+    py::dict dict;
+    py::str key;
+    py::object tensor;
+    const void* address;
+    long version;
+  };
+  static const void* address(PyObject* tensor) { return view(tensor, "weights").data; }
+  static long version(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    const auto v = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
+    if (!v) throw py::error_already_set();
+    return PyLong_AsLong(v.ptr());
+  }
+  std::vector<Seen> seen_;
+};
+
 // Decoders of some features of a batch, each with a cache or none. The caches' generations are those of the
 // moment when this was made: rows of these decoders are never mixed with those of others.
 class CachedDecoders {
  public:
   CachedDecoders(const py::list& decoders, const py::list& caches, const std::vector<int64_t>& positions,
-                 const std::vector<int64_t>& columns, int64_t num_features)
-      : num_features_(num_features) {
+                 const std::vector<int64_t>& columns, int64_t num_features, const WeightWatch* watch)
+      : num_features_(num_features), watch_(watch) {
     const size_t count = decoders.size();
     if (count == 0) throw py::value_error("decoders: expected at least one");
     if (caches.size() != count || positions.size() != count || columns.size() != count)
@@ -132,9 +175,10 @@ class CachedDecoders {
     }
   }
 
-  void forward(py::handle indices, py::handle offsets, py::handle per_sample_weights, int mode,
+  bool forward(py::handle indices, py::handle offsets, py::handle per_sample_weights, int mode,
                bool include_last_offset, int64_t padding_idx, py::handle out_object, bool admit,
                int threads) {
+    if (watch_ && watch_->changed()) return false;
     DheBagRequest r{};
     const Tensor i = view_ids(indices.ptr(), "indices"), o = view_ids(offsets.ptr(), "offsets");
     r.indices = {i.data, i.shape[0], i.dtype == DType::i64};
@@ -168,6 +212,7 @@ class CachedDecoders {
     r.out_stride = out.strides[0];
     py::gil_scoped_release release;
     cached_dhe_bag_forward(r, features_, admit, threads, counters_);
+    return true;
   }
 
   py::dict stats() const {
@@ -181,6 +226,7 @@ class CachedDecoders {
 
  private:
   int64_t num_features_, columns_ = 0;
+  const WeightWatch* watch_;  // null: none; kept alive by pybind11
   std::vector<CachedFeature> features_;
   std::vector<py::object> owned_;
   CachedDheCounters counters_;
@@ -210,16 +256,20 @@ void bind_cache(py::module_& m) {
            "Writes the IDs held to out, as many as fit; returns their number.")
       .def("stats", &stats)
       .def("reset_stats", &RowCache::reset_stats);
+  py::class_<WeightWatch>(m, "WeightWatch", "Notices when tensors in modules' dicts change.")
+      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&>(), py::arg("places"))
+      .def("changed", &WeightWatch::changed);
   py::class_<CachedDecoders>(m, "CachedDecoders",
                              "Decoders of a batch's features with row caches before them.")
       .def(py::init<const py::list&, const py::list&, const std::vector<int64_t>&,
-                    const std::vector<int64_t>&, int64_t>(),
+                    const std::vector<int64_t>&, int64_t, const WeightWatch*>(),
            py::arg("decoders"), py::arg("caches"), py::arg("positions"), py::arg("columns"),
-           py::arg("num_features"))
+           py::arg("num_features"), py::arg("watch") = py::none(), py::keep_alive<1, 7>())
       .def("forward", &CachedDecoders::forward, py::arg("indices"), py::arg("offsets"),
            py::arg("per_sample_weights"), py::arg("mode"), py::arg("include_last_offset"),
            py::arg("padding_idx"), py::arg("out"), py::arg("admit"), py::arg("threads"),
-           "Pools the features' bags into their columns of out [B, total].")
+           "Pools the features' bags into their columns of out [B, total]; False, with nothing done, if the "
+           "watched weights have changed.")
       .def("stats", &CachedDecoders::stats);
 }
 
