@@ -5,17 +5,23 @@ own wheel.
 """
 
 import collections
+import contextlib
 import dataclasses
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.jit import JITFunction
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+from . import tuning
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -59,30 +65,86 @@ class Report:
         return [loop for loop in self.loops if self.count(*_MMA, loop=loop)]
 
 
-def compile_kernel(kernel, types: dict, constants: dict, target: str, aligned=(), **options):
-    """Compile `kernel` for `target` with argument `types` ({name: "*bf16" | "i32" | "tensordesc<...>"}).
+class _AbsentDevice(DriverBase):
+    """A driver that names its target and can do nothing else."""
 
-    `constants` are the constexpr arguments; `aligned` names the arguments that are multiples of 16.
+    def __init__(self, target: str):
+        self._target = TARGETS[target]
+        # a kernel's compiled forms are kept by device number: one of its own for each target
+        self._number = 1000 + list(TARGETS).index(target)
+
+    @classmethod
+    def is_active(cls):
+        return False
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_current_target(self):
+        return self._target
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_current_device(self):
+        return self._number
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_benchmarker(self):
+        raise RuntimeError("nothing can be timed on an absent device")
+
+
+class Launch(NamedTuple):
+    """A kernel as one launch compiled it, with the launch's compile-time arguments."""
+
+    kernel: str
+    compiled: triton.compiler.CompiledKernel
+    constants: dict
+
+
+@contextlib.contextmanager
+def recorded(target: str):
+    """Inside, launches with CPU tensors compile for `target` and do not run; yields the list of `Launch`es.
+
+    What is compiled is what would be launched: the same specialisation, and the tile sizes that
+    `tuning` chooses for `target`.
     """
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options={"enable_fp_fusion": True, **options})
+    launches: list[Launch] = []
+    active, run = triton.runtime.driver._active, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled = run(self, *args, grid=grid, warmup=True, enable_fp_fusion=True, **options)
+        bound = dict(zip(self.arg_names, args, strict=False)) | options
+        constants = {name: value for name, value in bound.items() if isinstance(value, int | str)}
+        launches.append(Launch(self.__name__, compiled, constants))
+        return compiled
+
+    triton.runtime.driver.set_active(_AbsentDevice(target))
+    JITFunction.run = compile_only
+    try:
+        with tuning.pretend(target):
+            yield launches
+    finally:
+        JITFunction.run = run
+        triton.runtime.driver._active = active
 
 
 def inspect(compiled, target: str) -> Report:
     """Read registers, spills and warnings from ptxas, and instructions from the disassembler."""
-    arch = target.removeprefix("sm_")
-    suffix = "a" if int(arch) >= 90 else ""
-    ptxas = TOOLS / ("ptxas-blackwell" if int(arch) >= 90 else "ptxas")
+    arch = target.removeprefix("sm_") + ("a" if target in ("sm_90", "sm_100") else "")
+    ptxas = get_ptxas(compiled.metadata.target.arch).path
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         ptx.write_text(compiled.asm["ptx"])
-        command = [ptxas, "-v", f"--gpu-name={target}{suffix}", ptx, "-o", cubin]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [ptxas, "-v", "--regAllocOptLevel=2", f"--gpu-name=sm_{arch}", ptx, "-o", cubin]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"ptxas: {done.stderr or done.stdout}")
+        log = done.stderr
         sass = subprocess.run(
-            [TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
+            [triton.knobs.nvidia.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True
         ).stdout
     stack, stores, loads = map(
         int,
