@@ -26,9 +26,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .dense import ACTIVATIONS, activate, dot_precision, load_bias, load_weight
+from mprec.names import ACTIVATIONS, FAMILIES
+
+from .dense import activate, dot_precision, load_bias, load_weight
 from .grouped import count_tiles, device_table, find_tile, lanes, pointer, programs
-from .hashing import FAMILIES, encode, hash_encode, is_narrow
+from .hashing import encode, is_narrow
 from .tuning import fused_config, layer_config, target_of, tile_width
 
 # Columns of a group's pointer table: feature, coefficients, then weight and bias of each layer.
@@ -205,13 +207,13 @@ def decode_grouped(
     for step in _steps(target_of(device), count, k, widths, dtype, configs):
         config, layers = step
         hashed, last = layer == 0, layer + layers == len(widths)
-        result = out if last else out.new_empty((count, widths[layer + layers - 1]))
+        width = widths[layer + layers - 1]
+        result = out if last else out.new_empty((count, width), dtype=dtype)
         final = ACTIVATIONS[last_activation if last else activation]
         options = {"HASHED": hashed, "COLUMN": _FIRST_WEIGHT + 2 * layer, "K": k, "num_warps": config.warps}
         options |= {"BM": config.BM, "BN": config.BN, "BK": config.BK, "STAGES": config.STAGES}
         tiles = triton.cdiv(count, config.BM) + (0 if offsets is None else members)
         if layers == 1:
-            width = widths[layer]
             grid = (programs(tiles * triton.cdiv(width, config.BN), config.warps, device),)
             layer_kernel[grid](
                 inputs, table, offsets, result, batch, count, result.stride(0),
@@ -274,10 +276,6 @@ def dhe_forward(
         TypeError: for a dtype that the kernels lack.
     """
     _check(indices, coefficients, weights, biases, family, activation, last_activation)
-    if family == "artifact_gaussian":
-        # Logarithms and sines would spill beside accumulators; encodings of this family go through memory.
-        x = hash_encode(indices, coefficients, family).to(weights[0].dtype)
-        return _dense_layers(x, weights, biases, activation, last_activation)
     out = weights[0].new_empty((indices.numel(), weights[-1].shape[0]))
     decode_grouped(
         indices.contiguous(), None, 1, [0], [coefficients.contiguous()],
@@ -285,21 +283,6 @@ def dhe_forward(
         family, activation, last_activation, out,
     )  # fmt: skip
     return out
-
-
-_TORCH_ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "mish": torch.nn.functional.mish,
-}
-
-
-def _dense_layers(x, weights, biases, activation, last_activation):
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
-        x = torch.nn.functional.linear(x, weight, bias)
-        x = _TORCH_ACTIVATIONS[last_activation if layer == len(weights) else activation](x)
-    return x
 
 
 def _check(indices, coefficients, weights, biases, family, activation, last_activation):

@@ -75,18 +75,19 @@ def _accumulate(total, values, weight, keep, first, MODE: tl.constexpr, WEIGHTED
 
 @triton.jit(do_not_specialize=["batch", "count", "padding"])
 def embedding_bag_kernel(
-    table, indices, offsets, sample_weights, out, fault_counter, batch, count, stride_out, padding,
-    DTYPE: tl.constexpr, KIND: tl.constexpr, MODE: tl.constexpr, INDEXED: tl.constexpr,
+    table, vectors, indices, offsets, sample_weights, out, fault_counter, batch, count, stride_out, padding,
+    DTYPE: tl.constexpr, KIND: tl.constexpr, MODE: tl.constexpr,
     BB: tl.constexpr, LANES: tl.constexpr, ALIGN: tl.constexpr, STRIDE_ALIGN: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """BB bags of one table. INDEXED = False: entry i is row i, and indices only tell padding.
+    """BB bags of one table; with `vectors` entry i is row i of those, and indices only tell padding.
 
-    ALIGN divides dims, strides and columns: how wide loads and stores may be.
+    ALIGN divides dims, output strides and columns, STRIDE_ALIGN row strides: how wide accesses may be.
     """
+    INDEXED: tl.constexpr = vectors is None
     entry = table + tl.program_id(1) * _COLUMNS
     feature = tl.load(entry)
-    weight = pointer(entry, 1, DTYPE)
+    weight = pointer(entry, 1, DTYPE) if INDEXED else vectors
     rows, dim = tl.load(entry + 2), tl.multiple_of(tl.load(entry + 3).to(tl.int32), ALIGN)
     stride = tl.multiple_of(tl.load(entry + 4), STRIDE_ALIGN)
     column = tl.multiple_of(tl.load(entry + 5), ALIGN)
@@ -98,18 +99,19 @@ def embedding_bag_kernel(
     low = tl.zeros((BB, LANES), tl.float32)
     high = low
     pooled = tl.zeros((BB,), tl.int32)
+    wrong, wrong_at = tl.zeros((BB,), tl.int64), begin  # counted here, reported once: no branch in the loop
     for step in tl.range(0, tl.max(end - begin), loop_unroll_factor=UNROLL):
         i = begin + step
         keep = i < end
-        if INDEXED:
+        index = i
+        if indices is not None:
             index = tl.load(indices + i, mask=keep, other=0).to(tl.int64)
             bad = keep & ((index < 0) | (index >= rows))
-            count_faults(fault_counter, bad, feature, i, index)
+            wrong += bad.to(tl.int64)
+            wrong_at = tl.where(bad, i, wrong_at)
             keep = keep & ~bad & (index != padding)
-        else:
+        if not INDEXED:
             index = i
-            if indices is not None:
-                keep = keep & (tl.load(indices + i, mask=keep, other=0).to(tl.int64) != padding)
         values_low, values_high = load_rows(weight, index, d, dim, stride, keep, KIND)
         if sample_weights is not None:
             w = tl.load(sample_weights + i, mask=keep, other=0.0).to(tl.float32)
@@ -120,6 +122,8 @@ def embedding_bag_kernel(
         if KIND == _INT4:
             high = _accumulate(high, values_high, w, keep, pooled == 0, MODE, WEIGHTED)
         pooled += keep.to(tl.int32)
+    if indices is not None:
+        count_faults(fault_counter, wrong, wrong_at, feature, indices)
     if MODE == _MEAN:
         share = tl.maximum(pooled, 1).to(tl.float32)[:, None]
         low = tl.div_rn(low, share + tl.zeros_like(low))
@@ -150,52 +154,82 @@ def row_dim(weight: torch.Tensor, kind: int) -> int:
 
 def embedding_bag_grouped(
     weights: Sequence[torch.Tensor],
-    indices: torch.Tensor | None,
+    indices: torch.Tensor,
     offsets: torch.Tensor,
     batch: int,
     features: Sequence[int],
     mode: int,
     sample_weights: torch.Tensor | None,
-    padding: int | None,
+    padding: int,
     out: torch.Tensor,
     columns: Sequence[int],
     kind: int = FLOAT,
-    indexed: bool = True,
 ) -> None:
     """Pool the bags of `features` into columns of out [batch, total]. IDs out of range are left out.
 
     Args:
-        weights: per table [rows, dim]; unit stride within a row, of one dtype (uint8 if quantised).
-        indices: [n]; with indexed=False entry i is row i, and indices serve only to find padding, if given.
+        weights: per table [rows, dim]; contiguous, of one dtype (uint8 for the quantised kinds).
+        indices: [n]; those equal to `padding` are left out (-1: none are).
         offsets: [features in the batch * batch + 1].
         mode: 0 sum, 1 mean, 2 max. With sample_weights [n], mean divides the weighted sum by the number.
         columns: where in `out` each table's part begins.
     """
-    if not batch or not weights:
-        return
-    device = out.device
     dims = [row_dim(weight, kind) for weight in weights]
     if kind != FLOAT and any(dim % 4 for dim in dims):
         raise ValueError(f"weights: quantised rows need a dim that is a multiple of 4, got {dims}")
-    table = device_table(
-        [
-            (feature, weight, len(weight), dim, weight.stride(0), column)
-            for feature, weight, dim, column in zip(features, weights, dims, columns, strict=True)
-        ],
-        device,
-    )
-    lanes = triton.next_power_of_2(max(dims)) // (2 if kind == INT4 else 1)
-    bags, warps = tile_shape(lanes, weights[0].element_size())
-    count = len(indices) if indices is not None else len(weights[0])
-    fault_counter = faults.counter(device) if indexed else None
-    embedding_bag_kernel[(triton.cdiv(batch, bags), len(weights))](
-        table, indices, offsets, sample_weights, out, fault_counter, batch, count, out.stride(0),
-        -1 if padding is None else padding, _DTYPES[weights[0].dtype], kind, mode, indexed,
-        bags, lanes, math.gcd(16, out.stride(0), *dims, *columns),
-        math.gcd(16, *(weight.stride(0) for weight in weights)), 4, num_warps=warps,
+    entries = [(weight, len(weight), weight.stride(0)) for weight in weights]
+    _launch(
+        None, entries, dims, weights[0].dtype, indices, offsets, batch, features, mode, sample_weights,
+        padding, out, columns, kind,
     )  # fmt: skip
-    if indexed:
-        faults.after_launch(device)
+
+
+def pool_grouped(
+    vectors: torch.Tensor,
+    dims: Sequence[int],
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    batch: int,
+    features: Sequence[int],
+    mode: int,
+    sample_weights: torch.Tensor | None,
+    padding: int,
+    out: torch.Tensor,
+    columns: Sequence[int],
+) -> None:
+    """Pool vectors [n, >= max(dims)], one per index, as `embedding_bag_grouped` pools rows.
+
+    Feature t uses the first dims[t] columns. Vectors of negative IDs are left out and counted.
+    """
+    entries = [(0, 2**63 - 1, vectors.stride(0))] * len(dims)
+    _launch(
+        vectors, entries, dims, vectors.dtype, indices, offsets, batch, features, mode, sample_weights,
+        padding, out, columns, FLOAT,
+    )  # fmt: skip
+
+
+def _launch(
+    vectors, entries, dims, dtype, indices, offsets, batch, features, mode, sample_weights, padding, out,
+    columns, kind,
+):  # fmt: skip
+    if not batch or not dims:
+        return
+    device = out.device
+    rows = [
+        (feature, weight, length, dim, stride, column)
+        for feature, (weight, length, stride), dim, column in zip(
+            features, entries, dims, columns, strict=True
+        )
+    ]
+    lanes = triton.next_power_of_2(max(dims)) // (2 if kind == INT4 else 1)
+    bags, warps = tile_shape(lanes, dtype.itemsize)
+    embedding_bag_kernel[(triton.cdiv(batch, bags), len(dims))](
+        device_table(rows, device), vectors, indices, offsets, sample_weights, out, faults.counter(device),
+        batch, len(indices), out.stride(0), padding, _DTYPES[dtype], kind, mode, bags, lanes,
+        math.gcd(16, out.stride(0), *dims, *columns), math.gcd(16, *(stride for *_, stride in entries)), 4,
+        num_warps=warps,
+    )  # fmt: skip
+    faults.after_launch(device)
 
 
 def tile_shape(lanes: int, element_size: int) -> tuple[int, int]:

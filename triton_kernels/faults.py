@@ -75,12 +75,12 @@ def _report(state: _Counter) -> None:
 
 
 @triton.jit
-def count_faults(faults, bad, feature, position, value):
-    """Add the `bad` entries of a tile to the counter; the first tile to find any leaves one as an example."""
-    found = tl.sum(bad.to(tl.int64))
+def count_faults(faults, wrong, position, feature, indices):
+    """Add `wrong` [lanes] to the counter; the first program to find any leaves one of them as an example."""
+    found = tl.sum(wrong)
     if found > 0:  # noqa: SIM102 (Triton evaluates both sides of `and`)
         if tl.atomic_add(faults, found) == 0:
-            where = tl.max(tl.where(bad, position, -1))
+            where = tl.max(tl.where(wrong > 0, position, -1))
             tl.store(faults + 1, feature)
             tl.store(faults + 2, where)
-            tl.store(faults + 3, tl.sum(tl.where(position == where, value, 0)))
+            tl.store(faults + 3, tl.load(indices + where).to(tl.int64))

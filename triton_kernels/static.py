@@ -7,6 +7,7 @@ own wheel.
 import collections
 import contextlib
 import dataclasses
+import math
 import re
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
@@ -117,7 +119,8 @@ def recorded(target: str):
     def compile_only(self, *args, grid, warmup, **options):
         compiled = run(self, *args, grid=grid, warmup=True, enable_fp_fusion=True, **options)
         bound = dict(zip(self.arg_names, args, strict=False)) | options
-        constants = {name: value for name, value in bound.items() if isinstance(value, int | str)}
+        kept = {name: value for name, value in bound.items() if isinstance(value, int | str | tl.dtype)}
+        constants = {name: str(v) if isinstance(v, tl.dtype) else v for name, v in kept.items()}
         launches.append(Launch(self.__name__, compiled, constants))
         return compiled
 
@@ -194,3 +197,83 @@ def _loops(sass: str, rows) -> list[collections.Counter]:
             spans.append((labels[target[1]], address))
     spans.sort(key=lambda span: span[1] - span[0])
     return [collections.Counter(op for at, op, _ in rows if first <= at <= last) for first, last in spans]
+
+
+def useful_mma_ratio(report: Report, constants: dict) -> float | None:
+    """Multiply-adds issued per useful one in the hot loop of a DHE kernel (1.0: none wasted), if known."""
+    loops = report.hot_loops()
+    if not loops or "BK" not in constants:
+        return None
+    issued = 0
+    for op, number in loops[0].items():
+        if warpgroup := re.match(r"[HQ]GMMA\.(\d+)x(\d+)x(\d+)", op):
+            issued += number * _product_of(warpgroup) * report.warps // 4
+        elif warp := re.match(r"HMMA\.(16)(8)(\d+)", op):
+            issued += number * _product_of(warp) * report.warps
+    if not issued:
+        return None  # tcgen05 names its shape in a descriptor, not in the instruction
+    products = 3 if constants["PRECISION"] == "tf32x3" and constants["DTYPE"] == "fp32" else 1
+    tile = products * constants["BM"] * constants["BN"]
+    if issued > 1.5 * tile * constants["BK"]:  # the loop over k was unrolled: all of it, and the next layer
+        return issued / (tile * (constants["K"] + constants.get("BH2", 0)))
+    return issued / (tile * constants["BK"])
+
+
+def _product_of(match: re.Match) -> int:
+    m, n, k = map(int, match.groups())
+    return m * n * k
+
+
+def issue_slots_per_hash(report: Report, constants: dict) -> list[float]:
+    """Instructions that warps issue in each hot loop that hashes, per hash: short IDs first, then long."""
+    threads = report.warps * 32
+    hashes = constants["BM"] * constants["BK"]
+    return [round(sum(loop.values()) * threads / hashes, 1) for loop in report.hot_loops()[:2]]
+
+
+def row_load_ratio(compiled) -> float:
+    """Bytes asked for per byte of a row tile, over the loads of two-dimensional tiles (1.0: each once)."""
+    text, worst = compiled.asm["ttgir"], 1.0
+    layouts = dict(re.findall(r"(#\w+) = #ttg.blocked<\{(.*?)\}>", text))
+    for rows, columns, layout in re.findall(r"tt\.load .*?tensor<(\d+)x(\d+)x!tt\.ptr<\w+>, (#\w+)>", text):
+        if layout in layouts:
+            sizes = [list(map(int, s.split(","))) for s in re.findall(r"\[([\d, ]+)\]", layouts[layout])[:3]]
+            covered = [math.prod(size[axis] for size in sizes) for axis in (0, 1)]
+            worst = max(worst, max(covered[0] / int(rows), 1) * max(covered[1] / int(columns), 1))
+    return worst
+
+
+def describe(launch: Launch, target: str) -> dict:
+    """The facts of one launch, as `benchmarks/results/gpu_static.json` keeps them."""
+    c = launch.constants
+    tile = {name: c[name] for name in ("BM", "BN", "BK", "STAGES", "BB", "LANES", "BL") if name in c}
+    warps = launch.compiled.metadata.num_warps
+    facts = {"kernel": launch.kernel, "target": target, "tile": tile, "warps": warps}
+    if target.startswith("gfx"):
+        text = launch.compiled.asm["amdgcn"]
+        names = ("vgpr_count", "vgpr_spill_count")
+        found = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in names}
+        mma = re.search(r"v_mfma\w+", text)
+        return facts | {
+            "registers": found["vgpr_count"],
+            "spill_bytes": 4 * found["vgpr_spill_count"],
+            "shared": launch.compiled.metadata.shared,
+            "mma": mma[0] if mma else "",
+        }
+    report = inspect(launch.compiled, target)
+    facts |= {
+        "registers": report.registers,
+        "spill_bytes": report.spill_stores + report.spill_loads,
+        "spills_in_hot_loop": sum(report.count("LDL", "STL", loop=loop) for loop in report.hot_loops()[:2]),
+        "shared": report.shared,
+        "warnings": report.warnings,
+        "mma": report.mma,
+    }
+    if report.mma and "BK" in c:
+        ratio = useful_mma_ratio(report, c)
+        facts["mma_per_useful"] = None if ratio is None else round(ratio, 3)
+        if c.get("HASHED"):
+            facts["slots_per_hash"] = issue_slots_per_hash(report, c)
+    elif not report.mma:
+        facts["row_load_ratio"] = round(row_load_ratio(launch.compiled), 3)
+    return facts

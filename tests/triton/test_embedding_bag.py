@@ -38,7 +38,7 @@ def torch_bag(weight, indices, offsets, t, batch, mode, psw=None, padding=None):
     return out
 
 
-def run(weights, indices, offsets, features, batch, mode, psw=None, padding=None, kind=eb.FLOAT, pad=0):
+def run(weights, indices, offsets, features, batch, mode, psw=None, padding=-1, kind=eb.FLOAT, pad=0):
     dims = [eb.row_dim(weight, kind) for weight in weights]
     columns = np.cumsum([0, *dims])
     dtype = torch.float32 if kind != eb.FLOAT else weights[0].dtype
@@ -125,22 +125,22 @@ def test_ids_out_of_range_are_left_out_and_reported(device):
     indices = torch.tensor([1, 5, 2, -1, 2**40], device=device)
     offsets = torch.tensor([0, 3, 5], device=device)
     out = torch.empty(2, 4, device=device)
-    eb.embedding_bag_grouped([weight], indices, offsets, 2, [0], 0, None, None, out, [0])
+    eb.embedding_bag_grouped([weight], indices, offsets, 2, [0], 0, None, -1, out, [0])
     torch.testing.assert_close(out, torch.stack([weight[1] + weight[2], torch.zeros(4, device=device)]))
     with pytest.raises(IdOutOfRangeError, match=r"3 IDs out of range .* of table 0"):
         faults.check(device)
     faults.check(device)  # said once
-    eb.embedding_bag_grouped([weight], indices, offsets, 2, [0], 0, None, None, out, [0])
+    eb.embedding_bag_grouped([weight], indices, offsets, 2, [0], 0, None, -1, out, [0])
     if device.type == "cuda":
         torch.cuda.synchronize()
     with pytest.raises(IdOutOfRangeError):  # the next call looks
-        eb.embedding_bag_grouped([weight], indices[:1], offsets[:1], 1, [0], 0, None, None, out, [0])
+        eb.embedding_bag_grouped([weight], indices[:1], offsets[:1], 1, [0], 0, None, -1, out, [0])
 
 
 def test_bad_offsets_are_not_followed(device):
     weight, out = torch.randn(5, 4, device=device), torch.full((3, 4), torch.nan, device=device)
     indices, offsets = torch.tensor([1, 2], device=device), torch.tensor([-3, 1, 0, 1 << 40], device=device)
-    eb.embedding_bag_grouped([weight], indices, offsets, 3, [0], 0, None, None, out, [0])
+    eb.embedding_bag_grouped([weight], indices, offsets, 3, [0], 0, None, -1, out, [0])
     want = torch.stack([weight[1], torch.zeros(4, device=device), weight[1] + weight[2]])
     torch.testing.assert_close(out, want)
 
@@ -148,9 +148,7 @@ def test_bad_offsets_are_not_followed(device):
 def test_pooling_of_vectors(device):
     vectors = torch.randn(6, 12, device=device)
     offsets, out = torch.tensor([0, 4, 4, 6], device=device), torch.empty(3, 8, device=device)
-    eb.embedding_bag_grouped(
-        [vectors[:, :8]], torch.tensor([1, 9, 9, 1, 1, 1], device=device), offsets, 3, [0], 1, None, 9, out,
-        [0], indexed=False,
-    )  # fmt: skip
+    ids = torch.tensor([1, 9, 9, 1, 1, 1], device=device)
+    eb.pool_grouped(vectors, [8], ids, offsets, 3, [0], 1, None, 9, out, [0])
     want = torch.stack([vectors[[0, 3], :8].mean(0), torch.zeros(8, device=device), vectors[4:, :8].mean(0)])
     torch.testing.assert_close(out, want)
