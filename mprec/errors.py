@@ -4,9 +4,19 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "DatasetNotInstalledError",
+    "DeviceError",
+    "DtypeError",
     "IdOutOfRangeError",
     "InvalidOffsetsError",
 ]
+
+
+class DtypeError(TypeError, RuntimeError):
+    """A tensor's dtype is not one the operator takes (torch raises ``RuntimeError``)."""
+
+
+class DeviceError(ValueError, RuntimeError):
+    """Tensors of one call are on different devices (torch raises ``RuntimeError``)."""
 
 
 class IdOutOfRangeError(IndexError, RuntimeError):

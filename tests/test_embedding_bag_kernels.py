@@ -269,7 +269,7 @@ def test_bad_arguments():
     call()
     for error, match, arguments in [
         (TypeError, "indices: expected int32 or int64, got float32", {"indices": i.float()}),
-        (TypeError, "weight: expected float32, got float64", {"weight": w.double()}),
+        (TypeError, "weight: expected float32, float16, bfloat16 or uint8", {"weight": w.double()}),
         (TypeError, "weight: expected a torch tensor or a numpy array, got list", {"weight": [[1.0]]}),
         (ValueError, "weight: expected 2 dimensions, got 1", {"weight": w[0]}),
         (
@@ -301,5 +301,5 @@ def test_bad_arguments():
         _C.embedding_bag_multi([w, w], i, o, None, SUM, -1, out, None, 1)
     with pytest.raises(ValueError, match="out: expected at least 5 columns, got 4"):
         _C.embedding_bag_multi([w], i, o, None, SUM, -1, out, [1], 1)
-    with pytest.raises(ValueError, match="out_columns: expected 1, got 2"):
+    with pytest.raises(ValueError, match="out_columns: expected one for each of the 1 tables, got 2"):
         _C.embedding_bag_multi([w], i, o, None, SUM, -1, out, [0, 1], 1)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 
 #include "common/error.h"
 #include "common/parallel.h"
@@ -19,7 +20,7 @@ int64_t clamped_begin(const BagRequest& r, int64_t bag) {
   return std::clamp<int64_t>(r.bag_begin(bag), 0, r.indices.size);
 }
 
-int64_t row_cost(const Feature& f) { return f.dim * static_cast<int64_t>(sizeof(float)) / 64 + 1; }
+int64_t row_cost(const Feature& f) { return row_size(f.format, f.dim) / 64 + 1; }
 
 // Cost of the first `bags` bags of a feature.
 int64_t cost(const BagRequest& r, const Feature& f, int64_t bags) {
@@ -45,6 +46,14 @@ int64_t split(const BagRequest& r, int64_t total, int64_t part, int64_t parts) {
       high = middle;
   }
   return f->first_bag + low;
+}
+
+// Floats of scratch that a kernel needs to pool in float32 what it stores in 16 bits.
+int64_t scratch_size(const BagRequest& r) {
+  int64_t size = 0;
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
+    if (f->out_format != Format::f32) size = std::max(size, f->dim);
+  return size;
 }
 
 }  // namespace
@@ -90,14 +99,16 @@ void embedding_bag_forward(const BagRequest& r, int threads) {
   bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
   if (valid) {
     const int64_t total = threads > 1 ? embedding_bag_cost(r) : 0;
-    const int64_t parts = std::min<int64_t>(threads, total / lines_per_thread);
-    if (parts <= 1) {
-      valid = forward(r, 0, r.num_bags);
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total / lines_per_thread));
+    const int64_t scratch = scratch_size(r);
+    const auto buffer = scratch ? std::make_unique<float[]>(scratch * parts) : nullptr;
+    if (parts == 1) {
+      valid = forward(r, 0, r.num_bags, buffer.get());
     } else {
       std::atomic<bool> all_valid{true};
       parallel_ranges(parts, static_cast<int>(parts), [&](int64_t first, int64_t last) {
-        if (!forward(r, split(r, total, first, parts),
-                     last == parts ? r.num_bags : split(r, total, last, parts)))
+        const int64_t end = last == parts ? r.num_bags : split(r, total, last, parts);
+        if (!forward(r, split(r, total, first, parts), end, buffer.get() + first * scratch))
           all_valid = false;
       });
       valid = all_valid;

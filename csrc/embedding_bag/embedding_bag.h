@@ -17,14 +17,27 @@ struct Integers {
   }
 };
 
+// How rows are stored; rows.h has the layouts. Results are never quantised.
+enum class Format : uint8_t { f32, f16, bf16, int8, int4 };
+
+__attribute__((always_inline)) inline int64_t row_size(Format format, int64_t dim) {  // bytes
+  switch (format) {
+    case Format::f32: return 4 * dim;
+    case Format::int8: return dim + 8;
+    case Format::int4: return dim / 2 + 4;
+    default: return 2 * dim;
+  }
+}
+
 // A table and where its bags' results go. Its bags are [first_bag, first_bag of the next feature).
 struct Feature {
   const char* rows;
   int64_t num_rows, dim;
   int64_t row_bytes;  // from one row to the next
   int64_t first_bag;
-  float* out;
-  int64_t out_stride;  // floats from one bag's result to the next
+  float* out;          // or what out_format says
+  int64_t out_stride;  // elements from one bag's result to the next
+  Format format = Format::f32, out_format = Format::f32;
 };
 
 struct BagRequest {
@@ -53,8 +66,9 @@ void embedding_bag_forward(const BagRequest&, int threads);
 int64_t embedding_bag_cost(const BagRequest&);
 
 struct EmbeddingBagKernels {
-  // Pools bags [begin, end); false if it met an invalid offset or ID.
-  bool (*forward)(const BagRequest&, int64_t begin, int64_t end);
+  // Pools bags [begin, end); false if it met an invalid offset or ID. `scratch` holds one float32 result;
+  // null if every result is float32.
+  bool (*forward)(const BagRequest&, int64_t begin, int64_t end, float* scratch);
 };
 
 namespace scalar {

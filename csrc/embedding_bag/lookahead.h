@@ -8,12 +8,11 @@ namespace mprec::MPREC_ISA {
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <class Index>
 class Lookahead {
  public:
   // Over the indices of bags [begin, end), the first of which belongs to `feature`.
   Lookahead(const BagRequest& r, const Feature* feature, int64_t begin, int64_t end)
-      : request_(r), ids_(static_cast<const Index*>(r.indices.data)), end_bag_(end) {
+      : request_(r), end_bag_(end) {
     cursor_ = clamped(begin);
     end_ = clamped(end);
     enter(feature);
@@ -27,7 +26,7 @@ class Lookahead {
         if (!next_feature()) return false;
         continue;
       }
-      const int64_t id = ids_[cursor_++];
+      const int64_t id = request_.indices[cursor_++];
       if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(num_rows_)) return false;
       const char* row = rows_ + id * row_bytes_;
       for (int64_t i = 0; i < size_; i += 64) prefetch(row + i);
@@ -50,7 +49,7 @@ class Lookahead {
     rows_ = f->rows;
     num_rows_ = f->num_rows;
     row_bytes_ = f->row_bytes;
-    size_ = f->dim * static_cast<int64_t>(sizeof(float));
+    size_ = row_size(f->format, f->dim);
     straddles_ = row_bytes_ % 64 != 0 || reinterpret_cast<uintptr_t>(rows_) % 64 != 0;
     distance_ = most(8, least(32, 2048 / (size_ + 1)));
   }
@@ -61,7 +60,6 @@ class Lookahead {
   }
 
   const BagRequest& request_;
-  const Index* ids_;
   int64_t end_bag_, cursor_, end_, feature_end_;
   const Feature* feature_;
   const char* rows_;

@@ -7,8 +7,9 @@
 
 namespace mprec::python {
 
-// The arguments of a call, by position or by keyword; all are required. Borrowed references.
-template <int count>
+// The arguments of a call, by position or by keyword. Those from `required` on may be left out and are None
+// then. Borrowed references.
+template <int count, int required = count>
 struct Arguments {
   PyObject* value[count] = {};
   PyObject* operator[](int i) const { return value[i]; }
@@ -29,6 +30,8 @@ struct Arguments {
                                      py::cast<std::string>(py::handle(keyword)), "'"));
       value[i] = args[positional + k];
     }
+    for (int i = required; i < count; ++i)
+      if (!value[i]) value[i] = Py_None;
     for (int i = 0; i < count; ++i)
       if (!value[i]) throw py::type_error(message(function, ": missing argument '", names[i], "'"));
   }

@@ -11,14 +11,20 @@ namespace mprec::python {
 
 inline Integers integers(const Tensor& t) { return {t.data, t.shape[0], t.dtype == DType::i64}; }
 
+// A matrix of adjacent values in each row.
 inline Tensor matrix(PyObject* object, const char* name) {
   const Tensor t = view(object, name);
-  if (t.dtype != DType::f32)
-    throw pybind11::type_error(message(name, ": expected float32, got ", dtype_name(t.dtype)));
   if (t.ndim != 2) throw pybind11::value_error(message(name, ": expected 2 dimensions, got ", t.ndim));
   if (t.shape[1] > 1 && t.strides[1] != 1)
     throw pybind11::value_error(
         message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
+  return t;
+}
+
+inline Tensor float_matrix(PyObject* object, const char* name) {
+  const Tensor t = matrix(object, name);
+  if (t.dtype != DType::f32)
+    throw pybind11::type_error(message(name, ": expected float32, got ", dtype_name(t.dtype)));
   return t;
 }
 

@@ -18,13 +18,84 @@ namespace {
 // Below this cost (cache lines) a call is over sooner than another thread could make use of the GIL.
 constexpr int64_t release_gil_cost = 2048;
 
-void check_out(const Tensor& out, int64_t bags, int64_t columns) {
-  if (out.shape[0] != bags)
-    throw py::value_error(
-        message("out: expected one row for each of the ", bags, " bags, got ", out.shape[0]));
-  if (out.shape[1] < columns)
-    throw py::value_error(message("out: expected at least ", columns, " columns, got ", out.shape[1]));
+std::optional<Format> plain_format(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return Format::f32;
+    case DType::f16: return Format::f16;
+    case DType::bf16: return Format::bf16;
+    default: return std::nullopt;
+  }
 }
+
+// A table. uint8 holds quantised rows of `bits` (an int) per value, with their scale and bias.
+Feature table(PyObject* object, const char* name, PyObject* bits) {
+  const Tensor t = matrix(object, name);
+  Feature f{};
+  f.rows = t.ptr<char>();
+  f.num_rows = t.shape[0];
+  if (const auto format = plain_format(t.dtype)) {
+    f.format = *format;
+    f.dim = t.shape[1];
+  } else if (t.dtype == DType::u8) {
+    const long long width = bits == Py_None ? 8 : integer(bits, "bits");
+    if (width != 8 && width != 4) throw py::value_error(message("bits: expected 8 or 4, got ", width));
+    f.format = width == 8 ? Format::int8 : Format::int4;
+    const int64_t extra = width == 8 ? 8 : 4;  // scale and bias
+    if (t.shape[1] < extra)
+      throw py::value_error(message(name, ": expected at least ", extra,
+                                    " bytes for the scale and bias of a row of ", width, "-bit values, got ",
+                                    t.shape[1]));
+    f.dim = (t.shape[1] - extra) * 8 / width;
+  } else {
+    throw py::type_error(message(
+        name, ": expected float32, float16, bfloat16 or uint8 (quantised rows), got ", dtype_name(t.dtype)));
+  }
+  f.row_bytes = t.strides[0] * (f.format == Format::f32 ? 4 : t.dtype == DType::u8 ? 1 : 2);
+  return f;
+}
+
+// Where results go: float32, float16 or bfloat16.
+struct Output {
+  Tensor tensor;
+  Format format;
+  int64_t item;  // bytes
+
+  Output(PyObject* object, int ndim) : tensor(ndim == 2 ? matrix(object, "out") : view(object, "out")) {
+    if (tensor.ndim != ndim || (ndim == 1 && !tensor.contiguous()))
+      throw py::value_error(message("out: expected ", ndim, " dimension(s), contiguous, got ", tensor.ndim));
+    const auto plain = plain_format(tensor.dtype);
+    if (!plain)
+      throw py::type_error(
+          message("out: expected float32, float16 or bfloat16, got ", dtype_name(tensor.dtype)));
+    format = *plain;
+    item = format == Format::f32 ? 4 : 2;
+  }
+
+  // Rows 0 to bags, from `column` on.
+  void place_columns(Feature& f, int64_t bags, int64_t column) const {
+    if (tensor.shape[0] != bags)
+      throw py::value_error(
+          message("out: expected one row for each of the ", bags, " bags, got ", tensor.shape[0]));
+    if (tensor.shape[1] < column + f.dim)
+      throw py::value_error(
+          message("out: expected at least ", column + f.dim, " columns, got ", tensor.shape[1]));
+    put(f, column, tensor.strides[0]);
+  }
+  // [bags, dim] side by side, from `element` on.
+  void place_block(Feature& f, int64_t bags, int64_t element) const {
+    if (tensor.shape[0] < element + bags * f.dim)
+      throw py::value_error(
+          message("out: expected at least ", element + bags * f.dim, " elements, got ", tensor.shape[0]));
+    put(f, element, f.dim);
+  }
+
+ private:
+  void put(Feature& f, int64_t element, int64_t stride) const {
+    f.out = reinterpret_cast<float*>(tensor.ptr<char>() + element * item);
+    f.out_stride = stride;
+    f.out_format = format;
+  }
+};
 
 void run(const BagRequest& request, int threads) {
   std::optional<py::gil_scoped_release> release;
@@ -32,12 +103,39 @@ void run(const BagRequest& request, int threads) {
   embedding_bag_forward(request, threads);
 }
 
+// A Python list or tuple of one entry for each table; None gives null.
+class PerTable {
+ public:
+  PerTable(PyObject* object, const char* name, Py_ssize_t tables) : name_(name) {
+    if (object == Py_None) return;
+    items_ = py::reinterpret_steal<py::object>(
+        PySequence_Fast(object, message(name, ": expected a list").c_str()));
+    if (!items_) throw py::error_already_set();
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(items_.ptr());
+    if (count != tables)
+      throw py::value_error(message(name, ": expected one for each of the ", tables, " tables, got ", count));
+  }
+  explicit operator bool() const { return static_cast<bool>(items_); }
+  PyObject* operator[](Py_ssize_t t) const {
+    return items_ ? PySequence_Fast_GET_ITEM(items_.ptr(), t) : Py_None;
+  }
+  int64_t non_negative(Py_ssize_t t) const {
+    const int64_t value = integer((*this)[t], name_);
+    if (value < 0) throw py::value_error(message(name_, "[", t, "]: expected >= 0, got ", value));
+    return value;
+  }
+
+ private:
+  const char* name_;
+  py::object items_;
+};
+
 PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
-    static constexpr const char* names[] = {"weights", "indices",     "offsets", "per_sample_weights",
-                                            "mode",    "padding_idx", "out",     "out_columns",
-                                            "threads"};
-    const Arguments<9> a("embedding_bag_multi", names, args, count, keywords);
+    static constexpr const char* names[] = {"weights", "indices",     "offsets",    "per_sample_weights",
+                                            "mode",    "padding_idx", "out",        "out_columns",
+                                            "threads", "bits",        "batch_sizes"};
+    const Arguments<11, 9> a("embedding_bag_multi", names, args, count, keywords);
     // Owned: the tables must outlive the call even if another thread empties the list.
     const auto weights = py::reinterpret_steal<py::object>(PySequence_Tuple(a[0]));
     if (!weights) throw py::error_already_set();
@@ -45,35 +143,37 @@ PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count
     if (tables == 0) throw py::value_error("weights: expected at least one table");
     const Integers indices = integers(view_ids(a[1], "indices")),
                    offsets = integers(view_ids(a[2], "offsets"));
-    if (offsets.size % tables != 1 % tables)
+    const Mode mode = parse_mode(a[4]);
+    const PerTable columns(a[7], "out_columns", tables), bits(a[9], "bits", tables),
+        batch_sizes(a[10], "batch_sizes", tables);
+    if (offsets.size == 0) throw OffsetsError("offsets: expected at least 1, got 0");
+    if (!batch_sizes && (offsets.size - 1) % tables != 0)
       throw OffsetsError(message("offsets: expected 1 + a multiple of the number of tables, ", tables,
                                  ", got ", offsets.size));
-    if (offsets.size == 0) throw OffsetsError("offsets: expected at least 1, got 0");
-    const int64_t batch = (offsets.size - 1) / tables;
-    const Mode mode = parse_mode(a[4]);
-    const Tensor out = matrix(a[6], "out");
-    py::object columns;
-    if (a[7] != Py_None) {
-      columns = py::reinterpret_steal<py::object>(PySequence_Fast(a[7], "out_columns: expected a list"));
-      if (!columns) throw py::error_already_set();
-      if (PySequence_Fast_GET_SIZE(columns.ptr()) != tables)
-        throw py::value_error(
-            message("out_columns: expected ", tables, ", got ", PySequence_Fast_GET_SIZE(columns.ptr())));
-    }
+    if (batch_sizes && columns) throw py::value_error("out_columns: not with batch_sizes");
+    const Output out(a[6], batch_sizes ? 1 : 2);
 
     std::vector<Feature> features(tables + 1);
-    int64_t column = 0;
+    int64_t place = 0, bags = 0;
     for (Py_ssize_t t = 0; t < tables; ++t) {
-      const Tensor weight = matrix(PyTuple_GET_ITEM(weights.ptr(), t), "weights");
-      if (columns) column = integer(PySequence_Fast_GET_ITEM(columns.ptr(), t), "out_columns");
-      if (column < 0) throw py::value_error(message("out_columns[", t, "]: expected >= 0, got ", column));
-      features[t] = feature(weight, t * batch, out, column);
-      column += weight.shape[1];
-      check_out(out, batch, column);
+      Feature& f = features[t] = table(PyTuple_GET_ITEM(weights.ptr(), t), "weights", bits[t]);
+      f.first_bag = bags;
+      const int64_t batch = batch_sizes ? batch_sizes.non_negative(t) : (offsets.size - 1) / tables;
+      bags += batch;
+      if (columns) place = columns.non_negative(t);
+      if (batch_sizes) {
+        out.place_block(f, batch, place);
+        place += batch * f.dim;
+      } else {
+        out.place_columns(f, batch, place);
+        place += f.dim;
+      }
     }
-    features[tables].first_bag = tables * batch;
+    if (offsets.size != bags + 1)
+      throw OffsetsError(message("offsets: expected 1 + the number of bags, ", bags, ", got ", offsets.size));
+    features[tables].first_bag = bags;
     const int64_t padding_idx = tables == 1 ? integer(a[5], "padding_idx") : -1;
-    run({indices, offsets, features.data(), tables, tables * batch, parse_weights(a[3], indices, mode), mode,
+    run({indices, offsets, features.data(), tables, bags, parse_weights(a[3], indices, mode), mode,
          padding_idx},
         static_cast<int>(integer(a[8], "threads")));
   });
@@ -82,10 +182,10 @@ PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count
 PyObject* embedding_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
     static constexpr const char* names[] = {
-        "weight",      "indices", "offsets", "per_sample_weights", "mode", "include_last_offset",
-        "padding_idx", "out",     "threads"};
-    const Arguments<9> a("embedding_bag", names, args, count, keywords);
-    const Tensor weight = matrix(a[0], "weight"), out = matrix(a[7], "out");
+        "weight", "indices", "offsets", "per_sample_weights", "mode", "include_last_offset", "padding_idx",
+        "out",    "threads", "bits"};
+    const Arguments<10, 9> a("embedding_bag", names, args, count, keywords);
+    Feature features[2] = {table(a[0], "weight", a[9]), {}};
     const Integers indices = integers(view_ids(a[1], "indices")),
                    offsets = integers(view_ids(a[2], "offsets"));
     const Mode mode = parse_mode(a[4]);
@@ -96,8 +196,7 @@ PyObject* embedding_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
     const int64_t bags = offsets.size - include_last;
     if (bags == 0 && indices.size > 0)
       throw OffsetsError(message("offsets: describe no bags, but there are ", indices.size, " indices"));
-    check_out(out, bags, weight.shape[1]);
-    Feature features[2] = {feature(weight, 0, out, 0), {}};
+    Output(a[7], 2).place_columns(features[0], bags, 0);
     features[1].first_bag = bags;
     run({indices, offsets, features, 1, bags, parse_weights(a[3], indices, mode), mode,
          integer(a[6], "padding_idx")},
@@ -113,12 +212,17 @@ PyCFunction fastcall() {
 PyMethodDef methods[] = {
     {"embedding_bag_multi", fastcall<&embedding_bag_multi>(), METH_FASTCALL | METH_KEYWORDS,
      "embedding_bag_multi(weights, indices, offsets, per_sample_weights, mode, padding_idx, out, "
-     "out_columns, "
-     "threads)\n\nPools every table's bags into its columns of out [B, total]."},
+     "out_columns, threads,"
+     "\n                    bits=None, batch_sizes=None)\n\n"
+     "Pools every table's bags into its columns of out [B, total]. bits: 8 or 4 for each uint8 table. "
+     "batch_sizes:\n"
+     "bags of each table, if they differ; out is one-dimensional then, the tables' [B_t, D_t] one after "
+     "another."},
     {"embedding_bag", fastcall<&embedding_bag>(), METH_FASTCALL | METH_KEYWORDS,
      "embedding_bag(weight, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, "
-     "out, "
-     "threads)\n\nPools one table's bags into out [B, D]."},
+     "out, threads,"
+     "\n              bits=None)\n\n"
+     "Pools one table's bags into out [B, D]."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

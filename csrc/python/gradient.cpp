@@ -17,7 +17,7 @@ py::object tuple_of(py::handle sequence) {
 
 // The optimizer's state of table t, [rows, dim] or [rows, 1].
 Tensor state(const py::object& states, Py_ssize_t t, const char* name, const Tensor& weight, Rule rule) {
-  const Tensor s = matrix(PyTuple_GET_ITEM(states.ptr(), t), name);
+  const Tensor s = float_matrix(PyTuple_GET_ITEM(states.ptr(), t), name);
   const int64_t columns = rule == Rule::rowwise_adagrad ? 1 : weight.shape[1];
   if (s.shape[0] != weight.shape[0] || s.shape[1] != columns)
     throw py::value_error(message(name, "[", t, "]: expected [", weight.shape[0], ", ", columns, "], got [",
@@ -50,7 +50,7 @@ void update_tables(py::object weights, py::object first, py::object second, py::
       throw py::value_error(message("columns: expected ", tables, ", got ", PyTuple_GET_SIZE(columns.ptr())));
   }
 
-  const Tensor g = matrix(grad.ptr(), "grad");
+  const Tensor g = float_matrix(grad.ptr(), "grad");
   const int64_t bags = g.shape[0];
   BagRequest r{};
   r.indices = integers(view_ids(indices.ptr(), "indices"));
@@ -68,7 +68,7 @@ void update_tables(py::object weights, py::object first, py::object second, py::
   std::vector<TableRows> rows(tables);
   int64_t column = 0;
   for (Py_ssize_t t = 0; t < tables; ++t) {
-    const Tensor w = matrix(PyTuple_GET_ITEM(weights.ptr(), t), "weights");
+    const Tensor w = float_matrix(PyTuple_GET_ITEM(weights.ptr(), t), "weights");
     if (!columns.is_none()) column = integer(PyTuple_GET_ITEM(columns.ptr(), t), "columns");
     if (column < 0 || column + w.shape[1] > g.shape[1])
       throw py::value_error(message("grad: table ", t, " needs columns ", column, " to ", column + w.shape[1],
@@ -97,7 +97,7 @@ void update_tables(py::object weights, py::object first, py::object second, py::
 int64_t sparse_gradient(py::handle indices, py::handle offsets, py::handle per_sample_weights,
                         py::handle mode, int64_t padding_idx, int64_t num_rows, py::handle grad,
                         py::handle rows, py::handle values, int threads) {
-  const Tensor g = matrix(grad.ptr(), "grad");
+  const Tensor g = float_matrix(grad.ptr(), "grad");
   BagRequest r{};
   r.indices = integers(view_ids(indices.ptr(), "indices"));
   r.offsets = integers(view_ids(offsets.ptr(), "offsets"));

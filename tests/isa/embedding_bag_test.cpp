@@ -113,8 +113,9 @@ void check_forward(Case& c, const std::vector<Table*>& tables, const std::vector
     embedding_bag_forward(request, o.threads);
   } else {
     const int64_t middle = request.num_bags / 3;
-    c.expect(kernels().embedding_bag->forward(request, 0, middle), "first range was refused");
-    c.expect(kernels().embedding_bag->forward(request, middle, request.num_bags), "second range was refused");
+    c.expect(kernels().embedding_bag->forward(request, 0, middle, nullptr), "first range was refused");
+    c.expect(kernels().embedding_bag->forward(request, middle, request.num_bags, nullptr),
+             "second range was refused");
   }
 
   for (int64_t t = 0; t < num_tables; ++t)

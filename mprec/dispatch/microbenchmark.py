@@ -1,0 +1,118 @@
+"""Times paths over batch sizes so that the figures can be compared: in interleaved rounds, in one process.
+
+In every round each path runs at each batch size, the paths in turn, all on the same fresh inputs: a change
+of clock or a busy neighbour hits all of them alike. Every call is timed by itself, because what matters is
+the tail. Small batches are called more often per round than large ones, as they cost less.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from mprec.dispatch.paths import Path
+
+__all__ = ["Evict", "Samples", "microbenchmark"]
+
+Samples = dict[tuple[str, int], list[float]]  # (path's name, batch size) -> seconds of each call
+
+_ROUND_S = 1e-3  # a path is called for about this long per batch size and round ...
+_MAX_CALLS = 16  # ... but not more often than this, and at least once
+
+
+class Evict:
+    """Called before a timed call, empties the CPU's caches by writing more than they hold."""
+
+    def __init__(self, nbytes: int = 64 << 20) -> None:
+        self._memory = np.zeros(nbytes // 8)
+
+    def __call__(self) -> None:
+        self._memory += 1
+
+
+def microbenchmark(
+    paths: Sequence[Path],
+    make_input: Callable[[int, np.random.Generator], Any],
+    batch_sizes: Sequence[int],
+    *,
+    seconds: float,
+    min_rounds: int = 5,
+    max_calls: int = 2000,
+    before_call: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    seed: int = 0,
+    progress: Callable[[float], object] | None = None,
+) -> Samples:
+    """Time every path at every batch size it supports, for about ``seconds`` in total.
+
+    ``make_input(batch_size, rng)`` draws one input; it is not timed. Stops after the time is up and
+    ``min_rounds`` are done, or when every path has been called ``max_calls`` times at every size.
+    ``before_call`` runs before each timed call (``Evict()``: cold caches). ``progress`` gets the share done.
+    """
+    if seconds < 0:
+        raise ValueError(f"seconds must not be negative, got {seconds}")
+    if bad := [size for size in batch_sizes if size < 1]:
+        raise ValueError(f"batch_sizes must be at least 1, got {bad[0]}")
+    rng = np.random.default_rng(seed)
+    cells = {
+        size: [path for path in paths if path.supports is None or path.supports(size)]
+        for size in sorted(set(batch_sizes))
+    }
+    samples: Samples = {(path.name, size): [] for size, able in cells.items() for path in able}
+    repeats = {size: _warm_up(able, make_input, size, rng, clock) for size, able in cells.items()}
+    start = clock()
+    rounds = 0
+    with no_gc():
+        while rounds < min_rounds or clock() - start < seconds:
+            for size, able in cells.items():
+                if able and len(samples[able[0].name, size]) < max_calls:
+                    inputs = [make_input(size, rng) for _ in range(repeats[size])]
+                    # Rotated, so that no path always follows the same one.
+                    for path in able[rounds % len(able) :] + able[: rounds % len(able)]:
+                        _time(path.model, inputs, before_call, clock, samples[path.name, size])
+            rounds += 1
+            if progress is not None:
+                progress(min(1.0, (clock() - start) / seconds if seconds else rounds / min_rounds))
+            if all(len(values) >= max_calls for values in samples.values()):
+                break
+    return samples
+
+
+def _warm_up(paths, make_input, size, rng, clock) -> int:
+    """Call each path twice (first calls allocate and pack); how often a round shall call each."""
+    slowest = 0.0
+    for path in paths:
+        for _ in range(2):
+            item = make_input(size, rng)
+            start = clock()
+            path.model(item)
+            elapsed = clock() - start
+        slowest = max(slowest, elapsed)
+    return max(1, min(_MAX_CALLS, int(_ROUND_S / max(slowest, 1e-9))))
+
+
+def _time(model, inputs, before_call, clock, out: list[float]) -> None:
+    for item in inputs:
+        if before_call is not None:
+            before_call()
+        start = clock()
+        model(item)
+        out.append(clock() - start)
+
+
+@contextmanager
+def no_gc() -> Iterator[None]:
+    """The garbage collector off, and on again if it was."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

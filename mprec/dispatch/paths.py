@@ -1,0 +1,115 @@
+"""Paths: the candidates of a choice, declared as data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+
+from mprec.data import Batch, ClickDataset
+
+__all__ = ["Path", "paths_from_checkpoints", "sampler", "shape_digest", "unique_share"]
+
+
+@dataclass(frozen=True)
+class Path:
+    """One complete way to answer a batch.
+
+    ``model(batch)`` does the work; ``quality`` is any measure in which more is better, the same for all
+    paths of a choice (AUC on the validation split, for checkpoints). ``shape`` identifies what was
+    measured: a profile of another shape is not this path's. ``supports(batch_size)`` says which batches
+    it can take at all (None: any).
+    """
+
+    name: str
+    representation: str
+    quality: float
+    model: Callable[[Any], Any]
+    shape: str = ""
+    supports: Callable[[int], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name must not be empty")
+        if self.quality != self.quality:
+            raise ValueError(f"path {self.name!r}: quality is NaN")
+
+
+def shape_digest(config: Any) -> str:
+    """Sixteen hex digits of a JSON-able description."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Scorer:
+    """Click probabilities [B] of a batch, by a model that returns logits."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model.eval()
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+
+
+def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = "auc") -> list[Path]:
+    """One path per checkpoint; its quality is the metadata's validation metric of that name.
+
+    A path is named after its representation, or after its file where two checkpoints share one.
+    ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not take the same inputs.
+    """
+    from mprec import checkpoint  # models are above dispatch's own needs: only this function loads any
+    from mprec.errors import CheckpointError
+
+    loaded = [(FilePath(file), *checkpoint.load(file)) for file in files]
+    if not loaded:
+        raise ValueError("files must name at least one checkpoint")
+    kinds = Counter(metadata.get("representation") for _, _, metadata in loaded)
+    paths, inputs = [], None
+    for file, model, metadata in loaded:
+        try:
+            quality = float(metadata["metrics"]["valid"][metric])
+            representation = str(metadata["representation"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: its metadata has no representation or validation {metric}"
+            ) from error
+        here = ([(f.name, f.num_embeddings) for f in model.features], model.num_dense)
+        if inputs is not None and here != inputs:
+            raise ValueError(f"{file} takes other inputs (features or dense numbers) than {loaded[0][0]}")
+        inputs = here
+        name = representation if kinds[representation] == 1 else file.stem
+        paths.append(Path(name, representation, quality, _Scorer(model), shape_digest(model.config())))
+    names = Counter(path.name for path in paths)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
+    return paths
+
+
+def sampler(dataset: ClickDataset) -> Callable[[int, np.random.Generator], Batch]:
+    """Inputs for the microbenchmark: batches of random rows of a dataset."""
+    if not len(dataset):
+        raise ValueError(f"{dataset.name}: no rows to draw batches from")
+
+    def draw(batch_size: int, rng: np.random.Generator) -> Batch:
+        return dataset.batch(rng.integers(len(dataset), size=batch_size))
+
+    return draw
+
+
+def unique_share(batch: Batch) -> float:
+    """Distinct (feature, ID) pairs over all IDs of the batch; 1 for a batch without IDs."""
+    ids = len(batch.indices)
+    if not ids:
+        return 1.0
+    features = (len(batch.offsets) - 1) // max(len(batch), 1)
+    ends = batch.offsets[:: max(len(batch), 1)]
+    distinct = sum(len(torch.unique(batch.indices[ends[t] : ends[t + 1]])) for t in range(features))
+    return distinct / ids

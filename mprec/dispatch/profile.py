@@ -1,0 +1,337 @@
+"""Measured latencies of a set of paths on one machine, kept as a JSON file.
+
+A profile is trusted only where it was measured: its fingerprint names CPU, ISA, threads, GPU, versions and
+the shape of every path, and a file that differs in any of them, or is damaged, is refused with the list of
+what differs (``load``) or measured again (``load_or_measure``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+
+from mprec.data import Batch
+from mprec.data.batching import concatenate, take
+from mprec.dispatch.curve import Curve
+from mprec.dispatch.fingerprint import fingerprint
+from mprec.dispatch.microbenchmark import Evict, Samples, microbenchmark
+from mprec.dispatch.paths import Path, shape_digest, unique_share
+
+__all__ = ["BATCH_SIZES", "CONDITIONS", "Profile", "ProfileError", "ProfileMismatchError", "default_file"]
+
+FORMAT = "mprec profile"
+VERSION = 1
+BATCH_SIZES = tuple(2**i for i in range(12))  # 1 ... 2048
+QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+# warm: calls back to back. repeated: the same, a quarter of the batch's rows four times each, so that few
+# IDs are unique. cold: the CPU's caches emptied before every call.
+CONDITIONS = ("warm", "repeated", "cold")
+_REPEATS = 4
+
+
+class ProfileError(ValueError):
+    """A file is no profile of mprec's, or is damaged."""
+
+
+class ProfileMismatchError(ProfileError):
+    """A profile was measured elsewhere or for other paths.
+
+    ``differences`` maps each fact that differs to (what the file says, what is here).
+    """
+
+    def __init__(self, message: str, differences: Mapping[str, tuple[Any, Any]]) -> None:
+        super().__init__(message)
+        self.differences = dict(differences)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """``cells[path][condition]`` has equally long lists: ``batch_sizes``, ``calls`` (how many were timed),
+    ``unique_share`` (mean over inputs), and ``p50``, ``p95``, ``p99`` in seconds.
+
+    ``prediction_error`` is measured, not assumed: predicted over observed median at batch sizes between
+    the grid points, as ``median`` and ``p95`` of the relative error. ``simulated`` profiles describe
+    devices that are not at hand; whatever is predicted from one must say so.
+    """
+
+    paths: Mapping[str, Mapping[str, Any]]  # name -> representation, quality, shape
+    cells: Mapping[str, Mapping[str, Mapping[str, list]]]
+    fingerprint: Mapping[str, Any]
+    prediction_error: Mapping[str, Any] | None = None
+    created: str = ""
+    simulated: bool = False
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def curve(self, path: str, quantile: str = "p50", condition: str = "warm") -> Curve:
+        """Latency of one path over batch size. ``KeyError`` names what was not measured."""
+        try:
+            cell = self.cells[path][condition]
+            return Curve.fit(cell["batch_sizes"], cell[quantile])
+        except KeyError as error:
+            raise KeyError(
+                f"profile has no {quantile} of path {path!r} in condition {condition!r} (missing {error})"
+            ) from None
+
+    def unique_shares(self, path: str, condition: str = "warm") -> tuple[list[int], list[float]]:
+        """(batch sizes, mean share of unique IDs of the inputs measured at them)."""
+        cell = self.cells[path][condition]
+        return cell["batch_sizes"], cell["unique_share"]
+
+    # -- measuring
+
+    @classmethod
+    def measure(
+        cls,
+        paths: Sequence[Path],
+        make_input: Callable[[int, np.random.Generator], Any],
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        *,
+        seconds: float = 20.0,
+        conditions: Sequence[str] = CONDITIONS,
+        seed: int = 0,
+        progress: Callable[[str, float], object] | None = None,
+        **options: Any,
+    ) -> Profile:
+        """Micro-benchmark the paths for about ``seconds`` and keep the quantiles.
+
+        Half of the time goes to the warm condition, the rest to the others and to batch sizes between the
+        grid points, which tell the prediction's error. ``options`` go to ``microbenchmark``. ``repeated``
+        is left out where inputs are not batches of rows (see ``repeated_rows``).
+        """
+        _check_names(paths)
+        if unknown := [c for c in conditions if c not in CONDITIONS]:
+            raise ValueError(f"conditions: {unknown[0]!r} is none of {', '.join(CONDITIONS)}")
+        batch_sizes = sorted(set(batch_sizes))
+        if not batch_sizes:
+            raise ValueError("batch_sizes must not be empty")
+        rng = np.random.default_rng(seed)
+        probe = make_input(batch_sizes[-1], rng)
+        wanted = [c for c in conditions if c != "repeated" or isinstance(probe, Batch)]
+        between = _between(batch_sizes)
+        others = max(1, len(wanted) - 1 + bool(between))
+        shares = {c: seconds * (0.5 if c == "warm" else 0.5 / others) for c in wanted}
+
+        def run(label, sizes, source, duration, **more) -> Samples:
+            report = (lambda share: progress(label, share)) if progress else None
+            return microbenchmark(
+                paths, source, sizes, seconds=duration, seed=seed, progress=report, **{**options, **more}
+            )
+
+        cells: dict[str, dict[str, dict[str, list]]] = {path.name: {} for path in paths}
+        for condition in wanted:
+            source = repeated_rows(make_input) if condition == "repeated" else make_input
+            more = {"before_call": Evict(), "max_calls": 30} if condition == "cold" else {}
+            samples = run(condition, batch_sizes, source, shares[condition], **more)
+            uniqueness = _mean_unique_share(source, batch_sizes, rng)
+            for path in paths:
+                cells[path.name][condition] = _cell(path.name, samples, uniqueness)
+        profile = cls(
+            paths={p.name: _describe(p) for p in paths},
+            cells=cells,
+            fingerprint={**fingerprint(), "paths": {p.name: p.shape for p in paths}},
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            notes={"seconds": seconds, "seed": seed},
+        )
+        if "warm" not in wanted or not between:
+            return profile
+        samples = run("between grid points", between, make_input, 0.5 * seconds / others)
+        return profile._with_error(samples)
+
+    def _with_error(self, samples: Samples) -> Profile:
+        curves = {name: self.curve(name) for name in self.paths}
+        observed = {cell: float(np.median(values)) for cell, values in samples.items() if values}
+        errors = [abs(curves[name].at(size) / seen - 1) for (name, size), seen in observed.items()]
+        error = {
+            "batch_sizes": sorted({size for _, size in observed}),
+            "median": float(np.median(errors)),
+            "p95": float(np.quantile(errors, 0.95)),
+        }
+        return replace(self, prediction_error=error)
+
+    # -- keeping
+
+    def to_dict(self) -> dict[str, Any]:
+        content = {"format": FORMAT, "version": VERSION, **self.__dict__}
+        return json.loads(json.dumps(content, default=dict))
+
+    def save(self, file: str | os.PathLike) -> FilePath:
+        """Write the file whole or not at all, its folder too if need be."""
+        file = FilePath(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = self.to_dict()
+        content["checksum"] = _checksum(content)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+        try:
+            with open(handle, "w", encoding="utf-8") as stream:
+                json.dump(content, stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        return file
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, paths: Sequence[Path] | None = None) -> Profile:
+        """Read a profile; with ``paths``, refuse it unless it was measured here, for these.
+
+        ``ProfileError`` if the file cannot be read or is damaged; ``ProfileMismatchError`` says exactly
+        what differs. A simulated profile, which people write by hand, needs no checksum, and is never
+        taken for a measured one.
+        """
+        file = FilePath(file)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ProfileError(f"cannot read profile {file}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ProfileError(f"{file}: damaged, not JSON: {error}") from error
+        profile = cls._from_dict(content, str(file))
+        if paths is not None:
+            profile.check(paths, str(file))
+        return profile
+
+    @classmethod
+    def _from_dict(cls, content: Any, where: str) -> Profile:
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ProfileError(f"{where}: not a profile of mprec's (no format {FORMAT!r})")
+        if content.get("version") != VERSION:
+            raise ProfileError(
+                f"{where}: profile version {content.get('version')!r}; this mprec reads version {VERSION}"
+            )
+        checksum = content.pop("checksum", None)
+        if checksum != _checksum(content) and (checksum is not None or not content.get("simulated")):
+            raise ProfileError(f"{where}: damaged: the checksum does not fit the content")
+        known = set(cls.__dataclass_fields__)
+        try:
+            profile = cls(**{key: value for key, value in content.items() if key in known})
+            for name, conditions in profile.cells.items():
+                for condition in conditions:
+                    for quantile in QUANTILES:
+                        profile.curve(name, quantile, condition)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProfileError(f"{where}: not a whole profile: {error}") from error
+        return profile
+
+    def check(self, paths: Sequence[Path], where: str = "profile") -> None:
+        """``ProfileMismatchError`` unless this was measured on this machine, as it is now, for ``paths``."""
+        measured = dict(self.fingerprint)
+        shapes = measured.pop("paths", {})
+        here = fingerprint()
+        differences = {
+            key: (measured.get(key), here.get(key))
+            for key in sorted(measured.keys() | here.keys())
+            if measured.get(key) != here.get(key)
+        }
+        for path in paths:
+            if path.name not in self.cells:
+                differences[f"path {path.name}"] = ("not measured", path.shape)
+            elif shapes.get(path.name) != path.shape:
+                differences[f"path {path.name}"] = (shapes.get(path.name), path.shape)
+        if self.simulated:
+            differences["simulated"] = (True, False)
+        if differences:
+            listed = "; ".join(f"{key}: {was!r}, here {now!r}" for key, (was, now) in differences.items())
+            raise ProfileMismatchError(
+                f"{where}: measured elsewhere or for other paths: {listed}", differences
+            )
+
+    @classmethod
+    def load_or_measure(
+        cls,
+        paths: Sequence[Path],
+        make_input: Callable[[int, np.random.Generator], Any],
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        *,
+        file: str | os.PathLike | None = None,
+        report: Callable[[str], object] = lambda message: None,
+        **options: Any,
+    ) -> Profile:
+        """The profile in ``file`` (default: the user's cache folder) if it can be trusted, else a new one,
+        saved there. ``report`` is told why a file that exists was not used.
+        """
+        file = FilePath(file) if file is not None else default_file(paths)
+        if file.exists():
+            try:
+                profile = cls.load(file, paths)
+                have = {size for path in paths for size in profile.cells[path.name]["warm"]["batch_sizes"]}
+                if lacking := sorted(set(batch_sizes) - have):
+                    raise ProfileError(f"{file}: lacks batch sizes {lacking}")
+                return profile
+            except (ProfileError, KeyError) as error:
+                report(f"{error}; measuring again")
+        profile = cls.measure(paths, make_input, batch_sizes, **options)
+        profile.save(file)
+        return profile
+
+
+def default_file(paths: Sequence[Path]) -> FilePath:
+    """Where this machine's profile of these paths belongs: a file of its own per fingerprint."""
+    cache = FilePath(os.environ.get("XDG_CACHE_HOME") or FilePath.home() / ".cache")
+    key = {**fingerprint(), "paths": {path.name: path.shape for path in paths}}
+    return cache / "mprec" / f"profile-{shape_digest(key)}.json"
+
+
+def repeated_rows(make_input: Callable[[int, np.random.Generator], Any]):
+    """Inputs of the same size in which every row of a smaller batch stands four times."""
+
+    def draw(batch_size: int, rng: np.random.Generator) -> Any:
+        small = make_input(-(-batch_size // _REPEATS), rng)
+        return take(concatenate([small] * _REPEATS), slice(0, batch_size))
+
+    return draw
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"representation": path.representation, "quality": path.quality, "shape": path.shape}
+
+
+def _check_names(paths: Sequence[Path]) -> None:
+    names = [path.name for path in paths]
+    if not names:
+        raise ValueError("paths must not be empty")
+    if len(set(names)) != len(names):
+        raise ValueError(f"paths must have distinct names, got {names}")
+
+
+def _between(batch_sizes: Sequence[int]) -> list[int]:
+    """Batch sizes off the grid: about the geometric middle of every second gap that has one."""
+    middles = [round(math.sqrt(a * b)) for a, b in itertools.pairwise(batch_sizes)]
+    return [m for m in middles if m not in batch_sizes][::2]
+
+
+def _mean_unique_share(source, batch_sizes, rng) -> dict[int, float]:
+    def share(size: int) -> float:
+        item = source(size, rng)
+        return unique_share(item) if isinstance(item, Batch) else 1.0
+
+    return {size: float(np.mean([share(size) for _ in range(3)])) for size in batch_sizes}
+
+
+def _cell(name: str, samples: Samples, uniqueness: Mapping[int, float]) -> dict[str, list]:
+    sizes = sorted(size for path, size in samples if path == name)
+    seconds = [samples[name, size] for size in sizes]
+    return {
+        "batch_sizes": sizes,
+        "calls": [len(values) for values in seconds],
+        "unique_share": [uniqueness[size] for size in sizes],
+        **{key: [float(np.quantile(v, q)) for v in seconds] for key, q in QUANTILES.items()},
+    }
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

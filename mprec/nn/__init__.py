@@ -1,0 +1,17 @@
+"""Modules: embedding bags as tables, deep hash embeddings and hybrids, and a collection of them."""
+
+from mprec.nn.collection import EmbeddingBagCollection
+from mprec.nn.config import DheConfig, FeatureConfig, with_representation
+from mprec.nn.deep_hash import DeepHashEmbeddingBag
+from mprec.nn.embedding_bag import EmbeddingBag
+from mprec.nn.hybrid import HybridEmbeddingBag
+
+__all__ = [
+    "DeepHashEmbeddingBag",
+    "DheConfig",
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "FeatureConfig",
+    "HybridEmbeddingBag",
+    "with_representation",
+]

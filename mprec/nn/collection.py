@@ -1,0 +1,300 @@
+"""All categorical features of a model in one module."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mprec import ops
+from mprec.errors import IdOutOfRangeError
+from mprec.names import MODES
+from mprec.nn.config import FeatureConfig
+from mprec.nn.deep_hash import DeepHashEmbeddingBag
+from mprec.nn.embedding_bag import EmbeddingBag
+from mprec.ops._common import IDS, check_bags, check_ids, contiguous, direct, native
+from mprec.ops._csr import batch_size
+from mprec.ops._decoders import decoder
+from mprec.ops._dhe import run_dhe_bag_multi
+from mprec.ops._tables import run_embedding_bag_multi
+
+
+class _Group(NamedTuple):
+    """Parts of one kind that one operator call serves."""
+
+    names: list[str]
+    features: list[int]  # their positions in the collection
+    columns: list[int]  # first output column of each
+    whole: bool  # all features, in order
+    mode: str
+    decoder: tuple[str, str, str]  # family, activation, last_activation; empty strings for tables
+
+
+class EmbeddingBagCollection(nn.Module):
+    """Embeds a batch of many features, each by a table, a deep hash embedding, or both.
+
+    *table*, *dhe*, *hybrid* and *select* models are four lists of :class:`FeatureConfig` for this one class
+    (see :func:`with_representation`). All tables of one pooling mode are one kernel call, as are all decoders
+    of one mode, hash family and pair of activations.
+
+    Args:
+        features: in the order of the batch and of the output.
+        sparse: gradients of tables are sparse tensors (for ``torch.optim.SparseAdam`` and the like).
+        device, dtype: of tables and decoders.
+
+    Shape: ``indices`` ``[n]`` and ``offsets`` ``[F * B + 1]``: bag b of feature f is
+    ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]``. Output ``[B, sum(output_dims)]``.
+
+    Attributes:
+        features: the configurations, a tuple.
+        output_dims: columns of each feature: its ``embedding_dim``, twice that for *hybrid* (table first).
+        tables: ``tables.{name}.weight``, uniform in +-1/sqrt(num_embeddings) at first.
+        dhe: ``dhe.{name}.coefficients`` and ``dhe.{name}.decoder.{layer}.weight|bias``.
+    """
+
+    def __init__(
+        self, features: Sequence[FeatureConfig], sparse: bool = False, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.features = tuple(features)
+        self.sparse = sparse
+        if not self.features:
+            raise ValueError("features: expected at least one")
+        names = [feature.name for feature in self.features]
+        if len(set(names)) != len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"features: names must differ, got {', '.join(twice)} more than once")
+        self.output_dims = [feature.output_dim for feature in self.features]
+        self.tables, self.dhe = nn.ModuleDict(), nn.ModuleDict()
+        for f in self.features:
+            # Into _modules directly: ModuleDict refuses names of its own methods, such as "type" or "keys"
+            # (with these, all works but torch.export, which looks submodules up by getattr).
+            if f.has_table:
+                table = EmbeddingBag(
+                    f.num_embeddings,
+                    f.embedding_dim,
+                    mode=f.mode,
+                    sparse=sparse,
+                    include_last_offset=True,
+                    device=device,
+                    dtype=dtype,
+                )
+                self.tables._modules[f.name] = table
+            if f.has_dhe:
+                self.dhe._modules[f.name] = DeepHashEmbeddingBag(
+                    f.embedding_dim,
+                    f.dhe,
+                    f.mode,
+                    include_last_offset=True,
+                    device=device,
+                    dtype=dtype,
+                )
+        self._table_groups, self._dhe_groups = self._group()
+        self._width = sum(self.output_dims)
+        groups = self._table_groups + self._dhe_groups
+        self._all_whole = all(group.whole for group in groups)
+        self._has_max = any(group.mode == "max" for group in groups)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for table in self.tables._modules.values():
+            bound = table.num_embeddings**-0.5
+            table.weight.uniform_(-bound, bound)
+        for dhe in self.dhe._modules.values():
+            dhe.reset_parameters()
+
+    def _group(self) -> tuple[list[_Group], list[_Group]]:
+        tables: dict[tuple, list[tuple[int, int]]] = {}
+        decoders: dict[tuple, list[tuple[int, int]]] = {}
+        column = 0
+        for i, f in enumerate(self.features):
+            if f.has_table:
+                tables.setdefault((f.mode, ("", "", "")), []).append((i, column))
+                column += f.embedding_dim
+            if f.has_dhe:
+                kind = (f.dhe.family, f.dhe.activation, f.dhe.last_activation)
+                decoders.setdefault((f.mode, kind), []).append((i, column))
+                column += f.embedding_dim
+
+        def groups(found):
+            made = []
+            for key, parts in found.items():
+                positions, columns = [i for i, _ in parts], [column for _, column in parts]
+                names = [self.features[i].name for i in positions]
+                made.append(_Group(names, positions, columns, len(parts) == len(self.features), *key))
+            return made
+
+        return groups(tables), groups(decoders)
+
+    def forward(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Embed and pool a batch.
+
+        Args:
+            indices: int64 or int32 ``[n]``, feature after feature.
+            offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
+            per_sample_weights: one factor per index (features of modes sum and mean only).
+
+        Returns:
+            ``[B, sum(output_dims)]``.
+
+        Raises:
+            IdOutOfRangeError: an ID of a feature with a table is not in ``[0, num_embeddings)``, or an ID of
+                one without is negative (a deep hash embedding takes any other).
+            InvalidOffsetsError, DtypeError, DeviceError, ValueError, NotImplementedError.
+        """
+        batch = self._check(indices, offsets)
+        try:
+            out = self._forward_direct(indices, offsets, per_sample_weights, batch)
+            return self._forward_ops(indices, offsets, per_sample_weights) if out is None else out
+        except IdOutOfRangeError as error:
+            self._name_feature(indices, offsets, batch, error)
+            raise
+
+    def _check(self, indices: Tensor, offsets: Tensor) -> int:
+        if indices.dim() != 1 or offsets.dim() != 1:
+            raise ValueError(
+                f"expected indices and offsets of 1 dimension, got {indices.dim()} and {offsets.dim()}"
+            )
+        return batch_size(offsets, len(self.features))
+
+    def _forward_direct(self, indices, offsets, per_sample_weights, batch) -> Tensor | None:
+        """Kernels straight into one output, no dispatcher, no concatenation; ``None`` where that cannot
+        be."""
+        if torch.is_grad_enabled() or not direct(indices, offsets, per_sample_weights):
+            return None
+        if indices.dtype not in IDS or offsets.dtype not in IDS or not native(per_sample_weights):
+            return None
+        tables = [self._weights(group) for group in self._table_groups]
+        decoders = [self._decoders(group) for group in self._dhe_groups]
+        if not all(map(_plain, tables)) or not all(
+            _plain(m.weights) and _plain(m.biases) for group in decoders for m in group
+        ):
+            return None
+        if per_sample_weights is not None:
+            if per_sample_weights.shape != indices.shape or self._has_max:
+                return None  # let the operators say what is wrong
+            per_sample_weights = contiguous(per_sample_weights)
+        indices, offsets = contiguous(indices), contiguous(offsets)
+        if not self._all_whole:
+            check_bags(offsets, len(indices), True)
+        out = torch.empty(batch, self._width)
+        count = len(self.features)
+        for group, weights in zip(self._table_groups, tables, strict=True):
+            features = None if group.whole else group.features
+            run_embedding_bag_multi(
+                weights,
+                indices,
+                offsets,
+                MODES[group.mode],
+                per_sample_weights,
+                out,
+                group.columns,
+                features,
+                count,
+            )
+        for group, modules in zip(self._dhe_groups, decoders, strict=True):
+            features = None if group.whole else group.features
+            handles = [decoder(m.coefficients, m.weights, m.biases, *group.decoder) for m in modules]
+            run_dhe_bag_multi(
+                handles,
+                indices,
+                offsets,
+                MODES[group.mode],
+                per_sample_weights,
+                out,
+                group.columns,
+                features,
+                count,
+            )
+        return out
+
+    def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
+        count, parts = len(self.features), {}
+        for group in self._table_groups:
+            out = ops.embedding_bag_multi(
+                self._weights(group),
+                indices,
+                offsets,
+                group.mode,
+                per_sample_weights,
+                features=None if group.whole else group.features,
+                num_features=count,
+                sparse=self.sparse,
+            )
+            parts.update(self._by_column(group, out))
+        for group in self._dhe_groups:
+            modules = self._decoders(group)
+            out = ops.dhe_bag_multi(
+                indices,
+                offsets,
+                [m.coefficients for m in modules],
+                [weight for m in modules for weight in m.weights],
+                [bias for m in modules for bias in m.biases],
+                [len(m.decoder) for m in modules],
+                *group.decoder,
+                mode=group.mode,
+                per_sample_weights=per_sample_weights,
+                features=None if group.whole else group.features,
+                num_features=count,
+            )
+            parts.update(self._by_column(group, out))
+        if len(self._table_groups) + len(self._dhe_groups) == 1:
+            return out
+        return torch.cat([parts[column] for column in sorted(parts)], dim=1)
+
+    def _weights(self, group: _Group) -> list[Tensor]:
+        modules = self.tables._modules
+        return [modules[name].weight for name in group.names]
+
+    def _decoders(self, group: _Group) -> list[DeepHashEmbeddingBag]:
+        modules = self.dhe._modules
+        return [modules[name] for name in group.names]
+
+    def _by_column(self, group: _Group, out: Tensor):
+        dims = [self.features[i].embedding_dim for i in group.features]
+        return zip(group.columns, out.split(dims, dim=1), strict=True)
+
+    def _name_feature(self, indices, offsets, batch, error) -> None:
+        """Raise the error again with the feature's name, if a feature's ID is at fault."""
+        for i, feature in enumerate(self.features):
+            first, last = int(offsets[i * batch]), int(offsets[(i + 1) * batch])
+            bound = feature.num_embeddings if feature.has_table else None
+            try:
+                check_ids(indices[first:last], bound)
+            except IdOutOfRangeError:
+                bad = indices[first:last] < 0
+                if bound is not None:
+                    bad |= indices[first:last] >= bound
+                position = first + int(bad.nonzero()[0, 0])
+                upper = "2**63" if bound is None else bound
+                raise IdOutOfRangeError(
+                    f"indices[{position}]: ID {int(indices[position])} of feature {feature.name!r} "
+                    f"is not in [0, {upper})"
+                ) from error
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for feature in self.features:
+            has_table = f"{prefix}tables.{feature.name}.weight" in state_dict
+            has_dhe = f"{prefix}dhe.{feature.name}.coefficients" in state_dict
+            if (has_table or has_dhe) and (has_table, has_dhe) != (feature.has_table, feature.has_dhe):
+                saved = "hybrid" if has_table and has_dhe else "table" if has_table else "dhe"
+                errors.append(
+                    f"feature {feature.name!r} is a {saved} in the state_dict, "
+                    f"but a {feature.representation} in this module"
+                )
+
+    def extra_repr(self) -> str:
+        kinds = [feature.representation for feature in self.features]
+        counts = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
+        numbers = sum(feature.num_parameters() for feature in self.features)
+        return f"{len(kinds)} features ({counts}), {self._width} columns, {numbers:,} parameters"
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Ordinary float32 parameters on the CPU."""
+    return all(
+        type(t) in (nn.Parameter, Tensor) and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()
+        for t in tensors
+    )

@@ -1,0 +1,156 @@
+"""A deep hash embedding with pooling."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mprec import ops
+from mprec.errors import IdOutOfRangeError
+from mprec.hashing import coefficients
+from mprec.names import MODES, code
+from mprec.nn.config import DheConfig
+
+
+class DeepHashEmbeddingBag(nn.Module):
+    """Embeds IDs without a table: k hashes of the ID, decoded by an MLP (Kang et al., KDD 2021), then pooled.
+
+    The size does not depend on the vocabulary, and any ID in ``[0, 2**63)`` has an embedding.
+
+    Args:
+        embedding_dim: D, the size of the vectors.
+        config: hashes and layers.
+        mode: ``"sum"``, ``"mean"`` or ``"max"`` over a bag.
+        include_last_offset: ``offsets`` ends with the number of IDs, as in ``torch.nn.EmbeddingBag``.
+        padding_idx: entries with this ID are left out.
+        num_embeddings: refuse IDs not below this; ``None`` takes any.
+        device, dtype: of the decoder.
+
+    Shape: ``input`` ``[n]`` with ``offsets`` ``[B]``, or ``[B, L]``; output ``[B, D]``.
+
+    Attributes:
+        coefficients: int32 ``[rows, k]``, the hash functions: a buffer, saved with the model.
+        decoder: ``nn.Linear`` layers. Weights start from N(0, 2 / (in + out)), biases from N(0, 1 / out).
+    """
+
+    coefficients: Tensor
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        config: DheConfig | None = None,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        num_embeddings: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        code(MODES, mode, "mode")
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
+        if padding_idx is not None and padding_idx < 0:
+            raise ValueError(f"padding_idx: expected an ID >= 0, got {padding_idx}")
+        self.embedding_dim = embedding_dim
+        self.config = config or DheConfig()
+        self.mode = mode
+        self.include_last_offset = include_last_offset
+        self.padding_idx = padding_idx
+        self.num_embeddings = num_embeddings
+        hashes = coefficients(self.config.k, self.config.family, self.config.seed)
+        self.register_buffer("coefficients", hashes.to(device) if device is not None else hashes)
+        widths = self.config.widths(embedding_dim)
+        self.decoder = nn.ModuleList(
+            nn.Linear(inputs, outputs, device=device, dtype=dtype)
+            for inputs, outputs in itertools.pairwise(widths)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in self.decoder:
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=math.sqrt(1 / layer.out_features))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [layer.weight for layer in self.decoder]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        return [layer.bias for layer in self.decoder]
+
+    def forward(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        include_last_offset = self.include_last_offset
+        if input.dim() == 2:
+            if offsets is not None:
+                raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
+            offsets = torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
+            include_last_offset = True
+            input = input.reshape(-1)
+            if per_sample_weights is not None:
+                per_sample_weights = per_sample_weights.reshape(-1)
+        elif offsets is None:
+            raise ValueError("offsets has to be a 1D Tensor but got None")
+        if self.num_embeddings is not None:
+            check_bound(input, self.num_embeddings)
+        return ops.dhe_bag(
+            input,
+            offsets,
+            self.coefficients,
+            self.weights,
+            self.biases,
+            self.config.family,
+            self.config.activation,
+            self.config.last_activation,
+            self.mode,
+            per_sample_weights,
+            include_last_offset,
+            self.padding_idx,
+        )
+
+    @torch.no_grad()
+    def materialize(self, num_embeddings: int | None = None, chunk: int = 16384) -> Tensor:
+        """The table this module stands for: ``[num_embeddings, D]``, row i the embedding of ID i."""
+        count = self.num_embeddings if num_embeddings is None else num_embeddings
+        if count is None:
+            raise ValueError("num_embeddings: this module has no bound of its own, so give one")
+        device = self.coefficients.device
+        table = torch.empty(count, self.embedding_dim, device=device, dtype=self.decoder[0].weight.dtype)
+        for begin in range(0, count, chunk):
+            ids = torch.arange(begin, min(begin + chunk, count), device=device)
+            table[begin : begin + chunk] = ops.dhe_bag(
+                ids,
+                torch.arange(len(ids) + 1, device=device),
+                self.coefficients,
+                self.weights,
+                self.biases,
+                self.config.family,
+                self.config.activation,
+                self.config.last_activation,
+                include_last_offset=True,
+            )
+        return table
+
+    def extra_repr(self) -> str:
+        bound = "" if self.num_embeddings is None else f", num_embeddings={self.num_embeddings}"
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        c = self.config
+        return (
+            f"{c.k} {c.family} hashes, {'-'.join(map(str, c.widths(self.embedding_dim)))}, {c.activation}, "
+            f"last {c.last_activation}, mode={self.mode!r}{bound}{padding}"
+        )
+
+
+def check_bound(indices: Tensor, bound: int) -> None:
+    """``IdOutOfRangeError`` if an ID is not below ``bound``. On a GPU this would wait for it: not checked
+    there."""
+    if torch.compiler.is_compiling() or not indices.is_cpu or not indices.numel():
+        return
+    top = int(indices.max())
+    if top >= bound:
+        position = int((indices == top).nonzero()[0, 0])
+        raise IdOutOfRangeError(f"indices[{position}]: ID {top} is not in [0, {bound})")

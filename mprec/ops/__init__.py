@@ -1,0 +1,22 @@
+"""Operators: the only door to the kernels.
+
+Each function here is also ``torch.ops.mprec.<name>``, with a gradient, for ``torch.compile`` and
+``torch.export``. Called eagerly on plain CPU tensors that need no gradient, the functions skip torch's
+dispatcher and go straight to the kernel. float32 has native kernels; float64, float16 and bfloat16 are
+computed by :mod:`mprec.reference` in float64 and rounded once. Bad IDs, offsets, dtypes, shapes and devices
+raise the exceptions of :mod:`mprec.errors`, ``ValueError`` or ``TypeError``.
+
+CUDA: tables and pooling run as plain torch operations, decoders as Triton kernels.
+"""
+
+from mprec.ops._decoders import clear_decoders
+from mprec.ops._functional import dhe_bag, dhe_bag_multi, embedding_bag, embedding_bag_multi, hash_encode
+
+__all__ = [
+    "clear_decoders",
+    "dhe_bag",
+    "dhe_bag_multi",
+    "embedding_bag",
+    "embedding_bag_multi",
+    "hash_encode",
+]

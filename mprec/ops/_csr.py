@@ -1,0 +1,56 @@
+"""Features of a batch in feature-major CSR layout.
+
+Bag b of feature f of F is ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]``, and offsets has F * B + 1
+entries.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mprec.errors import InvalidOffsetsError
+
+
+class Csr(NamedTuple):
+    indices: Tensor
+    offsets: Tensor
+    per_sample_weights: Tensor | None
+
+
+def batch_size(offsets: Tensor, num_features: int) -> int:
+    """B, or ``InvalidOffsetsError`` if ``num_features`` does not divide the number of bags."""
+    bags = offsets.shape[0] - 1
+    if bags < 0 or bags % num_features:
+        raise InvalidOffsetsError(
+            f"offsets: expected 1 + a multiple of the number of features, {num_features}, got "
+            f"{offsets.shape[0]}"
+        )
+    return bags // num_features
+
+
+def feature_slices(csr: Csr, features: Sequence[int], num_features: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Of each feature: where its indices begin and end, and its ``B + 1`` offsets counted from there."""
+    batch = (csr.offsets.shape[0] - 1) // num_features
+    bounds = csr.offsets[:: max(batch, 1)].tolist() if batch else [0] * (num_features + 1)
+    for f in features:
+        yield bounds[f], bounds[f + 1], csr.offsets[f * batch : (f + 1) * batch + 1] - bounds[f]
+
+
+def select(csr: Csr, features: Sequence[int], num_features: int) -> Csr:
+    """The batch of these features alone, in this order. Offsets must be valid."""
+    if list(features) == list(range(num_features)):
+        return csr
+    parts, offsets, total = [], [], 0
+    for begin, end, starts in feature_slices(csr, features, num_features):
+        parts.append(slice(begin, end))
+        offsets.append(starts[:-1] + total)
+        total += end - begin
+    offsets.append(csr.offsets.new_tensor([total]))
+    weights = csr.per_sample_weights
+    return Csr(
+        torch.cat([csr.indices[part] for part in parts]),
+        torch.cat(offsets),
+        None if weights is None else torch.cat([weights[part] for part in parts]),
+    )

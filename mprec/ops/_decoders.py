@@ -1,0 +1,61 @@
+"""Packed native decoders, kept while their weights stay as they are.
+
+A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is kept per first
+weight tensor, weakly, and used again if every tensor still has its storage address and its version counter.
+In-place operations raise the counter, optimizers' steps included; writes through ``tensor.data`` or NumPy
+views do
+not: call :func:`clear_decoders` after those. Nothing is kept while grad mode is on (training changes the
+weights at every step), nor for tensors made under ``inference_mode``, which carry no counter.
+"""
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mprec._native import _C
+from mprec.names import ACTIVATIONS, FAMILIES, code
+from mprec.ops._common import contiguous
+
+_kept: dict[int, tuple[weakref.ref, tuple, "_C.Decoder"]] = {}
+
+
+def decoder(
+    coefficients: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    family: str,
+    activation: str,
+    last_activation: str,
+) -> "_C.Decoder":
+    """The native decoder of one feature: kept from an earlier call if grad mode is off, else packed now."""
+    tensors = (coefficients, *weights, *biases)
+    if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):
+        return _pack(tensors, len(weights), family, activation, last_activation)
+    first = weights[0]
+    key = id(first)
+    stamp = (family, activation, last_activation, *[(t.data_ptr(), t._version) for t in tensors])
+    found = _kept.get(key)
+    if found is not None and found[1] == stamp and found[0]() is first:
+        return found[2]
+    handle = _pack(tensors, len(weights), family, activation, last_activation)
+    _kept[key] = (weakref.ref(first, lambda _: _kept.pop(key, None)), stamp, handle)
+    return handle
+
+
+def clear_decoders() -> None:
+    """Forget all packed decoders: needed only after changing weights through ``.data`` or a NumPy view."""
+    _kept.clear()
+
+
+def _pack(tensors, layers, family, activation, last_activation):
+    coefficients, *rest = [contiguous(t.detach()) for t in tensors]
+    return _C.Decoder(
+        coefficients,
+        rest[:layers],
+        rest[layers:],
+        code(FAMILIES, family, "family"),
+        code(ACTIVATIONS, activation, "activation"),
+        code(ACTIVATIONS, last_activation, "last_activation"),
+    )

@@ -1,0 +1,390 @@
+"""The public functions: torch's conventions outside, the operators' inside."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from mprec import reference
+from mprec._native import _C
+from mprec.hashing import coefficient_rows
+from mprec.names import FAMILIES, MODES, code
+from mprec.ops import _dhe, _tables
+from mprec.ops._common import (
+    IDS,
+    check_ids,
+    check_same_device,
+    contiguous,
+    direct,
+    ids,
+    native,
+    pass_padding,
+)
+from mprec.ops._decoders import decoder
+
+_F32 = torch.float32
+
+
+def _mode_code(mode: str, per_sample_weights: Tensor | None) -> int:
+    number = MODES.get(mode)
+    if number is None:
+        raise ValueError(f"mode has to be one of sum, mean or max, got {mode!r}")
+    if number == 2 and per_sample_weights is not None:
+        raise NotImplementedError("per_sample_weights: only modes 'sum' and 'mean' take them, got mode='max'")
+    return number
+
+
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """``torch.nn.functional.embedding_bag``: sums, means or maxima of bags of rows of ``weight``.
+
+    Arguments, results and exceptions are torch's, with these differences:
+
+    * ``per_sample_weights`` go with ``mode="mean"`` too: ``sum(w_i x_i) / count``;
+    * indices that no bag holds (no offsets at all, or a last offset below the number of indices) are an
+      error, where torch drops them or crashes;
+    * ``scale_grad_by_freq`` divides by each ID's own frequency (torch 2.13's CPU kernel takes another's);
+    * every ID is checked, on the CPU, before anything is read or (``max_norm``) written.
+
+    Args:
+        input: IDs, int64 or int32, ``[n]`` (bags by ``offsets``) or ``[B, L]`` (B bags of L).
+        weight: the table ``[N, D]``: float32, or float64, float16, bfloat16.
+        offsets: int64 or int32, ``[B]`` or, with ``include_last_offset``, ``[B + 1]``: where each bag starts.
+        max_norm: rows that are looked up are first scaled down, in place, to this ``norm_type``-norm.
+        scale_grad_by_freq: divide gradients by how often an ID occurs in the call (not for ``max``).
+        mode: ``"sum"``, ``"mean"`` or ``"max"``. An empty bag gives zeros.
+        sparse: the gradient of ``weight`` is a sparse tensor (not for ``max``).
+        per_sample_weights: one factor per index, of ``input``'s shape and ``weight``'s dtype (not for
+            ``max``).
+        include_last_offset: ``offsets`` ends with the number of indices.
+        padding_idx: entries with this ID are left out; negative counts from the end.
+
+    Returns:
+        ``[B, D]`` of ``weight``'s dtype.
+
+    Raises:
+        IdOutOfRangeError: an ID is negative or not below N.
+        InvalidOffsetsError: offsets do not start at 0, fall, or do not end at the number of indices.
+        DtypeError, DeviceError, ValueError, NotImplementedError: as torch's checks.
+    """
+    if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
+        return handle_torch_function(
+            embedding_bag,
+            (input, weight, offsets, per_sample_weights),
+            input,
+            weight,
+            offsets=offsets,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            mode=mode,
+            sparse=sparse,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+        )
+    if weight.dtype is torch.int64 and input.is_floating_point():
+        warnings.warn("embedding_bag(weight, input): swap the arguments, as torch wants them", stacklevel=2)
+        weight, input = input, weight
+    if per_sample_weights is not None and input.shape != per_sample_weights.shape:
+        raise ValueError(
+            f"per_sample_weights: expected the shape of input, {tuple(input.shape)}, "
+            f"got {tuple(per_sample_weights.shape)}"
+        )
+    if weight.dim() != 2:
+        raise ValueError(f"weight has to be a 2D Tensor, but got Tensor of dimension {weight.dim()}")
+    if input.dim() == 2:
+        if offsets is not None:
+            raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
+        offsets = torch.arange(
+            0, input.shape[0] * input.shape[1] + 1, max(input.shape[1], 1), device=input.device
+        )
+        if input.shape[1] == 0:
+            offsets = offsets.new_zeros(input.shape[0] + 1)
+        include_last_offset = True
+        input = input.reshape(-1)
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights.reshape(-1)
+    elif input.dim() != 1:
+        raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
+    elif offsets is None:
+        raise ValueError("offsets has to be a 1D Tensor but got None")
+    elif offsets.dim() != 1:
+        raise ValueError(f"offsets has to be a 1D Tensor, but got Tensor of dimension {offsets.dim()}")
+    if mode == "max" and scale_grad_by_freq:
+        raise ValueError("max mode does not support scaling the gradient by the frequency")
+    if mode == "max" and sparse:
+        raise ValueError("max mode does not support sparse weights")
+    number = _mode_code(mode, per_sample_weights)
+    padding = -1 if padding_idx is None else pass_padding(padding_idx, weight.shape[0])
+    if max_norm is not None:
+        _renormalise(weight, ids(input, "input"), max_norm, norm_type)
+    if (
+        weight.dtype is _F32
+        and input.dtype in IDS
+        and offsets.dtype in IDS
+        and (per_sample_weights is None or per_sample_weights.dtype is _F32)
+        and direct(weight, input, offsets, per_sample_weights)
+    ):
+        return _tables.run_embedding_bag(
+            contiguous(weight),
+            contiguous(input),
+            contiguous(offsets),
+            number,
+            contiguous(per_sample_weights),
+            include_last_offset,
+            padding,
+        )
+    check_same_device(weight=weight, input=input, offsets=offsets, per_sample_weights=per_sample_weights)
+    return torch.ops.mprec.embedding_bag(
+        weight,
+        input,
+        offsets,
+        number,
+        per_sample_weights,
+        include_last_offset,
+        padding,
+        scale_grad_by_freq,
+        sparse,
+    )
+
+
+@torch.no_grad()
+def _renormalise(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
+    if not torch.compiler.is_compiling() and indices.is_cpu:
+        check_ids(indices, len(weight), "input")
+    torch.embedding_renorm_(weight, contiguous(indices), max_norm, norm_type)
+
+
+def embedding_bag_multi(
+    weights: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    mode: str = "sum",
+    per_sample_weights: Tensor | None = None,
+    *,
+    features: Sequence[int] | None = None,
+    num_features: int | None = None,
+    sparse: bool = False,
+) -> Tensor:
+    """Bags of many tables in one call, in the layout of FBGEMM and TorchRec.
+
+    Bag b of feature f is ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]``.
+
+    Args:
+        weights: T tables ``[N_t, D_t]`` of one dtype; dimensions may differ.
+        indices: int64 or int32 ``[n]``, feature after feature.
+        offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``; an empty bag gives zeros.
+        per_sample_weights: one factor per index (not for ``max``); the mean is ``sum(w_i x_i) / count``.
+        features: which feature each table serves; default: table t serves feature t.
+        num_features: F; default: T.
+        sparse: gradients of the tables are sparse tensors.
+
+    Returns:
+        ``[B, sum D_t]``, tables side by side.
+
+    Raises:
+        IdOutOfRangeError, InvalidOffsetsError, DtypeError, DeviceError, ValueError, NotImplementedError.
+    """
+    number = _mode_code(mode, per_sample_weights)
+    if not weights:
+        raise ValueError("weights: expected at least one table")
+    features, num_features = _check_features(features, num_features, len(weights))
+    _check_ndim(indices, "indices")
+    _check_ndim(offsets, "offsets")
+    if sparse and number == 2:
+        raise ValueError("max mode does not support sparse weights")
+    for t, weight in enumerate(weights):
+        if weight.dim() != 2:
+            raise ValueError(
+                f"weights[{t}] has to be a 2D Tensor, but got Tensor of dimension {weight.dim()}"
+            )
+    check_same_device(
+        weights=weights, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
+    )
+    return torch.ops.mprec.embedding_bag_multi(
+        list(weights), indices, offsets, number, per_sample_weights, features, num_features, sparse
+    )
+
+
+def dhe_bag(
+    indices: Tensor,
+    offsets: Tensor,
+    coefficients: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    family: str = "universal",
+    activation: str = "relu",
+    last_activation: str = "sigmoid",
+    mode: str = "sum",
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Bags of deep hash embeddings: each ID is hashed k ways, decoded by an MLP, and pooled.
+
+    Args:
+        indices: int64 or int32 ``[n]``, any ID >= 0.
+        offsets: int64 or int32 ``[B]``, or ``[B + 1]`` with ``include_last_offset``.
+        coefficients: int32 ``[rows, k]`` of :func:`mprec.hashing.coefficients`.
+        weights, biases: the decoder's layers, ``[out, in]`` and ``[out]`` as in ``torch.nn.Linear``.
+        family: hash family, see :mod:`mprec.hashing`.
+        activation: after all layers but the last: ``"none"``, ``"relu"``, ``"sigmoid"`` or ``"mish"``.
+        last_activation: after the last layer.
+        mode, per_sample_weights, include_last_offset: as in :func:`embedding_bag`.
+        padding_idx: entries with this ID are left out.
+
+    Returns:
+        ``[B, D]`` of the weights' dtype; D is the last layer's width.
+
+    Raises:
+        IdOutOfRangeError: an ID is negative.
+        InvalidOffsetsError, DtypeError, DeviceError, TypeError, ValueError, NotImplementedError.
+    """
+    number = _mode_code(mode, per_sample_weights)
+    _check_ndim(indices, "indices")
+    _check_ndim(offsets, "offsets")
+    padding = -1 if padding_idx is None else padding_idx
+    if direct(indices, offsets, coefficients, per_sample_weights, *weights, *biases) and native(
+        per_sample_weights, *weights, *biases
+    ):
+        _dhe.check_decoder(coefficients, weights, biases, family, activation, last_activation)
+        return _dhe.run_dhe_bag(
+            decoder(coefficients, weights, biases, family, activation, last_activation),
+            ids(indices, "indices"),
+            ids(offsets, "offsets"),
+            number,
+            contiguous(per_sample_weights),
+            include_last_offset,
+            padding,
+        )
+    check_same_device(
+        coefficients=coefficients,
+        weights=weights,
+        biases=biases,
+        indices=indices,
+        offsets=offsets,
+        per_sample_weights=per_sample_weights,
+    )
+    return torch.ops.mprec.dhe_bag(
+        indices,
+        offsets,
+        coefficients,
+        list(weights),
+        list(biases),
+        family,
+        activation,
+        last_activation,
+        number,
+        per_sample_weights,
+        include_last_offset,
+        padding,
+    )
+
+
+def dhe_bag_multi(
+    indices: Tensor,
+    offsets: Tensor,
+    coefficients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layers: Sequence[int],
+    family: str = "universal",
+    activation: str = "relu",
+    last_activation: str = "sigmoid",
+    mode: str = "sum",
+    per_sample_weights: Tensor | None = None,
+    *,
+    features: Sequence[int] | None = None,
+    num_features: int | None = None,
+) -> Tensor:
+    """Deep hash embeddings of many features in one call; layout as in :func:`embedding_bag_multi`.
+
+    ``coefficients`` has one tensor per decoder; ``weights`` and ``biases`` are flat, ``layers[t]`` of each
+    for decoder t. All share family and activations; shapes may differ. Returns ``[B, sum D_t]``.
+    """
+    number = _mode_code(mode, per_sample_weights)
+    if not layers:
+        raise ValueError("layers: expected at least one decoder")
+    features, num_features = _check_features(features, num_features, len(layers))
+    _check_ndim(indices, "indices")
+    _check_ndim(offsets, "offsets")
+    check_same_device(
+        coefficients=coefficients,
+        weights=weights,
+        biases=biases,
+        indices=indices,
+        offsets=offsets,
+        per_sample_weights=per_sample_weights,
+    )
+    return torch.ops.mprec.dhe_bag_multi(
+        indices,
+        offsets,
+        list(coefficients),
+        list(weights),
+        list(biases),
+        list(layers),
+        family,
+        activation,
+        last_activation,
+        number,
+        per_sample_weights,
+        features,
+        num_features,
+    )
+
+
+def hash_encode(coefficients: Tensor, indices: Tensor, family: str = "universal") -> Tensor:
+    """The encoder alone: float32 ``[n, k]`` of IDs ``[n]``. Not differentiable (IDs are integers).
+
+    Raises:
+        IdOutOfRangeError: an ID is negative. DtypeError, DeviceError, ValueError.
+    """
+    rows = coefficient_rows(family)
+    if coefficients.dim() != 2 or len(coefficients) != rows or coefficients.dtype != torch.int32:
+        raise ValueError(
+            f"coefficients: expected int32 [{rows}, k] for family {family!r}, "
+            f"got {coefficients.dtype} {list(coefficients.shape)}"
+        )
+    _check_ndim(indices, "indices")
+    check_same_device(coefficients=coefficients, indices=indices)
+    indices = ids(indices, "indices")
+    if not direct(coefficients, indices):
+        return reference.encode(coefficients, indices, family)
+    out = torch.empty(len(indices), coefficients.shape[1])
+    _C.hash_encode(contiguous(coefficients), indices, code(FAMILIES, family, "family"), out)
+    return out
+
+
+def _check_ndim(tensor: Tensor, name: str) -> None:
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} has to be a 1D Tensor, but got Tensor of dimension {tensor.dim()}")
+
+
+def _check_features(features, num_features, count):
+    if num_features is None:
+        num_features = count
+    if features is None:
+        if num_features != count:
+            raise ValueError(f"num_features: {num_features}, but there are {count} parts and no features")
+        return None, None
+    if len(features) != count:
+        raise ValueError(f"features: expected one for each of {count} parts, got {len(features)}")
+    for t, f in enumerate(features):
+        if not 0 <= f < num_features:
+            raise ValueError(f"features[{t}]: expected in [0, {num_features}), got {f}")
+    return list(features), num_features

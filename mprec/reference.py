@@ -1,0 +1,222 @@
+"""Every operator in a few lines of plain torch: the specification, the tests' oracle, and the fallback.
+
+Nothing here calls native code. All functions are differentiable and compute in ``dtype`` (float64 unless the
+caller says otherwise). Bags are given as in the operators: ``offsets`` holds the start of each bag, or with
+``include_last_offset`` also the end of the last one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mprec.hashing import ARTIFACT_BUCKETS, ARTIFACT_PRIME, PRIME
+from mprec.names import MODES
+
+__all__ = [
+    "activate",
+    "bag_ids",
+    "decode",
+    "dhe",
+    "dhe_bag",
+    "dhe_bag_multi",
+    "embedding_bag",
+    "embedding_bag_multi",
+    "encode",
+    "hash_values",
+    "pool",
+]
+
+
+def hash_values(coefficients: Tensor, indices: Tensor, family: str) -> Tensor:
+    """Integer hashes: int64 ``[n, k]`` from int32 coefficients ``[rows, k]`` and IDs ``[n]``."""
+    x = indices.to(torch.int64)[:, None]
+    if family.startswith("artifact"):
+        a, b = coefficients.to(torch.int64)
+        return torch.fmod(torch.fmod(a * x + b, ARTIFACT_PRIME), ARTIFACT_BUCKETS)
+    a, b, c, d = coefficients.to(torch.int64)
+    limb = 2**30 - 1
+    x0, x1, x2 = x & limb, (x >> 30) & limb, (x >> 60) & 0xF
+    return (a * x0 + c * x1 + d * x2 + b) % PRIME  # the sum is below 2**63: each limb is below 2**30
+
+
+def encode(coefficients: Tensor, indices: Tensor, family: str) -> Tensor:
+    """Real-valued hashes: float32 ``[n, k]``, the same bits on every device (but for the Gaussian family)."""
+    h = hash_values(coefficients, indices, family)
+    if family == "universal":
+        return h.to(torch.float32) * 2.0**-30 - 1  # float32(2 / (p - 1)) is exactly 2**-30
+    if family == "sign":
+        high = torch.tensor(3**-0.5, dtype=torch.float32, device=h.device)
+        return torch.where(h >= 2**30, high, -high)
+    if family == "u7":
+        return (2 * (h >> 24) - 127).to(torch.float32) / 127
+    if family == "artifact":
+        return h.to(torch.float32) / torch.tensor(ARTIFACT_BUCKETS - 1, dtype=torch.float32) * 2 - 1
+    u = (h.to(torch.float64) + 1) / ARTIFACT_BUCKETS
+    radius, angle = torch.sqrt(-2 * torch.log(u[:, 0::2])), 2 * torch.pi * u[:, 1::2]
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(1).to(torch.float32)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    return {"none": lambda x: x, "relu": F.relu, "sigmoid": torch.sigmoid, "mish": F.mish}[activation](x)
+
+
+def decode(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str, last_activation: str
+) -> Tensor:
+    """The MLP: ``[n, k]`` to ``[n, D]``; layer weights ``[out, in]`` as in ``torch.nn.Linear``."""
+    last = len(weights) - 1
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+        x = activate(x, last_activation if layer == last else activation)
+    return x
+
+
+def dhe(
+    indices: Tensor,
+    coefficients: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    family: str = "universal",
+    activation: str = "relu",
+    last_activation: str = "sigmoid",
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Deep hash embedding of each ID: ``[n]`` to ``[n, D]``."""
+    u = encode(coefficients, indices, family).to(dtype)
+    return decode(u, weights, biases, activation, last_activation)
+
+
+def bag_ids(offsets: Tensor, num_indices: int, num_bags: int) -> Tensor:
+    """The bag of each index position: int64 ``[num_indices]``."""
+    positions = torch.arange(num_indices, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets[:num_bags].contiguous(), positions, right=True) - 1
+
+
+def pool(
+    rows: Tensor,
+    offsets: Tensor,
+    mode: int,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Pool one vector per index, ``[n, D]``, into one per bag, ``[B, D]``; empty bags give zeros.
+
+    ``keep`` (bool ``[n]``) leaves out entries (padding). The mean divides by the number of entries kept, also
+    when they are weighted.
+    """
+    num_bags = offsets.numel() - include_last_offset
+    bag = bag_ids(offsets, len(rows), num_bags)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.to(rows.dtype)[:, None]
+    if keep is not None:
+        rows, bag = rows[keep], bag[keep]
+    zeros = rows.new_zeros(num_bags, rows.shape[1])
+    if mode == MODES["max"]:
+        return zeros.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax", include_self=False)
+    total = zeros.index_add(0, bag, rows)
+    if mode == MODES["mean"]:
+        total = total / torch.bincount(bag, minlength=num_bags).clamp(min=1)[:, None]
+    return total
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    mode: int = 0,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Bags of rows of one table ``[N, D]``: ``[B, D]``."""
+    rows = weight[indices].to(dtype)
+    keep = None if padding_idx < 0 else indices != padding_idx
+    return pool(rows, offsets, mode, per_sample_weights, include_last_offset, keep)
+
+
+def dhe_bag(
+    indices: Tensor,
+    offsets: Tensor,
+    coefficients: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    family: str = "universal",
+    activation: str = "relu",
+    last_activation: str = "sigmoid",
+    mode: int = 0,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Bags of deep hash embeddings: ``[B, D]``."""
+    rows = dhe(indices, coefficients, weights, biases, family, activation, last_activation, dtype=dtype)
+    keep = None if padding_idx < 0 else indices != padding_idx
+    return pool(rows, offsets, mode, per_sample_weights, include_last_offset, keep)
+
+
+def _feature_bags(indices, offsets, per_sample_weights, features, num_features):
+    """The CSR slices of some features: (indices, offsets with the last one, per-sample weights) of each."""
+    batch = (offsets.numel() - 1) // num_features
+    for f in features:
+        part = offsets[f * batch : (f + 1) * batch + 1]
+        begin, end = int(part[0]), int(part[-1])
+        weights = None if per_sample_weights is None else per_sample_weights[begin:end]
+        yield indices[begin:end], part - begin, weights
+
+
+def embedding_bag_multi(
+    weights: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    mode: int = 0,
+    per_sample_weights: Tensor | None = None,
+    features: Sequence[int] | None = None,
+    num_features: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """One table per feature, ``[B, sum D]``; see :func:`mprec.ops.embedding_bag_multi` for the layout."""
+    features = range(len(weights)) if features is None else features
+    bags = _feature_bags(indices, offsets, per_sample_weights, features, num_features or len(weights))
+    parts = [
+        embedding_bag(weight, ids, starts, mode, psw, True, dtype=dtype)
+        for weight, (ids, starts, psw) in zip(weights, bags, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def dhe_bag_multi(
+    indices: Tensor,
+    offsets: Tensor,
+    coefficients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layers: Sequence[int],
+    family: str = "universal",
+    activation: str = "relu",
+    last_activation: str = "sigmoid",
+    mode: int = 0,
+    per_sample_weights: Tensor | None = None,
+    features: Sequence[int] | None = None,
+    num_features: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """One decoder per feature, ``[B, sum D]``; see :func:`mprec.ops.dhe_bag_multi` for the flat arguments."""
+    features = range(len(layers)) if features is None else features
+    bags = _feature_bags(indices, offsets, per_sample_weights, features, num_features or len(layers))
+    parts, first = [], 0
+    for count, hashes, (ids, starts, psw) in zip(layers, coefficients, bags, strict=True):
+        stack = slice(first, first + count)
+        first += count
+        mlp = (hashes, weights[stack], biases[stack], family, activation, last_activation)
+        parts.append(dhe_bag(ids, starts, *mlp, mode, psw, True, dtype=dtype))
+    return torch.cat(parts, dim=1)

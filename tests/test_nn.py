@@ -1,0 +1,358 @@
+"""Modules: a swap for torch's, the collection's configurations, and what modules must survive."""
+
+import copy
+import dataclasses
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mprec import reference
+from mprec.errors import IdOutOfRangeError
+from mprec.names import MODES
+from mprec.nn import (
+    DeepHashEmbeddingBag,
+    DheConfig,
+    EmbeddingBag,
+    EmbeddingBagCollection,
+    FeatureConfig,
+    HybridEmbeddingBag,
+    with_representation,
+)
+
+torch.set_num_threads(1)
+SMALL = DheConfig(k=32, hidden=(12,))
+FEATURES = [
+    FeatureConfig("user", 50, 4),
+    FeatureConfig("type", 7, 3, mode="mean"),  # also the name of a module's method
+    FeatureConfig("item", 90, 5),
+    FeatureConfig("keys", 11, 4, mode="max"),
+]
+KINDS = ("table", "dhe", "hybrid", "select")
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def batch(features, size, seed=0, longest=3, dtype=torch.int64):
+    """Feature-major indices and offsets."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, longest + 1, (len(features), size), generator=g)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
+    ids = [
+        torch.randint(0, feature.num_embeddings, (int(count),), generator=g)
+        for feature, count in zip(features, lengths.sum(1), strict=True)
+    ]
+    return torch.cat(ids).to(dtype), offsets.to(dtype)
+
+
+def expected_output(collection, indices, offsets, psw=None):
+    """Feature by feature, from the float64 reference."""
+    size = (len(offsets) - 1) // len(collection.features)
+    parts = []
+    for i, feature in enumerate(collection.features):
+        part = offsets[i * size : (i + 1) * size + 1]
+        ids, starts = indices[part[0] : part[-1]], part - part[0]
+        weights = None if psw is None else psw[part[0] : part[-1]]
+        mode = MODES[feature.mode]
+        if feature.has_table:
+            table = collection.tables[feature.name].weight
+            parts.append(reference.embedding_bag(table, ids, starts, mode, weights, True))
+        if feature.has_dhe:
+            m, c = collection.dhe[feature.name], feature.dhe
+            mlp = (m.coefficients, m.weights, m.biases, c.family, c.activation, c.last_activation)
+            parts.append(reference.dhe_bag(ids, starts, *mlp, mode, weights, True))
+    return torch.cat(parts, dim=1)
+
+
+# ------------------------------------------------------------------------------------------ EmbeddingBag
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "max_norm": st.sampled_from([0.5, 2.0]),
+            "norm_type": st.sampled_from([1.0, 2.0]),
+            "scale_grad_by_freq": st.booleans(),
+            "mode": st.sampled_from(["sum", "mean"]),
+            "sparse": st.booleans(),
+            "include_last_offset": st.booleans(),
+            "padding_idx": st.integers(-10, 9),
+            "dtype": st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+        },
+    )
+)
+def test_embedding_bag_swaps_for_torchs(options):
+    torch.manual_seed(0)
+    theirs = torch.nn.EmbeddingBag(10, 6, **options)
+    torch.manual_seed(0)
+    ours = EmbeddingBag(10, 6, **options)
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == ["weight"]
+    assert torch.equal(ours.weight, theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    offsets = torch.tensor([0, 2, 2, 5]) if options.get("include_last_offset") else torch.tensor([0, 2, 2])
+    args = torch.tensor([1, 9, 3, 3, 0]), offsets
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*args), theirs(*args))
+        assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_from_pretrained():
+    table = torch.randn(4, 3)
+    ours = EmbeddingBag.from_pretrained(table, mode="sum", padding_idx=1)
+    assert isinstance(ours, EmbeddingBag)
+    assert not ours.weight.requires_grad
+    assert torch.equal(ours(torch.tensor([[0, 1, 2]])), (table[0] + table[2])[None])
+
+
+# --------------------------------------------------------------------------------------- one deep hash bag
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["universal", "artifact", "artifact_gaussian", "sign", "u7"])
+def test_deep_hash_bag(mode, family):
+    config = DheConfig(k=32, hidden=(12, 8), family=family, activation="mish", seed=4)
+    bag = DeepHashEmbeddingBag(5, config, mode=mode, padding_idx=3)
+    ids, offsets = torch.tensor([2**40, 3, 7, 7, 2**33 + 1]), torch.tensor([0, 2, 2])
+    mlp = (bag.coefficients, bag.weights, bag.biases, family, "mish", "sigmoid")
+    expected = reference.dhe_bag(ids, offsets, *mlp, MODES[mode], padding_idx=3)
+    torch.testing.assert_close(bag(ids, offsets).double(), expected, rtol=1e-5, atol=1e-5)
+    pairs = bag(torch.tensor([[1, 2], [3, 4]]))
+    assert torch.equal(pairs, bag(torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2])))
+
+
+def test_deep_hash_bag_bound():
+    bag = DeepHashEmbeddingBag(4, SMALL, num_embeddings=10)
+    with pytest.raises(IdOutOfRangeError, match=r"indices\[1\]: ID 10 is not in \[0, 10\)"):
+        bag(torch.tensor([1, 10]), torch.tensor([0]))
+
+
+def test_materialized_table_is_the_deep_hash_embedding():
+    bag = DeepHashEmbeddingBag(4, SMALL, num_embeddings=100)
+    table = bag.materialize(chunk=33)
+    assert table.shape == (100, 4)
+    assert not table.requires_grad
+    ids = torch.arange(100)
+    torch.testing.assert_close(table, bag(ids, ids).detach())
+
+
+def test_hybrid_bag_is_both_side_by_side():
+    bag = HybridEmbeddingBag(20, 4, SMALL, mode="mean", padding_idx=-1)
+    ids, offsets = torch.tensor([1, 19, 5, 2]), torch.tensor([0, 3])
+    out = bag(ids, offsets)
+    assert out.shape == (2, 8)
+    assert torch.equal(out, torch.cat([bag.table(ids, offsets), bag.dhe(ids, offsets)], 1))
+    with pytest.raises(IdOutOfRangeError):
+        bag(torch.tensor([20]), torch.tensor([0]))
+
+
+# -------------------------------------------------------------------------------------------- collection
+
+
+@each_kind
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_collection_against_the_reference(kind, weighted, id_dtype):
+    features = [f for f in FEATURES if not (weighted and f.mode == "max")]
+    collection = EmbeddingBagCollection(with_representation(features, kind, SMALL))
+    assert sum(collection.output_dims) == sum(f.output_dim for f in collection.features)
+    for size in (1, 5):
+        indices, offsets = batch(features, size, seed=size, dtype=id_dtype)
+        psw = torch.rand(len(indices)) if weighted else None
+        expected = expected_output(collection, indices, offsets, psw)
+        out = collection(indices, offsets, psw)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+        parameters = list(collection.parameters())
+        weight = torch.randn_like(expected)
+        got = torch.autograd.grad((out * weight).sum(), parameters)
+        for a, b in zip(got, torch.autograd.grad((expected * weight).sum(), parameters), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(collection(indices, offsets, psw), out)
+        with torch.inference_mode():
+            torch.testing.assert_close(collection(indices, offsets, psw), out)
+
+
+def test_four_configurations():
+    kinds = {k: [f.representation for f in with_representation(FEATURES, k, SMALL)] for k in KINDS}
+    assert kinds["select"] == ["dhe", "table", "dhe", "table"]  # the two largest
+    assert {k: set(v) for k, v in kinds.items() if k != "select"} == {k: {k} for k in KINDS[:3]}
+    assert [f.dhe for f in with_representation(FEATURES, "table", SMALL)] == [None] * 4
+    for feature in with_representation(FEATURES, "hybrid", SMALL):
+        assert FeatureConfig.from_dict(feature.to_dict()) == feature
+
+
+@each_kind
+def test_parameter_counts(kind):
+    features = with_representation(FEATURES, kind, SMALL)
+    collection = EmbeddingBagCollection(features)
+    trained = sum(p.numel() for p in collection.parameters())
+    assert trained == sum(f.num_parameters() for f in features)
+    assert f"{trained:,} parameters" in repr(collection)
+
+
+def test_state_dict_keys():
+    collection = EmbeddingBagCollection(with_representation(FEATURES[:1], "hybrid", SMALL))
+    assert list(collection.state_dict()) == [
+        "tables.user.weight",
+        "dhe.user.coefficients",
+        "dhe.user.decoder.0.weight",
+        "dhe.user.decoder.0.bias",
+        "dhe.user.decoder.1.weight",
+        "dhe.user.decoder.1.bias",
+    ]
+
+
+@each_kind
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+def test_copies_give_the_same_output(kind, how):
+    collection = EmbeddingBagCollection(with_representation(FEATURES, kind, SMALL))
+    call = batch(FEATURES, 4)
+    with torch.no_grad():
+        out = collection(*call)  # packs decoders, which must not get in the way
+    if how == "deepcopy":
+        twin = copy.deepcopy(collection)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(collection))
+    else:
+        twin = EmbeddingBagCollection(with_representation(FEATURES, kind, SMALL))
+        file = io.BytesIO()
+        torch.save(collection.state_dict(), file)
+        file.seek(0)
+        with torch.no_grad():
+            twin(*call)  # packed from other weights
+        twin.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(twin(*call), out)
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not torch.equal(twin(*call), out)
+        assert torch.equal(collection(*call), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_collection_in_other_dtypes(dtype):
+    collection = EmbeddingBagCollection(with_representation(FEATURES, "hybrid", SMALL)).to(dtype)
+    assert collection.dhe["user"].coefficients.dtype == torch.int32
+    call = batch(FEATURES, 4)
+    with torch.no_grad():
+        out = collection(*call)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected_output(collection, *call).to(dtype))
+
+
+def test_sparse_gradients():
+    collection = EmbeddingBagCollection(FEATURES[:3], sparse=True)
+    collection(*batch(FEATURES[:3], 4)).sum().backward()
+    sparse = [p.grad for p in collection.parameters()]
+    assert all(g.is_sparse for g in sparse)
+    dense = EmbeddingBagCollection(FEATURES[:3])
+    dense.load_state_dict(collection.state_dict())
+    dense(*batch(FEATURES[:3], 4)).sum().backward()
+    for a, b in zip(sparse, dense.parameters(), strict=True):
+        torch.testing.assert_close(a.to_dense(), b.grad)
+
+
+def test_training_step_changes_what_is_served():
+    collection = EmbeddingBagCollection(with_representation(FEATURES, "hybrid", SMALL))
+    optimizer = torch.optim.Adam(collection.parameters(), lr=0.1)
+    call = batch(FEATURES, 6)
+    for _ in range(3):
+        loss = collection(*call).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            expected = expected_output(collection, *call)
+            torch.testing.assert_close(collection(*call).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@each_kind
+def test_compile(kind):
+    collection = EmbeddingBagCollection(with_representation(FEATURES, kind, SMALL))
+    compiled = torch.compile(collection, fullgraph=True, dynamic=True)
+    for size in (3, 7):
+        call = batch(FEATURES, size)
+        torch.testing.assert_close(compiled(*call), collection(*call))
+
+
+@each_kind
+def test_export(kind):
+    # torch.export reaches submodules by getattr, so names of Module's own methods are out here.
+    features = [dataclasses.replace(f, name=f"{f.name}_id") for f in FEATURES]
+    collection = EmbeddingBagCollection(with_representation(features, kind, SMALL)).eval()
+    size = torch.export.Dim("n", min=2, max=10_000)
+    bags = torch.export.Dim("b", min=2, max=1000)
+    with torch.no_grad():
+        program = torch.export.export(
+            collection, batch(FEATURES, 4), dynamic_shapes=({0: size}, {0: 4 * bags + 1}), strict=False
+        )
+        call = batch(FEATURES, 9, seed=1)
+        torch.testing.assert_close(program.module()(*call), collection(*call))
+
+
+# ------------------------------------------------------------------------------------------ friendly errors
+
+
+def test_loading_another_representation_says_so():
+    tables = EmbeddingBagCollection(FEATURES)
+    hybrid = EmbeddingBagCollection(with_representation(FEATURES, "hybrid", SMALL))
+    with pytest.raises(
+        RuntimeError, match="feature 'user' is a table in the state_dict, but a hybrid in this"
+    ):
+        hybrid.load_state_dict(tables.state_dict())
+
+
+def test_out_of_range_id_names_the_feature():
+    collection = EmbeddingBagCollection(with_representation(FEATURES[:2], "select", SMALL, select_largest=1))
+    indices, offsets = torch.tensor([999, 3, 7]), torch.tensor([0, 1, 3])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            with pytest.raises(IdOutOfRangeError, match=r"indices\[2\]: ID 7 of feature 'type' .* \[0, 7\)"):
+                collection(indices, offsets)
+            with pytest.raises(IdOutOfRangeError, match=r"indices\[0\]: ID -1 of feature 'user'"):
+                collection(torch.tensor([-1, 3, 6]), offsets)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "a.b"}, "name: .*without dots"),
+        ({"num_embeddings": 0}, "feature 'x': num_embeddings: .*positive integer, got 0"),
+        ({"embedding_dim": 2.5}, "embedding_dim: .*got 2.5"),
+        ({"representation": "tree"}, "representation: expected one of 'table', 'dhe', 'hybrid', got 'tree'"),
+        ({"mode": "prod"}, "mode: expected one of"),
+    ],
+)
+def test_bad_feature_configs(options, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureConfig(**{"name": "x", "num_embeddings": 5, "embedding_dim": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k: "),
+        ({"hidden": (8, -1)}, "hidden: "),
+        ({"family": "md5"}, "family: expected one of 'universal'"),
+        ({"activation": "gelu"}, "^activation: "),
+        ({"k": 3, "family": "artifact_gaussian"}, "k: .*odd 3"),
+    ],
+)
+def test_bad_dhe_configs(options, message):
+    with pytest.raises(ValueError, match=message):
+        DheConfig(**options)
+    with pytest.raises(ValueError, match="unknown widths"):
+        DheConfig.from_dict({"widths": 3})
+
+
+def test_bad_collections():
+    with pytest.raises(ValueError, match="at least one"):
+        EmbeddingBagCollection([])
+    with pytest.raises(ValueError, match="user more than once"):
+        EmbeddingBagCollection([FEATURES[0], FEATURES[0]])
