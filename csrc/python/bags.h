@@ -15,7 +15,7 @@ inline Integers integers(const Tensor& t) { return {t.data, t.shape[0], t.dtype 
 inline Tensor matrix(PyObject* object, const char* name) {
   const Tensor t = view(object, name);
   if (t.ndim != 2) throw pybind11::value_error(message(name, ": expected 2 dimensions, got ", t.ndim));
-  if (t.shape[1] > 1 && t.strides[1] != 1)
+  if (t.shape[0] > 0 && t.shape[1] > 1 && t.strides[1] != 1)
     throw pybind11::value_error(
         message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
   return t;

@@ -1,10 +1,14 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <optional>
+#include <vector>
 
+#include "cache/cached_dhe.h"
 #include "cache/distinct.h"
 #include "cache/row_cache.h"
 #include "common/error.h"
+#include "dhe/decoder.h"
 #include "python/tensor.h"
 
 namespace py = pybind11;
@@ -98,6 +102,90 @@ py::dict stats(const RowCache& cache) {
   return d;
 }
 
+// Decoders of some features of a batch, each with a cache or none. The caches' generations are those of the
+// moment when this was made: rows of these decoders are never mixed with those of others.
+class CachedDecoders {
+ public:
+  CachedDecoders(const py::list& decoders, const py::list& caches, const std::vector<int64_t>& positions,
+                 const std::vector<int64_t>& columns, int64_t num_features)
+      : num_features_(num_features) {
+    const size_t count = decoders.size();
+    if (count == 0) throw py::value_error("decoders: expected at least one");
+    if (caches.size() != count || positions.size() != count || columns.size() != count)
+      throw py::value_error(message("caches, positions, columns: expected one for each of ", count,
+                                    " decoders, got ", caches.size(), ", ", positions.size(), ", ",
+                                    columns.size()));
+    for (size_t t = 0; t < count; ++t) {
+      const Decoder& decoder = py::cast<const Decoder&>(decoders[t]);
+      RowCache* cache = caches[t].is_none() ? nullptr : &py::cast<RowCache&>(caches[t]);
+      if (cache && cache->dim() != decoder.view().dim)
+        throw py::value_error(message("caches[", t, "]: has rows of ", cache->dim(), ", but decoders[", t,
+                                      "] makes ", decoder.view().dim));
+      if (positions[t] < (t ? positions[t - 1] + 1 : 0) || positions[t] >= num_features)
+        throw py::value_error(message("positions[", t, "] is ", positions[t],
+                                      ", expected rising numbers from 0 to ", num_features - 1));
+      if (columns[t] < 0) throw py::value_error(message("columns[", t, "]: expected >= 0, got ", columns[t]));
+      features_.push_back({decoder.view(), cache, cache ? cache->generation() : 0, positions[t], columns[t]});
+      owned_.push_back(py::reinterpret_borrow<py::object>(decoders[t]));
+      owned_.push_back(py::reinterpret_borrow<py::object>(caches[t]));
+      columns_ = std::max(columns_, columns[t] + decoder.view().dim);
+    }
+  }
+
+  void forward(py::handle indices, py::handle offsets, py::handle per_sample_weights, int mode,
+               bool include_last_offset, int64_t padding_idx, py::handle out_object, bool admit,
+               int threads) {
+    DheBagRequest r{};
+    const Tensor i = view_ids(indices.ptr(), "indices"), o = view_ids(offsets.ptr(), "offsets");
+    r.indices = {i.data, i.shape[0], i.dtype == DType::i64};
+    r.offsets = {o.data, o.shape[0], o.dtype == DType::i64};
+    r.num_features = num_features_;
+    const int64_t ends = o.shape[0] - include_last_offset;
+    if (ends < 0 || ends % num_features_ != 0 || (num_features_ > 1 && !include_last_offset))
+      throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ",
+                                 num_features_, ", got ", o.shape[0]));
+    r.bags = ends / num_features_;
+    r.mode = mode;
+    r.padding_idx = num_features_ == 1 ? padding_idx : -1;
+    if (mode < 0 || mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", mode));
+    if (threads < 1) throw py::value_error(message("threads: expected at least 1, got ", threads));
+    if (!per_sample_weights.is_none()) {
+      const Tensor w = view(per_sample_weights.ptr(), "per_sample_weights", DType::f32, 1);
+      if (w.shape[0] != i.shape[0])
+        throw py::value_error(
+            message("per_sample_weights: expected as many as indices, ", i.shape[0], ", got ", w.shape[0]));
+      if (mode == 2) throw py::value_error("per_sample_weights: mode max does not take any");
+      r.per_sample_weights = w.ptr<float>();
+    }
+    const Tensor out = view(out_object.ptr(), "out");
+    if (out.dtype != DType::f32)
+      throw py::type_error(message("out: expected float32, got ", dtype_name(out.dtype)));
+    if (out.ndim != 2 || out.shape[0] != r.bags || out.shape[1] < columns_)
+      throw py::value_error(message("out: expected ", r.bags, " rows of at least ", columns_, " columns"));
+    if (out.shape[1] > 1 && out.strides[1] != 1)
+      throw py::value_error(message("out: expected rows of adjacent values, got stride ", out.strides[1]));
+    r.out = out.ptr<float>();
+    r.out_stride = out.strides[0];
+    py::gil_scoped_release release;
+    cached_dhe_bag_forward(r, features_, admit, threads, counters_);
+  }
+
+  py::dict stats() const {
+    py::dict d;
+    d["calls"] = counters_.calls.load();
+    d["decoded"] = counters_.decoded.load();
+    d["lookup_ns"] = counters_.lookup_ns.load();
+    d["decode_ns"] = counters_.decode_ns.load();
+    return d;
+  }
+
+ private:
+  int64_t num_features_, columns_ = 0;
+  std::vector<CachedFeature> features_;
+  std::vector<py::object> owned_;
+  CachedDheCounters counters_;
+};
+
 }  // namespace
 
 void bind_cache(py::module_& m) {
@@ -122,6 +210,17 @@ void bind_cache(py::module_& m) {
            "Writes the IDs held to out, as many as fit; returns their number.")
       .def("stats", &stats)
       .def("reset_stats", &RowCache::reset_stats);
+  py::class_<CachedDecoders>(m, "CachedDecoders",
+                             "Decoders of a batch's features with row caches before them.")
+      .def(py::init<const py::list&, const py::list&, const std::vector<int64_t>&,
+                    const std::vector<int64_t>&, int64_t>(),
+           py::arg("decoders"), py::arg("caches"), py::arg("positions"), py::arg("columns"),
+           py::arg("num_features"))
+      .def("forward", &CachedDecoders::forward, py::arg("indices"), py::arg("offsets"),
+           py::arg("per_sample_weights"), py::arg("mode"), py::arg("include_last_offset"),
+           py::arg("padding_idx"), py::arg("out"), py::arg("admit"), py::arg("threads"),
+           "Pools the features' bags into their columns of out [B, total].")
+      .def("stats", &CachedDecoders::stats);
 }
 
 }  // namespace mprec::python

@@ -30,6 +30,13 @@ Activation activation(int value, const char* name) {
   return static_cast<Activation>(value);
 }
 
+Precision parse_precision(const std::string& name) {
+  static const char* const names[] = {"float32", "float16", "int8", "lut"};
+  for (int i = 0; i < 4; ++i)
+    if (name == names[i]) return static_cast<Precision>(i);
+  throw py::value_error(message("precision: '", name, "' is none of float32, float16, int8, lut"));
+}
+
 Tensor strided(PyObject* object, const std::string& name, DType dtype, int ndim) {
   const Tensor t = view(object, name.c_str());
   if (t.dtype != dtype)
@@ -46,7 +53,7 @@ Encoder encoder(py::handle coefficients, int family) {
 
 std::unique_ptr<Decoder> make_decoder(py::handle coefficients, const std::vector<py::object>& weights,
                                       const std::vector<py::object>& biases, int family, int between,
-                                      int last) {
+                                      int last, const std::string& precision) {
   if (weights.size() != biases.size())
     throw py::value_error(
         message("biases: expected one for each of the ", weights.size(), " weights, got ", biases.size()));
@@ -60,7 +67,7 @@ std::unique_ptr<Decoder> make_decoder(py::handle coefficients, const std::vector
         {w.ptr<float>(), w.shape[0], w.shape[1], w.strides[0], w.strides[1], b.ptr<float>(), b.strides[0]});
   }
   return std::make_unique<Decoder>(encoder(coefficients, family), layers, activation(between, "activation"),
-                                   activation(last, "last_activation"));
+                                   activation(last, "last_activation"), parse_precision(precision));
 }
 
 IdArray id_array(py::handle object, const char* name) {
@@ -199,7 +206,8 @@ void hash_values(py::handle coefficients, py::handle indices, int family, py::ha
 void bind_dhe(py::module_& m) {
   py::class_<Decoder>(m, "Decoder", "An encoder's coefficients and an MLP's weights, packed for the kernels.")
       .def(py::init(&make_decoder), py::arg("coefficients"), py::arg("weights"), py::arg("biases"),
-           py::arg("family"), py::arg("activation"), py::arg("last_activation"))
+           py::arg("family"), py::arg("activation"), py::arg("last_activation"),
+           py::arg("precision") = "float32")
       .def_property_readonly("k", [](const Decoder& d) { return d.view().encoder.k; })
       .def_property_readonly("dim", [](const Decoder& d) { return d.view().dim; })
       .def_property_readonly("dims",

@@ -29,10 +29,10 @@ void update_tables(py::object weights, py::object first, py::object second, py::
                    py::handle offsets, py::handle per_sample_weights, py::handle mode, int64_t padding_idx,
                    py::handle grad, py::object columns, int rule_number, float lr, float eps, float beta1,
                    float beta2, int threads) {
-  if (rule_number < 1 || rule_number > 4)
-    throw py::value_error(message("rule: expected 1 to 4, got ", rule_number));
+  if (rule_number < 0 || rule_number > 4)
+    throw py::value_error(message("rule: expected 0 to 4, got ", rule_number));
   const Rule rule = static_cast<Rule>(rule_number);
-  const bool needs_first = rule != Rule::sgd, needs_second = rule == Rule::adam;
+  const bool needs_first = rule > Rule::sgd, needs_second = rule == Rule::adam;
   weights = tuple_of(weights);
   const Py_ssize_t tables = PyTuple_GET_SIZE(weights.ptr());
   if (tables == 0) throw py::value_error("weights: expected at least one table");

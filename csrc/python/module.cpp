@@ -36,7 +36,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return isa_name(kernels().isa); }, "Name of the ISA whose kernels are in use.");
   m.def("runnable_isas", [] {
     std::vector<std::string> names;
-    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+    for (Isa isa : all_isas)
       if (can_run(isa)) names.emplace_back(isa_name(isa));
     return names;
   });

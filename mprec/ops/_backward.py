@@ -1,10 +1,12 @@
-"""Gradients of pooling, shared by tables and deep hash embeddings. Plain torch."""
+"""Gradients of pooling: native for float32 tables on the CPU, plain torch for everything else."""
 
 import torch
 from torch import Tensor
 
 from mprec import reference
+from mprec._native import _C
 from mprec.names import MODES
+from mprec.ops._common import contiguous, ids, native
 
 
 def pool_backward(
@@ -70,4 +72,44 @@ def table_gradient(
     """Scatter the gradients of looked-up rows ``[n, D]`` into the gradient of the table."""
     return torch.ops.aten.embedding_backward(
         grad_rows, indices.to(torch.int64), num_embeddings, padding_idx, scale_grad_by_freq, sparse
+    )
+
+
+def has_native_gradient(grad: Tensor, weight: Tensor, mode: int, scale_grad_by_freq: bool) -> bool:
+    """Whether :func:`native_table_gradient` can serve."""
+    return weight.is_cpu and native(weight, grad) and mode != MODES["max"] and not scale_grad_by_freq
+
+
+def native_table_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    mode: int,
+    per_sample_weights: Tensor | None,
+    padding_idx: int,
+    sparse: bool,
+) -> Tensor:
+    """Gradient of a float32 table on the CPU given ``grad`` ``[B, D]`` of its pooled output.
+
+    Dense, or a coalesced sparse tensor. Sums run in the order of the indices, whatever the threads.
+    """
+    arguments = (
+        ids(indices, "indices"),
+        ids(offsets, "offsets"),
+        contiguous(per_sample_weights),
+        mode,
+        padding_idx,
+    )
+    threads = torch.get_num_threads()
+    if not sparse:
+        out = torch.zeros(weight.shape)
+        assign = 0
+        _C.update_tables([out], None, None, *arguments, grad.contiguous(), None, assign, 0, 0, 0, 0, threads)
+        return out
+    rows = torch.empty(len(indices), dtype=torch.int64)
+    values = torch.empty(len(indices), weight.shape[1])
+    count = _C.sparse_gradient(*arguments, len(weight), grad.contiguous(), rows, values, threads)
+    return torch.sparse_coo_tensor(
+        rows[None, :count], values[:count], weight.shape, check_invariants=False, is_coalesced=True
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mprec import reference
 from mprec._native import _C
-from mprec.ops import _backward, _csr
+from mprec.ops import _backward, _csr, fused
 from mprec.ops._common import (
     check_bags,
     check_ids,
@@ -124,6 +124,15 @@ def _embedding_bag_backward(
     need_weight,
     need_per_sample_weights,
 ):
+    if (
+        need_weight
+        and not need_per_sample_weights
+        and _backward.has_native_gradient(grad, weight, mode, scale_grad_by_freq)
+    ):
+        gradient = _backward.native_table_gradient(
+            grad, weight, indices, offsets, mode, per_sample_weights, padding_idx, sparse
+        )
+        return gradient, grad.new_empty(0)
     keep = None if padding_idx < 0 else indices != padding_idx
     rows = weight[indices] if need_per_sample_weights or mode == 2 else None
     grad_rows, grad_psw = _backward.pool_backward(
@@ -173,6 +182,8 @@ def _backward_of_embedding_bag(ctx, grad):
     weight, indices, offsets, psw = ctx.saved_tensors
     mode, include_last, padding_idx, by_freq, sparse = ctx.options
     need_weight, need_psw = needs_grad(ctx, 0), needs_grad(ctx, 4)
+    owner = fused.attached(weight) if need_weight else None
+    need_weight = need_weight and owner is None
     grad_weight, grad_psw = torch.ops.mprec.embedding_bag_backward(
         grad,
         weight,
@@ -187,6 +198,10 @@ def _backward_of_embedding_bag(ctx, grad):
         need_weight,
         need_psw,
     )
+    if owner is not None:
+        if by_freq:
+            raise NotImplementedError("scale_grad_by_freq: not for tables that an optimizer of mprec owns")
+        fused.apply([weight], [owner], _csr.Csr(indices, offsets, psw), mode, padding_idx, grad)
     grad_psw = grad_psw if need_psw else None
     grad_weight = grad_weight if need_weight else None
     return passed_only(ctx, grad_weight, None, None, None, grad_psw, None, None, None, None)
@@ -338,9 +353,17 @@ def _backward_of_multi(ctx, grad):
     *weights, indices, offsets, psw = ctx.saved_tensors
     features, num_features, mode, sparse = ctx.options
     need_psw = needs_grad(ctx, 4)
-    grads, grad_psw = torch.ops.mprec.embedding_bag_multi_backward(
-        grad, weights, indices, offsets, mode, psw, features, num_features, sparse, need_psw
-    )
+    owners = [fused.attached(weight) for weight in weights]
+    if need_psw or not all(owners):
+        grads, grad_psw = torch.ops.mprec.embedding_bag_multi_backward(
+            grad, weights, indices, offsets, mode, psw, features, num_features, sparse, need_psw
+        )
+    else:
+        grads, grad_psw = [None] * len(weights), None
+    if any(owners):
+        csr = _csr.select(_csr.Csr(indices, offsets, psw), features, num_features)
+        fused.apply(weights, owners, csr, mode, -1, grad)
+        grads = [None if owner else g for owner, g in zip(owners, grads, strict=True)]
     grad_psw = grad_psw if need_psw else None
     return passed_only(ctx, grads, None, None, None, grad_psw, None, None, None)
 
