@@ -5,6 +5,7 @@ Each function is fuzzed in a process of its own, so that a crash fails one test 
 """
 
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from mprec import _C
 
-EXAMPLES = 1500
+EXAMPLES = int(os.environ.get("MPREC_FUZZ_EXAMPLES", 300))
 INT64 = np.iinfo(np.int64)
 EDGES = [0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, INT64.max - 1, INT64.max, INT64.min]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8,
@@ -112,7 +113,7 @@ junk = st.one_of(
     st.builds(lambda s: np.zeros(s, "O"), matrices),
     st.builds(lambda n: torch.zeros([1] * n), st.integers(0, 12)),
     st.builds(lambda n: np.zeros([1] * n, "f4"), st.integers(0, 12)),
-    *(st.builds(make, matrices) for make in (no_storage, Wrapper, fake, unaligned, readonly, field_of_records, expanded)),
+    *(st.builds(make, matrices) for make in (Wrapper, fake, unaligned, readonly, field_of_records, expanded)),
 )  # fmt: skip
 
 integers = st.one_of(st.sampled_from(EDGES), st.integers(INT64.min, INT64.max), st.integers(-3, 5))
@@ -354,6 +355,11 @@ IDS = {"indices", "offsets", "ids"}
 def corrupted(draw, arguments: dict) -> dict:
     """The arguments with up to three of them replaced."""
     result = dict(arguments)
+    tensors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor | np.ndarray)]
+    if tensors and draw(st.integers(0, 19)) == 0:
+        # By itself: beside another bad argument, pybind11's message prints it, and torch's repr crashes on it.
+        result[draw(st.sampled_from(tensors))] = no_storage(draw(matrices))
+        return result
     for name in draw(st.lists(st.sampled_from(sorted(arguments)), max_size=3, unique=True)):
         if name in LISTS and isinstance(result[name], list) and result[name] and draw(st.booleans()):
             items = list(result[name])  # one item of the list, or its length
