@@ -1,5 +1,7 @@
 """Gradients of pooling: native for float32 tables on the CPU, plain torch for everything else."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from mprec import reference
 from mprec._native import _C
 from mprec.names import MODES
 from mprec.ops._common import contiguous, ids, native
+from mprec.ops._csr import Csr
 
 
 def pool_backward(
@@ -94,22 +97,30 @@ def native_table_gradient(
 
     Dense, or a coalesced sparse tensor. Sums run in the order of the indices, whatever the threads.
     """
-    arguments = (
-        ids(indices, "indices"),
-        ids(offsets, "offsets"),
-        contiguous(per_sample_weights),
-        mode,
-        padding_idx,
-    )
-    threads = torch.get_num_threads()
+    csr = Csr(ids(indices, "indices"), ids(offsets, "offsets"), contiguous(per_sample_weights))
     if not sparse:
-        out = torch.zeros(weight.shape)
-        assign = 0
-        _C.update_tables([out], None, None, *arguments, grad.contiguous(), None, assign, 0, 0, 0, 0, threads)
-        return out
+        return native_dense_gradients(grad, [weight], csr, mode, padding_idx)[0]
     rows = torch.empty(len(indices), dtype=torch.int64)
     values = torch.empty(len(indices), weight.shape[1])
-    count = _C.sparse_gradient(*arguments, len(weight), grad.contiguous(), rows, values, threads)
+    threads = torch.get_num_threads()
+    count = _C.sparse_gradient(*csr, mode, padding_idx, len(weight), _adjacent(grad), rows, values, threads)
     return torch.sparse_coo_tensor(
         rows[None, :count], values[:count], weight.shape, check_invariants=False, is_coalesced=True
     )
+
+
+def native_dense_gradients(
+    grad: Tensor, weights: Sequence[Tensor], csr: Csr, mode: int, padding_idx: int = -1
+) -> list[Tensor]:
+    """Gradients of all tables from that of their outputs, side by side ``[B, sum D]``, in one native call."""
+    grads = [torch.zeros(weight.shape) for weight in weights]
+    assign, threads = 0, torch.get_num_threads()
+    _C.update_tables(
+        grads, None, None, *csr, mode, padding_idx, _adjacent(grad), None, assign, 0, 0, 0, 0, threads
+    )
+    return grads
+
+
+def _adjacent(grad: Tensor) -> Tensor:
+    """With a row's values side by side; the gradient of a sum, say, is one number, expanded."""
+    return grad if grad.stride(1) == 1 else grad.clone(memory_format=torch.contiguous_format)

@@ -18,6 +18,8 @@ from mprec._native import _C
 from mprec.names import ACTIVATIONS, FAMILIES, code
 from mprec.ops._common import contiguous
 
+_address = Tensor.data_ptr
+_version = Tensor._version.__get__
 _kept: dict[int, tuple[weakref.ref, tuple, "_C.Decoder"]] = {}
 
 
@@ -31,15 +33,19 @@ def decoder(
 ) -> "_C.Decoder":
     """The native decoder of one feature: kept from an earlier call if grad mode is off, else packed now."""
     tensors = (coefficients, *weights, *biases)
-    if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):
-        return _pack(tensors, len(weights), family, activation, last_activation)
+    options = (len(weights), family, activation, last_activation)
+    if torch.is_grad_enabled():
+        return _pack(tensors, *options)
     first = weights[0]
     key = id(first)
-    stamp = (family, activation, last_activation, *[(t.data_ptr(), t._version) for t in tensors])
+    try:
+        stamp = (*options, *map(_address, tensors), *map(_version, tensors))
+    except RuntimeError:  # tensors made in inference mode
+        return _pack(tensors, *options)
     found = _kept.get(key)
     if found is not None and found[1] == stamp and found[0]() is first:
         return found[2]
-    handle = _pack(tensors, len(weights), family, activation, last_activation)
+    handle = _pack(tensors, *options)
     _kept[key] = (weakref.ref(first, lambda _: _kept.pop(key, None)), stamp, handle)
     return handle
 

@@ -368,15 +368,13 @@ def _dhe_bag_multi(
     per_sample_weights = contiguous(per_sample_weights)
     num_features = len(layers) if num_features is None else num_features
     batch = _csr.batch_size(offsets, num_features)
-    is_native = indices.is_cpu and native(*weights)
-    if features is not None or not is_native:
-        check_bags(offsets, len(indices), True)
-    if is_native:
+    if indices.is_cpu and native(*weights):
         handles = [decoder(*stack, family, activation, last_activation) for stack in stacks]
         out = torch.empty(batch, sum(handle.dim for handle in handles))
         return run_dhe_bag_multi(
             handles, indices, offsets, mode, per_sample_weights, out, None, features, num_features
         )
+    check_bags(offsets, len(indices), True)
     csr = _csr.Csr(indices, offsets, per_sample_weights)
     features = range(num_features) if features is None else features
     parts = []
