@@ -12,6 +12,7 @@
 #include "cache/row_cache.h"
 #include "common/error.h"
 #include "dhe/decoder.h"
+#include "python/bags.h"
 #include "python/tensor.h"
 
 namespace py = pybind11;
@@ -48,9 +49,11 @@ Tensor rows_view(const py::object& object, const char* name, int64_t n, int64_t 
   return t;
 }
 
+// Room for at least n int64, to be written.
 int64_t* scratch(const py::object& object, const char* name, int64_t n) {
   const Tensor t = view(object.ptr(), name, DType::i64, 1);
   if (t.shape[0] < n) throw py::value_error(message(name, ": expected room for ", n, ", got ", t.shape[0]));
+  check_output(t, name);
   return t.ptr<int64_t>();
 }
 
@@ -66,6 +69,7 @@ py::tuple lookup(RowCache& cache, const py::object& ids, uint32_t generation, co
   const Tensor i = ids_view(ids);
   const int64_t n = i.shape[0];
   const Tensor o = rows_view(out, "out", n, cache.dim());
+  check_output(o, "out");
   int64_t* const p = scratch(positions, "positions", n);
   int64_t* const d = scratch(distinct_ids, "distinct_ids", n);
   int64_t* const v = scratch(inverse, "inverse", n);
@@ -90,6 +94,7 @@ int64_t store_rows(RowCache& cache, const py::object& ids, const py::object& row
 
 int64_t held_ids(const RowCache& cache, const py::object& out) {
   const Tensor o = view(out.ptr(), "out", DType::i64, 1);
+  check_output(o, "out");
   return without_gil(release_gil_rows,
                      [&] { return cache.ids(cache.generation(), o.ptr<int64_t>(), o.shape[0]); });
 }
@@ -158,6 +163,7 @@ class CachedDecoders {
       throw py::value_error(message("caches, positions, columns: expected one for each of ", count,
                                     " decoders, got ", caches.size(), ", ", positions.size(), ", ",
                                     columns.size()));
+    std::vector<Columns> blocks;
     for (size_t t = 0; t < count; ++t) {
       const Decoder& decoder = py::cast<const Decoder&>(decoders[t]);
       RowCache* cache = caches[t].is_none() ? nullptr : &py::cast<RowCache&>(caches[t]);
@@ -167,12 +173,13 @@ class CachedDecoders {
       if (positions[t] < (t ? positions[t - 1] + 1 : 0) || positions[t] >= num_features)
         throw py::value_error(message("positions[", t, "] is ", positions[t],
                                       ", expected rising numbers from 0 to ", num_features - 1));
-      if (columns[t] < 0) throw py::value_error(message("columns[", t, "]: expected >= 0, got ", columns[t]));
+      blocks.push_back(columns_within(columns[t], decoder.view().dim, INT64_MAX, "columns"));
       features_.push_back({decoder.view(), cache, cache ? cache->generation() : 0, positions[t], columns[t]});
       owned_.push_back(py::reinterpret_borrow<py::object>(decoders[t]));
       owned_.push_back(py::reinterpret_borrow<py::object>(caches[t]));
-      columns_ = std::max(columns_, columns[t] + decoder.view().dim);
+      columns_ = std::max(columns_, blocks.back().second);
     }
+    check_apart(std::move(blocks), "columns");
   }
 
   bool forward(py::handle indices, py::handle offsets, py::handle per_sample_weights, int mode,
@@ -192,7 +199,6 @@ class CachedDecoders {
     r.mode = mode;
     r.padding_idx = num_features_ == 1 ? padding_idx : -1;
     if (mode < 0 || mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", mode));
-    if (threads < 1) throw py::value_error(message("threads: expected at least 1, got ", threads));
     if (!per_sample_weights.is_none()) {
       const Tensor w = view(per_sample_weights.ptr(), "per_sample_weights", DType::f32, 1);
       if (w.shape[0] != i.shape[0])
@@ -208,10 +214,11 @@ class CachedDecoders {
       throw py::value_error(message("out: expected ", r.bags, " rows of at least ", columns_, " columns"));
     if (out.shape[1] > 1 && out.strides[1] != 1)
       throw py::value_error(message("out: expected rows of adjacent values, got stride ", out.strides[1]));
+    check_output(out, "out");
     r.out = out.ptr<float>();
     r.out_stride = out.strides[0];
     py::gil_scoped_release release;
-    cached_dhe_bag_forward(r, features_, admit, threads, counters_);
+    cached_dhe_bag_forward(r, features_, admit, checked_threads(threads), counters_);
     return true;
   }
 

@@ -13,6 +13,7 @@
 #include "dhe/bag.h"
 #include "dhe/decoder.h"
 #include "dhe/gradient.h"
+#include "python/bags.h"
 #include "python/tensor.h"
 #include "registry.h"
 
@@ -88,6 +89,7 @@ Tensor out_matrix(py::handle object, int64_t rows) {
     throw py::value_error(message("out: expected ", rows, " rows, got ", out.shape[0]));
   if (out.shape[1] > 1 && out.strides[1] != 1)
     throw py::value_error(message("out: expected rows of adjacent values, got stride ", out.strides[1]));
+  check_output(out, "out");
   return out;
 }
 
@@ -98,7 +100,6 @@ Dedupe parse_dedupe(const std::optional<bool>& dedupe) {
 // Fills in what both functions below have in common, and runs.
 void run(DheBagRequest r, py::handle per_sample_weights, int threads, py::handle out_object) {
   if (r.mode < 0 || r.mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", r.mode));
-  if (threads < 1) throw py::value_error(message("threads: expected at least 1, got ", threads));
   r.per_sample_weights = nullptr;
   if (!per_sample_weights.is_none()) {
     const Tensor w = view(per_sample_weights.ptr(), "per_sample_weights", DType::f32, 1);
@@ -109,14 +110,14 @@ void run(DheBagRequest r, py::handle per_sample_weights, int threads, py::handle
     r.per_sample_weights = w.ptr<float>();
   }
   const Tensor out = out_matrix(out_object, r.bags);
+  std::vector<Columns> blocks;
   for (int64_t t = 0; t < r.num_features; ++t)
-    if (r.columns[t] < 0 || r.columns[t] + r.decoders[t].dim > out.shape[1])
-      throw py::value_error(message("out: feature ", t, " needs columns ", r.columns[t], " to ",
-                                    r.columns[t] + r.decoders[t].dim, ", but there are ", out.shape[1]));
+    blocks.push_back(columns_within(r.columns[t], r.decoders[t].dim, out.shape[1], "out"));
+  check_apart(std::move(blocks), "out_columns");
   r.out = out.ptr<float>();
   r.out_stride = out.strides[0];
   py::gil_scoped_release release;
-  dhe_bag_forward(r, threads);
+  dhe_bag_forward(r, checked_threads(threads));
 }
 
 void dhe_bag(const Decoder& decoder, py::handle indices, py::handle offsets, py::handle per_sample_weights,
@@ -218,6 +219,7 @@ Tensor check_encoded(const Tensor& out, int64_t n, int64_t k) {
   if (out.shape[0] != n || out.shape[1] != k)
     throw py::value_error(
         message("out: expected shape [", n, ", ", k, "], got [", out.shape[0], ", ", out.shape[1], "]"));
+  check_output(out, "out");
   return out;
 }
 
