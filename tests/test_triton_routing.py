@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from mprec.triton_kernels import static
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 import mprec.nn
 from mprec.ops import _cuda
-from mprec.triton_kernels import static
 
 OPERATORS = ["embedding_bag", "embedding_bag_multi", "dhe_bag", "dhe_bag_multi"]
 
