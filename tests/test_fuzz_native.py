@@ -1,9 +1,10 @@
-"""Hostile arguments, straight to the native functions: an exception or a result, never a crash, and never a byte
-written outside ``out``.
+"""Hostile arguments, straight to the native functions: an exception or a result, never a crash, and never a
+byte written outside ``out``.
 
-Each function is fuzzed in a process of its own, so that a crash fails one test and names the call that did it.
+Each function is fuzzed in a process of its own: a crash fails one test, which names the call that did it.
 """
 
+import itertools
 import math
 import os
 import subprocess
@@ -97,7 +98,8 @@ shapes = st.lists(st.sampled_from([0, 1, 2, 3, 8, 17]), max_size=3).map(tuple)
 matrices = st.tuples(st.sampled_from([0, 1, 2, 3, 4, 6]), st.sampled_from([0, 1, 3, 5, 8, 16, 17, 40]))
 
 junk = st.one_of(
-    st.sampled_from([None, "text", b"bytes", 3, -1, 2.5, 10**30, [], [1, 2], [None], {}, (), True, math.nan, object()]),
+    st.sampled_from([None, "text", b"bytes", 3, -1, 2.5, 10**30, math.nan, True, object()]),
+    st.sampled_from([[], [1, 2], [None], {}, ()]),
     st.builds(torch.zeros, shapes, dtype=st.sampled_from(DTYPES)),
     st.builds(torch.zeros, matrices, dtype=st.sampled_from(DTYPES)),
     st.builds(lambda s: torch.zeros(s, device="meta"), matrices),
@@ -185,7 +187,7 @@ def coefficients(family: int, k: int) -> torch.Tensor:
 
 
 def decoder_arguments(sizes: list[int], family: int = 0) -> dict:
-    pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+    pairs = list(itertools.pairwise(sizes))
     return {
         "coefficients": coefficients(family, sizes[0]),
         "weights": [torch.randn(o, i) for i, o in pairs],
@@ -357,7 +359,7 @@ def corrupted(draw, arguments: dict) -> dict:
     result = dict(arguments)
     tensors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor | np.ndarray)]
     if tensors and draw(st.integers(0, 19)) == 0:
-        # By itself: beside another bad argument, pybind11's message prints it, and torch's repr crashes on it.
+        # Alone: beside another bad argument pybind11's message prints it, and torch's repr crashes on it.
         result[draw(st.sampled_from(tensors))] = no_storage(draw(matrices))
         return result
     for name in draw(st.lists(st.sampled_from(sorted(arguments)), max_size=3, unique=True)):
@@ -417,6 +419,7 @@ def describe(value) -> str:
     return repr(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_hostile_arguments(target, tmp_path):
     journal = tmp_path / "journal"

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -43,10 +44,12 @@ inline Feature feature(const Tensor& weight, int64_t first_bag, const Tensor& ou
 using Columns = std::pair<int64_t, int64_t>;
 
 // The `dim` columns from `begin` on. ValueError if a matrix of `width` columns does not hold them.
-inline Columns columns_within(int64_t begin, int64_t dim, int64_t width, const char* name) {
-  if (begin < 0 || begin > width - dim)  // begin + dim might overflow
-    throw pybind11::value_error(
-        message(name, ": has ", width, " columns, expected room for ", dim, " from column ", begin, " on"));
+inline Columns columns_within(int64_t begin, int64_t dim, int64_t width, const std::string& name) {
+  if (begin < 0) throw pybind11::value_error(message(name, ": expected a column >= 0, got ", begin));
+  if (begin > width - dim)  // begin + dim might overflow
+    throw pybind11::value_error(message(name, ": expected at least ",
+                                        static_cast<uint64_t>(begin) + static_cast<uint64_t>(dim),
+                                        " columns, got ", width));
   return {begin, begin + dim};
 }
 

@@ -173,7 +173,8 @@ class CachedDecoders {
       if (positions[t] < (t ? positions[t - 1] + 1 : 0) || positions[t] >= num_features)
         throw py::value_error(message("positions[", t, "] is ", positions[t],
                                       ", expected rising numbers from 0 to ", num_features - 1));
-      blocks.push_back(columns_within(columns[t], decoder.view().dim, INT64_MAX, "columns"));
+      blocks.push_back(
+          columns_within(columns[t], decoder.view().dim, INT64_MAX, message("columns[", t, "]")));
       features_.push_back({decoder.view(), cache, cache ? cache->generation() : 0, positions[t], columns[t]});
       owned_.push_back(py::reinterpret_borrow<py::object>(decoders[t]));
       owned_.push_back(py::reinterpret_borrow<py::object>(caches[t]));

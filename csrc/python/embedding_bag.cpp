@@ -83,9 +83,9 @@ struct Output {
   }
   // [bags, dim] side by side, from `element` on.
   void place_block(Feature& f, int64_t bags, int64_t element) const {
-    if (tensor.shape[0] < element + bags * f.dim)
-      throw py::value_error(
-          message("out: expected at least ", element + bags * f.dim, " elements, got ", tensor.shape[0]));
+    if (bags > 0 && f.dim > (tensor.shape[0] - element) / bags)  // bags * dim might overflow
+      throw py::value_error(message("out: expected at least ", element + static_cast<double>(bags) * f.dim,
+                                    " elements, got ", tensor.shape[0]));
     put(f, element, f.dim);
   }
 
@@ -121,8 +121,8 @@ class PerTable {
   }
   int64_t up_to(int64_t most, Py_ssize_t t) const {
     const int64_t value = integer((*this)[t], name_);
-    if (value < 0 || value > most)
-      throw py::value_error(message(name_, "[", t, "]: expected 0 to ", most, ", got ", value));
+    if (value < 0) throw py::value_error(message(name_, "[", t, "]: expected >= 0, got ", value));
+    if (value > most) throw py::value_error(message(name_, "[", t, "]: expected <= ", most, ", got ", value));
     return value;
   }
 
@@ -160,8 +160,7 @@ PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count
     for (Py_ssize_t t = 0; t < tables; ++t) {
       Feature& f = features[t] = table(PyTuple_GET_ITEM(weights.ptr(), t), "weights", bits[t]);
       f.first_bag = bags;
-      const int64_t batch =
-          batch_sizes ? batch_sizes.up_to(offsets.size - 1 - bags, t) : (offsets.size - 1) / tables;
+      const int64_t batch = batch_sizes ? batch_sizes.up_to(offsets.size, t) : (offsets.size - 1) / tables;
       bags += batch;
       if (columns) place = columns.up_to(out.tensor.shape[1], t);
       if (batch_sizes) {
