@@ -179,7 +179,7 @@ def test_bisection_ends():
 def test_suggested_load_is_between_the_limits_of_the_paths():
     sizes = QuerySizes(100, 0)
     qps = suggested_qps(paths(), fake_profile(COSTS), sizes)
-    assert qps == pytest.approx(0.8 * math.sqrt((1 / 2e-4) * (1 / 1.2e-3)))
+    assert qps == pytest.approx(0.5 * math.sqrt((1 / 2e-4) * (1 / 1.2e-3)))
 
 
 def test_refusals():

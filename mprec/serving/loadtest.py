@@ -221,12 +221,12 @@ def compare(
 
 
 def suggested_qps(paths: Sequence[Path], profile: Profile, sizes: QuerySizes = QuerySizes()) -> float:
-    """A load that the fastest path can carry and the slowest, as a rule, cannot: 0.8 times the geometric
-    mean of the two paths' own limits (one query after another, median times).
+    """A load that the fastest path can carry and the slowest, as a rule, cannot: half the geometric mean of
+    the two paths' own limits (one query after another, median times).
     """
     drawn = sizes.draw(1000, np.random.default_rng(0))
     limits = [1 / float(np.mean(profile.curve(path.name).at(drawn))) for path in paths]
-    return 0.8 * math.sqrt(min(limits) * max(limits))
+    return 0.5 * math.sqrt(min(limits) * max(limits))
 
 
 def find_max_qps(
