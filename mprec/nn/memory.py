@@ -26,8 +26,8 @@ def use_huge_pages(module: nn.Module, min_bytes: int = 4 * HUGE_PAGE) -> int:
     For look-ups in tables far beyond the caches' reach this saves a quarter of the time and more. The
     memory is asked for with ``madvise``, so it needs ``always`` or ``madvise`` in
     ``/sys/kernel/mm/transparent_hugepage/enabled``; elsewhere the call moves parameters to no effect. Values,
-    state_dict and optimizers stay as they are (``parameter.data`` is replaced); copies, ``.to()`` and unpickling
-    give ordinary memory again.
+    state_dict and optimizers stay as they are (``parameter.data`` is replaced); copies, ``.to()`` and
+    unpickling give ordinary memory again.
 
     See :func:`huge_page_bytes` for whether it took effect.
     """
