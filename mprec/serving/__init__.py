@@ -1,0 +1,11 @@
+"""Answering queries: an engine with a bounded queue and dynamic batching, a load test, and a front-end.
+
+    with Engine(dispatcher, sla_s=0.010) as engine:
+        answer = engine.submit(batch).result()
+
+The dispatcher lives in the engine's worker, next to the kernels.
+"""
+
+from mprec.serving.engine import Answer, Engine, QueryRefusedError
+
+__all__ = ["Answer", "Engine", "QueryRefusedError"]

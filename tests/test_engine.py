@@ -1,0 +1,295 @@
+import random
+import threading
+import time
+
+import pytest
+import torch
+from dispatch_fakes import Clock, fake_profile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mprec.data import Batch
+from mprec.dispatch import Dispatcher, Path
+from mprec.serving import Engine, QueryRefusedError
+
+COSTS = {"table": (50e-6, 1e-6), "hybrid": (260e-6, 10e-6)}
+QUALITY = {"table": 0.78, "hybrid": 0.795}
+POISON = 999_983
+
+
+def batch(*ids):
+    """One feature, one ID a sample, which is also the score it should get."""
+    ids = torch.tensor(ids, dtype=torch.int64)
+    return Batch(torch.zeros(len(ids), 0), ids, torch.arange(len(ids) + 1), torch.zeros(len(ids)))
+
+
+def query(size, start=0):
+    return batch(*range(start, start + size))
+
+
+def make(clock=None, slow=None, **options):
+    """An engine over two paths that take what their profile says; ``slow`` multiplies."""
+    seen = []
+
+    def scorer(name):
+        def model(b):
+            if (b.indices == POISON).any():
+                raise IndexError(f"ID {POISON} is out of range")
+            seen.append((name, len(b)))
+            if clock is not None:
+                fixed, per_sample = COSTS[name]
+                clock.advance((fixed + per_sample * len(b)) * (slow or {}).get(name, 1.0))
+            return b.indices.float()
+
+        return model
+
+    paths = [Path(name, name, QUALITY[name], scorer(name), f"shape of {name}") for name in COSTS]
+    engine = Engine(
+        Dispatcher(paths, fake_profile(COSTS)),
+        **{"sla_s": 5e-3, **({"clock": clock} if clock else {}), **options},
+    )
+    return engine, seen
+
+
+def drain(engine):
+    while engine.step():
+        pass
+
+
+def test_one_query_gets_its_scores_by_the_best_path():
+    clock = Clock()
+    engine, seen = make(clock)
+    future = engine.submit(query(100))
+    clock.advance(1e-3)
+    drain(engine)
+    answer = future.result(0)
+    assert answer.scores.tolist() == list(range(100))
+    assert seen == [("hybrid", 100)]
+    assert answer.paths == {"hybrid": 100}
+    assert answer.latency_s == pytest.approx(1e-3 + 260e-6 + 100 * 10e-6)
+
+
+def test_small_queries_are_merged_as_long_as_that_costs_no_quality():
+    clock = Clock()
+    engine, seen = make(clock)
+    futures = [engine.submit(query(20, 1000 * i)) for i in range(30)]
+    drain(engine)
+    for i, future in enumerate(futures):
+        assert future.result(0).scores.tolist() == list(range(1000 * i, 1000 * i + 20))
+    assert 1 < len(seen) < 30
+    assert sum(size for _, size in seen) == 600
+    assert clock.now < 5e-3
+    assert engine.statistics()["late"] == 0
+
+
+def test_large_queries_are_split_and_joined_again():
+    clock = Clock()
+    engine, seen = make(clock, max_batch=64, sla_s=1.0)
+    large, small = engine.submit(query(200)), engine.submit(query(3, 500))
+    drain(engine)
+    assert large.result(0).scores.tolist() == list(range(200))
+    assert small.result(0).scores.tolist() == [500, 501, 502]
+    assert max(size for _, size in seen) <= 64
+    assert large.result(0).paths == {"hybrid": 200}
+
+
+def test_a_queue_behind_makes_the_choice_faster():
+    """Alone, each would be answered by hybrid; together only the fast path meets all deadlines."""
+    clock = Clock()
+    engine, seen = make(clock, max_batch=300, sla_s=6.1e-3)
+    futures = [engine.submit(query(300)) for _ in range(6)]
+    drain(engine)
+    assert all(f.result(0).latency_s <= 6.1e-3 for f in futures)
+    assert seen[0] == ("table", 300)
+    assert seen.count(("hybrid", 300)) == 1  # once the queue is short enough
+
+
+def test_admission_refuses_what_cannot_be_met():
+    clock = Clock()
+    engine, _ = make(clock)
+    ok = [engine.submit(query(1000)) for _ in range(3)]
+    refused = [engine.submit(query(1000)) for _ in range(5)]
+    drain(engine)
+    assert all(f.result(0).latency_s <= 5e-3 for f in ok)
+    errors = [f.exception(0) for f in refused if f.exception(0)]
+    assert errors
+    assert {e.reason for e in errors} == {"overload"}
+    assert engine.statistics()["refused"]["overload"] == len(errors)
+
+
+def test_without_admission_late_answers_are_given_late():
+    clock = Clock()
+    engine, _ = make(clock, admission=False)
+    futures = [engine.submit(query(1000)) for _ in range(8)]
+    drain(engine)
+    assert all(len(f.result(0).scores) == 1000 for f in futures)
+    assert engine.statistics()["late"] > 0
+
+
+def test_a_query_whose_deadline_passes_while_it_waits_is_refused():
+    clock = Clock()
+    engine, _ = make(clock)
+    future = engine.submit(query(10))
+    clock.advance(1.0)
+    drain(engine)
+    assert future.exception(0).reason == "expired"
+
+
+def test_a_full_queue_refuses():
+    engine, _ = make(Clock(), max_queue=100, sla_s=10.0)
+    first, second = engine.submit(query(80)), engine.submit(query(30))
+    assert second.exception(0).reason == "full"
+    assert "80 samples wait" in str(second.exception(0))
+    drain(engine)
+    assert len(first.result(0).scores) == 80
+
+
+def test_only_the_query_at_fault_fails():
+    engine, _ = make(Clock(), max_batch=64, sla_s=1.0)
+    good, bad, also_good = engine.submit(query(5)), engine.submit(batch(1, POISON)), engine.submit(query(6))
+    split = engine.submit(batch(*[POISON] * 200))
+    after = engine.submit(query(7))
+    drain(engine)
+    assert len(good.result(0).scores) == 5
+    assert len(also_good.result(0).scores) == 6
+    assert len(after.result(0).scores) == 7
+    for future in (bad, split):
+        assert isinstance(future.exception(0), IndexError)
+    assert engine.statistics()["failed"] == 2
+    assert engine.statistics()["waiting_samples"] == 0
+
+
+def test_a_path_that_gives_the_wrong_number_of_scores_is_an_error_not_an_answer():
+    path = Path("broken", "table", 0.5, lambda b: torch.zeros(1), "shape of broken")
+    engine = Engine(Dispatcher([path], fake_profile({"broken": (1e-6, 1e-9)})), sla_s=1.0, clock=Clock())
+    future = engine.submit(query(3))
+    drain(engine)
+    assert "gave (1,) scores for 3 samples" in str(future.exception(0))
+
+
+def test_a_slow_path_is_left_after_a_while():
+    clock = Clock()
+    slow = {}
+    engine, _ = make(clock, slow, sla_s=3e-3)
+    for i in range(120):
+        if i == 40:
+            slow["hybrid"] = 5.0
+        engine.submit(query(100))
+        drain(engine)
+    statistics = engine.statistics()
+    assert statistics["corrections"]["hybrid"] > 1
+    assert statistics["late"] < 12
+    assert statistics["samples"]["table"] > 100 * 60
+
+
+arrivals = st.lists(st.tuples(st.floats(0, 3e-3), st.integers(1, 400)), min_size=1, max_size=40)
+
+
+@settings(deadline=None)
+@given(arrivals, st.booleans(), st.integers(1, 300), st.integers(1, 2000), st.integers(1, 4))
+def test_no_query_is_ever_lost(arrivals, admission, max_batch, max_queue, steps):
+    clock = Clock()
+    engine, seen = make(clock, admission=admission, max_batch=max_batch, max_queue=max_queue)
+    futures = []
+    for gap, size in arrivals:
+        clock.advance(gap)
+        futures.append((size, engine.submit(query(size))))
+        for _ in range(steps - 1):
+            engine.step()
+    drain(engine)
+    assert all(future.done() for _, future in futures)
+    answered = [(size, f.result(0)) for size, f in futures if f.exception(0) is None]
+    for size, answer in answered:
+        assert answer.scores.tolist() == list(range(size))
+        assert sum(answer.paths.values()) == size
+    assert sum(size for _, size in seen) == sum(size for size, _ in answered)
+    assert all(size <= max_batch for _, size in seen)
+    counts = engine.statistics()
+    assert counts["queries"] == len(arrivals) == counts["answered"] + sum(counts["refused"].values())
+    assert counts["waiting_samples"] == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (lambda: query(0), "at least one sample"),
+        (lambda: Batch(torch.zeros(3, 1), *vars(query(2)).values()), None),
+        (lambda: Batch(torch.zeros(2), torch.arange(2), torch.arange(3), torch.zeros(2)), "dense"),
+        (lambda: Batch(torch.zeros(2, 0), torch.arange(2), torch.arange(2), torch.zeros(2)), "offsets"),
+        (lambda: Batch(torch.zeros(2, 3), torch.arange(2), torch.arange(3), torch.zeros(2)), "3 dense"),
+        (lambda: Batch(torch.zeros(2, 0), torch.arange(4), torch.arange(5), torch.zeros(2)), "2 features"),
+    ],
+)
+def test_queries_that_are_no_queries(bad, match):
+    engine, _ = make(Clock())
+    engine.submit(query(2))
+    with pytest.raises((ValueError, TypeError), match=match):
+        engine.submit(bad())
+
+
+@pytest.mark.parametrize("option", ["sla_s", "max_batch", "max_queue"])
+def test_bad_options(option):
+    with pytest.raises(ValueError, match=option):
+        make(**{option: 0})
+    with pytest.raises(ValueError, match="sla_s"):
+        make()[0].submit(query(1), sla_s=-1.0)
+
+
+# -- with the worker's thread
+
+
+def test_many_threads_and_a_close_that_drains():
+    engine, _ = make(sla_s=60.0, max_queue=10**6)
+    results, lock = [], threading.Lock()
+
+    def client(number):
+        rng = random.Random(number)
+        for i in range(50):
+            size = rng.randint(1, 50)
+            future = engine.submit(query(size, 1000 * i))
+            with lock:
+                results.append((size, 1000 * i, future))
+
+    with engine:
+        threads = [threading.Thread(target=client, args=(n,)) for n in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    assert len(results) == 200
+    for size, start, future in results:
+        assert future.result(0).scores.tolist() == list(range(start, start + size))
+    late = engine.submit(query(1))
+    assert late.exception(0).reason == "closed"
+    assert engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.start()
+
+
+def test_close_without_draining_refuses_what_waits():
+    gate = threading.Event()
+    path = Path("p", "table", 0.5, lambda b: (gate.wait(10), b.indices.float())[1], "shape of p")
+    engine = Engine(Dispatcher([path], fake_profile({"p": (1e-6, 1e-9)})), sla_s=60.0, max_batch=1).start()
+    futures = [engine.submit(query(1)) for _ in range(5)]
+    deadline = time.monotonic() + 10
+    while engine.statistics()["waiting_samples"] == 5 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not engine.close(drain=False, timeout_s=0.01)  # the first is being scored
+    gate.set()
+    assert engine.close()
+    errors = [f.exception(10) for f in futures]
+    assert errors[0] is None
+    assert [e.reason for e in errors[1:]] == ["closed"] * 4
+
+
+def test_a_cancelled_query_and_a_raising_callback_do_no_harm(caplog):
+    engine, _ = make(Clock(), sla_s=1.0)
+    cancelled, loud, quiet = (engine.submit(query(2)) for _ in range(3))
+    assert cancelled.cancel()
+    loud.add_done_callback(lambda f: 1 / 0)
+    drain(engine)
+    assert loud.result(0)
+    assert quiet.result(0)
+    engine.close()
+    with pytest.raises(QueryRefusedError, match="closed"):
+        engine.submit(query(1)).result(0)
