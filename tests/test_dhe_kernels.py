@@ -183,10 +183,9 @@ def test_bags(
 
 def test_unaligned_memory():
     net = Net((40, 24))
-    raw = torch.zeros(8 * 9 + 4, dtype=torch.uint8)
-    ids = np.frombuffer(raw.numpy().data, dtype=np.int64, count=9, offset=4)
+    ids = np.zeros(10, np.int64)[1:]  # on the boundary of an element, not of a vector
     ids[:] = np.arange(9) * 3
-    out = np.frombuffer(bytearray(9 * 24 * 4 + 4), dtype=np.float32, count=9 * 24, offset=4).reshape(9, 24)
+    out = np.zeros(9 * 24 + 1, np.float32)[1:].reshape(9, 24)
     _C.dhe_bag(net.handle, ids, np.arange(9), None, 0, False, -1, out, 1)
     assert_close(torch.from_numpy(out.copy()), net.vectors(torch.from_numpy(ids.copy())))
 

@@ -288,6 +288,20 @@ def test_direct_path_and_dispatcher_agree():
     assert torch.equal(direct, dispatched)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "mish"])
+@pytest.mark.parametrize("last_activation", ["none", "relu", "sigmoid", "mish"])
+@pytest.mark.parametrize("widths", [(64, 5), (64, 24, 5), (40, 16, 12, 5)])
+@pytest.mark.parametrize("count", [20, 200])
+def test_decoder_gradients(activation, last_activation, widths, count):
+    hashes, weights, biases = make_decoder(widths, seed=3)
+    ids = torch.randint(0, 150, (count,))  # some repeat
+    args = ids, torch.arange(count), hashes, weights, biases, "universal", activation, last_activation
+    out, expected = ops.dhe_bag(*args), reference.dhe_bag(*args)
+    got, wanted = gradients(out, weights + biases), gradients(expected, weights + biases)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_packed_decoders_follow_the_weights():
     indices, offsets = torch.arange(4), torch.arange(5)
     hashes, weights, biases = make_decoder((32, 8, 4))

@@ -4,8 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-ACTIVATIONS = {"none": 0, "relu": 1, "sigmoid": 2, "mish": 3}
-
 _RELU: tl.constexpr = tl.constexpr(1)
 _SIGMOID: tl.constexpr = tl.constexpr(2)
 _MISH: tl.constexpr = tl.constexpr(3)

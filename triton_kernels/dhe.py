@@ -1,20 +1,23 @@
 """Deep hash embeddings on the device: IDs become encodings in registers and go straight into the matrix unit.
 
-    h1  = activation(encode(ids) @ W1^T + b1)      encode: [n, K], never written to memory
+    h1  = activation(encode(ids) @ W1^T + b1)      encode: [n, k], never written to memory
     h2  = activation(h1 @ W2^T + b2)
     out = last_activation(h2 @ W3^T + b3)
 
 Two designs, chosen by shape (`tuning.py`):
 
-* *fused*: one kernel for up to three layers. A program owns BM IDs and all later layers' outputs; the first
-  hidden layer is made BN columns at a time, each tile being multiplied into the second layer's accumulator
-  at once. The hashes are computed again for each of the H1 / BN tiles.
-* *first layer* apart: [hash + layer 1 + activation -> h1 in memory], a GEMM whose left operand is computed;
-  each program owns BM x BN of h1. The other layers follow as ordinary GEMMs.
+* *fused*: one kernel for two or three layers. A program owns BM IDs and all outputs of the later layers; the
+  first hidden layer is made BN columns at a time, and each tile is multiplied into the second layer's
+  accumulator at once. The hashes are computed again for each of the H1 / BN tiles.
+* *first layer* apart: [hash + layer 1 + activation -> h1 in memory] with BM x BN of h1 per program, then the
+  other layers, again two at a time where they fit.
+
+Both serve any number of features of equal shape in one persistent launch (`grouped.py`), and both take
+hidden vectors in place of IDs (HASHED = False) for the layers after the first.
 
 BM = 16 * warps, so that each warp's rows are its own: with more warps than that, the warps would split BN
-and each would compute every hash of its rows again. Trip counts are compile-time constants: with run-time
-counts ptxas serialises wgmma.
+and each would compute every hash of its rows again. Trip counts over k are compile-time constants: with
+run-time counts ptxas serialises wgmma.
 """
 
 from collections.abc import Sequence
@@ -23,72 +26,56 @@ import torch
 import triton
 import triton.language as tl
 
-from .dense import ACTIVATIONS, activate, dot_precision, load_bias, load_weight
-from .hashing import FAMILIES, encode, hash_encode, is_narrow
-from .tuning import first_layer_config, fused_config, target_of, tile_width
+from mprec.names import ACTIVATIONS, FAMILIES
+
+from .dense import activate, dot_precision, load_bias, load_weight
+from .grouped import count_tiles, device_table, find_tile, lanes, pointer, programs
+from .hashing import encode, is_narrow
+from .tuning import fused_config, layer_config, target_of, tile_width
+
+# Columns of a group's pointer table: feature, coefficients, then weight and bias of each layer.
+_FIRST_WEIGHT = 2
 
 
 @triton.jit
-def _hashed_product(
-    x, coefficients, weight, n, K: tl.constexpr, N: tl.constexpr, FAMILY: tl.constexpr, WIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_N: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+def _product(
+    rows, source, weight, n, K: tl.constexpr, N: tl.constexpr, FAMILY: tl.constexpr, HASHED: tl.constexpr,
+    WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """encode(x) @ weight[n]^T in float32 [BM, BN], the encodings rounded to the weight's type."""
+    """left @ weight[n]^T in float32 [BM, BN], the left operand in the weight's type.
+
+    HASHED: left = encode(rows [BM, 1] as IDs) with `source` the coefficients; else rows of `source` [., K].
+    """
     EVEN_K: tl.constexpr = K % BK == 0
     accumulator = tl.zeros((BM, BN), tl.float32)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK)
-        encodings = encode(x, coefficients, k, K, FAMILY, WIDE, EVEN_K).to(weight.dtype.element_ty)
-        tile = load_weight(weight, n, k, N, K, EVEN_N, EVEN_K)
-        accumulator = tl.dot(encodings, tile, accumulator, input_precision=PRECISION)
+        if HASHED:
+            left = encode(rows, source, k, K, FAMILY, WIDE, EVEN_K).to(weight.dtype.element_ty)
+        elif EVEN_K:
+            left = tl.load(source + rows * K + k[None, :])
+        else:
+            left = tl.load(source + rows * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+        tile = load_weight(weight, n, k, N, K, N % BN == 0, EVEN_K)
+        accumulator = tl.dot(left, tile, accumulator, input_precision=PRECISION)
     return accumulator
 
 
-@triton.jit(do_not_specialize=["count"])
-def first_layer_kernel(
-    ids, coefficients, weight, bias, out, count,
-    K: tl.constexpr, N: tl.constexpr, FAMILY: tl.constexpr, ACTIVATION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out[count, N] = activation(encode(ids) @ weight[N, K]^T + bias)."""
-    EVEN_N: tl.constexpr = N % BN == 0
-    TILES_N: tl.constexpr = (N + BN - 1) // BN
-    m = (tl.program_id(0) // TILES_N).to(tl.int64) * BM + tl.arange(0, BM)
-    n = (tl.program_id(0) % TILES_N) * BN + tl.arange(0, BN)
-    x = tl.load(ids + m, mask=m < count, other=0).to(tl.int64)
-    if is_narrow(x, FAMILY):
-        h = _hashed_product(
-            x[:, None], coefficients, weight, n, K, N, FAMILY, False, BM, BN, BK, EVEN_N, STAGES, PRECISION
-        )
-    else:
-        h = _hashed_product(
-            x[:, None], coefficients, weight, n, K, N, FAMILY, True, BM, BN, BK, EVEN_N, STAGES, PRECISION
-        )
-    h = activate(h + load_bias(bias, n, N, EVEN_N), ACTIVATION).to(out.dtype.element_ty)
-    where = out + m[:, None] * N + n[None, :]
-    if EVEN_N:
-        tl.store(where, h, mask=(m < count)[:, None])
-    else:
-        tl.store(where, h, mask=(m < count)[:, None] & (n < N)[None, :])
-
-
 @triton.jit
-def _fused_layers(
-    x, coefficients, w1, b1, w2, b2, w3, b3,
+def _two_or_three_layers(
+    rows, source, w1, b1, w2, b2, w3, b3,
     K: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr, FAMILY: tl.constexpr,
-    WIDE: tl.constexpr, ACTIVATION: tl.constexpr, LAST_ACTIVATION: tl.constexpr,
+    HASHED: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, LAST_ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BH2: tl.constexpr, BH3: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Two layers (H3 = 0) or three of a tile of IDs, float32 [BM, BH2 or BH3]."""
+    """Two layers (H3 = 0) or three of a tile of rows, float32 [BM, BH2 or BH3]."""
     n2 = tl.arange(0, BH2)
     accumulator = tl.zeros((BM, BH2), tl.float32)
     for n0 in tl.range(0, H1, BN, num_stages=1):
         n = n0 + tl.arange(0, BN)
-        h = _hashed_product(
-            x, coefficients, w1, n, K, H1, FAMILY, WIDE, BM, BN, BK, H1 % BN == 0, STAGES, PRECISION
-        )
+        h = _product(rows, source, w1, n, K, H1, FAMILY, HASHED, WIDE, BM, BN, BK, STAGES, PRECISION)
         # columns beyond H1 hold activation(0), which may not be zero: load_weight's zeros silence them
         h = activate(h + load_bias(b1, n, H1, H1 % BN == 0), ACTIVATION).to(w2.dtype.element_ty)
         tile = load_weight(w2, n2, n, H2, H1, H2 == BH2, H1 % BN == 0)
@@ -104,81 +91,164 @@ def _fused_layers(
         return activate(last, LAST_ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["batch", "count"])
+def layer_kernel(
+    inputs, table, offsets, out, batch, count, stride_out: tl.constexpr,
+    T: tl.constexpr, LANES: tl.constexpr, STRIDE: tl.constexpr, COLUMN: tl.constexpr, DTYPE: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, FAMILY: tl.constexpr, HASHED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[i, :N] = activation(left[i] @ weight^T + bias); left is hashed from inputs[i], or is inputs[i]."""
+    ACROSS: tl.constexpr = (N + BN - 1) // BN
+    tiles = count_tiles(offsets, table, batch, count, T, STRIDE, LANES, BM) * ACROSS
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        member, first, stop = find_tile(tile // ACROSS, offsets, table, batch, count, T, STRIDE, LANES, BM)
+        m = first + tl.arange(0, BM)
+        n = (tile % ACROSS) * BN + tl.arange(0, BN)
+        row = table + member * STRIDE
+        weight, bias = pointer(row, COLUMN, DTYPE), pointer(row, COLUMN + 1, DTYPE)
+        if HASHED:
+            source = pointer(row, 1, tl.int32)
+            x = tl.load(inputs + m, mask=m < stop, other=0).to(tl.int64)
+            if is_narrow(x, FAMILY):
+                h = _product(
+                    x[:, None], source, weight, n, K, N, FAMILY, True, False, BM, BN, BK, STAGES, PRECISION
+                )
+            else:
+                h = _product(
+                    x[:, None], source, weight, n, K, N, FAMILY, True, True, BM, BN, BK, STAGES, PRECISION
+                )
+        else:
+            x = tl.minimum(m, stop - 1)  # rows beyond the end repeat the last one and are not stored
+            h = _product(
+                x[:, None], inputs, weight, n, K, N, FAMILY, False, False, BM, BN, BK, STAGES, PRECISION
+            )
+        h = activate(h + load_bias(bias, n, N, N % BN == 0), ACTIVATION).to(out.dtype.element_ty)
+        keep = (m < stop)[:, None]
+        if N % BN != 0:
+            keep = keep & (n < N)[None, :]
+        tl.store(out + m[:, None] * stride_out + n[None, :], h, mask=keep)
+
+
+@triton.jit(do_not_specialize=["batch", "count"])
 def fused_kernel(
-    ids, coefficients, w1, b1, w2, b2, w3, b3, out, count,
+    inputs, table, offsets, out, batch, count, stride_out: tl.constexpr,
+    T: tl.constexpr, LANES: tl.constexpr, STRIDE: tl.constexpr, COLUMN: tl.constexpr, DTYPE: tl.constexpr,
     K: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr, FAMILY: tl.constexpr,
-    ACTIVATION: tl.constexpr, LAST_ACTIVATION: tl.constexpr,
+    HASHED: tl.constexpr, ACTIVATION: tl.constexpr, LAST_ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BH2: tl.constexpr, BH3: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[count, H2 or H3] of two layers (H3 = 0) or three."""
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    x = tl.load(ids + m, mask=m < count, other=0).to(tl.int64)
-    if is_narrow(x, FAMILY):
-        h = _fused_layers(
-            x[:, None], coefficients, w1, b1, w2, b2, w3, b3, K, H1, H2, H3, FAMILY, False,
-            ACTIVATION, LAST_ACTIVATION, BM, BN, BK, BH2, BH3, STAGES, PRECISION,
-        )  # fmt: skip
-    else:
-        h = _fused_layers(
-            x[:, None], coefficients, w1, b1, w2, b2, w3, b3, K, H1, H2, H3, FAMILY, True,
-            ACTIVATION, LAST_ACTIVATION, BM, BN, BK, BH2, BH3, STAGES, PRECISION,
-        )  # fmt: skip
+    """out[i, :H2 or :H3] = two layers (H3 = 0) or three of left[i], as in `layer_kernel`."""
+    tiles = count_tiles(offsets, table, batch, count, T, STRIDE, LANES, BM)
     D: tl.constexpr = H3 if H3 > 0 else H2
     n = tl.arange(0, BH3 if H3 > 0 else BH2)
-    keep = (m < count)[:, None] & (n < D)[None, :]
-    tl.store(out + m[:, None] * D + n[None, :], h.to(out.dtype.element_ty), mask=keep)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        member, first, stop = find_tile(tile, offsets, table, batch, count, T, STRIDE, LANES, BM)
+        m = first + tl.arange(0, BM)
+        row = table + member * STRIDE
+        w1, b1 = pointer(row, COLUMN, DTYPE), pointer(row, COLUMN + 1, DTYPE)
+        w2, b2 = pointer(row, COLUMN + 2, DTYPE), pointer(row, COLUMN + 3, DTYPE)
+        w3, b3 = w2, b2
+        if H3 > 0:
+            w3, b3 = pointer(row, COLUMN + 4, DTYPE), pointer(row, COLUMN + 5, DTYPE)
+        if HASHED:
+            source = pointer(row, 1, tl.int32)
+            x = tl.load(inputs + m, mask=m < stop, other=0).to(tl.int64)
+            if is_narrow(x, FAMILY):
+                h = _two_or_three_layers(
+                    x[:, None], source, w1, b1, w2, b2, w3, b3, K, H1, H2, H3, FAMILY, True, False,
+                    ACTIVATION, LAST_ACTIVATION, BM, BN, BK, BH2, BH3, STAGES, PRECISION,
+                )  # fmt: skip
+            else:
+                h = _two_or_three_layers(
+                    x[:, None], source, w1, b1, w2, b2, w3, b3, K, H1, H2, H3, FAMILY, True, True,
+                    ACTIVATION, LAST_ACTIVATION, BM, BN, BK, BH2, BH3, STAGES, PRECISION,
+                )  # fmt: skip
+        else:
+            x = tl.minimum(m, stop - 1)
+            h = _two_or_three_layers(
+                x[:, None], inputs, w1, b1, w2, b2, w3, b3, K, H1, H2, H3, FAMILY, False, False,
+                ACTIVATION, LAST_ACTIVATION, BM, BN, BK, BH2, BH3, STAGES, PRECISION,
+            )  # fmt: skip
+        keep = (m < stop)[:, None] & (n < D)[None, :]
+        tl.store(out + m[:, None] * stride_out + n[None, :], h.to(out.dtype.element_ty), mask=keep)
 
 
-def first_layer(indices, coefficients, weight, bias, family: str, activation: str, config=None, out=None):
-    """activation(encode(indices) @ weight^T + bias): [n, H1] of weight's dtype, in one kernel."""
-    count, (width, k) = indices.numel(), weight.shape
-    out = weight.new_empty((count, width)) if out is None else out
-    if count:
-        config = config or first_layer_config(target_of(indices.device), count, k, width, weight.dtype)
-        grid = (triton.cdiv(count, config.BM) * triton.cdiv(width, config.BN),)
-        first_layer_kernel[grid](
-            indices, coefficients, weight, bias, out, count, k, width, FAMILIES[family],
-            ACTIVATIONS[activation], config.BM, config.BN, config.BK, config.STAGES,
-            dot_precision(target_of(indices.device)), num_warps=config.warps,
-        )  # fmt: skip
-    return out
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def fused(
-    indices,
-    coefficients,
-    weights,
-    biases,
-    family: str,
-    activation: str,
-    last_activation: str,
-    config=None,
-    out=None,
-):
-    """All of a decoder of two or three layers in one kernel: [n, D] of the weights' dtype."""
-    count, k = indices.numel(), weights[0].shape[1]
-    widths = [weight.shape[0] for weight in weights]
-    out = weights[0].new_empty((count, widths[-1])) if out is None else out
-    if count:
-        config = config or fused_config(target_of(indices.device), count, k, widths, weights[0].dtype)
-        h1, h2, h3 = (*widths, 0)[:3]
-        fused_kernel[(triton.cdiv(count, config.BM),)](
-            indices, coefficients, weights[0], biases[0], weights[1], biases[1], weights[-1], biases[-1],
-            out, count, k, h1, h2, h3, FAMILIES[family], ACTIVATIONS[activation],
-            ACTIVATIONS[last_activation], config.BM, config.BN, config.BK, tile_width(h2), tile_width(h3),
-            config.STAGES, dot_precision(target_of(indices.device)), num_warps=config.warps,
-        )  # fmt: skip
-    return out
+def decode_grouped(
+    indices, offsets, batch, features, coefficients, weights, biases,
+    family, activation, last_activation, out, configs=None,
+):  # fmt: skip
+    """Write the embeddings of every ID of `features` into its row of out [n, >= D], and nothing else.
+
+    Args:
+        offsets: [features * batch + 1] of the whole batch, or None for one feature with all IDs.
+        features: which feature of the offsets each decoder is for.
+        coefficients, weights, biases: per decoder; contiguous, all decoders of equal shape and dtype.
+        configs: tile sizes of each step in place of those by `tuning`.
+    """
+    dtype, device, count = weights[0][0].dtype, indices.device, indices.numel()
+    if not count:
+        return
+    table = device_table(
+        [
+            (feature, hashes, *(tensor for pair in zip(ws, bs, strict=True) for tensor in pair))
+            for feature, hashes, ws, bs in zip(features, coefficients, weights, biases, strict=True)
+        ],
+        device,
+    )
+    members, widths = len(features), [weight.shape[0] for weight in weights[0]]
+    group = {"T": members, "LANES": lanes(members), "STRIDE": table.shape[1], "DTYPE": _DTYPES[dtype]}
+    group |= {"FAMILY": FAMILIES[family], "PRECISION": dot_precision(target_of(device))}
+    inputs, k, layer = indices, coefficients[0].shape[1], 0
+    for step in _steps(target_of(device), count, k, widths, dtype, configs):
+        config, layers = step
+        hashed, last = layer == 0, layer + layers == len(widths)
+        width = widths[layer + layers - 1]
+        result = out if last else out.new_empty((count, width), dtype=dtype)
+        final = ACTIVATIONS[last_activation if last else activation]
+        options = {"HASHED": hashed, "COLUMN": _FIRST_WEIGHT + 2 * layer, "K": k, "num_warps": config.warps}
+        options |= {"BM": config.BM, "BN": config.BN, "BK": config.BK, "STAGES": config.STAGES}
+        tiles = triton.cdiv(count, config.BM) + (0 if offsets is None else members)
+        if layers == 1:
+            grid = (programs(tiles * triton.cdiv(width, config.BN), config.warps, device),)
+            layer_kernel[grid](
+                inputs, table, offsets, result, batch, count, result.stride(0),
+                N=width, ACTIVATION=final, **group, **options,
+            )  # fmt: skip
+        else:
+            h1, h2, h3 = (*widths[layer : layer + layers], 0)[:3]
+            grid = (programs(tiles, config.warps, device),)
+            fused_kernel[grid](
+                inputs, table, offsets, result, batch, count, result.stride(0), H1=h1, H2=h2, H3=h3,
+                BH2=tile_width(h2), BH3=tile_width(h3), ACTIVATION=ACTIVATIONS[activation],
+                LAST_ACTIVATION=final, **group, **options,
+            )  # fmt: skip
+        inputs, k, layer = result, widths[layer + layers - 1], layer + layers
 
 
-_TORCH_ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "mish": torch.nn.functional.mish,
-}
+def _steps(target, count, k, widths, dtype, configs=None):
+    """How the layers are cut into launches: (config, number of layers) of each."""
+    if configs is not None:
+        return configs
+    steps, layer = [], 0
+    while layer < len(widths):
+        for layers in (3, 2, 1):
+            if layer + layers > len(widths):
+                continue
+            these = widths[layer : layer + layers]
+            if layers > 1:
+                config = fused_config(target, count, k, these, dtype)
+            else:
+                config = layer_config(target, count, k, these[0], dtype)
+            if config is not None:
+                steps.append((config, layers))
+                k, layer = these[-1], layer + layers
+                break
+    return steps
 
 
 def dhe_forward(
@@ -206,30 +276,13 @@ def dhe_forward(
         TypeError: for a dtype that the kernels lack.
     """
     _check(indices, coefficients, weights, biases, family, activation, last_activation)
-    indices, coefficients = indices.contiguous(), coefficients.contiguous()
-    weights = [weight.contiguous() for weight in weights]
-    biases = [bias.contiguous() for bias in biases]
-    widths = [weight.shape[0] for weight in weights]
-    target, k = target_of(indices.device), coefficients.shape[1]
-    config = fused_config(target, indices.numel(), k, widths, weights[0].dtype)
-    if family == "artifact_gaussian":
-        # logarithms and sines would spill next to accumulators: encodings go through memory
-        return _dense_layers(
-            hash_encode(indices, coefficients, family).to(weights[0].dtype), weights, biases,
-            activation, last_activation,
-        )  # fmt: skip
-    if config is not None:
-        return fused(indices, coefficients, weights, biases, family, activation, last_activation, config)
-    first_activation = activation if len(weights) > 1 else last_activation
-    hidden = first_layer(indices, coefficients, weights[0], biases[0], family, first_activation)
-    return _dense_layers(hidden, weights[1:], biases[1:], activation, last_activation)
-
-
-def _dense_layers(x, weights, biases, activation, last_activation):
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
-        x = torch.nn.functional.linear(x, weight, bias)
-        x = _TORCH_ACTIVATIONS[last_activation if layer == len(weights) else activation](x)
-    return x
+    out = weights[0].new_empty((indices.numel(), weights[-1].shape[0]))
+    decode_grouped(
+        indices.contiguous(), None, 1, [0], [coefficients.contiguous()],
+        [[weight.contiguous() for weight in weights]], [[bias.contiguous() for bias in biases]],
+        family, activation, last_activation, out,
+    )  # fmt: skip
+    return out
 
 
 def _check(indices, coefficients, weights, biases, family, activation, last_activation):

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-FAMILIES = {"universal": 0, "artifact": 1, "artifact_gaussian": 2, "sign": 3, "u7": 4}
+from mprec.names import FAMILIES
 
 _UNIVERSAL: tl.constexpr = tl.constexpr(0)
 _ARTIFACT: tl.constexpr = tl.constexpr(1)
@@ -87,6 +87,19 @@ def artifact_hash(x, coefficients, k, K: tl.constexpr, WIDE: tl.constexpr, EVEN:
 
 
 @triton.jit
+def _cosine_of_turns(turns, quarters):
+    """cos(2 pi turns - quarters pi / 2) for turns in [0, 1]: no range reduction that spills registers."""
+    nearest = tl.floor(4.0 * turns + 0.5)
+    t = (turns - 0.25 * nearest) * 6.283185307179586
+    t2 = t * t
+    cosine = 1.0 + t2 * (-0.5 + t2 * (1.0 / 24 + t2 * (-1.0 / 720 + t2 * (1.0 / 40320))))
+    sine = t + t * t2 * (-1.0 / 6 + t2 * (1.0 / 120 + t2 * (-1.0 / 5040 + t2 * (1.0 / 362880))))
+    quadrant = nearest.to(tl.int32) - quarters
+    value = tl.where((quadrant & 1) == 0, cosine, -sine)
+    return tl.where((quadrant & 2) == 0, value, -value)
+
+
+@triton.jit
 def encode(x, coefficients, k, K: tl.constexpr, FAMILY: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr):
     """Encodings float32 [M, BK] of IDs x int64 [M, 1] for columns k int32 [BK]; any value beyond K."""
     if FAMILY == _ARTIFACT:
@@ -96,10 +109,8 @@ def encode(x, coefficients, k, K: tl.constexpr, FAMILY: tl.constexpr, WIDE: tl.c
         # Box-Muller on the pair of columns (2i, 2i + 1); each column evaluates both hashes of its pair.
         even = artifact_hash(x, coefficients, k & -2, K, WIDE, EVEN)
         odd = artifact_hash(x, coefficients, k | 1, K, WIDE, EVEN)
-        u1 = (even + 1).to(tl.float32) * (1.0 / _ARTIFACT_M)
-        angle = (odd + 1).to(tl.float32) * (6.283185307179586 / _ARTIFACT_M)
-        wave = tl.where((k & 1)[None, :] == 0, tl.cos(angle), tl.sin(angle))
-        return tl.sqrt(-2.0 * tl.log(u1)) * wave
+        radius = tl.sqrt(-2.0 * tl.log((even + 1).to(tl.float32) * (1.0 / _ARTIFACT_M)))
+        return radius * _cosine_of_turns((odd + 1).to(tl.float32) * (1.0 / _ARTIFACT_M), (k & 1)[None, :])
     else:
         h = universal_hash(x, coefficients, k, K, WIDE, EVEN)
         if FAMILY == _UNIVERSAL:

@@ -1,6 +1,6 @@
 """Which tile sizes a kernel gets: an estimate of registers and shared memory, and the choice by shape."""
 
-import functools
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -35,9 +35,23 @@ _BUDGETS = {
 }
 
 
-@functools.cache
+_pretended: list[str] = []
+
+
+@contextlib.contextmanager
+def pretend(target: str):
+    """Inside, tile sizes are those for `target`, whatever device tensors are on."""
+    _pretended.append(target)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
 def target_of(device: torch.device) -> str:
     """The tuning target nearest to a device: "sm_80", "sm_90", "sm_100" or "gfx942"."""
+    if _pretended:
+        return _pretended[-1]
     if device.type != "cuda":
         return "sm_90"  # the interpreter
     if torch.version.hip:
@@ -85,8 +99,8 @@ def _candidates(target: str, count: int, widths: list[int], k: int, dtype: torch
             yield config
 
 
-def first_layer_config(target: str, count: int, k: int, width: int, dtype: torch.dtype) -> Config:
-    """For [hash + first layer] alone: count IDs, k hashes, `width` outputs."""
+def layer_config(target: str, count: int, k: int, width: int, dtype: torch.dtype) -> Config:
+    """For one layer alone: count rows of k hashes or inputs, `width` outputs."""
     configs = list(_candidates(target, count, [width], k, dtype, fused=False))
     if count <= 256:  # latency: narrow tiles spread the weights over the multiprocessors
         configs = [config for config in configs if config.BN <= 32]

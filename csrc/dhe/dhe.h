@@ -82,6 +82,21 @@ inline int64_t scratch_floats(const DecoderView& d) {
   return int64_t{max_ids} * block_pitch * (1 + 2 * blocks_of(d.widest)) + look_up + 64;
 }
 
+// Sums of one layer's gradients: weight [outputs rounded up to 16][pitch], bias [outputs].
+struct WeightGradient {
+  float* weight;
+  int64_t pitch;  // inputs, rounded up to a tile's columns
+  float* bias;
+};
+
+// Floats of scratch for the gradients: a block of hashes, two layers' gradients, every layer's sums and
+// values.
+inline int64_t backward_scratch_floats(const DecoderView& d) {
+  int64_t blocks = 1 + 2 * blocks_of(d.widest);
+  for (int l = 0; l < d.num_layers; ++l) blocks += 2 * blocks_of(d.layers[l].outputs);
+  return int64_t{max_ids} * block_pitch * blocks + 64;
+}
+
 struct PoolArguments {
   const float* vectors;  // [rows, dim]
   int64_t dim;
@@ -98,6 +113,11 @@ struct DheKernels {
   void (*hash)(const EncoderView&, const int64_t* ids, int64_t n, int64_t* out);
   // The vectors of n <= max_ids IDs into out[i * stride + j], j < dim.
   void (*forward)(const DecoderView&, const int64_t* ids, int n, float* out, int64_t stride, float* scratch);
+  // Adds the gradients that the vectors of n <= max_ids IDs pass on to `to[l]`, for every layer l. Row i of
+  // the vectors' gradient is grad[i * stride]. float32 weights; transposed[l] (l > 0) has the layer's weights
+  // packed as outputs to inputs, with a zero bias and no activation.
+  void (*backward)(const DecoderView&, const LayerView* transposed, const int64_t* ids, int n,
+                   const float* grad, int64_t stride, const WeightGradient* to, float* scratch);
   // One bag: entries [begin, end) into out[0, dim).
   void (*pool)(const PoolArguments&, int64_t begin, int64_t end, float* out);
 };

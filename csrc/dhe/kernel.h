@@ -1,5 +1,6 @@
 // The kernels of dhe.h for the ISA of the including file.
 #pragma once
+#include "dhe/backward.h"
 #include "dhe/dhe.h"
 #include "dhe/gemm.h"
 #include "dhe/hash.h"

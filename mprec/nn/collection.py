@@ -183,22 +183,24 @@ class EmbeddingBagCollection(nn.Module):
                     None if group.whole else group.features,
                     count,
                 )
-        if self._dhe_groups:
-            modules = self._modules["dhe"]._modules
-            for group in self._dhe_groups:
-                handles = [decoder(*modules[name].stack(), *group.decoder) for name in group.names]
-                run_dhe_bag_multi(
-                    handles,
-                    indices,
-                    offsets,
-                    group.mode_code,
-                    per_sample_weights,
-                    out,
-                    group.columns,
-                    None if group.whole else group.features,
-                    count,
-                )
+        for group in self._dhe_groups:
+            self._run_decoders(group, indices, offsets, per_sample_weights, out)
         return out
+
+    def _run_decoders(self, group: _Group, indices, offsets, per_sample_weights, out) -> None:
+        """One group's vectors into its columns of ``out``."""
+        modules = self._modules["dhe"]._modules
+        run_dhe_bag_multi(
+            [decoder(*modules[name].stack(), *group.decoder) for name in group.names],
+            indices,
+            offsets,
+            group.mode_code,
+            per_sample_weights,
+            out,
+            group.columns,
+            None if group.whole else group.features,
+            len(self.features),
+        )
 
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
         if indices.dim() != 1 or offsets.dim() != 1:

@@ -6,9 +6,10 @@ dispatcher and go straight to the kernel. float32 has native kernels; float64, f
 computed by :mod:`mprec.reference` in float64 and rounded once. Bad IDs, offsets, dtypes, shapes and devices
 raise the exceptions of :mod:`mprec.errors`, ``ValueError`` or ``TypeError``.
 
-CUDA: tables and pooling run as plain torch operations, decoders as Triton kernels.
+CUDA: Triton kernels that do not wait for the device; bad IDs are left out and reported by a later call.
 """
 
+from mprec.ops import _cuda as _cuda  # registers the kernels for GPUs
 from mprec.ops._decoders import clear_decoders
 from mprec.ops._functional import dhe_bag, dhe_bag_multi, embedding_bag, embedding_bag_multi, hash_encode
 

@@ -65,20 +65,51 @@ def test_activations(activation, last_activation, device):
     )
 
 
-@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 130])
-@pytest.mark.parametrize("design", ["fused", "first layer"])
-def test_ragged_counts_write_every_row_and_nothing_else(design, n, device):
-    """Outputs start as NaN, in the middle of a larger buffer of NaN."""
-    k, widths = 96, (72, 20) if design == "fused" else (72,)
-    buffer = torch.full((n + 2, widths[-1]), torch.nan, device=device)
-    ids, c = torch.randint(0, 2**40, (n,), device=device), coefficients_of("universal", k).to(device)
-    weights, biases = decoder(k, widths, torch.float32, device)
-    config = tuning.Config(64, 32, 32, 2, 4)
-    if design == "fused":
-        got = dhe.fused(ids, c, weights, biases, "universal", "relu", "none", config, buffer[1:-1])
-    else:
-        got = dhe.first_layer(ids, c, weights[0], biases[0], "universal", "none", config, buffer[1:-1])
-    assert_close(got, expected(ids, c, weights, biases, "universal", "relu", "none"), torch.float32)
+def group_of(shapes, family, dtype, device):
+    """Coefficients, weights and biases of one decoder per entry of `shapes`, each (k, widths)."""
+    stacks = [
+        (coefficients_of(family, k, t).to(device), *decoder(k, w, dtype, device))
+        for t, (k, w) in enumerate(shapes)
+    ]
+    return [list(column) for column in zip(*stacks, strict=True)]
+
+
+@pytest.mark.parametrize("counts", [[0], [1], [63, 0, 65], [0, 64, 0], [5, 130, 1]], ids=str)
+@pytest.mark.parametrize("steps", [[2], [1, 1], [3], [1, 2], [2, 1]], ids=str)
+def test_groups_write_their_rows_and_nothing_else(steps, counts, device):
+    """Outputs start as NaN in a larger buffer of NaN; the last feature of the batch is not in the group."""
+    k, widths, batch = 96, (72, 40, 20)[: sum(steps)], 1
+    ids = torch.randint(0, 2**40, (sum(counts) + 3,), device=device)
+    ends = torch.tensor([0, *counts, 3]).cumsum(0)
+    features = list(range(len(counts)))
+    coefficients, weights, biases = group_of([(k, widths)] * len(counts), "universal", torch.float32, device)
+    buffer = torch.full((len(ids) + 2, widths[-1] + 3), torch.nan, device=device)
+    configs = [(tuning.Config(64, 32, 32, 2, 4), layers) for layers in steps]
+    dhe.decode_grouped(
+        ids, ends.to(device), batch, features, coefficients, weights, biases,
+        "universal", "relu", "none", buffer[1:-1], configs,
+    )  # fmt: skip
+    written = torch.zeros_like(buffer, dtype=torch.bool)
+    for t in features:
+        rows = slice(1 + int(ends[t]), 1 + int(ends[t + 1]))
+        written[rows, : widths[-1]] = True
+        want = expected(
+            ids[ends[t] : ends[t + 1]], coefficients[t], weights[t], biases[t], "universal", "relu", "none"
+        )
+        assert_close(buffer[rows, : widths[-1]], want, torch.float32)
+    assert buffer[~written].isnan().all()
+
+
+def test_offsets_beyond_the_ids_are_not_followed(device):
+    coefficients, weights, biases = group_of([(32, (16, 8))] * 2, "universal", torch.float32, device)
+    ids, buffer = ids_of(10, device), torch.full((12, 8), torch.nan, device=device)
+    offsets = torch.tensor([-5, 4, 1 << 40], device=device)
+    dhe.decode_grouped(
+        ids, offsets, 1, [0, 1], coefficients, weights, biases, "universal", "relu", "none", buffer[1:-1]
+    )
+    for t, rows in enumerate((slice(0, 4), slice(4, 10))):
+        want = expected(ids[rows], coefficients[t], weights[t], biases[t], "universal", "relu", "none")
+        assert_close(buffer[1:-1][rows], want, torch.float32)
     assert buffer[[0, -1]].isnan().all()
 
 

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from mprec.triton_kernels.hashing import divide, hash_encode
 
+from mprec import _C
+from mprec.names import FAMILIES
+
 P31, P, M = 2**31 - 1, 1000003, 10**6
 EDGES = [0, 1, P, P - 1, P31 - 1, P31, P31 + 1, 2**30 - 1, 2**30, 2**31, 2**31 + 1]
 WIDE_EDGES = [2**43 - 1, 2**43, 9223353590074, 9223353590075, 2**60, 2**60 + 1, 2**63 - 1]
@@ -55,6 +58,16 @@ def test_bit_equal_with_exact_integers(family, ids, device):
         [[exact_encoding(exact_hash(x, column, family), family) for column in c.T.tolist()] for x in ids]
     )
     np.testing.assert_array_equal(got.view(np.int32), want.view(np.int32))
+
+
+@pytest.mark.parametrize("family", ["universal", "artifact", "sign", "u7"])
+def test_bit_equal_with_the_native_kernels(family, device):
+    ids = torch.cat([torch.tensor(EDGES + WIDE_EDGES), torch.randint(0, 2**62, (500,))])
+    c = coefficients_of(family, 64)
+    native = torch.empty(len(ids), 64)
+    _C.hash_encode(c, ids, FAMILIES[family], native)
+    got = hash_encode(ids.to(device), c.to(device), family).cpu()
+    assert torch.equal(got.view(torch.int32), native.view(torch.int32))
 
 
 @triton.jit

@@ -1,0 +1,175 @@
+"""Representative calls of every kernel: what the static gates compile, and what `benchmarks/gpu.py` runs."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import dhe, embedding_bag, gradient
+
+FEATURES = 26  # as in Criteo's logs
+
+
+class Call(NamedTuple):
+    """One call, its work, and where its results are.
+
+    flops counts matrix products only, bytes what must cross device memory at least once. `reference`
+    computes the same by plain torch operations (None: there is no such thing).
+    """
+
+    run: Callable[[], object]
+    flops: float
+    bytes: float
+    reference: Callable[[], object] | None
+
+
+class Case(NamedTuple):
+    """A named call for a number of samples: make(device, samples) -> Call."""
+
+    name: str
+    make: Callable[[torch.device, int], Call]
+    samples: int = 2048
+
+
+def dhe_case(k, widths, dtype, family="universal", samples=2048) -> Case:
+    def make(device, samples):
+        generator = torch.Generator().manual_seed(0)
+        n = samples * FEATURES
+        ids = torch.randint(0, 10**7, (n,), generator=generator).to(device)
+        offsets = (torch.arange(FEATURES + 1) * samples).to(device)  # a "bag" per feature: nothing is pooled
+        coefficients, weights, biases = [], [], []
+        for _ in range(FEATURES):
+            rows, p = (2, 1000003) if family.startswith("artifact") else (4, 2**31 - 1)
+            hashes = torch.randint(1, p, (rows, k), generator=generator, dtype=torch.int32)
+            coefficients.append(hashes.to(device))
+            fan_in = [k, *widths[:-1]]
+            weights.append(
+                [
+                    (torch.randn(o, i, generator=generator) / i**0.5).to(dtype).to(device)
+                    for o, i in zip(widths, fan_in, strict=True)
+                ]
+            )
+            biases.append([torch.zeros(o, dtype=dtype, device=device) for o in widths])
+        out = torch.empty(n, widths[-1], dtype=dtype, device=device)
+
+        def run():
+            dhe.decode_grouped(
+                ids, offsets, 1, list(range(FEATURES)), coefficients, weights, biases,
+                family, "relu", "sigmoid", out,
+            )  # fmt: skip
+            return out
+
+        def reference():
+            from mprec import reference
+
+            parts = [
+                reference.dhe(
+                    ids[t * samples : (t + 1) * samples], coefficients[t], weights[t], biases[t],
+                    family, "relu", "sigmoid", dtype=dtype,
+                )
+                for t in range(FEATURES)
+            ]  # fmt: skip
+            return torch.cat(parts)
+
+        flops = 2.0 * n * sum(i * o for i, o in zip([k, *widths[:-1]], widths, strict=True))
+        parameters = sum(w.numel() for stack in weights for w in stack) * dtype.itemsize
+        return Call(run, flops, parameters + n * (8 + widths[-1] * dtype.itemsize), reference)
+
+    shape = "-".join(map(str, [k, *widths]))
+    return Case(f"dhe {shape} {family} {str(dtype)[6:]}", make, samples)
+
+
+def _bags(device, samples, rows, pooling):
+    generator = torch.Generator().manual_seed(0)
+    n = samples * FEATURES * pooling
+    indices = torch.randint(0, rows, (n,), generator=generator).to(device)
+    return indices, (torch.arange(samples * FEATURES + 1) * pooling).to(device)
+
+
+def embedding_bag_case(dim, dtype, kind=embedding_bag.FLOAT, pooling=1, rows=100_000) -> Case:
+    def make(device, samples):
+        small = min(rows, max(100, samples * 4)) if device.type == "cpu" else rows
+        indices, offsets = _bags(device, samples, small, pooling)
+        if kind == embedding_bag.FLOAT:
+            tables = [torch.randn(small, dim).to(dtype).to(device) for _ in range(FEATURES)]
+        else:
+            width = dim + 8 if kind == embedding_bag.INT8 else dim // 2 + 4
+            tables = [torch.zeros(small, width, dtype=torch.uint8, device=device) for _ in range(FEATURES)]
+        row_bytes = tables[0].shape[1] * tables[0].element_size()
+        out_dtype = dtype if kind == embedding_bag.FLOAT else torch.float32
+        out = torch.empty(samples, FEATURES * dim, dtype=out_dtype, device=device)
+        columns = [dim * t for t in range(FEATURES)]
+
+        def run():
+            embedding_bag.embedding_bag_grouped(
+                tables, indices, offsets, samples, range(FEATURES), 0, None, -1, out, columns, kind
+            )
+            return out
+
+        def reference():
+            parts, size = [], samples * pooling
+            for t, table in enumerate(tables):
+                mine = indices[t * size : (t + 1) * size]
+                local = offsets[: samples + 1]
+                parts.append(
+                    torch.nn.functional.embedding_bag(
+                        mine, table, local, mode="sum", include_last_offset=True
+                    )
+                )
+            return torch.cat(parts, 1)
+
+        moved = indices.numel() * (8 + row_bytes) + offsets.numel() * 8 + out.numel() * out.element_size()
+        return Call(run, 0.0, moved, reference if kind == embedding_bag.FLOAT else None)
+
+    kinds = {embedding_bag.FLOAT: str(dtype)[6:], embedding_bag.INT8: "int8", embedding_bag.INT4: "int4"}
+    return Case(f"embedding_bag d{dim} {kinds[kind]} pooling {pooling}", make)
+
+
+def gradient_case(dim, action, rows=100_000) -> Case:
+    def make(device, samples):
+        small = min(rows, max(100, samples * 4)) if device.type == "cpu" else rows
+        indices, offsets = _bags(device, samples, small, 1)
+        tables = [torch.randn(small, dim, device=device) for _ in range(FEATURES)]
+        states = [torch.zeros(small, device=device) for _ in range(FEATURES)]
+        upstream = torch.randn(samples, FEATURES * dim, device=device)
+        columns = [dim * t for t in range(FEATURES)]
+
+        def run():
+            segments = gradient.sort_entries(
+                [small] * FEATURES, indices, offsets, samples, range(FEATURES), FEATURES, 0, None, -1
+            )
+            if action == gradient.STORE:
+                return gradient.weight_gradients(tables, segments, upstream, columns)
+            if action == gradient.SGD:
+                return gradient.sgd_(tables, segments, upstream, columns, 0.0)
+            return gradient.rowwise_adagrad_(tables, states, segments, upstream, columns, 0.0, 1e-8)
+
+        def reference():
+            grads = []
+            for t in range(FEATURES):
+                grad = torch.zeros(small, dim, device=device)
+                mine = indices[t * samples : (t + 1) * samples]
+                grads.append(grad.index_add_(0, mine, upstream[:, dim * t : dim * (t + 1)].contiguous()))
+            return grads
+
+        moved = indices.numel() * (8 + 3 * dim * 4)
+        return Call(run, 0.0, moved, reference if action == gradient.STORE else None)
+
+    names = {gradient.STORE: "dense", gradient.SGD: "sgd", gradient.ROWWISE_ADAGRAD: "rowwise adagrad"}
+    return Case(f"gradient d{dim} {names[action]}", make)
+
+
+_BF16, _F16, _F32 = torch.bfloat16, torch.float16, torch.float32
+
+CASES: list[Case] = [
+    *(dhe_case(1024, [128, 16], dtype) for dtype in (_BF16, _F16, _F32)),
+    *(dhe_case(1024, [512, 256, 64], dtype) for dtype in (_BF16, _F16, _F32)),
+    *(dhe_case(1024, [512, 256, 64], _BF16, family) for family in ("sign", "u7", "artifact")),
+    dhe_case(1024, [128, 16], _F32, "artifact_gaussian"),
+    *(embedding_bag_case(dim, _F32) for dim in (16, 64, 128)),
+    *(embedding_bag_case(64, dtype) for dtype in (_BF16, _F16)),
+    embedding_bag_case(64, _F32, embedding_bag.INT8),
+    embedding_bag_case(64, _F32, embedding_bag.INT4),
+    embedding_bag_case(64, _F32, pooling=20),
+    *(gradient_case(64, action) for action in (gradient.STORE, gradient.SGD, gradient.ROWWISE_ADAGRAD)),
+]
