@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from mprec.triton_kernels import static
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 import mprec.nn
 from mprec.ops import _cuda
-from mprec.triton_kernels import static
 
-OPERATORS = ["embedding_bag", "embedding_bag_multi", "dhe_bag", "dhe_bag_multi"]
+FORWARD = ["embedding_bag", "embedding_bag_multi", "dhe_bag", "dhe_bag_multi"]
+OPERATORS = [*FORWARD, *(f"{name}_backward" for name in FORWARD)]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
