@@ -12,13 +12,19 @@ namespace mprec {
 namespace {
 
 #define MPREC_KERNELS(isa) {Isa::isa, &isa::embedding_bag_kernels, &isa::gradient_kernels, &isa::dhe_kernels}
-const Kernels tables[] = {MPREC_KERNELS(scalar), MPREC_KERNELS(avx2), MPREC_KERNELS(avx512)};
+const Kernels tables[] = {
+    MPREC_KERNELS(scalar),
+    MPREC_KERNELS(avx2),
+    MPREC_KERNELS(avx512),
+    // VNNI is for dhe's int8.
+    {Isa::avx512vnni, &avx512::embedding_bag_kernels, &avx512::gradient_kernels, &avx512vnni::dhe_kernels}};
 #undef MPREC_KERNELS
 
 const Kernels* best() {
-  for (Isa isa : {Isa::avx512, Isa::avx2})
-    if (can_run(isa)) return &tables[static_cast<int>(isa)];
-  return &tables[0];
+  const Kernels* found = tables;
+  for (const Kernels& table : tables)
+    if (can_run(table.isa)) found = &table;
+  return found;
 }
 
 std::atomic<const Kernels*> in_use{best()};

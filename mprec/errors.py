@@ -40,3 +40,7 @@ class DatasetNotInstalledError(DataError):
 
 class CheckpointError(ValueError):
     """A file is not a checkpoint of mprec's, is damaged, or was written by a newer version."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not a finite number."""

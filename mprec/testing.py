@@ -9,7 +9,7 @@ __all__ = ["isa", "runnable_isas"]
 
 
 def runnable_isas() -> list[str]:
-    """The ISAs that this CPU can run, slowest first: ``scalar``, then ``avx2`` and ``avx512`` if present."""
+    """The ISAs that this CPU can run, slowest first: of ``scalar``, ``avx2``, ``avx512``, ``avx512vnni``."""
     return _C.runnable_isas()
 
 

@@ -113,13 +113,16 @@ def test_unaligned_and_strided(name, dim):
     indices, offsets = ragged(g, 9, 6, 5)
     storage = torch.randn(1 + 9 * (dim + 3), generator=g)
     weight = storage[1:].view(9, dim + 3)[:, :dim]  # odd start, a gap after each row
-    data = np.zeros(indices.numel() * 8 + 1, np.uint8)[1:]
-    odd = np.ndarray(indices.shape, np.int64, buffer=data)
+    odd = np.zeros(indices.numel() + 1, np.int64)[1:]  # not on a vector's boundary
     odd[:] = indices.numpy()
     out = torch.full((6 * 2, 2 * dim + 1), 7.0)[::2, 1 : dim + 1]
     with isa(name):
         _C.embedding_bag(weight, odd, offsets, None, SUM, True, -1, out, 1)
     torch.testing.assert_close(out.double(), reference(weight, indices, offsets, SUM), rtol=1e-5, atol=1e-5)
+    # C++ has no int64 at an odd address: such an array is refused.
+    misaligned = np.ndarray(indices.shape, np.int64, buffer=np.zeros(indices.numel() * 8 + 1, np.uint8)[1:])
+    with pytest.raises(ValueError, match="indices: expected elements aligned to their 8 bytes"):
+        _C.embedding_bag(weight, misaligned, offsets, None, SUM, True, -1, out, 1)
 
 
 @each_isa

@@ -95,13 +95,22 @@ def test_embedding_bag_is_torchs(call):
 
 @each_mode
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_other_dtypes_are_computed_in_float64_and_rounded_once(mode, dtype):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_other_dtypes_are_rounded_once(mode, dtype, weighted):
+    if weighted and mode == "max":
+        pytest.skip("max takes no per-sample weights")
     weight = torch.randn(12, 7, dtype=dtype)
     indices, offsets = ragged(6, 12)
-    out = ops.embedding_bag(indices, weight, offsets, mode=mode, include_last_offset=True)
-    expected = reference.embedding_bag(weight, indices, offsets, MODES[mode], None, True)
-    assert out.dtype == dtype
-    assert torch.equal(out, expected.to(dtype))
+    psw = torch.randn(len(indices), dtype=dtype) if weighted else None
+    options = {"mode": mode, "include_last_offset": True, "per_sample_weights": psw}
+    expected = reference.embedding_bag(weight, indices, offsets, MODES[mode], psw, True)
+    for out in (
+        ops.embedding_bag(indices, weight, offsets, **options),
+        ops.embedding_bag(indices, weight.clone().requires_grad_(), offsets, **options),
+        ops.embedding_bag_multi([weight], indices, offsets, mode, psw),
+    ):
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
@@ -279,6 +288,20 @@ def test_direct_path_and_dispatcher_agree():
     assert torch.equal(direct, dispatched)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "mish"])
+@pytest.mark.parametrize("last_activation", ["none", "relu", "sigmoid", "mish"])
+@pytest.mark.parametrize("widths", [(64, 5), (64, 24, 5), (40, 16, 12, 5)])
+@pytest.mark.parametrize("count", [20, 200])
+def test_decoder_gradients(activation, last_activation, widths, count):
+    hashes, weights, biases = make_decoder(widths, seed=3)
+    ids = torch.randint(0, 150, (count,))  # some repeat
+    args = ids, torch.arange(count), hashes, weights, biases, "universal", activation, last_activation
+    out, expected = ops.dhe_bag(*args), reference.dhe_bag(*args)
+    got, wanted = gradients(out, weights + biases), gradients(expected, weights + biases)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_packed_decoders_follow_the_weights():
     indices, offsets = torch.arange(4), torch.arange(5)
     hashes, weights, biases = make_decoder((32, 8, 4))
@@ -302,3 +325,18 @@ def test_packed_decoders_follow_the_weights():
         weights[0].data.add_(1)  # behind the version counter's back
         ops.clear_decoders()
         check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_features_are_picked_in_any_order_and_number(data):
+    count, bags = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 3))
+    picked = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=6))
+    dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    indices, offsets = ragged(count * bags, 9, seed=data.draw(st.integers(0, 99)), dtype=dtype)
+    psw = torch.rand(len(indices)) if data.draw(st.booleans()) else None
+    weights = [torch.randn(9, 3) for _ in picked]
+    args = weights, indices, offsets, "sum", psw
+    out = ops.embedding_bag_multi(*args, features=picked, num_features=count)
+    expected = reference.embedding_bag_multi(weights, indices, offsets, 0, psw, picked, count)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)

@@ -4,7 +4,9 @@
 
 namespace mprec {
 
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2 };
+// avx512: F, BW, DQ, VL. avx512vnni: those and VNNI.
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
+constexpr Isa all_isas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512vnni};  // slowest first
 
 struct CpuFeatures {
   bool avx2;    // AVX2, FMA, F16C, BMI2

@@ -5,30 +5,18 @@
 #include <stdexcept>
 
 #include "common/error.h"
+#include "dhe/pack.h"
 
 namespace mprec {
 namespace {
 
 constexpr int64_t largest_size = int64_t{1} << 20;  // of a layer: sizes and offsets then fit everywhere
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 uint32_t float_bits(double x) {
   const float f = static_cast<float>(x);
   uint32_t bits;
   std::memcpy(&bits, &f, sizeof bits);
   return bits;
-}
-
-// Panels of 16 outputs, [outputs / 16][inputs][16], zeros beyond the last output.
-AlignedBuffer<float> pack(const LinearWeights& w) {
-  AlignedBuffer<float> panels(round_up(w.outputs, panel_columns) * w.inputs);
-  for (int64_t o = 0; o < w.outputs; ++o) {
-    const float* row = w.weight + o * w.output_stride;
-    float* column = panels.data() + o / panel_columns * w.inputs * panel_columns + o % panel_columns;
-    for (int64_t i = 0; i < w.inputs; ++i) column[i * panel_columns] = row[i * w.input_stride];
-  }
-  return panels;
 }
 
 }  // namespace
@@ -71,8 +59,13 @@ Encoder::Encoder(const CoefficientMatrix& c, HashFamily family) : family_(family
 }
 
 Decoder::Decoder(Encoder encoder, const std::vector<LinearWeights>& layers, Activation activation,
-                 Activation last)
-    : encoder_(std::move(encoder)) {
+                 Activation last, Precision precision)
+    : encoder_(std::move(encoder)), precision_(precision) {
+  const HashFamily family = encoder_.view().family;
+  if (precision == Precision::int8 && family != HashFamily::universal && family != HashFamily::u7)
+    throw std::invalid_argument("precision: int8 needs hash family universal or u7");
+  if (precision == Precision::lut && family != HashFamily::sign)
+    throw std::invalid_argument("precision: lut needs hash family sign");
   if (layers.empty()) throw std::invalid_argument("weights: expected at least one layer");
   int64_t inputs = encoder_.view().k;
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -84,25 +77,43 @@ Decoder::Decoder(Encoder encoder, const std::vector<LinearWeights>& layers, Acti
           message("weights[", l, "]: expected 1 to ", largest_size, " outputs, got ", w.outputs));
     inputs = w.outputs;
   }
-  for (const LinearWeights& w : layers) {
-    weights_.push_back(pack(w));
-    biases_.emplace_back(round_up(w.outputs, 2 * panel_columns));
-    for (int64_t o = 0; o < w.outputs; ++o) biases_.back().data()[o] = w.bias[o * w.bias_stride];
-    layers_.push_back({weights_.back().data(), biases_.back().data(), static_cast<int>(w.inputs),
-                       static_cast<int>(w.outputs), layers_.size() + 1 == layers.size() ? last : activation});
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const LinearWeights& w = layers[l];
+    const int64_t columns = round_up(w.outputs, lut_columns);
+    AlignedBuffer<float> scale(columns), bias(columns);
+    for (int64_t o = 0; o < w.outputs; ++o) bias.data()[o] = w.bias[o * w.bias_stride];
+    if (precision == Precision::float16) {
+      if (!fits_float16(w))
+        throw std::invalid_argument(message("weights[", l, "]: a value is beyond float16's 65504"));
+      weights_.push_back(pack_float16(w));
+    } else if (l == 0 && precision == Precision::int8) {
+      // The middle of a level's interval of hashes, for universal; the level itself, for u7.
+      const float unit = family == HashFamily::u7 ? 1.0f / 127.0f : 1.0f / 128.0f;
+      weights_.push_back(pack_int8(w, unit, scale.data(), bias.data()));
+    } else if (l == 0 && precision == Precision::lut) {
+      weights_.push_back(pack_tables(w, sign_magnitude, scale.data(), bias.data()));
+    } else {
+      weights_.push_back(pack_float32(w));
+    }
+    scales_.push_back(std::move(scale));
+    biases_.push_back(std::move(bias));
+    layers_.push_back({weights_[l].data(), scales_[l].data(), biases_[l].data(), static_cast<int>(w.inputs),
+                       static_cast<int>(w.outputs), l + 1 == layers.size() ? last : activation});
     widest_ = std::max(widest_, static_cast<int>(w.outputs));
   }
 }
 
 DecoderView Decoder::view() const {
-  return {encoder_.view(), layers_.data(), static_cast<int>(layers_.size()), layers_.back().outputs, widest_};
+  return {encoder_.view(),        layers_.data(), static_cast<int>(layers_.size()),
+          layers_.back().outputs, widest_,        precision_};
 }
 
 int64_t Decoder::nbytes() const {
-  int64_t floats = 0;
-  for (const auto& w : weights_) floats += w.size();
-  for (const auto& b : biases_) floats += b.size();
-  return floats * static_cast<int64_t>(sizeof(float)) + encoder_.nbytes();
+  int64_t bytes = encoder_.nbytes();
+  for (const auto& w : weights_) bytes += w.size();
+  for (const auto& b : biases_) bytes += b.size() * static_cast<int64_t>(sizeof(float));
+  if (precision_ >= Precision::int8) bytes += scales_[0].size() * static_cast<int64_t>(sizeof(float));
+  return bytes;
 }
 
 }  // namespace mprec

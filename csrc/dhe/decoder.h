@@ -39,8 +39,9 @@ class Encoder {
 class Decoder {
  public:
   // `activation` follows every layer but the last, `last` that one. std::invalid_argument if sizes do not
-  // chain.
-  Decoder(Encoder, const std::vector<LinearWeights>&, Activation activation, Activation last);
+  // chain, or the precision does not go with the hash family or with the weights.
+  Decoder(Encoder, const std::vector<LinearWeights>&, Activation activation, Activation last,
+          Precision precision = Precision::float32);
   // Valid while the Decoder stays where it is.
   DecoderView view() const;
   const std::vector<LayerView>& layers() const { return layers_; }
@@ -48,7 +49,9 @@ class Decoder {
 
  private:
   Encoder encoder_;
-  std::vector<AlignedBuffer<float>> weights_, biases_;
+  Precision precision_;
+  std::vector<AlignedBuffer<char>> weights_;
+  std::vector<AlignedBuffer<float>> scales_, biases_;
   std::vector<LayerView> layers_;
   int widest_ = 0;
 };

@@ -28,11 +28,20 @@ struct EncoderView {
   }
 };
 
-// out = activation(weight in + bias), the weight packed in panels: [outputs / 16][inputs][16], zero-padded.
-constexpr int panel_columns = 16;
+// How weights are stored and multiplied. float16: float16 weights, float32 arithmetic. The others change the
+// first layer only, which has most of the weights. int8: int8.h; universal and u7 hashes. lut: lut.h; sign
+// hashes.
+enum class Precision : int { float32 = 0, float16 = 1, int8 = 2, lut = 3 };
+
+// out = activation(weight in + bias).
+constexpr int panel_columns = 16;  // of float and int8 weights
+constexpr int lut_columns = 64;    // of look-up tables
 struct LayerView {
-  const float* weights;
-  const float* bias;  // padded with zeros to whole panels
+  // Zero-padded panels. float: [outputs / 16][inputs][16]; int8: [outputs / 16][inputs / 4][16][4]; look-up
+  // tables: [outputs / 64][inputs / 4][16][64].
+  const void* weights;
+  const float* scale;  // int8 and look-up tables: what a sum is multiplied by
+  const float* bias;   // as scale, padded with zeros to 64 columns
   int inputs, outputs;
   Activation activation;
 };
@@ -41,8 +50,9 @@ struct DecoderView {
   EncoderView encoder;
   const LayerView* layers;
   int num_layers;
-  int dim;                         // outputs of the last layer
-  int widest;                      // outputs of the widest layer
+  int dim;     // outputs of the last layer
+  int widest;  // outputs of the widest layer
+  Precision precision;
   int64_t multiply_adds() const {  // per ID
     int64_t sum = 0;
     for (int l = 0; l < num_layers; ++l) sum += int64_t{layers[l].inputs} * layers[l].outputs;
@@ -61,9 +71,30 @@ constexpr int max_ids = 66;
 [[gnu::always_inline]] constexpr int blocks_of(int columns) {
   return (columns + block_columns - 1) / block_columns;
 }
+// int8 inputs: as many bytes as a block of floats has.
+constexpr int level_columns = 4 * block_columns, level_pitch = 4 * block_pitch;
+// Look-up tables: for each ID 16 bits for each four hashes, and two rows of sums.
+[[gnu::always_inline]] inline int64_t offset_pitch(const DecoderView& d) { return d.encoder.k_padded / 4; }
+
 // Floats of scratch for one thread: one block of hashes and two layers' activations.
 inline int64_t scratch_floats(const DecoderView& d) {
-  return int64_t{max_ids} * block_pitch * (1 + 2 * blocks_of(d.widest)) + 64;
+  const int64_t look_up = d.precision == Precision::lut ? max_ids * (offset_pitch(d) / 2 + 64) : 0;
+  return int64_t{max_ids} * block_pitch * (1 + 2 * blocks_of(d.widest)) + look_up + 64;
+}
+
+// Sums of one layer's gradients: weight [outputs rounded up to 16][pitch], bias [outputs].
+struct WeightGradient {
+  float* weight;
+  int64_t pitch;  // inputs, rounded up to a tile's columns
+  float* bias;
+};
+
+// Floats of scratch for the gradients: a block of hashes, two layers' gradients, every layer's sums and
+// values.
+inline int64_t backward_scratch_floats(const DecoderView& d) {
+  int64_t blocks = 1 + 2 * blocks_of(d.widest);
+  for (int l = 0; l < d.num_layers; ++l) blocks += 2 * blocks_of(d.layers[l].outputs);
+  return int64_t{max_ids} * block_pitch * blocks + 64;
 }
 
 struct PoolArguments {
@@ -82,6 +113,11 @@ struct DheKernels {
   void (*hash)(const EncoderView&, const int64_t* ids, int64_t n, int64_t* out);
   // The vectors of n <= max_ids IDs into out[i * stride + j], j < dim.
   void (*forward)(const DecoderView&, const int64_t* ids, int n, float* out, int64_t stride, float* scratch);
+  // Adds the gradients that the vectors of n <= max_ids IDs pass on to `to[l]`, for every layer l. Row i of
+  // the vectors' gradient is grad[i * stride]. float32 weights; transposed[l] (l > 0) has the layer's weights
+  // packed as outputs to inputs, with a zero bias and no activation.
+  void (*backward)(const DecoderView&, const LayerView* transposed, const int64_t* ids, int n,
+                   const float* grad, int64_t stride, const WeightGradient* to, float* scratch);
   // One bag: entries [begin, end) into out[0, dim).
   void (*pool)(const PoolArguments&, int64_t begin, int64_t end, float* out);
 };
@@ -93,6 +129,9 @@ namespace avx2 {
 extern const DheKernels dhe_kernels;
 }
 namespace avx512 {
+extern const DheKernels dhe_kernels;
+}
+namespace avx512vnni {
 extern const DheKernels dhe_kernels;
 }
 

@@ -1,5 +1,5 @@
 #include "dhe/kernel.h"
 
 namespace mprec::avx2 {
-const DheKernels dhe_kernels = {encode, hash, forward, pool};
+const DheKernels dhe_kernels = {encode, hash, forward, backward, pool};
 }

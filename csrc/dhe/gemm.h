@@ -1,11 +1,13 @@
-// The decoder's matrix product: rows of activations (blocks of constant pitch, dhe.h) times packed weights.
+// The decoder's matrix product: rows of inputs (blocks of constant pitch, dhe.h) times packed weights.
 //
-// One tile of the output stays in registers over a block of inputs. A step over one input loads the weights
-// of the tile's columns and one number for each row, and does rows x vectors FMAs. Two FMAs start per cycle
-// and take 4 cycles, so at least 8 must be in flight, and at most two loads fit beside them:
+// One tile of the output stays in registers over a block of inputs. A step over `group` inputs loads the
+// weights of the tile's columns and one word for each row, and does rows x vectors multiply-adds. Two of them
+// start per cycle and take 4 cycles, so at least 8 must be in flight, and at most two loads fit beside them:
 //   AVX-512, 32 registers: 14 rows x 2 vectors = 28 accumulators; 16 loads for 28 FMAs
 //   AVX2, 16 registers:     6 rows x 2 vectors = 12 accumulators;  8 loads for 12 FMAs
 // Tiles of fewer rows have too few accumulators to hide the latency, and split the inputs over several sets.
+//
+// What is multiplied is a `Product`: the types of inputs and weights, where they lie, and the instruction.
 #pragma once
 #include "common/vec.h"
 #include "dhe/dhe.h"
@@ -21,114 +23,158 @@ constexpr int tile_rows = 6, tile_vectors = 2;
 constexpr int tile_rows = 4, tile_vectors = 4;
 #endif
 
+#if defined(__AVX512F__)
+inline Vec load_half(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+#elif defined(__AVX2__)
+inline Vec load_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+#else
+inline Vec load_half(const uint16_t* p) {
+  _Float16 half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return {static_cast<float>(half)};
+}
+#endif
+
+template <class W>  // float, or uint16_t for float16
+struct FloatProduct {
+  using Input = float;
+  using Weight = W;
+  using Sum = Vec;
+  static constexpr int group = 1;              // inputs that one step takes
+  static constexpr int block = block_columns;  // inputs of a block
+  static constexpr int row_pitch = block_pitch,
+                       step_pitch = 1;                // of the inputs, from row to row, step to step
+  static constexpr int weight_pitch = panel_columns;  // of the weights, from step to step
+  static Vec zero() { return MPREC_ISA::zero(); }
+  static Vec broadcast_input(const float* p) { return broadcast(*p); }
+  static Vec load_weights(const float* p) { return load(p); }
+  static Vec load_weights(const uint16_t* p) { return load_half(p); }
+  static Vec multiply_add(Vec a, Vec w, Vec sum) { return fma(a, w, sum); }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec finish(Vec sum, const float*) { return sum; }
+};
+
+template <class Product>
 struct TileArguments {
-  const float* in;       // tile's first row, first input of the block
-  const float* weights;  // the first panel's row for that input
-  int64_t panel_stride;  // from panel to panel
-  int inputs;            // of this block
-  float* out;            // tile's first row and column
-  bool accumulate;       // add what `out` holds
-  const float* bias;     // null: not the last block of inputs
+  const typename Product::Input* in;        // the tile's first row, first input of the block
+  const typename Product::Weight* weights;  // the first panel's weights for that input
+  int64_t panel_stride;                     // from panel to panel of weights
+  int steps;
+  const float* scale;  // of the tile's columns, for a Product that has scales
+  float* out;          // the tile's first row and column
+  int64_t out_pitch;
+  bool accumulate;    // add what `out` holds
+  const float* bias;  // null: not the last block of inputs
   bool relu;
 };
 
-// Vector v of the tile's columns is in panel v * width / 16.
-inline Vec load_weights(const float* weights, int64_t panel_stride, int v) {
-  constexpr int per_panel = panel_columns / Vec::width;
-  return load(weights + v / per_panel * panel_stride + v % per_panel * Vec::width);
-}
-
-template <int rows, int vectors>
-void tile(const TileArguments& t) {
-  // Enough sets of accumulators for 8 FMAs in flight.
+template <class Product, int rows, int vectors>
+void tile(const TileArguments<Product>& t) {
+  // Enough sets of accumulators for 8 multiply-adds in flight.
   constexpr int sets = rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : rows * vectors >= 2 ? 4 : 8;
-  Vec sum[sets][rows][vectors];
+  constexpr int per_panel = panel_columns / Vec::width;
+  using Sum = typename Product::Sum;
+  Sum sum[sets][rows][vectors];
 #pragma GCC unroll 8
   for (int s = 0; s < sets; ++s)
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[s][r][v] = zero();
+      for (int v = 0; v < vectors; ++v) sum[s][r][v] = Product::zero();
 
-  const auto step = [&](const float* in, const float* weights, Vec(&to)[rows][vectors]) {
-    Vec w[vectors];
+  const typename Product::Input* in = t.in;
+  const typename Product::Weight* weights = t.weights;
+  const auto step = [&](Sum(&to)[rows][vectors]) __attribute__((always_inline)) {
+    Sum w[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) w[v] = load_weights(weights, t.panel_stride, v);
+    for (int v = 0; v < vectors; ++v)
+      w[v] = Product::load_weights(weights + v / per_panel * t.panel_stride +
+                                   v % per_panel * Vec::width * Product::group);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const Vec a = broadcast(in[r * block_pitch]);
+      const Sum a = Product::broadcast_input(in + r * Product::row_pitch);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) to[r][v] = fma(a, w[v], to[r][v]);
+      for (int v = 0; v < vectors; ++v) to[r][v] = Product::multiply_add(a, w[v], to[r][v]);
     }
+    in += Product::step_pitch;
+    weights += Product::weight_pitch;
   };
-  const float *in = t.in, *weights = t.weights;
   int k = 0;
-  for (; k + sets <= t.inputs; k += sets) {
+  for (; k + sets <= t.steps; k += sets)
 #pragma GCC unroll 8
-    for (int s = 0; s < sets; ++s) step(in + s, weights + s * panel_columns, sum[s]);
-    in += sets;
-    weights += sets * panel_columns;
-  }
+    for (int s = 0; s < sets; ++s) step(sum[s]);
   if constexpr (sets > 1)
-    for (; k < t.inputs; ++k, ++in, weights += panel_columns) step(in, weights, sum[0]);
+    for (; k < t.steps; ++k) step(sum[0]);
 
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      Vec y = sum[0][r][v];
+      Sum total = sum[0][r][v];
 #pragma GCC unroll 8
-      for (int s = 1; s < sets; ++s) y = y + sum[s][r][v];
-      float* out = t.out + r * block_pitch + v * Vec::width;
+      for (int s = 1; s < sets; ++s) total = Product::add(total, sum[s][r][v]);
+      Vec y = Product::finish(total, t.scale + v * Vec::width);
+      float* out = t.out + r * t.out_pitch + v * Vec::width;
       if (t.accumulate) y = y + load(out);
       if (t.bias) y = y + load(t.bias + v * Vec::width);
-      if (t.relu) y = greater(zero(), y);  // NaN passes
+      if (t.relu) y = relu(y);
       store(out, y);
     }
 }
 
-template <int rows, int vectors>
-inline void run_tile(int wanted_rows, const TileArguments& t) {
+template <class Product, int rows, int vectors>
+inline void run_tile(int wanted_rows, const TileArguments<Product>& t) {
   if (wanted_rows == rows)
-    tile<rows, vectors>(t);
+    tile<Product, rows, vectors>(t);
   else if constexpr (rows > 1)
-    run_tile<rows - 1, vectors>(wanted_rows, t);
+    run_tile<Product, rows - 1, vectors>(wanted_rows, t);
 }
 
-// Rows `in` [rows x inputs] of one block times the weights of layer inputs [first_input, + inputs), into the
-// blocks at `out`; bias and activation follow the last inputs.
-inline void multiply_block(const LayerView& layer, int first_input, int inputs, const float* in, int rows,
-                           float* out, int64_t block_stride) {
-  const bool last = first_input + inputs == layer.inputs;
+// Tiles of nearly equal height over `rows` rows, for the columns at which `t` stands.
+template <class Product, int vectors>
+inline void run_tiles(int rows, int64_t row_pitch, TileArguments<Product> t) {
   const int tiles = (rows + tile_rows - 1) / tile_rows;
-  TileArguments t;
-  t.panel_stride = int64_t{layer.inputs} * panel_columns;
-  t.inputs = inputs;
+  const auto* const in = t.in;
+  float* const out = t.out;
+  for (int i = 0; i < tiles; ++i) {
+    const int begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+    t.in = in + begin * row_pitch;
+    t.out = out + begin * t.out_pitch;
+    run_tile<Product, tile_rows, vectors>(end - begin, t);
+  }
+}
+
+// Inputs `in` [rows x inputs] of one block times the layer's weights from `first_input` on, into the blocks
+// at `out`; bias and activation follow the last inputs.
+template <class Product>
+inline void multiply_block(const LayerView& layer, int first_input, int inputs,
+                           const typename Product::Input* in, int rows, float* out, int64_t block_stride) {
+  const bool last = first_input + inputs == layer.inputs;
+  constexpr int group = Product::group, columns = tile_vectors * Vec::width;
+  TileArguments<Product> t;
+  t.in = in;
+  t.steps = (inputs + group - 1) / group;
+  t.panel_stride = int64_t{(layer.inputs + group - 1) / group} * group * panel_columns;
+  t.out_pitch = block_pitch;
   t.accumulate = first_input > 0;
   t.relu = last && layer.activation == Activation::relu;
-  constexpr int step = tile_vectors * Vec::width;
-  for (int column = 0; column < layer.outputs; column += step) {
-    t.weights = layer.weights + column / panel_columns * t.panel_stride +
-                int64_t{first_input} * panel_columns + column % panel_columns;
+  const auto* weights = static_cast<const typename Product::Weight*>(layer.weights);
+  for (int column = 0; column < layer.outputs; column += columns) {
+    t.weights = weights + column / panel_columns * t.panel_stride + int64_t{first_input} * panel_columns +
+                column % panel_columns * group;
+    t.scale = layer.scale + column;
     t.bias = last ? layer.bias + column : nullptr;
-    float* to = out + column / block_columns * block_stride + column % block_columns;
-    const bool narrow = step > panel_columns && column + panel_columns >= layer.outputs;
-    for (int i = 0; i < tiles; ++i) {
-      const int begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-      t.in = in + begin * block_pitch;
-      t.out = to + begin * block_pitch;
-      if (narrow)
-        run_tile<tile_rows, panel_columns / Vec::width>(end - begin, t);
-      else
-        run_tile<tile_rows, tile_vectors>(end - begin, t);
-    }
+    t.out = out + column / block_columns * block_stride + column % block_columns;
+    if (columns > panel_columns && column + panel_columns >= layer.outputs)
+      run_tiles<Product, panel_columns / Vec::width>(rows, Product::row_pitch, t);
+    else
+      run_tiles<Product, tile_vectors>(rows, Product::row_pitch, t);
   }
-  if (!last) return;
-  for (int column = 0; column < layer.outputs; column += block_columns) {
-    const int count = layer.outputs - column < block_columns ? layer.outputs - column : block_columns;
-    for (int r = 0; r < rows; ++r)
-      activate(layer.activation, out + column / block_columns * block_stride + r * block_pitch, count);
-  }
+  if (last && !t.relu) activate_layer(layer, rows, out, block_stride);
 }
 
 }  // namespace mprec::MPREC_ISA

@@ -116,44 +116,52 @@ inline Vec to_unit(Int h) {
     return fma(exact_ratio(to_float(h), artifact_m - 1), broadcast(2.0f), broadcast(-1.0f));
 }
 
-// ---- n <= 4 IDs, hash functions [k0, k0 + count): out[i * stride + j] for the function k0 + j. Writes whole
-// vectors, so up to 15 columns past `count`.
+// ---- Hash functions [k0, k0 + count) of n IDs, handed to `sink(i, j, h)`: a vector of hashes, of ID i and
+// from the function k0 + j on. Whole vectors, so up to 15 hashes past `count`; past k they are 0.
 
-template <HashFamily family, class Hash, class Id, int n>
-inline void encode_group(const EncoderView& e, const int64_t* ids, int k0, int count, float* out,
-                         int64_t stride) {
+template <class Hash, class Id, int n, class Sink>
+inline void hash_group(const EncoderView& e, const int64_t* ids, int64_t first, int k0, int count,
+                       const Sink& sink) {
   const Id id[4] = {Id(ids[0]), Id(ids[n > 1 ? 1 : 0]), Id(ids[n > 2 ? 2 : 0]), Id(ids[n > 3 ? 3 : 0])};
   for (int j = 0; j < count; j += Vec::width) {
     const Hash hash(e, k0 + j);
 #pragma GCC unroll 4
-    for (int i = 0; i < n; ++i) store(out + i * stride + j, to_unit<family>(hash(id[i])));
+    for (int i = 0; i < n; ++i) sink(first + i, j, hash(id[i]));
   }
 }
 
-template <HashFamily family, class Hash, class Id>
-inline void encode_run(const EncoderView& e, const int64_t* ids, int64_t n, int k0, int count, float* out,
-                       int64_t stride) {
+template <class Hash, class Id, class Sink>
+inline void hash_ids(const EncoderView& e, const int64_t* ids, int64_t n, int k0, int count,
+                     const Sink& sink) {
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4)
-    encode_group<family, Hash, Id, 4>(e, ids + i, k0, count, out + i * stride, stride);
-  for (; i < n; ++i) encode_group<family, Hash, Id, 1>(e, ids + i, k0, count, out + i * stride, stride);
+  for (; i + 4 <= n; i += 4) hash_group<Hash, Id, 4>(e, ids + i, i, k0, count, sink);
+  for (; i < n; ++i) hash_group<Hash, Id, 1>(e, ids + i, i, k0, count, sink);
 }
 
-template <HashFamily family>
-void encode_universal(const EncoderView& e, const int64_t* ids, int64_t n, int k0, int count, float* out,
-                      int64_t stride) {
+template <class Sink>
+void hash_universal(const EncoderView& e, const int64_t* ids, int64_t n, int k0, int count,
+                    const Sink& sink) {
   bool single = true;
   for (int64_t i = 0; i < n; ++i) single &= one_limb(ids[i]);
   if (single)
-    encode_run<family, UniversalHash<true>, Limbs<true>>(e, ids, n, k0, count, out, stride);
+    hash_ids<UniversalHash<true>, Limbs<true>>(e, ids, n, k0, count, sink);
   else
-    encode_run<family, UniversalHash<false>, Limbs<false>>(e, ids, n, k0, count, out, stride);
+    hash_ids<UniversalHash<false>, Limbs<false>>(e, ids, n, k0, count, sink);
 }
+
+// ---- Encodings: out[i * stride + j] is u of ID i and hash function k0 + j.
+
+template <HashFamily family>
+struct StoreUnits {
+  float* out;
+  int64_t stride;
+  void operator()(int64_t i, int j, Int h) const { store(out + i * stride + j, to_unit<family>(h)); }
+};
 
 template <HashFamily family>
 void encode_artifact(const EncoderView& e, const int64_t* ids, int64_t n, int k0, int count, float* out,
                      int64_t stride) {
-  encode_run<family, ArtifactHash, ArtifactId>(e, ids, n, k0, count, out, stride);
+  hash_ids<ArtifactHash, ArtifactId>(e, ids, n, k0, count, StoreUnits<family>{out, stride});
   for (int64_t i = 0; i < n; ++i) {
     if (ids[i] <= artifact_exact_ids) continue;
     for (int j = 0; j < count; ++j) {
@@ -208,9 +216,10 @@ inline void encode_block(const EncoderView& e, const int64_t* ids, int64_t n, in
                          int64_t stride) {
   switch (e.family) {
     case HashFamily::universal:
-      return encode_universal<HashFamily::universal>(e, ids, n, k0, count, out, stride);
-    case HashFamily::sign: return encode_universal<HashFamily::sign>(e, ids, n, k0, count, out, stride);
-    case HashFamily::u7: return encode_universal<HashFamily::u7>(e, ids, n, k0, count, out, stride);
+      return hash_universal(e, ids, n, k0, count, StoreUnits<HashFamily::universal>{out, stride});
+    case HashFamily::sign:
+      return hash_universal(e, ids, n, k0, count, StoreUnits<HashFamily::sign>{out, stride});
+    case HashFamily::u7: return hash_universal(e, ids, n, k0, count, StoreUnits<HashFamily::u7>{out, stride});
     case HashFamily::artifact:
       return encode_artifact<HashFamily::artifact>(e, ids, n, k0, count, out, stride);
     case HashFamily::artifact_gaussian: return encode_gaussian(e, ids, n, k0, count, out, stride);

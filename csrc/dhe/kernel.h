@@ -1,8 +1,11 @@
 // The kernels of dhe.h for the ISA of the including file.
 #pragma once
+#include "dhe/backward.h"
 #include "dhe/dhe.h"
 #include "dhe/gemm.h"
 #include "dhe/hash.h"
+#include "dhe/int8.h"
+#include "dhe/lut.h"
 
 namespace mprec::MPREC_ISA {
 
@@ -47,6 +50,25 @@ static inline void hash(const EncoderView& e, const int64_t* ids, int64_t n, int
   }
 }
 
+// Hashes never leave the cache: a block of them is made, multiplied and forgotten.
+template <class Product, class Encode>
+inline void first_layer(const DecoderView& d, int n, typename Product::Input* hashes, float* out,
+                        int64_t block_stride, const Encode& encode_columns) {
+  for (int k0 = 0; k0 < d.encoder.k; k0 += Product::block) {
+    const int count = d.encoder.k - k0 < Product::block ? d.encoder.k - k0 : Product::block;
+    encode_columns(k0, count);
+    multiply_block<Product>(d.layers[0], k0, count, hashes, n, out, block_stride);
+  }
+}
+
+template <class Product>
+inline void next_layer(const LayerView& layer, int n, const float* in, float* out, int64_t block_stride) {
+  for (int k0 = 0; k0 < layer.inputs; k0 += block_columns) {
+    const int count = layer.inputs - k0 < block_columns ? layer.inputs - k0 : block_columns;
+    multiply_block<Product>(layer, k0, count, in + k0 / block_columns * block_stride, n, out, block_stride);
+  }
+}
+
 static inline void forward(const DecoderView& d, const int64_t* ids, int n, float* out, int64_t stride,
                            float* scratch) {
   const int64_t block_stride = int64_t{max_ids} * block_pitch;
@@ -54,21 +76,38 @@ static inline void forward(const DecoderView& d, const int64_t* ids, int n, floa
   float* from = scratch + block_stride;
   float* to = from + blocks_of(d.widest) * block_stride;
 
-  // Hashes never leave the cache: a block of them is made, multiplied and forgotten.
-  for (int k0 = 0; k0 < d.encoder.k; k0 += block_columns) {
-    const int count = d.encoder.k - k0 < block_columns ? d.encoder.k - k0 : block_columns;
+  const auto units = [&](int k0, int count) {
     encode_block(d.encoder, ids, n, k0, count, hashes, block_pitch);
-    multiply_block(d.layers[0], k0, count, hashes, n, to, block_stride);
+  };
+  switch (d.precision) {
+    case Precision::float32: first_layer<FloatProduct<float>>(d, n, hashes, to, block_stride, units); break;
+    case Precision::float16:
+      first_layer<FloatProduct<uint16_t>>(d, n, hashes, to, block_stride, units);
+      break;
+    case Precision::int8: {
+      auto* levels = reinterpret_cast<uint8_t*>(hashes);
+      first_layer<Int8Product>(d, n, levels, to, block_stride, [&](int k0, int count) {
+        hash_universal(d.encoder, ids, n, k0, count, StoreLevels{levels, level_pitch});
+      });
+      break;
+    }
+    case Precision::lut: {
+      const int64_t pitch = offset_pitch(d);
+      auto* sums = reinterpret_cast<Words*>(to + blocks_of(d.widest) * block_stride);
+      auto* offsets = reinterpret_cast<uint16_t*>(sums + 2 * max_ids);
+      hash_universal(d.encoder, ids, n, 0, d.encoder.k, StoreOffsets{offsets, pitch});
+      look_up(d.layers[0], offsets, pitch, n, sums, to, block_stride);
+      break;
+    }
   }
   for (int l = 1; l < d.num_layers; ++l) {
     float* swapped = from;
     from = to;
     to = swapped;
-    const LayerView& layer = d.layers[l];
-    for (int k0 = 0; k0 < layer.inputs; k0 += block_columns) {
-      const int count = layer.inputs - k0 < block_columns ? layer.inputs - k0 : block_columns;
-      multiply_block(layer, k0, count, from + k0 / block_columns * block_stride, n, to, block_stride);
-    }
+    if (d.precision == Precision::float16)
+      next_layer<FloatProduct<uint16_t>>(d.layers[l], n, from, to, block_stride);
+    else
+      next_layer<FloatProduct<float>>(d.layers[l], n, from, to, block_stride);
   }
   for (int i = 0; i < n; ++i)
     for (int c = 0; c < d.dim; c += block_columns) {

@@ -64,11 +64,25 @@ inline void map(float* p, int count) {
   for (int i = 0; i < count; i += Vec::width) store(p + i, f(load(p + i)));
 }
 
+inline Vec relu(Vec x) { return greater(zero(), x); }  // NaN passes
+
 // In place, whole vectors: up to 15 floats past `count`.
 inline void activate(Activation activation, float* p, int count) {
-  if (activation == Activation::sigmoid) map<sigmoid>(p, count);
-  if (activation == Activation::mish) map<mish>(p, count);
-  // none and relu are the matrix product's own
+  switch (activation) {
+    case Activation::none: return;
+    case Activation::relu: return map<relu>(p, count);
+    case Activation::sigmoid: return map<sigmoid>(p, count);
+    case Activation::mish: return map<mish>(p, count);
+  }
+}
+
+// A layer's activation over its blocks.
+inline void activate_layer(const LayerView& layer, int rows, float* blocks, int64_t block_stride) {
+  for (int column = 0; column < layer.outputs; column += block_columns) {
+    const int count = layer.outputs - column < block_columns ? layer.outputs - column : block_columns;
+    for (int r = 0; r < rows; ++r)
+      activate(layer.activation, blocks + column / block_columns * block_stride + r * block_pitch, count);
+  }
 }
 
 }  // namespace mprec::MPREC_ISA

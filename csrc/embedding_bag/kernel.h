@@ -19,74 +19,106 @@ enum class Pool { sum, weighted, max };
 
 constexpr int max_vectors = 8;
 
-// Pools `vectors` registers of columns of one bag, from `column` on; the last register is masked if `tail`.
+// What the pooling of a feature's bags reads, in registers where there are enough.
+struct Source {
+  Integers ids;
+  const char* rows;
+  int64_t row_bytes, dim, padding_idx;
+  const float* weights;
+  bool mean;
+  Source(const BagRequest& r, const Feature& f)
+      : ids(r.indices),
+        rows(f.rows),
+        row_bytes(f.row_bytes),
+        dim(f.dim),
+        padding_idx(r.padding_idx),
+        weights(r.per_sample_weights),
+        mean(r.mode == Mode::mean) {}
+};
+
+// What is known of a bag whose pooling goes on.
+struct Progress {
+  int64_t count = 0;  // rows pooled
+  float bias = 0;     // of quantised rows: what all columns share
+};
+
+// Pools rows [begin, end) of a bag into `vectors` registers of columns, from `column` on; the last register
+// is masked if `tail`. Goes on from `before` in `out`, and finishes the bag if `last`.
 template <class Row, Pool pool, int vectors, bool tail>
-inline bool pool_columns(const BagRequest& r, const Feature& f, int64_t begin, int64_t end, int64_t column,
-                         float* out, Lookahead& ahead) {
+inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_t column, Mask mask,
+                             float* out, Progress before, bool last) {
   constexpr int64_t width = Vec::width;
-  const Mask mask(tail ? f.dim - column - (vectors - 1) * width : width);
+  out += column;
   Vec acc[vectors];
+  auto [count, bias] = before;
 #pragma GCC unroll 8
-  for (int v = 0; v < vectors; ++v) acc[v] = zero();
-  int64_t count = 0;
-  float bias = 0;  // of quantised rows: what all columns share
+  for (int v = 0; v < vectors; ++v) {
+    const bool masked = tail && v == vectors - 1;
+    acc[v] = count == 0 ? zero() : masked ? load(out + v * width, mask) : load(out + v * width);
+  }
 
-  for (int64_t i = begin; i < end;) {
-    const int64_t chunk = least(i + 16, end);  // spreads the prefetches of a long bag over its reads
-    if (!ahead.to(chunk)) return false;
-    for (; i < chunk; ++i) {
-      const int64_t id = r.indices[i];
-      if (pool != Pool::sum && id == r.padding_idx) continue;
-      const Row row(f.rows + id * f.row_bytes, f.dim);
-      const float weight = pool == Pool::weighted && r.per_sample_weights ? r.per_sample_weights[i] : 1.0f;
-      Vec factor = broadcast(weight), term = zero();
-      if constexpr (Row::quantised) {
-        factor = broadcast(weight * row.scale);
-        term = broadcast(row.bias);
-        bias += weight * row.bias;
-      }
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        const Vec x =
-            tail && v == vectors - 1 ? row.at(column + v * width, mask) : row.at(column + v * width);
-        if (pool == Pool::max) {
-          const Vec value = Row::quantised ? fma(factor, x, term) : x;
-          acc[v] = count == 0 ? value : greater(value, acc[v]);
-        } else if (pool == Pool::weighted || Row::quantised) {
-          acc[v] = fma(factor, x, acc[v]);
-        } else {
-          acc[v] = acc[v] + x;
-        }
-      }
-      ++count;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t id = s.ids[i];
+    if (pool != Pool::sum && id == s.padding_idx) continue;
+    const Row row(s.rows + id * s.row_bytes, s.dim);
+    const float weight = pool == Pool::weighted && s.weights ? s.weights[i] : 1.0f;
+    Vec factor = broadcast(weight), term = zero();
+    if constexpr (Row::quantised) {
+      factor = broadcast(weight * row.scale);
+      term = broadcast(row.bias);
+      bias += weight * row.bias;
     }
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const bool masked = tail && v == vectors - 1;
+      const Vec x = masked ? row.at(column + v * width, mask) : row.at(column + v * width);
+      if (pool == Pool::max) {
+        const Vec value = Row::quantised ? fma(factor, x, term) : x;
+        acc[v] = count == 0 ? value : greater(value, acc[v]);
+      } else if (pool == Pool::weighted || Row::quantised) {
+        acc[v] = fma(factor, x, acc[v]);
+      } else {
+        acc[v] = acc[v] + x;
+      }
+    }
+    ++count;
   }
 
-  if (Row::quantised && pool != Pool::max) {
+  if (last && pool != Pool::max) {
+    if (Row::quantised) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) acc[v] = acc[v] + broadcast(bias);
-  }
-  if (r.mode == Mode::mean && count > 1) {
-    const Vec divisor = broadcast(static_cast<float>(count));
+      for (int v = 0; v < vectors; ++v) acc[v] = acc[v] + broadcast(bias);
+    }
+    if (s.mean && count > 1) {
+      const Vec divisor = broadcast(static_cast<float>(count));
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) acc[v] = acc[v] / divisor;
+      for (int v = 0; v < vectors; ++v) acc[v] = acc[v] / divisor;
+    }
   }
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) {
     if (tail && v == vectors - 1)
-      store(out + column + v * width, acc[v], mask);
+      store(out + v * width, acc[v], mask);
     else
-      store(out + column + v * width, acc[v]);
+      store(out + v * width, acc[v]);
   }
-  return true;
+  return {count, bias};
 }
 
-// The whole blocks of 8 registers that come before the last columns of a wide row.
-template <class Row, Pool pool>
-__attribute__((noinline)) bool pool_wide(const BagRequest& r, const Feature& f, int64_t begin, int64_t end,
-                                         int64_t last_column, float* out, Lookahead& ahead) {
-  for (int64_t column = 0; column < last_column; column += max_vectors * Vec::width)
-    if (!pool_columns<Row, pool, max_vectors, false>(r, f, begin, end, column, out, ahead)) return false;
+// A bag of many rows, or of rows wider than 8 registers: a few rows at a time, their columns in turn.
+template <class Row, Pool pool, int vectors, bool tail>
+__attribute__((noinline)) bool pool_long(const Source& s, int64_t begin, int64_t end, int64_t last_column,
+                                         Mask mask, float* out, Lookahead& ahead) {
+  Progress progress;
+  do {
+    const int64_t stop = least(end, begin + ahead.stride());
+    if (!ahead.to(stop)) return false;
+    for (int64_t column = 0; column < last_column; column += max_vectors * Vec::width)
+      pool_columns<Row, pool, max_vectors, false>(s, begin, stop, column, mask, out, progress, stop == end);
+    progress =
+        pool_columns<Row, pool, vectors, tail>(s, begin, stop, last_column, mask, out, progress, stop == end);
+    begin = stop;
+  } while (begin < end);
   return true;
 }
 
@@ -101,22 +133,35 @@ void copy(const float* from, T* to, int64_t size) {
 template <class Row, Pool pool, int vectors, bool tail>
 bool pool_bags(const BagRequest& r, const Feature& f, int64_t begin, int64_t end, Lookahead& ahead,
                float* scratch) {
-  constexpr int64_t block = max_vectors * Vec::width;
+  constexpr int64_t block = max_vectors * Vec::width, most_bags = 32, most_rows = 64;
   const int64_t last_column = f.dim > block ? (f.dim - 1) / block * block : 0;
-  const int64_t limit = ahead.limit(&f);
+  const int64_t limit = ahead.limit(&f), stride = ahead.stride();
+  const Source source(r, f);
+  const Mask mask(f.dim - last_column - (vectors - 1) * Vec::width);
   const int64_t out_bytes = f.out_stride * (f.out_format == Format::f32 ? 4 : 2);
   char* result = reinterpret_cast<char*>(f.out) + (begin - f.first_bag) * out_bytes;
   int64_t from = r.bag_begin(begin);
   if (from < 0) return false;
-  for (int64_t bag = begin; bag < end; ++bag, result += out_bytes) {
-    const int64_t to = r.bag_begin(bag + 1);
-    if (from > to || to > limit) return false;
-    float* out = f.out_format == Format::f32 ? reinterpret_cast<float*>(result) : scratch;
-    if (last_column && !pool_wide<Row, pool>(r, f, from, to, last_column, out, ahead)) return false;
-    if (!pool_columns<Row, pool, vectors, tail>(r, f, from, to, last_column, out, ahead)) return false;
-    if (f.out_format == Format::f16) copy(out, reinterpret_cast<Half*>(result), f.dim);
-    if (f.out_format == Format::bf16) copy(out, reinterpret_cast<BFloat*>(result), f.dim);
-    from = to;
+  while (begin < end) {
+    // The ends of the next bags, of about `stride` rows together.
+    int64_t ends[most_bags], bags = 0;
+    do {
+      const int64_t before = bags ? ends[bags - 1] : from, to = r.bag_begin(++begin);
+      if (before > to || to > limit) return false;
+      ends[bags++] = to;
+    } while (begin < end && bags < most_bags && ends[bags - 1] - from < stride);
+    const bool brief = last_column == 0 && ends[bags - 1] - from <= most_rows;
+    if (brief && !ahead.to(ends[bags - 1])) return false;
+    for (int64_t b = 0; b < bags; ++b, result += out_bytes) {
+      float* out = scratch ? scratch : reinterpret_cast<float*>(result);
+      if (brief)
+        pool_columns<Row, pool, vectors, tail>(source, from, ends[b], 0, mask, out, {}, true);
+      else if (!pool_long<Row, pool, vectors, tail>(source, from, ends[b], last_column, mask, out, ahead))
+        return false;
+      if (f.out_format == Format::f16) copy(scratch, reinterpret_cast<Half*>(result), f.dim);
+      if (f.out_format == Format::bf16) copy(scratch, reinterpret_cast<BFloat*>(result), f.dim);
+      from = ends[b];
+    }
   }
   return true;
 }
@@ -165,7 +210,7 @@ inline bool forward(const BagRequest& r, int64_t begin, int64_t end, float* scra
       pool = for_format(r, f->format, f->dim);
     chosen_for = f;
     const int64_t stop = least(end, f[1].first_bag);
-    if (!pool(r, *f, begin, stop, ahead, scratch)) return false;
+    if (!pool(r, *f, begin, stop, ahead, f->out_format == Format::f32 ? nullptr : scratch)) return false;
     begin = stop;
   }
   return true;

@@ -18,22 +18,13 @@ class Lookahead {
     enter(feature);
   }
 
-  // Sees to it that every index before `position` is valid, and goes some way beyond. False at an invalid ID.
+  // Validates every index before `position`, and prefetches some rows beyond. False at an invalid ID.
   bool to(int64_t position) {
-    const int64_t target = least(position + distance_, end_);
-    while (cursor_ < target) {
-      if (cursor_ >= feature_end_) {
-        if (!next_feature()) return false;
-        continue;
-      }
-      const int64_t id = request_.indices[cursor_++];
-      if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(num_rows_)) return false;
-      const char* row = rows_ + id * row_bytes_;
-      for (int64_t i = 0; i < size_; i += 64) prefetch(row + i);
-      if (straddles_) prefetch(row + size_ - 1);
-    }
-    return true;
+    return cursor_ >= least(position + distance_ / 2, end_) || advance(position + distance_);
   }
+
+  // Rows to pool between two calls of `to`, so that prefetches and reads alternate in short bursts.
+  int64_t stride() const { return distance_ / 2; }
 
   // Where the indices of a feature end, as far as this range of bags goes. No bag may reach beyond: the
   // indices there are validated for the next feature's table.
@@ -51,9 +42,33 @@ class Lookahead {
     row_bytes_ = f->row_bytes;
     size_ = row_size(f->format, f->dim);
     straddles_ = row_bytes_ % 64 != 0 || reinterpret_cast<uintptr_t>(rows_) % 64 != 0;
-    distance_ = most(8, least(32, 2048 / (size_ + 1)));
+    distance_ = most(8, least(32, 4096 / (size_ + 1)));
   }
-  __attribute__((noinline)) bool next_feature() {
+  __attribute__((noinline)) bool advance(int64_t target) {
+    const Integers ids = request_.indices;
+    target = least(target, end_);
+    int64_t cursor = cursor_;
+    while (cursor < target) {
+      if (cursor >= feature_end_) {
+        if (!next_feature()) return false;
+        continue;
+      }
+      const char* const rows = rows_;
+      const int64_t stop = least(target, feature_end_), row_bytes = row_bytes_, size = size_;
+      const auto num_rows = static_cast<uint64_t>(num_rows_);
+      const bool straddles = straddles_;
+      for (; cursor < stop; ++cursor) {
+        const int64_t id = ids[cursor];
+        if (static_cast<uint64_t>(id) >= num_rows) return false;
+        const char* row = rows + id * row_bytes;
+        for (int64_t i = 0; i < size; i += 64) prefetch(row + i);
+        if (straddles) prefetch(row + size - 1);
+      }
+    }
+    cursor_ = cursor;
+    return true;
+  }
+  bool next_feature() {
     if (feature_[1].first_bag >= end_bag_) return false;
     enter(feature_ + 1);
     return true;
@@ -63,7 +78,8 @@ class Lookahead {
   int64_t end_bag_, cursor_, end_, feature_end_;
   const Feature* feature_;
   const char* rows_;
-  int64_t num_rows_, row_bytes_, size_, distance_;
+  int64_t num_rows_, row_bytes_, size_;
+  int64_t distance_;  // rows
   bool straddles_;
 };
 

@@ -68,7 +68,7 @@ uint32_t owner(int64_t row, int threads) {
 template <class Index>
 int64_t bag_size(const BagRequest& r, const Index* ids, int64_t begin, int64_t end) {
   if (r.padding_idx < 0) return end - begin;
-  return end - begin - std::count(ids + begin, ids + end, static_cast<Index>(r.padding_idx));
+  return end - begin - std::count(ids + begin, ids + end, r.padding_idx);
 }
 
 // Gathers the entries of feature f whose rows belong to this thread. Offsets have been checked.

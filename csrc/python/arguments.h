@@ -46,6 +46,13 @@ inline long long integer(PyObject* object, const char* name) {
   return x;
 }
 
+// More threads than any machine has would end the process when they cannot be started.
+inline int checked_threads(long long threads) {
+  if (threads < 1 || threads > 1024)
+    throw pybind11::value_error(message("threads: expected 1 to 1024, got ", threads));
+  return static_cast<int>(threads);
+}
+
 // Runs `call` and turns a C++ exception into the Python exception that pybind11 would raise.
 template <class Call>
 PyObject* guarded(const Call& call) {

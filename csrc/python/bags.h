@@ -2,6 +2,11 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "common/error.h"
 #include "embedding_bag/embedding_bag.h"
 #include "python/arguments.h"
@@ -15,7 +20,7 @@ inline Integers integers(const Tensor& t) { return {t.data, t.shape[0], t.dtype 
 inline Tensor matrix(PyObject* object, const char* name) {
   const Tensor t = view(object, name);
   if (t.ndim != 2) throw pybind11::value_error(message(name, ": expected 2 dimensions, got ", t.ndim));
-  if (t.shape[1] > 1 && t.strides[1] != 1)
+  if (t.shape[0] > 0 && t.shape[1] > 1 && t.strides[1] != 1)
     throw pybind11::value_error(
         message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
   return t;
@@ -33,6 +38,29 @@ inline Feature feature(const Tensor& weight, int64_t first_bag, const Tensor& ou
           weight.shape[1],    weight.strides[0] * static_cast<int64_t>(sizeof(float)),
           first_bag,          out.ptr<float>() + column,
           out.strides[0]};
+}
+
+// A block of columns in a matrix: [begin, end).
+using Columns = std::pair<int64_t, int64_t>;
+
+// The `dim` columns from `begin` on. ValueError if a matrix of `width` columns does not hold them.
+inline Columns columns_within(int64_t begin, int64_t dim, int64_t width, const std::string& name) {
+  if (begin < 0) throw pybind11::value_error(message(name, ": expected a column >= 0, got ", begin));
+  if (begin > width - dim)  // begin + dim might overflow
+    throw pybind11::value_error(message(name, ": expected at least ",
+                                        static_cast<uint64_t>(begin) + static_cast<uint64_t>(dim),
+                                        " columns, got ", width));
+  return {begin, begin + dim};
+}
+
+// ValueError if two blocks share a column: one would overwrite the other.
+inline void check_apart(std::vector<Columns> blocks, const char* name) {
+  std::sort(blocks.begin(), blocks.end());
+  for (size_t i = 1; i < blocks.size(); ++i)
+    if (blocks[i].first < blocks[i - 1].second && blocks[i].first < blocks[i].second)
+      throw pybind11::value_error(message(name, ": columns ", blocks[i - 1].first, " to ",
+                                          blocks[i - 1].second - 1, " and ", blocks[i].first, " to ",
+                                          blocks[i].second - 1, " overlap"));
 }
 
 inline Mode parse_mode(PyObject* object) {

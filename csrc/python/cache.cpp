@@ -1,7 +1,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cache/cached_dhe.h"
@@ -9,6 +12,7 @@
 #include "cache/row_cache.h"
 #include "common/error.h"
 #include "dhe/decoder.h"
+#include "python/bags.h"
 #include "python/tensor.h"
 
 namespace py = pybind11;
@@ -45,9 +49,11 @@ Tensor rows_view(const py::object& object, const char* name, int64_t n, int64_t 
   return t;
 }
 
+// Room for at least n int64, to be written.
 int64_t* scratch(const py::object& object, const char* name, int64_t n) {
   const Tensor t = view(object.ptr(), name, DType::i64, 1);
   if (t.shape[0] < n) throw py::value_error(message(name, ": expected room for ", n, ", got ", t.shape[0]));
+  check_output(t, name);
   return t.ptr<int64_t>();
 }
 
@@ -63,6 +69,7 @@ py::tuple lookup(RowCache& cache, const py::object& ids, uint32_t generation, co
   const Tensor i = ids_view(ids);
   const int64_t n = i.shape[0];
   const Tensor o = rows_view(out, "out", n, cache.dim());
+  check_output(o, "out");
   int64_t* const p = scratch(positions, "positions", n);
   int64_t* const d = scratch(distinct_ids, "distinct_ids", n);
   int64_t* const v = scratch(inverse, "inverse", n);
@@ -87,6 +94,7 @@ int64_t store_rows(RowCache& cache, const py::object& ids, const py::object& row
 
 int64_t held_ids(const RowCache& cache, const py::object& out) {
   const Tensor o = view(out.ptr(), "out", DType::i64, 1);
+  check_output(o, "out");
   return without_gil(release_gil_rows,
                      [&] { return cache.ids(cache.generation(), o.ptr<int64_t>(), o.shape[0]); });
 }
@@ -102,19 +110,60 @@ py::dict stats(const RowCache& cache) {
   return d;
 }
 
+// Notices when weights change: remembers of each tensor in a module's dict of parameters or buffers which it
+// was, where its storage was, and its version counter, which in-place operations raise.
+class WeightWatch {
+ public:
+  explicit WeightWatch(const std::vector<std::pair<py::dict, py::str>>& places) {
+    for (const auto& [dict, key] : places) {
+      PyObject* tensor = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+      if (!tensor) throw py::key_error(message("places: no '", std::string(key), "' in the dict"));
+      seen_.push_back(
+          {dict, key, py::reinterpret_borrow<py::object>(tensor), address(tensor), version(tensor)});
+    }
+  }
+
+  bool changed() const {
+    for (const Seen& s : seen_) {
+      PyObject* tensor = PyDict_GetItemWithError(s.dict.ptr(), s.key.ptr());
+      if (tensor != s.tensor.ptr() || address(tensor) != s.address || version(tensor) != s.version)
+        return true;
+    }
+    return false;
+  }
+
+ private:
+  struct Seen {
+    py::dict dict;
+    py::str key;
+    py::object tensor;
+    const void* address;
+    long version;
+  };
+  static const void* address(PyObject* tensor) { return view(tensor, "weights").data; }
+  static long version(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    const auto v = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
+    if (!v) throw py::error_already_set();
+    return PyLong_AsLong(v.ptr());
+  }
+  std::vector<Seen> seen_;
+};
+
 // Decoders of some features of a batch, each with a cache or none. The caches' generations are those of the
 // moment when this was made: rows of these decoders are never mixed with those of others.
 class CachedDecoders {
  public:
   CachedDecoders(const py::list& decoders, const py::list& caches, const std::vector<int64_t>& positions,
-                 const std::vector<int64_t>& columns, int64_t num_features)
-      : num_features_(num_features) {
+                 const std::vector<int64_t>& columns, int64_t num_features, const WeightWatch* watch)
+      : num_features_(num_features), watch_(watch) {
     const size_t count = decoders.size();
     if (count == 0) throw py::value_error("decoders: expected at least one");
     if (caches.size() != count || positions.size() != count || columns.size() != count)
       throw py::value_error(message("caches, positions, columns: expected one for each of ", count,
                                     " decoders, got ", caches.size(), ", ", positions.size(), ", ",
                                     columns.size()));
+    std::vector<Columns> blocks;
     for (size_t t = 0; t < count; ++t) {
       const Decoder& decoder = py::cast<const Decoder&>(decoders[t]);
       RowCache* cache = caches[t].is_none() ? nullptr : &py::cast<RowCache&>(caches[t]);
@@ -124,17 +173,20 @@ class CachedDecoders {
       if (positions[t] < (t ? positions[t - 1] + 1 : 0) || positions[t] >= num_features)
         throw py::value_error(message("positions[", t, "] is ", positions[t],
                                       ", expected rising numbers from 0 to ", num_features - 1));
-      if (columns[t] < 0) throw py::value_error(message("columns[", t, "]: expected >= 0, got ", columns[t]));
+      blocks.push_back(
+          columns_within(columns[t], decoder.view().dim, INT64_MAX, message("columns[", t, "]")));
       features_.push_back({decoder.view(), cache, cache ? cache->generation() : 0, positions[t], columns[t]});
       owned_.push_back(py::reinterpret_borrow<py::object>(decoders[t]));
       owned_.push_back(py::reinterpret_borrow<py::object>(caches[t]));
-      columns_ = std::max(columns_, columns[t] + decoder.view().dim);
+      columns_ = std::max(columns_, blocks.back().second);
     }
+    check_apart(std::move(blocks), "columns");
   }
 
-  void forward(py::handle indices, py::handle offsets, py::handle per_sample_weights, int mode,
+  bool forward(py::handle indices, py::handle offsets, py::handle per_sample_weights, int mode,
                bool include_last_offset, int64_t padding_idx, py::handle out_object, bool admit,
                int threads) {
+    if (watch_ && watch_->changed()) return false;
     DheBagRequest r{};
     const Tensor i = view_ids(indices.ptr(), "indices"), o = view_ids(offsets.ptr(), "offsets");
     r.indices = {i.data, i.shape[0], i.dtype == DType::i64};
@@ -148,7 +200,6 @@ class CachedDecoders {
     r.mode = mode;
     r.padding_idx = num_features_ == 1 ? padding_idx : -1;
     if (mode < 0 || mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", mode));
-    if (threads < 1) throw py::value_error(message("threads: expected at least 1, got ", threads));
     if (!per_sample_weights.is_none()) {
       const Tensor w = view(per_sample_weights.ptr(), "per_sample_weights", DType::f32, 1);
       if (w.shape[0] != i.shape[0])
@@ -164,10 +215,12 @@ class CachedDecoders {
       throw py::value_error(message("out: expected ", r.bags, " rows of at least ", columns_, " columns"));
     if (out.shape[1] > 1 && out.strides[1] != 1)
       throw py::value_error(message("out: expected rows of adjacent values, got stride ", out.strides[1]));
+    check_output(out, "out");
     r.out = out.ptr<float>();
     r.out_stride = out.strides[0];
     py::gil_scoped_release release;
-    cached_dhe_bag_forward(r, features_, admit, threads, counters_);
+    cached_dhe_bag_forward(r, features_, admit, checked_threads(threads), counters_);
+    return true;
   }
 
   py::dict stats() const {
@@ -181,6 +234,7 @@ class CachedDecoders {
 
  private:
   int64_t num_features_, columns_ = 0;
+  const WeightWatch* watch_;  // null: none; kept alive by pybind11
   std::vector<CachedFeature> features_;
   std::vector<py::object> owned_;
   CachedDheCounters counters_;
@@ -210,16 +264,20 @@ void bind_cache(py::module_& m) {
            "Writes the IDs held to out, as many as fit; returns their number.")
       .def("stats", &stats)
       .def("reset_stats", &RowCache::reset_stats);
+  py::class_<WeightWatch>(m, "WeightWatch", "Notices when tensors in modules' dicts change.")
+      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&>(), py::arg("places"))
+      .def("changed", &WeightWatch::changed);
   py::class_<CachedDecoders>(m, "CachedDecoders",
                              "Decoders of a batch's features with row caches before them.")
       .def(py::init<const py::list&, const py::list&, const std::vector<int64_t>&,
-                    const std::vector<int64_t>&, int64_t>(),
+                    const std::vector<int64_t>&, int64_t, const WeightWatch*>(),
            py::arg("decoders"), py::arg("caches"), py::arg("positions"), py::arg("columns"),
-           py::arg("num_features"))
+           py::arg("num_features"), py::arg("watch") = py::none(), py::keep_alive<1, 7>())
       .def("forward", &CachedDecoders::forward, py::arg("indices"), py::arg("offsets"),
            py::arg("per_sample_weights"), py::arg("mode"), py::arg("include_last_offset"),
            py::arg("padding_idx"), py::arg("out"), py::arg("admit"), py::arg("threads"),
-           "Pools the features' bags into their columns of out [B, total].")
+           "Pools the features' bags into their columns of out [B, total]; False, with nothing done, if the "
+           "watched weights have changed.")
       .def("stats", &CachedDecoders::stats);
 }
 

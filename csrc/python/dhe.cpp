@@ -12,6 +12,8 @@
 #include "common/error.h"
 #include "dhe/bag.h"
 #include "dhe/decoder.h"
+#include "dhe/gradient.h"
+#include "python/bags.h"
 #include "python/tensor.h"
 #include "registry.h"
 
@@ -30,6 +32,13 @@ Activation activation(int value, const char* name) {
   return static_cast<Activation>(value);
 }
 
+Precision parse_precision(const std::string& name) {
+  static const char* const names[] = {"float32", "float16", "int8", "lut"};
+  for (int i = 0; i < 4; ++i)
+    if (name == names[i]) return static_cast<Precision>(i);
+  throw py::value_error(message("precision: '", name, "' is none of float32, float16, int8, lut"));
+}
+
 Tensor strided(PyObject* object, const std::string& name, DType dtype, int ndim) {
   const Tensor t = view(object, name.c_str());
   if (t.dtype != dtype)
@@ -44,9 +53,8 @@ Encoder encoder(py::handle coefficients, int family) {
   return Encoder({c.ptr<int32_t>(), c.shape[0], c.shape[1], c.strides[0], c.strides[1]}, hash_family(family));
 }
 
-std::unique_ptr<Decoder> make_decoder(py::handle coefficients, const std::vector<py::object>& weights,
-                                      const std::vector<py::object>& biases, int family, int between,
-                                      int last) {
+std::vector<LinearWeights> linear_layers(const std::vector<py::object>& weights,
+                                         const std::vector<py::object>& biases) {
   if (weights.size() != biases.size())
     throw py::value_error(
         message("biases: expected one for each of the ", weights.size(), " weights, got ", biases.size()));
@@ -59,8 +67,15 @@ std::unique_ptr<Decoder> make_decoder(py::handle coefficients, const std::vector
     layers.push_back(
         {w.ptr<float>(), w.shape[0], w.shape[1], w.strides[0], w.strides[1], b.ptr<float>(), b.strides[0]});
   }
-  return std::make_unique<Decoder>(encoder(coefficients, family), layers, activation(between, "activation"),
-                                   activation(last, "last_activation"));
+  return layers;
+}
+
+std::unique_ptr<Decoder> make_decoder(py::handle coefficients, const std::vector<py::object>& weights,
+                                      const std::vector<py::object>& biases, int family, int between,
+                                      int last, const std::string& precision) {
+  return std::make_unique<Decoder>(encoder(coefficients, family), linear_layers(weights, biases),
+                                   activation(between, "activation"), activation(last, "last_activation"),
+                                   parse_precision(precision));
 }
 
 IdArray id_array(py::handle object, const char* name) {
@@ -74,6 +89,7 @@ Tensor out_matrix(py::handle object, int64_t rows) {
     throw py::value_error(message("out: expected ", rows, " rows, got ", out.shape[0]));
   if (out.shape[1] > 1 && out.strides[1] != 1)
     throw py::value_error(message("out: expected rows of adjacent values, got stride ", out.strides[1]));
+  check_output(out, "out");
   return out;
 }
 
@@ -84,7 +100,6 @@ Dedupe parse_dedupe(const std::optional<bool>& dedupe) {
 // Fills in what both functions below have in common, and runs.
 void run(DheBagRequest r, py::handle per_sample_weights, int threads, py::handle out_object) {
   if (r.mode < 0 || r.mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", r.mode));
-  if (threads < 1) throw py::value_error(message("threads: expected at least 1, got ", threads));
   r.per_sample_weights = nullptr;
   if (!per_sample_weights.is_none()) {
     const Tensor w = view(per_sample_weights.ptr(), "per_sample_weights", DType::f32, 1);
@@ -95,14 +110,14 @@ void run(DheBagRequest r, py::handle per_sample_weights, int threads, py::handle
     r.per_sample_weights = w.ptr<float>();
   }
   const Tensor out = out_matrix(out_object, r.bags);
+  std::vector<Columns> blocks;
   for (int64_t t = 0; t < r.num_features; ++t)
-    if (r.columns[t] < 0 || r.columns[t] + r.decoders[t].dim > out.shape[1])
-      throw py::value_error(message("out: feature ", t, " needs columns ", r.columns[t], " to ",
-                                    r.columns[t] + r.decoders[t].dim, ", but there are ", out.shape[1]));
+    blocks.push_back(columns_within(r.columns[t], r.decoders[t].dim, out.shape[1], "out"));
+  check_apart(std::move(blocks), "out_columns");
   r.out = out.ptr<float>();
   r.out_stride = out.strides[0];
   py::gil_scoped_release release;
-  dhe_bag_forward(r, threads);
+  dhe_bag_forward(r, checked_threads(threads));
 }
 
 void dhe_bag(const Decoder& decoder, py::handle indices, py::handle offsets, py::handle per_sample_weights,
@@ -158,6 +173,37 @@ void dhe_bag_multi(const std::vector<const Decoder*>& decoders, py::handle indic
   run(r, per_sample_weights, threads, out);
 }
 
+void backward(py::handle coefficients, const std::vector<py::object>& weights,
+              const std::vector<py::object>& biases, int family, int between, int last, py::handle indices,
+              py::handle grad, const std::vector<py::object>& grad_weights,
+              const std::vector<py::object>& grad_biases, int threads) {
+  const std::vector<LinearWeights> layers = linear_layers(weights, biases);
+  if (layers.empty()) throw py::value_error("weights: expected at least one layer");
+  if (threads < 1) throw py::value_error(message("threads: expected at least 1, got ", threads));
+  const Tensor ids = view(indices.ptr(), "indices", DType::i64, 1);
+  const Tensor g = view(grad.ptr(), "grad", DType::f32, 2);
+  if (g.shape[0] != ids.shape[0] || g.shape[1] != layers.back().outputs)
+    throw py::value_error(message("grad: expected shape [", ids.shape[0], ", ", layers.back().outputs,
+                                  "], got [", g.shape[0], ", ", g.shape[1], "]"));
+  if (grad_weights.size() != layers.size() || grad_biases.size() != layers.size())
+    throw py::value_error(message("grad_weights, grad_biases: expected ", layers.size(), " of each, got ",
+                                  grad_weights.size(), " and ", grad_biases.size()));
+  std::vector<LayerGradient> to;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const std::string weight_name = message("grad_weights[", l, "]"),
+                      bias_name = message("grad_biases[", l, "]");
+    const Tensor w = view(grad_weights[l].ptr(), weight_name.c_str(), DType::f32, 2);
+    const Tensor b = view(grad_biases[l].ptr(), bias_name.c_str(), DType::f32, 1);
+    if (w.shape[0] != layers[l].outputs || w.shape[1] != layers[l].inputs || b.shape[0] != layers[l].outputs)
+      throw py::value_error(message(weight_name, ", ", bias_name, ": expected the shapes of layer ", l));
+    to.push_back({w.ptr<float>(), b.ptr<float>()});
+  }
+  Encoder e = encoder(coefficients, family);
+  py::gil_scoped_release release;
+  dhe_backward(std::move(e), layers, activation(between, "activation"), activation(last, "last_activation"),
+               ids.ptr<int64_t>(), ids.shape[0], g.ptr<float>(), to, threads);
+}
+
 // IDs for the two encoding functions below: int64, none negative.
 std::vector<int64_t> checked_ids(py::handle indices) {
   const IdArray array = id_array(indices, "indices");
@@ -173,6 +219,7 @@ Tensor check_encoded(const Tensor& out, int64_t n, int64_t k) {
   if (out.shape[0] != n || out.shape[1] != k)
     throw py::value_error(
         message("out: expected shape [", n, ", ", k, "], got [", out.shape[0], ", ", out.shape[1], "]"));
+  check_output(out, "out");
   return out;
 }
 
@@ -199,7 +246,8 @@ void hash_values(py::handle coefficients, py::handle indices, int family, py::ha
 void bind_dhe(py::module_& m) {
   py::class_<Decoder>(m, "Decoder", "An encoder's coefficients and an MLP's weights, packed for the kernels.")
       .def(py::init(&make_decoder), py::arg("coefficients"), py::arg("weights"), py::arg("biases"),
-           py::arg("family"), py::arg("activation"), py::arg("last_activation"))
+           py::arg("family"), py::arg("activation"), py::arg("last_activation"),
+           py::arg("precision") = "float32")
       .def_property_readonly("k", [](const Decoder& d) { return d.view().encoder.k; })
       .def_property_readonly("dim", [](const Decoder& d) { return d.view().dim; })
       .def_property_readonly("dims",
@@ -217,6 +265,10 @@ void bind_dhe(py::module_& m) {
         py::arg("per_sample_weights"), py::arg("mode"), py::arg("padding_idx"), py::arg("out"),
         py::arg("out_columns"), py::arg("threads"), py::arg("dedupe") = py::none(),
         "Pools every feature's decoded IDs into its columns of out [B, total].");
+  m.def("dhe_backward", &backward, py::arg("coefficients"), py::arg("weights"), py::arg("biases"),
+        py::arg("family"), py::arg("activation"), py::arg("last_activation"), py::arg("indices"),
+        py::arg("grad"), py::arg("grad_weights"), py::arg("grad_biases"), py::arg("threads"),
+        "Gradients of the weights and biases, overwritten, from that of the IDs' vectors, grad [n, dim].");
   m.def("hash_encode", &hash_encode, py::arg("coefficients"), py::arg("indices"), py::arg("family"),
         py::arg("out"), "The encodings u of n IDs into out [n, k], float32.");
   m.def("hash_values", &hash_values, py::arg("coefficients"), py::arg("indices"), py::arg("family"),

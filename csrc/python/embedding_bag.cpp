@@ -69,23 +69,23 @@ struct Output {
           message("out: expected float32, float16 or bfloat16, got ", dtype_name(tensor.dtype)));
     format = *plain;
     item = format == Format::f32 ? 4 : 2;
+    check_output(tensor, "out");
   }
 
-  // Rows 0 to bags, from `column` on.
-  void place_columns(Feature& f, int64_t bags, int64_t column) const {
+  // Rows 0 to bags, from `column` on. Returns the columns taken.
+  Columns place_columns(Feature& f, int64_t bags, int64_t column) const {
     if (tensor.shape[0] != bags)
       throw py::value_error(
           message("out: expected one row for each of the ", bags, " bags, got ", tensor.shape[0]));
-    if (tensor.shape[1] < column + f.dim)
-      throw py::value_error(
-          message("out: expected at least ", column + f.dim, " columns, got ", tensor.shape[1]));
+    const Columns columns = columns_within(column, f.dim, tensor.shape[1], "out");
     put(f, column, tensor.strides[0]);
+    return columns;
   }
   // [bags, dim] side by side, from `element` on.
   void place_block(Feature& f, int64_t bags, int64_t element) const {
-    if (tensor.shape[0] < element + bags * f.dim)
-      throw py::value_error(
-          message("out: expected at least ", element + bags * f.dim, " elements, got ", tensor.shape[0]));
+    if (bags > 0 && f.dim > (tensor.shape[0] - element) / bags)  // bags * dim might overflow
+      throw py::value_error(message("out: expected at least ", element + static_cast<double>(bags) * f.dim,
+                                    " elements, got ", tensor.shape[0]));
     put(f, element, f.dim);
   }
 
@@ -119,9 +119,10 @@ class PerTable {
   PyObject* operator[](Py_ssize_t t) const {
     return items_ ? PySequence_Fast_GET_ITEM(items_.ptr(), t) : Py_None;
   }
-  int64_t non_negative(Py_ssize_t t) const {
+  int64_t up_to(int64_t most, Py_ssize_t t) const {
     const int64_t value = integer((*this)[t], name_);
     if (value < 0) throw py::value_error(message(name_, "[", t, "]: expected >= 0, got ", value));
+    if (value > most) throw py::value_error(message(name_, "[", t, "]: expected <= ", most, ", got ", value));
     return value;
   }
 
@@ -154,28 +155,31 @@ PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count
     const Output out(a[6], batch_sizes ? 1 : 2);
 
     std::vector<Feature> features(tables + 1);
+    std::vector<Columns> blocks;
     int64_t place = 0, bags = 0;
     for (Py_ssize_t t = 0; t < tables; ++t) {
       Feature& f = features[t] = table(PyTuple_GET_ITEM(weights.ptr(), t), "weights", bits[t]);
       f.first_bag = bags;
-      const int64_t batch = batch_sizes ? batch_sizes.non_negative(t) : (offsets.size - 1) / tables;
+      const int64_t batch = batch_sizes ? batch_sizes.up_to(offsets.size, t) : (offsets.size - 1) / tables;
       bags += batch;
-      if (columns) place = columns.non_negative(t);
+      if (columns) place = columns.up_to(out.tensor.shape[1], t);
       if (batch_sizes) {
         out.place_block(f, batch, place);
         place += batch * f.dim;
       } else {
-        out.place_columns(f, batch, place);
+        const Columns taken = out.place_columns(f, batch, place);
+        if (columns) blocks.push_back(taken);
         place += f.dim;
       }
     }
+    check_apart(std::move(blocks), "out_columns");
     if (offsets.size != bags + 1)
       throw OffsetsError(message("offsets: expected 1 + the number of bags, ", bags, ", got ", offsets.size));
     features[tables].first_bag = bags;
     const int64_t padding_idx = tables == 1 ? integer(a[5], "padding_idx") : -1;
     run({indices, offsets, features.data(), tables, bags, parse_weights(a[3], indices, mode), mode,
          padding_idx},
-        static_cast<int>(integer(a[8], "threads")));
+        checked_threads(integer(a[8], "threads")));
   });
 }
 
@@ -200,7 +204,7 @@ PyObject* embedding_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
     features[1].first_bag = bags;
     run({indices, offsets, features, 1, bags, parse_weights(a[3], indices, mode), mode,
          integer(a[6], "padding_idx")},
-        static_cast<int>(integer(a[8], "threads")));
+        checked_threads(integer(a[8], "threads")));
   });
 }
 

@@ -22,6 +22,7 @@ Tensor state(const py::object& states, Py_ssize_t t, const char* name, const Ten
   if (s.shape[0] != weight.shape[0] || s.shape[1] != columns)
     throw py::value_error(message(name, "[", t, "]: expected [", weight.shape[0], ", ", columns, "], got [",
                                   s.shape[0], ", ", s.shape[1], "]"));
+  check_output(s, name);
   return s;
 }
 
@@ -29,10 +30,10 @@ void update_tables(py::object weights, py::object first, py::object second, py::
                    py::handle offsets, py::handle per_sample_weights, py::handle mode, int64_t padding_idx,
                    py::handle grad, py::object columns, int rule_number, float lr, float eps, float beta1,
                    float beta2, int threads) {
-  if (rule_number < 1 || rule_number > 4)
-    throw py::value_error(message("rule: expected 1 to 4, got ", rule_number));
+  if (rule_number < 0 || rule_number > 4)
+    throw py::value_error(message("rule: expected 0 to 4, got ", rule_number));
   const Rule rule = static_cast<Rule>(rule_number);
-  const bool needs_first = rule != Rule::sgd, needs_second = rule == Rule::adam;
+  const bool needs_first = rule > Rule::sgd, needs_second = rule == Rule::adam;
   weights = tuple_of(weights);
   const Py_ssize_t tables = PyTuple_GET_SIZE(weights.ptr());
   if (tables == 0) throw py::value_error("weights: expected at least one table");
@@ -70,9 +71,8 @@ void update_tables(py::object weights, py::object first, py::object second, py::
   for (Py_ssize_t t = 0; t < tables; ++t) {
     const Tensor w = float_matrix(PyTuple_GET_ITEM(weights.ptr(), t), "weights");
     if (!columns.is_none()) column = integer(PyTuple_GET_ITEM(columns.ptr(), t), "columns");
-    if (column < 0 || column + w.shape[1] > g.shape[1])
-      throw py::value_error(message("grad: table ", t, " needs columns ", column, " to ", column + w.shape[1],
-                                    ", but it has ", g.shape[1]));
+    columns_within(column, w.shape[1], g.shape[1], "grad");
+    check_output(w, "weights");
     features[t] = feature(w, t * bags, g, column);
     column += w.shape[1];
     rows[t] = {w.ptr<float>(), nullptr, nullptr, w.strides[0], 0};
@@ -91,7 +91,7 @@ void update_tables(py::object weights, py::object first, py::object second, py::
   features[tables].first_bag = r.num_bags;
   r.features = features.data();
   py::gil_scoped_release release;
-  mprec::update_tables(r, rows.data(), {rule, lr, eps, beta1, beta2}, threads);
+  mprec::update_tables(r, rows.data(), {rule, lr, eps, beta1, beta2}, checked_threads(threads));
 }
 
 int64_t sparse_gradient(py::handle indices, py::handle offsets, py::handle per_sample_weights,
@@ -115,6 +115,8 @@ int64_t sparse_gradient(py::handle indices, py::handle offsets, py::handle per_s
     throw py::value_error(message("rows, values: expected room for ", r.indices.size, " rows of ", g.shape[1],
                                   " columns, got ", found.shape[0], " and [", out.shape[0], ", ",
                                   out.shape[1], "]"));
+  check_output(found, "rows");
+  check_output(out, "values");
   Feature features[2] = {};
   features[0].num_rows = num_rows;
   features[0].dim = g.shape[1];
@@ -123,7 +125,7 @@ int64_t sparse_gradient(py::handle indices, py::handle offsets, py::handle per_s
   features[1].first_bag = r.num_bags;
   r.features = features;
   py::gil_scoped_release release;
-  return mprec::sparse_gradient(r, found.ptr<int64_t>(), out.ptr<float>(), threads);
+  return mprec::sparse_gradient(r, found.ptr<int64_t>(), out.ptr<float>(), checked_threads(threads));
 }
 
 }  // namespace

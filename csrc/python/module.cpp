@@ -14,6 +14,7 @@ void bind_embedding_bag(py::module_&);  // embedding_bag.cpp
 void bind_gradient(py::module_&);       // gradient.cpp
 void bind_dhe(py::module_&);            // dhe.cpp
 void bind_cache(py::module_&);          // cache.cpp
+void bind_csr(py::module_&);            // csr.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -36,7 +37,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return isa_name(kernels().isa); }, "Name of the ISA whose kernels are in use.");
   m.def("runnable_isas", [] {
     std::vector<std::string> names;
-    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+    for (Isa isa : all_isas)
       if (can_run(isa)) names.emplace_back(isa_name(isa));
     return names;
   });
@@ -48,4 +49,5 @@ PYBIND11_MODULE(_C, m) {
   python::bind_gradient(m);
   python::bind_dhe(m);
   python::bind_cache(m);
+  python::bind_csr(m);
 }

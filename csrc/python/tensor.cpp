@@ -1,5 +1,7 @@
 #include "python/tensor.h"
 
+#include <cstdlib>
+
 #include "common/error.h"
 #include "python/dlpack.h"
 
@@ -71,6 +73,12 @@ void check_ndim(int ndim, const char* name) {
     throw py::value_error(message(name, ": expected at most ", Tensor::max_ndim, " dimensions, got ", ndim));
 }
 
+void check_memory(const Tensor& t, int64_t item_bytes, const char* name) {
+  if (!t.data && t.numel() > 0) throw py::value_error(message(name, ": the tensor's storage is empty"));
+  if (item_bytes > 0 && reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(item_bytes) != 0)
+    throw py::value_error(message(name, ": expected elements aligned to their ", item_bytes, " bytes"));
+}
+
 void set_contiguous_strides(Tensor& t) {
   int64_t stride = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
@@ -121,11 +129,13 @@ Tensor view(PyObject* object, const char* name) {
     t.data = static_cast<char*>(d.data) + d.byte_offset;
     t.dtype = from_dlpack(d.dtype);
     t.ndim = d.ndim;
+    t.writable = true;
     for (int i = 0; i < d.ndim; ++i) t.shape[i] = d.shape[i];
     if (d.strides)
       for (int i = 0; i < d.ndim; ++i) t.strides[i] = d.strides[i];
     else
       set_contiguous_strides(t);
+    check_memory(t, t.dtype == DType::other ? 1 : d.dtype.bits / 8, name);
     return t;
   }
   Py_buffer buffer;
@@ -138,13 +148,18 @@ Tensor view(PyObject* object, const char* name) {
   t.data = buffer.buf;
   t.dtype = from_buffer(buffer.format, buffer.itemsize);
   t.ndim = buffer.ndim;
-  const int ndim = buffer.ndim;
-  for (int i = 0; i < ndim && i < Tensor::max_ndim; ++i) {
+  t.writable = !buffer.readonly;
+  const Py_ssize_t item = buffer.itemsize;
+  bool whole_strides = true;
+  for (int i = 0; i < t.ndim && i < Tensor::max_ndim; ++i) {
     t.shape[i] = buffer.shape[i];
-    t.strides[i] = buffer.itemsize ? buffer.strides[i] / buffer.itemsize : 0;
+    t.strides[i] = item ? buffer.strides[i] / item : 0;
+    whole_strides &= t.shape[i] <= 1 || t.strides[i] * item == buffer.strides[i];
   }
   PyBuffer_Release(&buffer);  // the array itself keeps the memory, and the caller keeps the array
-  check_ndim(ndim, name);
+  check_ndim(t.ndim, name);
+  if (!whole_strides) throw py::value_error(message(name, ": expected strides of whole elements"));
+  check_memory(t, t.dtype == DType::other ? 1 : item, name);
   return t;
 }
 
@@ -165,6 +180,13 @@ Tensor view_ids(PyObject* object, const char* name) {
   if (t.ndim != 1) throw py::value_error(message(name, ": expected 1 dimension, got ", t.ndim));
   if (!t.contiguous()) throw py::value_error(message(name, ": expected a contiguous tensor"));
   return t;
+}
+
+void check_output(const Tensor& t, const char* name) {
+  if (!t.writable) throw py::value_error(message(name, ": the array is read-only"));
+  if (t.ndim == 2 && t.shape[0] > 1 && std::abs(t.strides[0]) < t.shape[1])
+    throw py::value_error(message(name, ": rows of ", t.shape[1], " values overlap, ", t.strides[0],
+                                  " values from one to the next"));
 }
 
 void register_exceptions() {

@@ -16,6 +16,7 @@ struct Tensor {
   DType dtype;
   int ndim;
   int64_t shape[max_ndim], strides[max_ndim];  // strides in elements
+  bool writable;
 
   int64_t numel() const;
   bool contiguous() const;
@@ -26,7 +27,8 @@ struct Tensor {
 };
 
 // Any CPU torch tensor or numpy array of at most 4 dimensions. `name` is the argument's name, for errors.
-// TypeError: neither of the two. ValueError: on another device, or more dimensions.
+// TypeError: neither of the two. ValueError: on another device, more dimensions, without memory (a resized
+// storage), or elements that are not aligned.
 Tensor view(PyObject* object, const char* name);
 
 // As view(), and: exactly this dtype and number of dimensions, contiguous.
@@ -34,6 +36,10 @@ Tensor view(PyObject* object, const char* name, DType dtype, int ndim);
 
 // As view(), and: one-dimensional, contiguous, int32 or int64.
 Tensor view_ids(PyObject* object, const char* name);
+
+// ValueError if `t`, contiguous or a matrix of adjacent values in each row, cannot be written without harm:
+// read-only memory, or rows that overlap.
+void check_output(const Tensor& t, const char* name);
 
 const char* dtype_name(DType);
 

@@ -60,35 +60,44 @@ class _Scorer:
 
 
 def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = "auc") -> list[Path]:
-    """One path per checkpoint; its quality is the metadata's validation metric of that name.
+    """One path per checkpoint, or every path of a multi-path one; the quality is the metadata's validation
+    metric of that name.
 
-    A path is named after its representation, or after its file where two checkpoints share one.
-    ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not take the same inputs.
+    A path is named after its representation, or after its file (and representation) where checkpoints share
+    one. ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not take the same inputs.
     """
     from mprec import checkpoint  # models are above dispatch's own needs: only this function loads any
     from mprec.errors import CheckpointError
 
-    loaded = [(FilePath(file), *checkpoint.load(file)) for file in files]
-    if not loaded:
+    if not files:
         raise ValueError("files must name at least one checkpoint")
-    kinds = Counter(metadata.get("representation") for _, _, metadata in loaded)
-    paths, inputs = [], None
-    for file, model, metadata in loaded:
-        try:
-            quality = float(metadata["metrics"]["valid"][metric])
-            representation = str(metadata["representation"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{file}: its metadata has no representation or validation {metric}"
-            ) from error
+    found: list[tuple[FilePath, str, float, torch.nn.Module, bool]] = []
+    inputs = None
+    for file in map(FilePath, files):
+        model, metadata = checkpoint.load(file)
         here = ([(f.name, f.num_embeddings) for f in model.features], model.num_dense)
         if inputs is not None and here != inputs:
-            raise ValueError(f"{file} takes other inputs (features or dense numbers) than {loaded[0][0]}")
+            raise ValueError(f"{file} takes other inputs (features or dense numbers) than {files[0]}")
         inputs = here
-        name = representation if kinds[representation] == 1 else file.stem
+        try:
+            if "paths" in metadata:  # one model, several paths
+                for name, metrics in metadata["paths"].items():
+                    found.append((file, name, float(metrics["valid"][metric]), model.path(name), True))
+            else:
+                quality = float(metadata["metrics"]["valid"][metric])
+                found.append((file, str(metadata["representation"]), quality, model, False))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file}: its metadata has no representation or no validation {metric}"
+            ) from error
+    shared = Counter(representation for _, representation, _, _, _ in found)
+    paths = []
+    for file, representation, quality, model, several in found:
+        name = representation
+        if shared[representation] > 1:
+            name = f"{file.stem}/{representation}" if several else file.stem
         paths.append(Path(name, representation, quality, _Scorer(model), shape_digest(model.config())))
-    names = Counter(path.name for path in paths)
-    if repeated := [name for name, count in names.items() if count > 1]:
+    if repeated := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
         raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
     return paths
 

@@ -12,7 +12,7 @@ from mprec.names import MODES
 from mprec.nn.config import FeatureConfig
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
-from mprec.ops._common import IDS, check_bags, check_ids, contiguous, direct, native
+from mprec.ops._common import check_ids, eager
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import decoder
 from mprec.ops._dhe import run_dhe_bag_multi
@@ -27,6 +27,7 @@ class _Group(NamedTuple):
     columns: list[int]  # first output column of each
     whole: bool  # all features, in order
     mode: str
+    mode_code: int
     decoder: tuple[str, str, str]  # family, activation, last_activation; empty strings for tables
 
 
@@ -91,9 +92,6 @@ class EmbeddingBagCollection(nn.Module):
                 )
         self._table_groups, self._dhe_groups = self._group()
         self._width = sum(self.output_dims)
-        groups = self._table_groups + self._dhe_groups
-        self._all_whole = all(group.whole for group in groups)
-        self._has_max = any(group.mode == "max" for group in groups)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -122,7 +120,8 @@ class EmbeddingBagCollection(nn.Module):
             for key, parts in found.items():
                 positions, columns = [i for i, _ in parts], [column for _, column in parts]
                 names = [self.features[i].name for i in positions]
-                made.append(_Group(names, positions, columns, len(parts) == len(self.features), *key))
+                whole = len(parts) == len(self.features)
+                made.append(_Group(names, positions, columns, whole, key[0], MODES[key[0]], key[1]))
             return made
 
         return groups(tables), groups(decoders)
@@ -143,73 +142,71 @@ class EmbeddingBagCollection(nn.Module):
                 one without is negative (a deep hash embedding takes any other).
             InvalidOffsetsError, DtypeError, DeviceError, ValueError, NotImplementedError.
         """
-        batch = self._check(indices, offsets)
         try:
-            out = self._forward_direct(indices, offsets, per_sample_weights, batch)
-            return self._forward_ops(indices, offsets, per_sample_weights) if out is None else out
+            if (
+                eager()
+                and not torch.is_grad_enabled()
+                and type(indices) is type(offsets) is Tensor
+                and (per_sample_weights is None or type(per_sample_weights) is Tensor)
+            ):
+                try:
+                    return self._forward_direct(indices, offsets, per_sample_weights)
+                except (TypeError, ValueError, KeyError):
+                    pass  # the operators take it, or say what is wrong
+            return self._forward_ops(indices, offsets, per_sample_weights)
         except IdOutOfRangeError as error:
-            self._name_feature(indices, offsets, batch, error)
+            self._name_feature(indices, offsets, error)
             raise
 
-    def _check(self, indices: Tensor, offsets: Tensor) -> int:
+    def _forward_direct(self, indices, offsets, per_sample_weights) -> Tensor:
+        """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code."""
+        count = len(self.features)
+        if self._table_groups:
+            modules = self._modules["tables"]._modules
+            first = modules[self._table_groups[0].names[0]]._parameters["weight"]
+        else:
+            first = self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0]
+        out = torch.empty(batch_size(offsets, count), self._width, dtype=first.dtype)
+        if self._table_groups:
+            for group in self._table_groups:
+                weights = [modules[name]._parameters["weight"] for name in group.names]
+                if any(type(weight) is not nn.Parameter for weight in weights):
+                    raise TypeError("tables: not plain parameters")
+                run_embedding_bag_multi(
+                    weights,
+                    indices,
+                    offsets,
+                    group.mode_code,
+                    per_sample_weights,
+                    out,
+                    group.columns,
+                    None if group.whole else group.features,
+                    count,
+                )
+        for group in self._dhe_groups:
+            self._run_decoders(group, indices, offsets, per_sample_weights, out)
+        return out
+
+    def _run_decoders(self, group: _Group, indices, offsets, per_sample_weights, out) -> None:
+        """One group's vectors into its columns of ``out``."""
+        modules = self._modules["dhe"]._modules
+        run_dhe_bag_multi(
+            [decoder(*modules[name].stack(), *group.decoder) for name in group.names],
+            indices,
+            offsets,
+            group.mode_code,
+            per_sample_weights,
+            out,
+            group.columns,
+            None if group.whole else group.features,
+            len(self.features),
+        )
+
+    def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
         if indices.dim() != 1 or offsets.dim() != 1:
             raise ValueError(
                 f"expected indices and offsets of 1 dimension, got {indices.dim()} and {offsets.dim()}"
             )
-        return batch_size(offsets, len(self.features))
-
-    def _forward_direct(self, indices, offsets, per_sample_weights, batch) -> Tensor | None:
-        """Kernels straight into one output, no dispatcher, no concatenation; ``None`` where that cannot
-        be."""
-        if torch.is_grad_enabled() or not direct(indices, offsets, per_sample_weights):
-            return None
-        if indices.dtype not in IDS or offsets.dtype not in IDS or not native(per_sample_weights):
-            return None
-        tables = [self._weights(group) for group in self._table_groups]
-        decoders = [self._decoders(group) for group in self._dhe_groups]
-        if not all(map(_plain, tables)) or not all(
-            _plain(m.weights) and _plain(m.biases) for group in decoders for m in group
-        ):
-            return None
-        if per_sample_weights is not None:
-            if per_sample_weights.shape != indices.shape or self._has_max:
-                return None  # let the operators say what is wrong
-            per_sample_weights = contiguous(per_sample_weights)
-        indices, offsets = contiguous(indices), contiguous(offsets)
-        if not self._all_whole:
-            check_bags(offsets, len(indices), True)
-        out = torch.empty(batch, self._width)
-        count = len(self.features)
-        for group, weights in zip(self._table_groups, tables, strict=True):
-            features = None if group.whole else group.features
-            run_embedding_bag_multi(
-                weights,
-                indices,
-                offsets,
-                MODES[group.mode],
-                per_sample_weights,
-                out,
-                group.columns,
-                features,
-                count,
-            )
-        for group, modules in zip(self._dhe_groups, decoders, strict=True):
-            features = None if group.whole else group.features
-            handles = [decoder(m.coefficients, m.weights, m.biases, *group.decoder) for m in modules]
-            run_dhe_bag_multi(
-                handles,
-                indices,
-                offsets,
-                MODES[group.mode],
-                per_sample_weights,
-                out,
-                group.columns,
-                features,
-                count,
-            )
-        return out
-
-    def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
         count, parts = len(self.features), {}
         for group in self._table_groups:
             out = ops.embedding_bag_multi(
@@ -225,13 +222,14 @@ class EmbeddingBagCollection(nn.Module):
             parts.update(self._by_column(group, out))
         for group in self._dhe_groups:
             modules = self._decoders(group)
+            stacks = [m.stack() for m in modules]
             out = ops.dhe_bag_multi(
                 indices,
                 offsets,
-                [m.coefficients for m in modules],
-                [weight for m in modules for weight in m.weights],
-                [bias for m in modules for bias in m.biases],
-                [len(m.decoder) for m in modules],
+                [hashes for hashes, _, _ in stacks],
+                [weight for _, weights, _ in stacks for weight in weights],
+                [bias for _, _, biases in stacks for bias in biases],
+                [len(weights) for _, weights, _ in stacks],
                 *group.decoder,
                 mode=group.mode,
                 per_sample_weights=per_sample_weights,
@@ -255,8 +253,9 @@ class EmbeddingBagCollection(nn.Module):
         dims = [self.features[i].embedding_dim for i in group.features]
         return zip(group.columns, out.split(dims, dim=1), strict=True)
 
-    def _name_feature(self, indices, offsets, batch, error) -> None:
+    def _name_feature(self, indices, offsets, error) -> None:
         """Raise the error again with the feature's name, if a feature's ID is at fault."""
+        batch = batch_size(offsets, len(self.features))
         for i, feature in enumerate(self.features):
             first, last = int(offsets[i * batch]), int(offsets[(i + 1) * batch])
             bound = feature.num_embeddings if feature.has_table else None
@@ -290,11 +289,3 @@ class EmbeddingBagCollection(nn.Module):
         counts = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
         numbers = sum(feature.num_parameters() for feature in self.features)
         return f"{len(kinds)} features ({counts}), {self._width} columns, {numbers:,} parameters"
-
-
-def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Ordinary float32 parameters on the CPU."""
-    return all(
-        type(t) in (nn.Parameter, Tensor) and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()
-        for t in tensors
-    )

@@ -81,6 +81,15 @@ class DeepHashEmbeddingBag(nn.Module):
     def biases(self) -> list[Tensor]:
         return [layer.bias for layer in self.decoder]
 
+    def stack(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Coefficients, weights, biases: what operators take."""
+        layers = self._modules["decoder"]._modules.values()
+        try:  # past nn.Module.__getattr__, which would cost a microsecond
+            weights = [layer._parameters["weight"] for layer in layers]
+            return self._buffers["coefficients"], weights, [layer._parameters["bias"] for layer in layers]
+        except KeyError:  # parametrised layers
+            return self.coefficients, self.weights, self.biases
+
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
@@ -100,9 +109,7 @@ class DeepHashEmbeddingBag(nn.Module):
         return ops.dhe_bag(
             input,
             offsets,
-            self.coefficients,
-            self.weights,
-            self.biases,
+            *self.stack(),
             self.config.family,
             self.config.activation,
             self.config.last_activation,
@@ -125,9 +132,7 @@ class DeepHashEmbeddingBag(nn.Module):
             table[begin : begin + chunk] = ops.dhe_bag(
                 ids,
                 torch.arange(len(ids) + 1, device=device),
-                self.coefficients,
-                self.weights,
-                self.biases,
+                *self.stack(),
                 self.config.family,
                 self.config.activation,
                 self.config.last_activation,

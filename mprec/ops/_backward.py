@@ -1,10 +1,15 @@
-"""Gradients of pooling, shared by tables and deep hash embeddings. Plain torch."""
+"""Gradients of pooling: native for float32 tables on the CPU, plain torch for everything else."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mprec import reference
+from mprec._native import _C
 from mprec.names import MODES
+from mprec.ops._common import contiguous, ids, native
+from mprec.ops._csr import Csr
 
 
 def pool_backward(
@@ -71,3 +76,51 @@ def table_gradient(
     return torch.ops.aten.embedding_backward(
         grad_rows, indices.to(torch.int64), num_embeddings, padding_idx, scale_grad_by_freq, sparse
     )
+
+
+def has_native_gradient(grad: Tensor, weight: Tensor, mode: int, scale_grad_by_freq: bool) -> bool:
+    """Whether :func:`native_table_gradient` can serve."""
+    return weight.is_cpu and native(weight, grad) and mode != MODES["max"] and not scale_grad_by_freq
+
+
+def native_table_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    mode: int,
+    per_sample_weights: Tensor | None,
+    padding_idx: int,
+    sparse: bool,
+) -> Tensor:
+    """Gradient of a float32 table on the CPU given ``grad`` ``[B, D]`` of its pooled output.
+
+    Dense, or a coalesced sparse tensor. Sums run in the order of the indices, whatever the threads.
+    """
+    csr = Csr(ids(indices, "indices"), ids(offsets, "offsets"), contiguous(per_sample_weights))
+    if not sparse:
+        return native_dense_gradients(grad, [weight], csr, mode, padding_idx)[0]
+    rows = torch.empty(len(indices), dtype=torch.int64)
+    values = torch.empty(len(indices), weight.shape[1])
+    threads = torch.get_num_threads()
+    count = _C.sparse_gradient(*csr, mode, padding_idx, len(weight), _adjacent(grad), rows, values, threads)
+    return torch.sparse_coo_tensor(
+        rows[None, :count], values[:count], weight.shape, check_invariants=False, is_coalesced=True
+    )
+
+
+def native_dense_gradients(
+    grad: Tensor, weights: Sequence[Tensor], csr: Csr, mode: int, padding_idx: int = -1
+) -> list[Tensor]:
+    """Gradients of all tables from that of their outputs, side by side ``[B, sum D]``, in one native call."""
+    grads = [torch.zeros(weight.shape) for weight in weights]
+    assign, threads = 0, torch.get_num_threads()
+    _C.update_tables(
+        grads, None, None, *csr, mode, padding_idx, _adjacent(grad), None, assign, 0, 0, 0, 0, threads
+    )
+    return grads
+
+
+def _adjacent(grad: Tensor) -> Tensor:
+    """With a row's values side by side; the gradient of a sum, say, is one number, expanded."""
+    return grad if grad.stride(1) == 1 else grad.clone(memory_format=torch.contiguous_format)

@@ -13,6 +13,8 @@ library = torch.library.Library("mprec", "DEF")
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 IDS = (torch.int64, torch.int32)
+#: What the native kernels read tables of; they add up in float32 and round once.
+NATIVE_TABLES = (torch.float32, torch.float16, torch.bfloat16)
 
 _PLAIN = (Tensor, Parameter)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -20,6 +22,7 @@ _function_modes = torch._C._len_torch_function_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 
 
 def eager() -> bool:
@@ -34,19 +37,22 @@ def eager() -> bool:
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """True if :func:`eager`, and all these are exact, strided CPU tensors of which none needs a gradient."""
+    """True if :func:`eager`, and all these are exact tensors of which none needs a gradient.
+
+    Native functions may then be tried: they check the rest (device, dtype, shape) and raise ``TypeError`` or
+    ``ValueError``, after which the operator either serves the call in another way or says what is wrong.
+    """
     if not eager():
         return False
-    grad = torch.is_grad_enabled()
-    return all(
-        t is None
-        or (type(t) in _PLAIN and t.is_cpu and t.layout is torch.strided and not (grad and t.requires_grad))
-        for t in tensors
-    )
+    grad = _grad_enabled()
+    for t in tensors:  # noqa: SIM110 - a generator costs twice as much
+        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
+            return False
+    return True
 
 
 def native(*values: Tensor | None) -> bool:
-    """True if the native kernels take tables, decoders or weights of these dtypes."""
+    """True if all these are float32, as native decoders and gradients want them."""
     return all(t is None or t.dtype is torch.float32 for t in values)
 
 

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mprec._native import _C
 from mprec.errors import InvalidOffsetsError
+from mprec.ops._common import ids
 
 
 class Csr(NamedTuple):
@@ -39,18 +41,21 @@ def feature_slices(csr: Csr, features: Sequence[int], num_features: int) -> Iter
 
 
 def select(csr: Csr, features: Sequence[int], num_features: int) -> Csr:
-    """The batch of these features alone, in this order. Offsets must be valid."""
+    """The batch of these features alone, in this order (CPU). ``InvalidOffsetsError`` on bad offsets."""
     if list(features) == list(range(num_features)):
         return csr
-    parts, offsets, total = [], [], 0
-    for begin, end, starts in feature_slices(csr, features, num_features):
-        parts.append(slice(begin, end))
-        offsets.append(starts[:-1] + total)
-        total += end - begin
-    offsets.append(csr.offsets.new_tensor([total]))
-    weights = csr.per_sample_weights
-    return Csr(
-        torch.cat([csr.indices[part] for part in parts]),
-        torch.cat(offsets),
-        None if weights is None else torch.cat([weights[part] for part in parts]),
+    indices, offsets, weights = (
+        ids(csr.indices, "indices"),
+        ids(csr.offsets, "offsets"),
+        csr.per_sample_weights,
     )
+    out_indices = torch.empty_like(indices)
+    out_offsets = torch.empty(len(features) * batch_size(offsets, num_features) + 1, dtype=torch.int64)
+    out_weights = None if weights is None else torch.empty_like(weights)
+    if len(set(features)) != len(features):  # a feature served twice may need more room than there was
+        out_indices = indices.new_empty(len(indices) * len(features))
+        out_weights = None if weights is None else weights.new_empty(len(indices) * len(features))
+    count = _C.select_features(
+        indices, offsets, weights, features, num_features, out_indices, out_offsets, out_weights
+    )
+    return Csr(out_indices[:count], out_offsets, None if weights is None else out_weights[:count])

@@ -3,9 +3,8 @@
 A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is kept per first
 weight tensor, weakly, and used again if every tensor still has its storage address and its version counter.
 In-place operations raise the counter, optimizers' steps included; writes through ``tensor.data`` or NumPy
-views do
-not: call :func:`clear_decoders` after those. Nothing is kept while grad mode is on (training changes the
-weights at every step), nor for tensors made under ``inference_mode``, which carry no counter.
+views do not: call :func:`clear_decoders` after those. Nothing is kept while grad mode is on (training changes
+the weights at every step), nor for tensors made under ``inference_mode``, which carry no counter.
 """
 
 import weakref
@@ -13,12 +12,25 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mprec._native import _C
 from mprec.names import ACTIVATIONS, FAMILIES, code
 from mprec.ops._common import contiguous
 
+_address = Tensor.data_ptr
+_version = Tensor._version.__get__
 _kept: dict[int, tuple[weakref.ref, tuple, "_C.Decoder"]] = {}
+
+
+def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Raise the counters that torch's fused optimizers leave as they were (torch 2.13 on the CPU)."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_fused_step)
 
 
 def decoder(
@@ -31,15 +43,19 @@ def decoder(
 ) -> "_C.Decoder":
     """The native decoder of one feature: kept from an earlier call if grad mode is off, else packed now."""
     tensors = (coefficients, *weights, *biases)
-    if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):
-        return _pack(tensors, len(weights), family, activation, last_activation)
+    options = (len(weights), family, activation, last_activation)
+    if torch.is_grad_enabled():
+        return _pack(tensors, *options)
     first = weights[0]
     key = id(first)
-    stamp = (family, activation, last_activation, *[(t.data_ptr(), t._version) for t in tensors])
+    try:
+        stamp = (*options, *map(_address, tensors), *map(_version, tensors))
+    except RuntimeError:  # tensors made in inference mode
+        return _pack(tensors, *options)
     found = _kept.get(key)
     if found is not None and found[1] == stamp and found[0]() is first:
         return found[2]
-    handle = _pack(tensors, len(weights), family, activation, last_activation)
+    handle = _pack(tensors, *options)
     _kept[key] = (weakref.ref(first, lambda _: _kept.pop(key, None)), stamp, handle)
     return handle
 

@@ -214,18 +214,12 @@ def _dhe_bag_backward(
     """Each distinct ID is decoded once, and takes the summed gradient of its occurrences."""
     keep = None if padding_idx < 0 else indices != padding_idx
     distinct, occurrence = torch.unique(indices, return_inverse=True)
-    last = len(weights) - 1
-    inputs, sums = [], []
-    x = _encode(coefficients, distinct, family, weights[0].dtype)
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        inputs.append(x)
-        sums.append(torch.addmm(bias, x, weight.t()))
-        x = reference.activate(sums[-1], last_activation if layer == last else activation)
-
-    rows = x[occurrence] if need_per_sample_weights or mode == 2 else None
+    stack = (coefficients, weights, biases, family, activation, last_activation)
+    chain = _native_chain if indices.is_cpu and native(*weights, *biases) else _plain_chain
+    rows, backward = chain(distinct, *stack, need_rows=need_per_sample_weights or mode == 2)
     grad_rows, grad_psw = _backward.pool_backward(
         grad,
-        rows,
+        None if rows is None else rows[occurrence],
         offsets,
         len(indices),
         mode,
@@ -235,15 +229,56 @@ def _dhe_bag_backward(
         need_per_sample_weights,
     )
     grad_x = grad.new_zeros(len(distinct), grad.shape[1]).index_add_(0, occurrence, grad_rows)
-    grad_weights, grad_biases = [], []
-    for layer in range(last, -1, -1):
-        name = last_activation if layer == last else activation
-        grad_sum = _activation_gradient(grad_x, sums[layer], name)
-        grad_weights.append(grad_sum.t() @ inputs[layer])
-        grad_biases.append(grad_sum.sum(0))
-        if layer:
-            grad_x = grad_sum @ weights[layer]
-    return grad_weights[::-1], grad_biases[::-1], grad.new_empty(0) if grad_psw is None else grad_psw
+    grad_weights, grad_biases = backward(grad_x)
+    return grad_weights, grad_biases, grad.new_empty(0) if grad_psw is None else grad_psw
+
+
+def _native_chain(ids, coefficients, weights, biases, family, activation, last_activation, need_rows):
+    """The IDs' vectors, if needed, and a function from their gradient to the parameters'. In the kernel:
+    encodings and activations are made again block by block, never stored."""
+    rows = None
+    if need_rows:
+        handle = decoder(coefficients, weights, biases, family, activation, last_activation)
+        rows = run_dhe_bag(handle, ids, torch.arange(len(ids)), 0, None, False, -1)
+
+    def backward(grad_rows):
+        stack = [[t.detach() for t in tensors] for tensors in (weights, biases)]
+        grads = [[torch.empty_like(t, memory_format=torch.contiguous_format) for t in s] for s in stack]
+        codes = (
+            code(FAMILIES, family, "family"),
+            code(ACTIVATIONS, activation, "activation"),
+            code(ACTIVATIONS, last_activation, "last_activation"),
+        )
+        _C.dhe_backward(
+            coefficients, *stack, *codes, ids.long(), contiguous(grad_rows), *grads, torch.get_num_threads()
+        )
+        return grads
+
+    return rows, backward
+
+
+def _plain_chain(ids, coefficients, weights, biases, family, activation, last_activation, need_rows):
+    """As `_native_chain`, in plain torch: other dtypes, and CUDA."""
+    last = len(weights) - 1
+    inputs, sums = [], []
+    x = _encode(coefficients, ids, family, weights[0].dtype)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        inputs.append(x)
+        sums.append(torch.addmm(bias, x, weight.t()))
+        x = reference.activate(sums[-1], last_activation if layer == last else activation)
+
+    def backward(grad_x):
+        grad_weights, grad_biases = [], []
+        for layer in range(last, -1, -1):
+            name = last_activation if layer == last else activation
+            grad_sum = _activation_gradient(grad_x, sums[layer], name)
+            grad_weights.append(grad_sum.t() @ inputs[layer])
+            grad_biases.append(grad_sum.sum(0))
+            if layer:
+                grad_x = grad_sum @ weights[layer]
+        return grad_weights[::-1], grad_biases[::-1]
+
+    return x, backward
 
 
 def _activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
@@ -368,15 +403,13 @@ def _dhe_bag_multi(
     per_sample_weights = contiguous(per_sample_weights)
     num_features = len(layers) if num_features is None else num_features
     batch = _csr.batch_size(offsets, num_features)
-    is_native = indices.is_cpu and native(*weights)
-    if features is not None or not is_native:
-        check_bags(offsets, len(indices), True)
-    if is_native:
+    if indices.is_cpu and native(*weights):
         handles = [decoder(*stack, family, activation, last_activation) for stack in stacks]
         out = torch.empty(batch, sum(handle.dim for handle in handles))
         return run_dhe_bag_multi(
             handles, indices, offsets, mode, per_sample_weights, out, None, features, num_features
         )
+    check_bags(offsets, len(indices), True)
     csr = _csr.Csr(indices, offsets, per_sample_weights)
     features = range(num_features) if features is None else features
     parts = []

@@ -9,22 +9,19 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mprec import reference
 from mprec._native import _C
+from mprec.errors import IdOutOfRangeError
 from mprec.hashing import coefficient_rows
 from mprec.names import FAMILIES, MODES, code
-from mprec.ops import _dhe, _tables
+from mprec.ops import _csr, _dhe, _tables
 from mprec.ops._common import (
-    IDS,
     check_ids,
     check_same_device,
     contiguous,
     direct,
     ids,
-    native,
     pass_padding,
 )
 from mprec.ops._decoders import decoder
-
-_F32 = torch.float32
 
 
 def _mode_code(mode: str, per_sample_weights: Tensor | None) -> int:
@@ -80,6 +77,28 @@ def embedding_bag(
         InvalidOffsetsError: offsets do not start at 0, fall, or do not end at the number of indices.
         DtypeError, DeviceError, ValueError, NotImplementedError: as torch's checks.
     """
+    if (
+        offsets is not None
+        and max_norm is None
+        and mode in MODES
+        and not (mode == "max" and (sparse or scale_grad_by_freq))
+        and (per_sample_weights is None or per_sample_weights.dtype is weight.dtype)
+        and direct(input, weight, offsets, per_sample_weights)
+    ):
+        try:
+            return _tables.run_embedding_bag(
+                weight,
+                input,
+                offsets,
+                MODES[mode],
+                per_sample_weights,
+                include_last_offset,
+                -1 if padding_idx is None else pass_padding(padding_idx, len(weight)),
+            )
+        except IdOutOfRangeError:
+            raise
+        except (TypeError, ValueError, IndexError):
+            pass  # the operator takes it, or says what is wrong
     if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
         return handle_torch_function(
             embedding_bag,
@@ -132,22 +151,6 @@ def embedding_bag(
     padding = -1 if padding_idx is None else pass_padding(padding_idx, weight.shape[0])
     if max_norm is not None:
         _renormalise(weight, ids(input, "input"), max_norm, norm_type)
-    if (
-        weight.dtype is _F32
-        and input.dtype in IDS
-        and offsets.dtype in IDS
-        and (per_sample_weights is None or per_sample_weights.dtype is _F32)
-        and direct(weight, input, offsets, per_sample_weights)
-    ):
-        return _tables.run_embedding_bag(
-            contiguous(weight),
-            contiguous(input),
-            contiguous(offsets),
-            number,
-            contiguous(per_sample_weights),
-            include_last_offset,
-            padding,
-        )
     check_same_device(weight=weight, input=input, offsets=offsets, per_sample_weights=per_sample_weights)
     return torch.ops.mprec.embedding_bag(
         weight,
@@ -213,6 +216,20 @@ def embedding_bag_multi(
             raise ValueError(
                 f"weights[{t}] has to be a 2D Tensor, but got Tensor of dimension {weight.dim()}"
             )
+    if direct(indices, offsets, per_sample_weights, *weights) and len({w.dtype for w in weights}) == 1:
+        try:
+            out = torch.empty(
+                _csr.batch_size(offsets, num_features or len(weights)),
+                sum(w.shape[1] for w in weights),
+                dtype=weights[0].dtype,
+            )
+            return _tables.run_embedding_bag_multi(
+                weights, indices, offsets, number, per_sample_weights, out, None, features, num_features
+            )
+        except IdOutOfRangeError:
+            raise
+        except (TypeError, ValueError, IndexError):
+            pass  # the operator takes it, or says what is wrong
     check_same_device(
         weights=weights, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
     )
@@ -259,19 +276,21 @@ def dhe_bag(
     _check_ndim(indices, "indices")
     _check_ndim(offsets, "offsets")
     padding = -1 if padding_idx is None else padding_idx
-    if direct(indices, offsets, coefficients, per_sample_weights, *weights, *biases) and native(
-        per_sample_weights, *weights, *biases
-    ):
-        _dhe.check_decoder(coefficients, weights, biases, family, activation, last_activation)
-        return _dhe.run_dhe_bag(
-            decoder(coefficients, weights, biases, family, activation, last_activation),
-            ids(indices, "indices"),
-            ids(offsets, "offsets"),
-            number,
-            contiguous(per_sample_weights),
-            include_last_offset,
-            padding,
-        )
+    if direct(indices, offsets, coefficients, per_sample_weights, *weights, *biases):
+        try:
+            return _dhe.run_dhe_bag(
+                decoder(coefficients, weights, biases, family, activation, last_activation),
+                indices,
+                offsets,
+                number,
+                per_sample_weights,
+                include_last_offset,
+                padding,
+            )
+        except IdOutOfRangeError:
+            raise
+        except (TypeError, ValueError, IndexError):
+            pass
     check_same_device(
         coefficients=coefficients,
         weights=weights,

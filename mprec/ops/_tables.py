@@ -7,8 +7,10 @@ from torch import Tensor
 
 from mprec import reference
 from mprec._native import _C
-from mprec.ops import _backward, _csr
+from mprec.names import MODES
+from mprec.ops import _backward, _csr, fused
 from mprec.ops._common import (
+    NATIVE_TABLES,
     check_bags,
     check_ids,
     check_per_sample_weights,
@@ -52,8 +54,8 @@ library.define(
 
 
 def run_embedding_bag(weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx):
-    """The native kernel, for arguments that are checked: one float32 table on the CPU."""
-    out = torch.empty(num_bags(offsets, include_last_offset), weight.shape[1])
+    """The native kernel: one table on the CPU of a dtype in ``NATIVE_TABLES``; weights in float32."""
+    out = torch.empty(num_bags(offsets, include_last_offset), weight.shape[1], dtype=weight.dtype)
     _C.embedding_bag(
         weight,
         indices,
@@ -66,6 +68,10 @@ def run_embedding_bag(weight, indices, offsets, mode, per_sample_weights, includ
         torch.get_num_threads(),
     )
     return out
+
+
+def _float32(per_sample_weights: Tensor | None) -> Tensor | None:
+    return None if per_sample_weights is None else contiguous(per_sample_weights.to(torch.float32))
 
 
 def _embedding_bag(
@@ -83,10 +89,15 @@ def _embedding_bag(
     check_weights(weight, "weight")
     indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
     check_per_sample_weights(per_sample_weights, weight, indices)
-    per_sample_weights = contiguous(per_sample_weights)
-    if weight.is_cpu and native(weight):
+    if weight.is_cpu and weight.dtype in NATIVE_TABLES:
         return run_embedding_bag(
-            contiguous(weight), indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx
+            contiguous(weight),
+            indices,
+            offsets,
+            mode,
+            _float32(per_sample_weights),
+            include_last_offset,
+            padding_idx,
         )
     check_bags(offsets, len(indices), include_last_offset)
     check_ids(indices, len(weight))
@@ -124,8 +135,17 @@ def _embedding_bag_backward(
     need_weight,
     need_per_sample_weights,
 ):
+    if (
+        need_weight
+        and not need_per_sample_weights
+        and _backward.has_native_gradient(grad, weight, mode, scale_grad_by_freq)
+    ):
+        gradient = _backward.native_table_gradient(
+            grad, weight, indices, offsets, mode, per_sample_weights, padding_idx, sparse
+        )
+        return gradient, grad.new_empty(0)
     keep = None if padding_idx < 0 else indices != padding_idx
-    rows = weight[indices] if need_per_sample_weights or mode == 2 else None
+    rows = weight[indices] if need_per_sample_weights or mode == MODES["max"] else None
     grad_rows, grad_psw = _backward.pool_backward(
         grad,
         rows,
@@ -173,6 +193,8 @@ def _backward_of_embedding_bag(ctx, grad):
     weight, indices, offsets, psw = ctx.saved_tensors
     mode, include_last, padding_idx, by_freq, sparse = ctx.options
     need_weight, need_psw = needs_grad(ctx, 0), needs_grad(ctx, 4)
+    owner = fused.attached(weight) if need_weight else None
+    need_weight = need_weight and owner is None
     grad_weight, grad_psw = torch.ops.mprec.embedding_bag_backward(
         grad,
         weight,
@@ -187,6 +209,10 @@ def _backward_of_embedding_bag(ctx, grad):
         need_weight,
         need_psw,
     )
+    if owner is not None:
+        if by_freq:
+            raise NotImplementedError("scale_grad_by_freq: not for tables that an optimizer of mprec owns")
+        fused.apply([weight], [owner], _csr.Csr(indices, offsets, psw), mode, padding_idx, grad)
     grad_psw = grad_psw if need_psw else None
     grad_weight = grad_weight if need_weight else None
     return passed_only(ctx, grad_weight, None, None, None, grad_psw, None, None, None, None)
@@ -198,7 +224,7 @@ def _backward_of_embedding_bag(ctx, grad):
 def run_embedding_bag_multi(
     weights, indices, offsets, mode, per_sample_weights, out, out_columns, features=None, num_features=None
 ):
-    """The native kernel, for checked arguments: float32 tables on the CPU, into columns of ``out``."""
+    """The native kernel: tables on the CPU into columns of ``out``; dtypes as for one table."""
     if features is not None:
         csr = _csr.Csr(indices, offsets, per_sample_weights)
         indices, offsets, per_sample_weights = _csr.select(csr, features, num_features)
@@ -235,17 +261,16 @@ def _embedding_bag_multi(
             raise TypeError(f"weights[{t}]: expected {weights[0].dtype} as weights[0], got {weight.dtype}")
     indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
     check_per_sample_weights(per_sample_weights, weights[0], indices)
-    per_sample_weights = contiguous(per_sample_weights)
     num_features = len(weights) if num_features is None else num_features
     batch = _csr.batch_size(offsets, num_features)
-    if features is not None or not (weights[0].is_cpu and native(weights[0])):
-        check_bags(offsets, len(indices), True)
-    if weights[0].is_cpu and native(weights[0]):
+    if weights[0].is_cpu and weights[0].dtype in NATIVE_TABLES:
         weights = [contiguous(weight) for weight in weights]
-        out = torch.empty(batch, sum(weight.shape[1] for weight in weights))
+        out = torch.empty(batch, sum(weight.shape[1] for weight in weights), dtype=weights[0].dtype)
+        psw = _float32(per_sample_weights)
         return run_embedding_bag_multi(
-            weights, indices, offsets, mode, per_sample_weights, out, None, features, num_features
+            weights, indices, offsets, mode, psw, out, None, features, num_features
         )
+    check_bags(offsets, len(indices), True)
     features = range(num_features) if features is None else features
     csr = _csr.Csr(indices, offsets, per_sample_weights)
     for t, (begin, end, _) in enumerate(_csr.feature_slices(csr, features, num_features)):
@@ -282,8 +307,16 @@ def _embedding_bag_multi_backward(
     sparse,
     need_per_sample_weights,
 ):
-    csr = _csr.Csr(indices, offsets, per_sample_weights)
+    csr = _csr.Csr(ids(indices, "indices"), ids(offsets, "offsets"), contiguous(per_sample_weights))
     grad_psw = grad.new_zeros(indices.shape if need_per_sample_weights else 0)
+    if (
+        grad.is_cpu
+        and native(grad, *weights)
+        and mode != MODES["max"]
+        and not (sparse or need_per_sample_weights)
+    ):
+        csr = _csr.select(csr, features, num_features)
+        return _backward.native_dense_gradients(grad, weights, csr, mode), grad_psw
     grads = []
     columns = grad.split([weight.shape[1] for weight in weights], dim=1)
     for weight, part, (begin, end, starts) in zip(
@@ -338,9 +371,17 @@ def _backward_of_multi(ctx, grad):
     *weights, indices, offsets, psw = ctx.saved_tensors
     features, num_features, mode, sparse = ctx.options
     need_psw = needs_grad(ctx, 4)
-    grads, grad_psw = torch.ops.mprec.embedding_bag_multi_backward(
-        grad, weights, indices, offsets, mode, psw, features, num_features, sparse, need_psw
-    )
+    owners = [fused.attached(weight) for weight in weights]
+    if need_psw or not all(owners):
+        grads, grad_psw = torch.ops.mprec.embedding_bag_multi_backward(
+            grad, weights, indices, offsets, mode, psw, features, num_features, sparse, need_psw
+        )
+    else:
+        grads, grad_psw = [None] * len(weights), None
+    if any(owners):
+        csr = _csr.select(_csr.Csr(indices, offsets, psw), features, num_features)
+        fused.apply(weights, owners, csr, mode, -1, grad)
+        grads = [None if owner else g for owner, g in zip(owners, grads, strict=True)]
     grad_psw = grad_psw if need_psw else None
     return passed_only(ctx, grads, None, None, None, grad_psw, None, None, None)
 

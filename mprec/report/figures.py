@@ -22,7 +22,8 @@ _COLOURS = {
 }
 
 
-def _colour(path: str) -> str:
+def path_colour(path: str) -> str:
+    """The colour of a path's curves and bars; grey for paths beyond the four representations."""
     return _COLOURS.get(path, "#777777")
 
 
@@ -50,7 +51,7 @@ def latency_curves(result: Mapping) -> str:
     for entry in result["representations"]:
         points = sorted((int(batch), ms) for batch, ms in entry.get("curve_ms", entry["latency_ms"]).items())
         name = entry["representation"]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=_colour(name), label=name)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=path_colour(name), label=name)
     axes.axhline(result["load"]["sla_ms"], color="#999999", linestyle="--", linewidth=1)
     axes.annotate(
         "SLA", (1, result["load"]["sla_ms"]), textcoords="offset points", xytext=(2, 3), color="#777777"
@@ -69,8 +70,8 @@ def quality_against_size(result: Mapping) -> str:
     for entry in result["representations"]:
         name = entry["representation"]
         x, y = entry["embedding_bytes"] / 1024, entry["auc"]
-        axes.scatter(x, y, color=_colour(name), s=45)
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), color=_colour(name))
+        axes.scatter(x, y, color=path_colour(name), s=45)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), color=path_colour(name))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -85,7 +86,7 @@ def correct_throughput(result: Mapping) -> str:
     bars = axes.bar(
         [row["path"] for row in rows],
         [row["correct_per_s"] for row in rows],
-        color=[_colour(row["path"]) for row in rows],
+        color=[path_colour(row["path"]) for row in rows],
     )
     axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
     axes.grid(False)
@@ -99,7 +100,7 @@ def chosen_shares(result: Mapping) -> str:
     figure.set_figheight(1.4)
     left = 0.0
     for name, share in chosen.items():
-        axes.barh(["dispatcher"], [share], left=left, color=_colour(name), label=name)
+        axes.barh(["dispatcher"], [share], left=left, color=path_colour(name), label=name)
         left += share
     axes.set_xlim(0, 1)
     axes.grid(False)
@@ -114,7 +115,7 @@ def learning_curves(result: Mapping) -> str:
     for entry in result["representations"]:
         name, history = entry["representation"], entry["history"]
         axes.plot(
-            range(1, len(history) + 1), history, marker="o", markersize=3, color=_colour(name), label=name
+            range(1, len(history) + 1), history, marker="o", markersize=3, color=path_colour(name), label=name
         )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)

@@ -141,9 +141,12 @@ class Engine:
 
     # -- clients
 
-    def submit(self, batch: Batch, sla_s: float | None = None) -> Future[Answer]:
+    def submit(
+        self, batch: Batch, sla_s: float | None = None, arrived_s: float | None = None
+    ) -> Future[Answer]:
         """Queue a query. The future holds an :class:`Answer`, or raises ``QueryRefusedError`` or what the
-        query's own input raised in the model.
+        query's own input raised in the model. ``arrived_s`` (on the engine's clock) is for queries that
+        came before this call: their target counts from then.
 
         ``ValueError`` at once for a query that has no samples, a bad SLA, or other features or dense
         numbers than the first query had.
@@ -153,7 +156,8 @@ class Engine:
             raise ValueError(f"sla_s must be positive, got {sla_s}")
         shape = self._check(batch)
         now = self._clock()
-        query = _Query(batch, now, now + sla_s)
+        arrived = now if arrived_s is None else arrived_s
+        query = _Query(batch, arrived, arrived + sla_s)
         with self._condition:
             self._statistics.queries += 1
             if self._shape is None:
@@ -367,8 +371,8 @@ class Engine:
             busy = max(self._busy_until - now, 0.0)
             needed = busy + self._fastest(self._waiting + size)
             if now + needed > query.deadline:
-                sla_ms = 1e3 * (query.deadline - now)
-                return "overload", f"would take {1e3 * needed:.3f} ms at best, the target is {sla_ms:.3f} ms"
+                left = query.deadline - now
+                return "overload", f"would take {1e3 * needed:.3f} ms at best, {1e3 * left:.3f} ms are left"
         return None
 
     def _drop_expired(self, now: float) -> list[_Query]:

@@ -14,8 +14,6 @@ using namespace mprec;
 
 namespace {
 
-constexpr Isa all_isas[] = {Isa::scalar, Isa::avx2, Isa::avx512};
-
 Isa best_runnable() {
   Isa best = Isa::scalar;
   for (Isa isa : all_isas)

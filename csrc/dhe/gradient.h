@@ -1,0 +1,22 @@
+// Gradients of a decoder over many IDs and threads.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "dhe/decoder.h"
+
+namespace mprec {
+
+// Where a layer's gradients go: weight [outputs, inputs] and bias [outputs], contiguous; overwritten.
+struct LayerGradient {
+  float *weight, *bias;
+};
+
+// `grad` [n, dim] is the gradient of the vectors of `ids` [n], none negative (IdError). Sums run over the IDs
+// in order within each thread's share, and over the threads in order: for a fixed number of threads the
+// result is the same at every call. std::invalid_argument as Decoder's.
+void dhe_backward(Encoder, const std::vector<LinearWeights>&, Activation activation, Activation last,
+                  const int64_t* ids, int64_t n, const float* grad, const std::vector<LayerGradient>& to,
+                  int threads);
+
+}  // namespace mprec

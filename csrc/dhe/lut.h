@@ -1,0 +1,111 @@
+// A first layer of sign hashes by table look-up: four signs select one of 16 sums of +-w, in 8 bits.
+//
+// Tables are packed [outputs / 64][k / 4][16][64] bytes: an entry is one cache line, which holds 64 outputs'
+// sums. A line of 32 16-bit words is added to two sums: as it is, and shifted right by 8. The second sum is
+// the odd bytes', the first minus 256 times the second (modulo 2^16) the even bytes'. So 4 x 64 multiply-adds
+// cost a load, a shift and two additions. 16 bits hold 256 groups of entries up to 255; then the sums are
+// scaled and added to the output. Column c of a chunk is byte 2c of a line if c < 32, else 2(c - 32) + 1.
+#pragma once
+#include "dhe/gemm.h"
+#include "dhe/hash.h"
+
+namespace mprec::MPREC_ISA {
+
+constexpr int lut_block = 32;   // groups whose tables (32 KiB) stay in the L1 cache while IDs pass
+constexpr int lut_few = 12;     // IDs that do not need most of a block
+constexpr int lut_flush = 256;  // groups that 16 bits hold
+constexpr int lut_line = lut_columns;
+
+// 32 words in registers of the ISA.
+constexpr int word_bytes = Vec::width == 1 ? 16 : 4 * Vec::width, line_vectors = 64 / word_bytes;
+typedef uint16_t WordVector __attribute__((vector_size(word_bytes), aligned(1), may_alias));
+struct Words {
+  WordVector v[line_vectors];
+};
+
+// Of hash h, bit 2^30: as a number of Vec::width bits.
+inline uint32_t sign_bits(Int h) {
+#if defined(__AVX512F__)
+  return static_cast<uint32_t>(_mm512_movepi32_mask(_mm512_slli_epi32(h.v, 1)));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(h.v, 1))));
+#else
+  return h.v >> 30;
+#endif
+}
+
+// Writes, for each group of four hashes, its code times 64: where its line is in the group's table.
+struct StoreOffsets {
+  uint16_t* out;
+  int64_t stride;
+  void operator()(int64_t i, int j, Int h) const {
+    uint16_t* to = out + i * stride + j / 4;
+    const uint32_t bits = sign_bits(h);
+    if constexpr (Vec::width == 1) {
+      *to = static_cast<uint16_t>((j % 4 == 0 ? 0 : *to) | bits << (6 + j % 4));
+    } else {
+#if defined(__AVX2__)
+      const uint64_t four = _pdep_u64(bits, 0x03c003c003c003c0);  // 16 bits to four codes times 64
+      __builtin_memcpy(to, &four, Vec::width / 2);
+#endif
+    }
+  }
+};
+
+// Adds 64 columns of the scaled sums to out, or sets them.
+inline void add_sums(Words even, Words odd, const float* scale, const float* bias, bool accumulate,
+                     float* out) {
+  alignas(64) uint16_t sums[64];
+  for (int v = 0; v < line_vectors; ++v) even.v[v] -= odd.v[v] << 8;
+  __builtin_memcpy(sums, &even, 64);
+  __builtin_memcpy(sums + 32, &odd, 64);
+  for (int c = 0; c < lut_columns; ++c) {
+    const float y = static_cast<float>(sums[c]) * scale[c];
+    out[c] = y + (accumulate ? out[c] : 0.0f) + (bias ? bias[c] : 0.0f);
+  }
+}
+
+// `offsets` [rows][stride] to the first layer's outputs.
+inline void look_up(const LayerView& layer, const uint16_t* offsets, int64_t stride, int rows, Words* sums,
+                    float* out, int64_t block_stride) {
+  const int groups = (layer.inputs + 3) / 4;
+  for (int column = 0; column < layer.outputs; column += lut_columns) {
+    const uint8_t* tables =
+        static_cast<const uint8_t*>(layer.weights) + int64_t{column} / lut_columns * groups * 16 * lut_line;
+    for (int first = 0; first < groups; first += lut_flush) {
+      const int end = first + lut_flush < groups ? first + lut_flush : groups;
+      for (int r = 0; r < 2 * rows; ++r) sums[r] = Words{};
+      for (int g0 = first; g0 < end; g0 += lut_block) {
+        const int count = end - g0 < lut_block ? end - g0 : lut_block;
+        // The next block's tables are fetched meanwhile, if these IDs are enough to need most of them.
+        const uint8_t* table0 = tables + int64_t{g0} * 16 * lut_line;
+        const uint8_t* next = table0 + lut_block * 16 * lut_line;
+        const int ahead = rows < lut_few ? 0 : lut_block * 16 / rows + 1;
+        for (int r = 0; r < rows; ++r) {
+          for (int i = 0; i < ahead; ++i) prefetch(next + (r * ahead + i) * lut_line);
+          Words even = sums[2 * r], odd = sums[2 * r + 1];
+          const uint8_t* table = table0;
+          const uint16_t* offset = offsets + r * stride + g0;
+          for (int g = 0; g < count; ++g, table += 16 * lut_line) {
+            const auto* line = reinterpret_cast<const WordVector*>(table + offset[g]);
+#pragma GCC unroll 4
+            for (int v = 0; v < line_vectors; ++v) {
+              const WordVector words = line[v];
+              even.v[v] += words;
+              odd.v[v] += words >> 8;
+            }
+          }
+          sums[2 * r] = even;
+          sums[2 * r + 1] = odd;
+        }
+      }
+      float* to = out + column / block_columns * block_stride + column % block_columns;
+      for (int r = 0; r < rows; ++r)
+        add_sums(sums[2 * r], sums[2 * r + 1], layer.scale + column,
+                 end == groups ? layer.bias + column : nullptr, first > 0, to + r * block_pitch);
+    }
+  }
+  activate_layer(layer, rows, out, block_stride);
+}
+
+}  // namespace mprec::MPREC_ISA

@@ -1,0 +1,24 @@
+// Weights into the panels that the kernels read (LayerView in dhe.h).
+#pragma once
+#include <cstdint>
+
+#include "common/aligned.h"
+#include "dhe/decoder.h"
+
+namespace mprec {
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+AlignedBuffer<char> pack_float32(const LinearWeights&);
+
+bool fits_float16(const LinearWeights&);  // no finite value becomes infinite
+AlignedBuffer<char> pack_float16(const LinearWeights&);
+
+// For inputs u = (2 level - 127) unit, level 0 ... 127: the output is scale * sum q level + bias. Fills in
+// scale and adds to bias. An output with a weight that is not finite becomes NaN.
+AlignedBuffer<char> pack_int8(const LinearWeights&, float unit, float* scale, float* bias);
+
+// For inputs +-magnitude, by four: the output is scale * sum entries + bias. As pack_int8.
+AlignedBuffer<char> pack_tables(const LinearWeights&, float magnitude, float* scale, float* bias);
+
+}  // namespace mprec

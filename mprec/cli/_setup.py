@@ -1,0 +1,118 @@
+"""What the commands that run trained paths have in common: checkpoints, data, profile."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path as FilePath
+
+import torch
+
+from mprec import checkpoint, data
+from mprec.data import ClickDataset
+from mprec.dispatch import BATCH_SIZES, Path, Profile, paths_from_checkpoints, sampler
+
+__all__ = ["add_path_arguments", "batch_sizes", "get_profile", "held_out", "load_paths", "reporter", "say"]
+
+
+def say(message: str) -> None:
+    """A line for people, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def reporter() -> Callable[[str, float], None]:
+    """Progress ``(what, share done)``: a counter on a terminal, a line per new ``what`` elsewhere."""
+    state = {"what": None, "tenth": -1}
+    terminal = sys.stderr.isatty()
+
+    def report(what: str, share: float) -> None:
+        if terminal:
+            print(
+                f"\r{what:<28} {100 * share:3.0f} %",
+                end="\n" if share >= 1 else "",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif what != state["what"]:
+            say(f"{what} ...")
+        state["what"] = what
+
+    return report
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """``1,2,4`` -> (1, 2, 4)."""
+    try:
+        sizes = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers joined by commas, got {text!r}") from None
+    if sizes[0] < 1:
+        raise argparse.ArgumentTypeError(f"batch sizes must be at least 1, got {sizes[0]}")
+    return sizes
+
+
+def add_path_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    group = parser.add_argument_group("paths")
+    group.add_argument(
+        "--checkpoints",
+        nargs="+",
+        type=FilePath,
+        required=required,
+        metavar="FILE",
+        help="written by mprec train, for the same data",
+    )
+    group.add_argument("--data", required=required, metavar="SPEC", help="as for mprec train")
+    group.add_argument(
+        "--quality", choices=("auc", "accuracy"), default="auc", help="validation metric to prefer (auc)"
+    )
+    group.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+
+
+def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("profile")
+    group.add_argument(
+        "--profile", type=FilePath, metavar="FILE", help="written by mprec profile; measured if not usable"
+    )
+    group.add_argument(
+        "--profile-seconds", type=float, default=20.0, metavar="S", help="time for measuring one (20)"
+    )
+
+
+def load_paths(args: argparse.Namespace) -> list[Path]:
+    """The paths of ``--checkpoints``; sets ``--threads``."""
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    return paths_from_checkpoints(args.checkpoints, metric=args.quality)
+
+
+def held_out(args: argparse.Namespace) -> ClickDataset:
+    """The test part of ``--data``, cut as it was for the first checkpoint.
+
+    ``ValueError`` if the data's features are not the checkpoint's.
+    """
+    model, metadata = checkpoint.load(args.checkpoints[0])
+    dataset = data.load(args.data)
+    needed = [(feature.name, feature.num_embeddings) for feature in model.features]
+    if dataset.features != needed or dataset.num_dense != model.num_dense:
+        raise ValueError(
+            f"--data: {dataset.name} has other features or vocabularies than the data that "
+            f"{args.checkpoints[0]} was trained on"
+        )
+    *_, test = dataset.split(by=metadata.get("split"))
+    return test
+
+
+def get_profile(args: argparse.Namespace, paths: list[Path], dataset: ClickDataset) -> Profile:
+    """``--profile``, or the one in the cache folder, measured anew if it is not this machine's."""
+    return Profile.load_or_measure(
+        paths,
+        sampler(dataset),
+        BATCH_SIZES,
+        file=args.profile,
+        seconds=args.profile_seconds,
+        report=say,
+        progress=reporter(),
+    )

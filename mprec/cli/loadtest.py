@@ -1,0 +1,131 @@
+"""``mprec loadtest``: the dispatcher against every static path, under one load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mprec.cli._setup import (
+    add_path_arguments,
+    add_profile_arguments,
+    get_profile,
+    held_out,
+    load_paths,
+    reporter,
+    say,
+)
+from mprec.dispatch import Dispatcher
+from mprec.serving import Engine
+from mprec.serving.loadtest import (
+    QuerySizes,
+    compare,
+    contestants,
+    find_max_qps,
+    generate,
+    replay,
+    suggested_qps,
+)
+
+HELP = "serve a random load of held-out samples with the dispatcher and with each path alone"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_path_arguments(parser)
+    add_profile_arguments(parser)
+    load = parser.add_argument_group("load")
+    load.add_argument("--sla-ms", type=float, default=10.0, help="latency target of every query (10)")
+    load.add_argument("--qps", type=float, help="queries per second (default: what strains the slower paths)")
+    load.add_argument("--queries", type=int, default=1000, help="(1000)")
+    load.add_argument("--size-mean", type=float, default=128.0, help="samples per query, mean (128)")
+    load.add_argument("--size-sigma", type=float, default=1.0, help="of its logarithm (1.0)")
+    load.add_argument("--rounds", type=int, default=4, help="turns that the contestants take (4)")
+    load.add_argument("--seed", type=int, default=0)
+    load.add_argument(
+        "--max-qps",
+        action="store_true",
+        help="also search each contestant's highest load with at most 1 %% of the queries not in time",
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-batch", type=int, default=2048, help="samples scored together at most (2048)")
+    engine.add_argument("--no-admission", action="store_true", help="answer hopeless queries late")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.sla_ms > 0:
+        raise ValueError(f"--sla-ms must be positive, got {args.sla_ms}")
+    paths = load_paths(args)
+    test = held_out(args)
+    profile = get_profile(args, paths, test)
+    sizes = QuerySizes(args.size_mean, args.size_sigma)
+    qps = suggested_qps(paths, profile, sizes) if args.qps is None else args.qps
+    options = {
+        "sla_s": args.sla_ms / 1e3,
+        "max_batch": args.max_batch,
+        "admission": not args.no_admission,
+    }
+    load = generate(test, qps, args.queries, sizes=sizes, seed=args.seed)
+    dispatchers = contestants(paths, profile)
+    outcomes = compare(dispatchers, load, rounds=args.rounds, progress=reporter(), **options)
+    rows = [outcome.row(name) for name, outcome in outcomes.items()]
+    if args.max_qps:
+        for row in rows:
+            say(f"highest load of {row['path']} ...")
+            row["max_qps"] = _max_qps(row["path"], args, paths, profile, test, sizes, qps, options)
+    result = {
+        "data": test.name,
+        "sla_ms": args.sla_ms,
+        "qps": qps,
+        "queries": args.queries,
+        "samples": sum(len(arrival.batch) for arrival in load),
+        "rows": rows,
+    }
+    if args.json:
+        print(json.dumps(result))
+    else:
+        Console().print(load_table(result))
+    return 0
+
+
+def _max_qps(name, args, paths, profile, test, sizes, qps, options) -> float:
+    queries = max(100, args.queries // 4)
+
+    def violations(rate: float) -> float:
+        chosen = [path for path in paths if path.name == name] or paths
+        load = generate(test, rate, queries, sizes=sizes, seed=args.seed)
+        with Engine(Dispatcher(chosen, profile), **options) as engine:
+            return replay(engine, load).violations
+
+    return find_max_qps(violations, qps)
+
+
+def load_table(result: dict) -> Table:
+    """The result for a terminal."""
+    table = Table(
+        title=f"{result['data']}: {result['queries']} queries, {result['samples']} samples, "
+        f"{result['qps']:.0f} queries/s, SLA {result['sla_ms']:g} ms",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    table.add_column("path")
+    headings = ["p50 ms", "p95 ms", "p99 ms", "not in time", "refused", "accuracy", "correct/s"]
+    searched = "max_qps" in result["rows"][0]
+    for heading in headings + ["max queries/s"] * searched:
+        table.add_column(heading, justify="right")
+    table.add_column("samples by path")
+    for row in result["rows"]:
+        chosen = ", ".join(f"{name} {100 * share:.0f} %" for name, share in row["chosen"].items())
+        table.add_row(
+            row["path"],
+            *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
+            f"{100 * row['violations']:.1f} %",
+            str(sum(row["refused"].values())),
+            "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
+            f"{row['correct_per_s']:,.0f}",
+            *([f"{row['max_qps']:.0f}"] if searched else []),
+            chosen,
+        )
+    return table

@@ -1,0 +1,207 @@
+"""``mprec plan``: a representation per feature within a memory budget."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path as FilePath
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mprec import checkpoint, data
+from mprec.cli._setup import say
+from mprec.nn import DheConfig, FeatureConfig, with_representation
+from mprec.planner import (
+    Device,
+    MeasuredCosts,
+    Measurement,
+    Plan,
+    RooflineCosts,
+    default_options,
+    fit_effects,
+    plan,
+    plan_paths,
+)
+from mprec.planner.tables import FEATURE_SETS, feature_set
+from mprec.report.terminal import format_bytes
+
+HELP = "choose a representation per feature within a memory budget"
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def memory(text: str) -> int:
+    """``64MiB``, ``2GB``, ``1.5 GiB``, ``4096`` -> bytes."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", text.lower())
+    try:
+        return int(float(match[1]) * _UNITS[match[2]])
+    except (TypeError, KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected a size such as 64MiB or 2GB, got {text!r}") from None
+
+
+def qualities(text: str) -> list[Measurement]:
+    """``table=0.785,dhe=0.789`` -> measurements of whole models."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return [Measurement(label.strip(), float(value)) for label, value in pairs]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected label=quality,..., got {text!r}") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", type=memory, metavar="SIZE", help="budget for embeddings on this machine, e.g. 64MiB"
+    )
+    parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        type=FilePath,
+        metavar="FILE",
+        help="a simulated device (JSON: name, memory_bytes, flops_per_s, bytes_per_s); may be repeated",
+    )
+    parser.add_argument(
+        "--spread", action="store_true", help="one model over all devices (default: paths for each device)"
+    )
+    what = parser.add_argument_group("features and their quality")
+    what.add_argument("--checkpoints", nargs="+", default=[], type=FilePath, metavar="FILE")
+    what.add_argument("--features", choices=tuple(FEATURE_SETS), help="the public Criteo logs' sizes")
+    what.add_argument("--data", metavar="SPEC", help="weigh features by their IDs' frequencies in this data")
+    what.add_argument(
+        "--quality",
+        type=qualities,
+        default=[],
+        metavar="LABEL=Q,...",
+        help="measured qualities of whole models, e.g. table=0.785,dhe=0.789,hybrid=0.790",
+    )
+    what.add_argument("--metric", choices=("auc", "accuracy"), default="auc", help="of checkpoints (auc)")
+    what.add_argument("--dim", type=int, default=16, help="with --data alone: embedding dimension (16)")
+    what.add_argument("--dhe-k", type=int, help="shape of decoders (default: the checkpoints', or 1024)")
+    what.add_argument("--dhe-hidden", metavar="N,...", help="their hidden layers (the checkpoints', or 128)")
+    parser.add_argument("--batch-size", type=int, default=128, help="of predicted latencies (128)")
+    parser.add_argument("--output", type=FilePath, metavar="FILE", help="write the plans as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.memory is None and not args.device:
+        raise ValueError("--memory or --device is needed")
+    features, dhe, measurements, counts = _inputs(args)
+    effects = fit_effects(features, measurements, counts)
+    options = default_options(features, dhe, effects)
+    devices = [] if args.memory is None else [Device("here", args.memory, MeasuredCosts(args.batch_size))]
+    for file in args.device:
+        name, nbytes, costs = RooflineCosts.load(file, args.batch_size)
+        devices.append(Device(name, nbytes, costs))
+    if args.spread:
+        plans = {
+            "+".join(d.name for d in devices): [plan(features, options, devices, base_quality=effects.base)]
+        }
+    else:
+        plans = {d.name: plan_paths(features, options, d, base_quality=effects.base) for d in devices}
+    result = {
+        "metric": args.metric,
+        "simulated": any(d.costs.simulated for d in devices),
+        "devices": {
+            d.name: {"memory_bytes": d.memory_bytes, "simulated": d.costs.simulated} for d in devices
+        },
+        "measurements": [{"options": m.options, "quality": m.quality} for m in measurements],
+        "quality_residual": effects.residual,
+        "plans": {name: [p.to_dict() for p in paths] for name, paths in plans.items()},
+    }
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    console = Console()
+    for name, paths in plans.items():
+        for p in paths:
+            console.print(plan_table(p, name))
+        if len(paths) > 1:
+            total = sum(p.nbytes for p in paths)
+            console.print(f"{name}: {len(paths)} paths side by side, {format_bytes(total)} in all\n")
+    if effects.residual > 1e-6:
+        say(f"the measured qualities contradict an additive model by up to {effects.residual:.2g}")
+    return 0
+
+
+def _inputs(args):
+    """(features, DHE shape, measurements, counts of IDs)."""
+    features: list[FeatureConfig] | None = None
+    measurements = list(args.quality)
+    dhe = DheConfig()
+    for file in args.checkpoints:
+        model, metadata = checkpoint.load(file)
+        bare = with_representation(model.features, "table")
+        if features is not None and bare != features:
+            raise ValueError(f"{file} has other features than {args.checkpoints[0]}")
+        features = bare
+        dhe = next((f.dhe for f in model.features if f.has_dhe), dhe)
+        measurements += _measured(model, metadata, args.metric)
+    dataset = data.load(args.data) if args.data else None
+    if args.features:
+        if features is not None:
+            raise ValueError("--features and --checkpoints both name the features: give one of them")
+        features = feature_set(args.features)
+    elif features is None:
+        if dataset is None:
+            raise ValueError("--features, --checkpoints or --data is needed to know the features")
+        features = [FeatureConfig(name, size, args.dim) for name, size in dataset.features]
+    counts = None
+    if dataset is not None:
+        known = dict(dataset.features)
+        counts = {f.name: dataset.counts(f.name) for f in features if known.get(f.name) == f.num_embeddings}
+        if not counts:
+            raise ValueError("--data: none of its features is one of the plan's")
+    if not measurements:
+        raise ValueError("--quality or --checkpoints is needed: a plan rests on measured qualities")
+    if args.dhe_k is not None:
+        dhe = DheConfig(k=args.dhe_k, hidden=dhe.hidden)
+    if args.dhe_hidden is not None:
+        dhe = DheConfig(k=dhe.k, hidden=tuple(int(n) for n in args.dhe_hidden.split(",") if n))
+    return features, dhe, measurements, counts
+
+
+def _measured(model, metadata, metric) -> list[Measurement]:
+    """What one checkpoint tells: a measurement, or one per path of a multi-path model."""
+    if "paths" in metadata:
+        paths = [(model.path(n).features, m["valid"][metric]) for n, m in metadata["paths"].items()]
+    else:
+        paths = [(model.features, metadata["metrics"]["valid"][metric])]
+    return [Measurement({f.name: f.representation for f in fs}, float(q)) for fs, q in paths]
+
+
+def plan_table(plan: Plan, device: str) -> Table:
+    """One plan for a terminal."""
+    word = "SIMULATED device " if plan.simulated else ""
+    table = Table(
+        title=f"{word}{device}, path {plan.name}: predicted quality {plan.quality:.4f}, "
+        f"{format_bytes(plan.nbytes)}, {plan.flops:,} FLOPs a sample, "
+        f"{1e3 * plan.seconds:.3f} ms for the embeddings of {plan.batch_size} samples",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    several = len({p.device for p in plan.placements}) > 1
+    table.add_column("feature")
+    for heading in ("vocabulary", "choice", "size", "FLOPs", "effect", "µs"):
+        table.add_column(heading, justify="right")
+    if several:
+        table.add_column("device")
+    for p in plan.placements:
+        table.add_row(
+            p.feature,
+            f"{p.vocabulary:,}",
+            p.option.label,
+            format_bytes(p.option.nbytes),
+            f"{p.option.flops:,}",
+            f"{p.option.quality:+.5f}",
+            f"{1e6 * p.seconds:.1f}",
+            *([p.device] if several else []),
+        )
+    return table

@@ -1,0 +1,128 @@
+"""DLRM: dense numbers through a bottom MLP, categorical features through embeddings, all pairs of those
+vectors through a dot product, and the products through a top MLP to one logit (Naumov et al.,
+arXiv:1906.00091).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from mprec.data import Batch
+from mprec.nn import EmbeddingBagCollection, FeatureConfig
+
+__all__ = ["DLRM"]
+
+
+def mlp(sizes: Sequence[int], *, last_relu: bool, device=None) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after, device=device), nn.ReLU()]
+    return nn.Sequential(*(layers if last_relu else layers[:-1]))
+
+
+class DLRM(nn.Module):
+    """Scores batches of samples: ``forward(dense, indices, offsets) -> logits``.
+
+    ``features`` are the categorical features; each contributes one vector of ``embedding_dim`` to the
+    interaction; a hybrid one two, its table's and its DHE's (or, with ``hybrid="mean"``, their mean). The
+    bottom MLP (hidden sizes ``bottom``) turns the ``num_dense`` numbers into one more vector; without
+    dense numbers a learnt constant vector takes its place, so that every feature still has a first-order
+    term. ``top`` are the hidden sizes of the MLP behind the interaction, which sees the bottom vector and
+    the products of all pairs.
+
+    Shapes: ``dense`` float32 [B, num_dense]; ``indices`` int [n] and ``offsets`` int [T*B+1],
+    feature-major (see :class:`mprec.nn.EmbeddingBagCollection`); logits float32 [B].
+    """
+
+    def __init__(
+        self,
+        features: Sequence[FeatureConfig],
+        num_dense: int,
+        embedding_dim: int,
+        bottom: Sequence[int] = (512, 256, 64),
+        top: Sequence[int] = (512, 256),
+        hybrid: str = "both",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if hybrid not in ("both", "mean"):
+            raise ValueError(f"hybrid must be 'both' or 'mean', got {hybrid!r}")
+        if num_dense < 0:
+            raise ValueError(f"num_dense must not be negative, got {num_dense}")
+        if wrong := [f for f in features if f.embedding_dim != embedding_dim]:
+            raise ValueError(
+                f"feature {wrong[0].name!r} has embedding_dim {wrong[0].embedding_dim}; the "
+                f"interaction needs {embedding_dim} of every feature"
+            )
+        self.num_dense, self.embedding_dim = num_dense, embedding_dim
+        self.bottom_sizes, self.top_sizes = tuple(bottom), tuple(top)
+        self.embeddings = EmbeddingBagCollection(features, device=device)
+        if num_dense:
+            self.bottom = mlp([num_dense, *bottom, embedding_dim], last_relu=True, device=device)
+        else:
+            self.bottom = None
+            self.constant = nn.Parameter(torch.full((embedding_dim,), embedding_dim**-0.5, device=device))
+        parts = [width // embedding_dim for width in self.embeddings.output_dims]
+        self.hybrid = hybrid
+        mixing = None
+        if hybrid == "mean":  # [T, all parts]: row t averages the parts of feature t
+            mixing = torch.block_diag(*(torch.full((1, count), 1 / count, device=device) for count in parts))
+        self.register_buffer("_mixing", mixing if max(parts) > 1 else None, persistent=False)
+        vectors = 1 + (sum(parts) if mixing is None else len(parts))
+        rows, columns = torch.tril_indices(vectors, vectors, offset=-1, device=device)
+        self.register_buffer("_pairs", rows * vectors + columns, persistent=False)
+        self.top = mlp([embedding_dim + len(rows), *top, 1], last_relu=False, device=device)
+
+    @property
+    def features(self) -> list[FeatureConfig]:
+        return list(self.embeddings.features)
+
+    def forward(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+        return self.score(dense, self.mix(self.embeddings(indices, offsets), self._mixing))
+
+    def mix(self, embedded: Tensor, mixing: Tensor | None) -> Tensor:
+        """The vectors [B, V*D] that interact: sums of the embedded [B, P*D] weighted by ``mixing`` [V, P]."""
+        if mixing is None:
+            return embedded
+        return (mixing @ embedded.unflatten(1, (-1, self.embedding_dim))).flatten(1)
+
+    def score(self, dense: Tensor, embedded: Tensor) -> Tensor:
+        """Logits [B] from the dense numbers [B, num_dense] and the vectors [B, V*D] that interact."""
+        if dense.dim() != 2 or dense.shape[1] != self.num_dense:
+            raise ValueError(f"dense must be [B, {self.num_dense}], got {list(dense.shape)}")
+        if len(dense) != len(embedded):
+            raise ValueError(f"dense has {len(dense)} rows, the bags make {len(embedded)}")
+        if self.bottom is None:
+            first = self.constant.expand(len(embedded), -1)
+        else:
+            first = self.bottom(dense)
+        vectors = torch.cat([first, embedded], dim=1).unflatten(1, (-1, self.embedding_dim))
+        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self._pairs)
+        return self.top(torch.cat([first, products], dim=1)).squeeze(1)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean log-loss over a batch, in nats: what training minimises."""
+        logits = self(batch.dense, batch.indices, batch.offsets)
+        return binary_cross_entropy_with_logits(logits, batch.labels)
+
+    def config(self) -> dict[str, Any]:
+        """What ``from_config`` needs to build the same model (with fresh weights); JSON-able."""
+        return {
+            "features": [feature.to_dict() for feature in self.features],
+            "num_dense": self.num_dense,
+            "embedding_dim": self.embedding_dim,
+            "bottom": list(self.bottom_sizes),
+            "top": list(self.top_sizes),
+            "hybrid": self.hybrid,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DLRM:
+        features = [FeatureConfig.from_dict(feature) for feature in config["features"]]
+        return cls(features, **{key: value for key, value in config.items() if key != "features"})

@@ -1,0 +1,103 @@
+"""One model, four paths: every feature has a table and a DHE, and one set of MLPs scores either.
+
+A path says which of its two vectors each feature contributes to the interaction: ``table`` and ``dhe``
+one of them, ``select`` the DHE for the largest features and the table for the others, ``hybrid`` the mean
+of both. Where the paper keeps one model per representation, here the MLPs are shared and one checkpoint
+holds everything.
+
+It is trained along all paths at once (after the sandwich rule of slimmable networks, Yu and Huang,
+arXiv:1903.05134): the embeddings of a batch are computed once, each path scores them, and the narrower
+paths also learn from what the hybrid one predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from mprec.data import Batch
+from mprec.models.dlrm import DLRM
+from mprec.nn import FeatureConfig, with_representation
+
+__all__ = ["PATHS", "MultiPathDLRM"]
+
+PATHS = ("hybrid", "table", "dhe", "select")
+
+
+class MultiPathDLRM(DLRM):
+    """A :class:`DLRM` over hybrid features that can be asked for any of ``PATHS``.
+
+    ``forward(dense, indices, offsets)`` is the hybrid path; ``path(name)`` gives any path as a DLRM that
+    shares this model's parameters and computes only what that path needs. ``select_largest`` is the
+    number of features that take their DHE on the ``select`` path.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[FeatureConfig],
+        num_dense: int,
+        embedding_dim: int,
+        bottom: Sequence[int] = (512, 256, 64),
+        top: Sequence[int] = (512, 256),
+        select_largest: int = 2,
+    ) -> None:
+        features = with_representation(features, "hybrid")
+        super().__init__(features, num_dense, embedding_dim, bottom, top, hybrid="mean")
+        self.select_largest = select_largest
+        for name in PATHS:
+            self.register_buffer(f"_mixing_{name}", self._path_mixing(name), persistent=False)
+
+    def path_features(self, name: str) -> list[FeatureConfig]:
+        """The features as path ``name`` sees them."""
+        if name not in PATHS:
+            raise ValueError(f"path must be one of {', '.join(PATHS)}, got {name!r}")
+        return with_representation(self.features, name, select_largest=self.select_largest)
+
+    def _path_mixing(self, name: str) -> Tensor:
+        shares = {"table": [1.0, 0.0], "dhe": [0.0, 1.0], "hybrid": [0.5, 0.5]}
+        rows = [torch.tensor([shares[feature.representation]]) for feature in self.path_features(name)]
+        return torch.block_diag(*rows)
+
+    def path(self, name: str) -> DLRM:
+        """The model of one path: a DLRM whose parameters are this model's own, not copies."""
+        features = self.path_features(name)
+        sizes = self.num_dense, self.embedding_dim, self.bottom_sizes, self.top_sizes
+        model = DLRM(features, *sizes, hybrid="mean", device="meta")
+        for own, shared in (
+            (self.embeddings.tables, model.embeddings.tables),
+            (self.embeddings.dhe, model.embeddings.dhe),
+        ):
+            shared._modules.update({feature: own._modules[feature] for feature in shared._modules})
+        model.bottom, model.top = self.bottom, self.top
+        if not self.num_dense:
+            model.constant = self.constant
+        model._pairs = self._pairs
+        model._mixing = self._mixing if name == "hybrid" else None
+        return model.train(self.training)
+
+    def logits(self, batch: Batch) -> dict[str, Tensor]:
+        """Logits [B] along every path; the embeddings are computed once."""
+        embedded = self.embeddings(batch.indices, batch.offsets)
+        mixings = {name: getattr(self, f"_mixing_{name}") for name in PATHS}
+        return {name: self.score(batch.dense, self.mix(embedded, m)) for name, m in mixings.items()}
+
+    def loss(self, batch: Batch, distillation: float = 0.5) -> Tensor:
+        """Mean over the paths of the log-loss. All but the hybrid path are compared with a mix of
+        the label and the hybrid's prediction, of which ``distillation`` is the share.
+        """
+        logits = self.logits(batch)
+        teacher = logits["hybrid"].detach().sigmoid()
+        total = binary_cross_entropy_with_logits(logits["hybrid"], batch.labels)
+        for name in PATHS[1:]:
+            target = torch.lerp(batch.labels, teacher, distillation)  # the log-loss is linear in its target
+            total = total + binary_cross_entropy_with_logits(logits[name], target)
+        return total / len(PATHS)
+
+    def config(self) -> dict[str, Any]:
+        config = super().config()
+        del config["hybrid"]
+        return {**config, "select_largest": self.select_largest}

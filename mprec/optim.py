@@ -1,0 +1,252 @@
+"""Optimizers for embedding tables, applied during the backward pass.
+
+The gradient of a table is a few rows. torch lays it out as a sparse tensor, coalesces it and then walks it
+again to update the rows; here one native pass sorts the IDs, sums each row's gradient in registers and
+updates the row (see ``csrc/gradient/README.md``). Nothing of the table's size is ever written.
+
+An optimizer of this module takes over the tables that it is given: from then on ``loss.backward()`` updates
+them, their ``.grad`` stays ``None`` and ``step()`` has nothing left to do for them. So a backward pass is a
+step: gradients are not accumulated over several passes, and cannot be clipped or scaled in between. The
+results are those of torch's optimizer of the same name with ``sparse=True`` gradients, to rounding, and do
+not depend on the number of threads.
+
+    model = DLRM(...)
+    tables, rest = mprec.optim.split_parameters(model)
+    optimizers = [RowWiseAdagrad(tables, lr=0.02), torch.optim.Adam(rest)]
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mprec._native import _C
+from mprec.ops import fused
+
+__all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "split_parameters"]
+
+_RULES = {"sgd": 1, "adagrad": 2, "rowwise_adagrad": 3, "adam": 4}  # csrc/gradient/gradient.h
+
+
+def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters of a module as (embedding tables, everything else), each once."""
+    tables = {
+        id(child.weight)
+        for child in module.modules()
+        if isinstance(child, nn.EmbeddingBag) or getattr(child, "is_embedding_table", False)
+    }
+    parameters = list(module.parameters())
+    return [p for p in parameters if id(p) in tables], [p for p in parameters if id(p) not in tables]
+
+
+def _non_negative(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return value
+
+
+class _TableOptimizer(torch.optim.Optimizer):
+    """What the optimizers share: taking over tables, and handing gradients to the native pass."""
+
+    _rule: str
+    _states: tuple[str, ...] = ()
+
+    def __init__(self, params: Iterable, defaults: dict):
+        for name in ("lr", "eps"):
+            _non_negative(name, defaults.get(name, 0.0))
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for weight in group["params"]:
+            self._check(weight)
+            self._init_state(weight, group)
+            fused.attach(weight, self)
+
+    @staticmethod
+    def _check(weight: Tensor) -> None:
+        if weight.dim() != 2 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+            raise ValueError(
+                "params: expected float32 tables [rows, dim] on the CPU, got "
+                f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+            )
+        if not weight.is_contiguous():
+            raise ValueError(f"params: expected contiguous tables, got strides {weight.stride()}")
+
+    def _init_state(self, weight: Tensor, group: dict) -> None:
+        self.state[weight]["step"] = torch.tensor(0.0)
+        for name in self._states:
+            self.state[weight][name] = torch.zeros_like(weight, requires_grad=False)
+
+    def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
+        """(lr, eps, beta1, beta2) of the native update at the given step, counted from 1."""
+        return group["lr"], group.get("eps", 0.0), 0.0, 0.0
+
+    def apply_bags(
+        self,
+        weights: Sequence[Tensor],
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None,
+        mode: int,
+        padding_idx: int,
+        grad: Tensor,
+        columns: Sequence[int] | None = None,
+    ) -> None:
+        """Update `weights` with the gradient `grad` [B, total] of their pooled output.
+
+        `indices`, `offsets` (T·B or T·B+1 of them), `per_sample_weights` [n] and `mode` are those of the
+        forward pass; table t's gradient stands at columns ``columns[t]`` and on (side by side if None).
+        Called by the backward pass of ``mprec.ops``. All tables must belong to one parameter group and have
+        taken equally many steps; ``mprec.ops.fused`` sees to that.
+        """
+        group = self._group_of(weights[0])
+        states = [self.state[weight] for weight in weights]
+        for state in states:
+            state["step"] += 1
+        lr, eps, beta1, beta2 = self._hyperparameters(group, int(states[0]["step"].item()))
+        _C.update_tables(
+            list(weights),
+            [state[self._states[0]] for state in states] if self._states else None,
+            [state[self._states[1]] for state in states] if len(self._states) > 1 else None,
+            indices,
+            offsets,
+            per_sample_weights,
+            mode,
+            padding_idx,
+            grad,
+            columns,
+            _RULES[self._rule],
+            lr,
+            eps,
+            beta1,
+            beta2,
+            torch.get_num_threads(),
+        )
+        torch.autograd.graph.increment_version(weights)
+
+    def group_key(self, weight: Tensor) -> tuple[int, int]:
+        """Tables of equal keys can be updated by one call."""
+        return id(self._group_of(weight)), int(self.state[weight]["step"].item())
+
+    def _group_of(self, weight: Tensor) -> dict:
+        if len(self.param_groups) == 1:
+            return self.param_groups[0]
+        for group in self.param_groups:
+            if any(weight is p for p in group["params"]):
+                return group
+        raise ValueError(f"the table {tuple(weight.shape)} does not belong to this optimizer")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Apply gradients that reached ``.grad`` by another way (for example under ``torch.compile``).
+
+        Sparse gradients update their rows, dense ones every row. Normally there are none: the backward pass
+        has applied them.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                if weight.grad.is_sparse:
+                    rows, values = weight.grad._indices()[0], weight.grad._values()
+                else:
+                    rows, values = torch.arange(len(weight)), weight.grad
+                each = torch.arange(len(rows))
+                self.apply_bags([weight], rows.contiguous(), each, None, 0, -1, values.contiguous())
+        return loss
+
+
+class SGD(_TableOptimizer):
+    """Stochastic gradient descent, ``w -= lr·g``; as ``torch.optim.SGD`` without momentum."""
+
+    _rule = "sgd"
+
+    def __init__(self, params: Iterable, lr: float = 1e-3):
+        super().__init__(params, {"lr": lr})
+
+
+class Adagrad(_TableOptimizer):
+    """Adagrad (Duchi et al. 2011) with state per element, as ``torch.optim.Adagrad``.
+
+    Like there, ``lr`` is divided by ``1 + (step - 1)·lr_decay``. State: ``sum`` [rows, dim] float32.
+    """
+
+    _rule = "adagrad"
+    _states = ("sum",)
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+    ):
+        _non_negative("lr_decay", lr_decay)
+        _non_negative("initial_accumulator_value", initial_accumulator_value)
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "eps": eps,
+            "initial_accumulator_value": initial_accumulator_value,
+        }
+        super().__init__(params, defaults)
+
+    def _init_state(self, weight: Tensor, group: dict) -> None:
+        super()._init_state(weight, group)
+        self.state[weight]["sum"].fill_(group["initial_accumulator_value"])
+
+    def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
+        return group["lr"] / (1 + (step - 1) * group["lr_decay"]), group["eps"], 0.0, 0.0
+
+
+class RowWiseAdagrad(_TableOptimizer):
+    """Adagrad with one accumulator a row: ``s += mean(g²); w -= lr·g / (√s + eps)``.
+
+    FBGEMM's ``EXACT_ROWWISE_ADAGRAD``, the usual choice for recommendation models: its state is a dim-th of
+    the table. State: ``sum`` [rows, 1] float32.
+    """
+
+    _rule = "rowwise_adagrad"
+    _states = ("sum",)
+
+    def __init__(self, params: Iterable, lr: float = 1e-2, eps: float = 1e-8):
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+    def _init_state(self, weight: Tensor, group: dict) -> None:
+        self.state[weight]["step"] = torch.tensor(0.0)
+        self.state[weight]["sum"] = torch.zeros(len(weight), 1)
+
+
+class Adam(_TableOptimizer):
+    """Adam (Kingma and Ba 2015) on the rows that a batch uses, as ``torch.optim.SparseAdam``.
+
+    The moments of other rows are left alone. State: ``exp_avg`` and ``exp_avg_sq`` [rows, dim] float32.
+    """
+
+    _rule = "adam"
+    _states = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        for i, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"betas[{i}]: expected 0 <= beta < 1, got {beta}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
+        beta1, beta2 = group["betas"]
+        lr = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        return lr, group["eps"], beta1, beta2

@@ -1,0 +1,258 @@
+"""Load tests: queries of real samples arriving at random, answered by an engine in real time.
+
+Arrivals are a Poisson process, query sizes lognormal, as in DeepRecSys (Gupta et al., ISCA 2020) and MP-Rec.
+Latency counts from the moment a query was due, not from when the generator got round to submitting it, so a
+stall of the whole process is seen (no coordinated omission). Contestants take turns over pieces of the same
+load, so that a noisy neighbour hits all of them alike.
+
+The figure of merit is the *latency-bounded throughput of correct predictions*: samples whose query was
+answered in time and whose predicted class is the label, per second. Nothing is assumed: both are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mprec.data import Batch, ClickDataset
+from mprec.dispatch import Dispatcher, Path, Profile
+from mprec.serving.engine import Engine, QueryRefusedError
+
+__all__ = [
+    "Arrival",
+    "Outcome",
+    "QuerySizes",
+    "compare",
+    "contestants",
+    "find_max_qps",
+    "generate",
+    "replay",
+    "suggested_qps",
+]
+
+
+@dataclass(frozen=True)
+class QuerySizes:
+    """Lognormal number of samples per query: its ``mean`` before clipping to ``[1, largest]``, and
+    ``sigma``, the standard deviation of its logarithm.
+    """
+
+    mean: float = 128.0
+    sigma: float = 1.0
+    largest: int = 1024
+
+    def __post_init__(self) -> None:
+        if not (self.mean > 0 and self.sigma >= 0 and self.largest >= 1):
+            raise ValueError(f"query sizes need mean > 0, sigma >= 0 and largest >= 1, got {self}")
+
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """int64 [count]."""
+        mu = math.log(self.mean) - self.sigma**2 / 2
+        return np.clip(np.rint(rng.lognormal(mu, self.sigma, count)), 1, self.largest).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A query that is due ``at_s`` seconds after the load's start."""
+
+    at_s: float
+    batch: Batch
+
+
+def generate(
+    dataset: ClickDataset, qps: float, queries: int, *, sizes: QuerySizes = QuerySizes(), seed: int = 0
+) -> list[Arrival]:
+    """A Poisson load: ``queries`` queries at ``qps`` per second on average, each of random rows of
+    ``dataset``.
+    """
+    if not 0 < qps < math.inf:
+        raise ValueError(f"qps must be positive and finite, got {qps}")
+    if queries < 1:
+        raise ValueError(f"queries must be at least 1, got {queries}")
+    if not len(dataset):
+        raise ValueError(f"{dataset.name}: no rows to ask about")
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(1 / qps, queries))
+    return [
+        Arrival(float(at), dataset.batch(rng.integers(len(dataset), size=size)))
+        for at, size in zip(times, sizes.draw(queries, rng), strict=True)
+    ]
+
+
+@dataclass
+class Outcome:
+    """What became of the queries of one contestant."""
+
+    sla_s: float
+    latencies_s: list[float] = field(default_factory=list)  # of answered queries
+    in_time: int = 0
+    refused: Counter = field(default_factory=Counter)  # by reason
+    failed: int = 0
+    samples: int = 0  # answered
+    correct: int = 0  # of those
+    correct_in_time: int = 0
+    samples_in_time: int = 0
+    seconds: float = 0.0
+    paths: Counter = field(default_factory=Counter)  # answered samples by path
+
+    @property
+    def queries(self) -> int:
+        return len(self.latencies_s) + sum(self.refused.values()) + self.failed
+
+    @property
+    def violations(self) -> float:
+        """Share of the queries not answered within the target: late, refused or failed."""
+        return 1 - self.in_time / self.queries if self.queries else 0.0
+
+    def percentile_ms(self, q: float) -> float | None:
+        """Latency of the answered queries; None if there are none."""
+        return float(np.percentile(self.latencies_s, q)) * 1e3 if self.latencies_s else None
+
+    def row(self, name: str) -> dict[str, Any]:
+        """JSON-able summary."""
+        return {
+            "path": name,
+            **{f"p{q}_ms": self.percentile_ms(q) for q in (50, 95, 99)},
+            "violations": self.violations,
+            "refused": dict(self.refused),
+            "failed": self.failed,
+            "accuracy": self.correct / self.samples if self.samples else None,
+            "samples_per_s": self.samples_in_time / self.seconds if self.seconds else 0.0,
+            "correct_per_s": self.correct_in_time / self.seconds if self.seconds else 0.0,
+            "chosen": {path: count / self.samples for path, count in sorted(self.paths.items())},
+        }
+
+    def _add(self, due: float, batch: Batch, future) -> float:
+        """Count one query; returns when it was finished, ``-inf`` if it was not."""
+        try:
+            answer = future.result()
+        except QueryRefusedError as error:
+            self.refused[error.reason] += 1
+            return -math.inf
+        except Exception:
+            self.failed += 1
+            return -math.inf
+        latency = answer.finished_s - due
+        correct = int(((answer.scores >= 0.5) == (batch.labels >= 0.5)).sum())
+        in_time = latency <= self.sla_s
+        self.latencies_s.append(latency)
+        self.samples += len(batch)
+        self.correct += correct
+        self.in_time += in_time
+        self.samples_in_time += len(batch) * in_time
+        self.correct_in_time += correct * in_time
+        self.paths.update(answer.paths)
+        return answer.finished_s
+
+
+def replay(
+    engine: Engine,
+    load: Sequence[Arrival],
+    outcome: Outcome | None = None,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Outcome:
+    """Submit a load's queries when they are due to a started engine, wait for all, and count.
+
+    Its clock must be the engine's. Adds to ``outcome`` if given; the time from the first query's due time
+    (the load's start, that is) to the last answer or arrival is added to its seconds.
+    """
+    outcome = Outcome(engine.sla_s) if outcome is None else outcome
+    origin = load[0].at_s
+    start = clock()
+    futures = []
+    for arrival in load:
+        due = start + arrival.at_s - origin
+        if (wait := due - clock()) > 0:
+            sleep(wait)
+        futures.append((due, engine.submit(arrival.batch, arrived_s=due)))
+    finished = [outcome._add(due, a.batch, f) for a, (due, f) in zip(load, futures, strict=True)]
+    outcome.seconds += max(*finished, futures[-1][0]) - start if finished else 0.0
+    return outcome
+
+
+def contestants(
+    paths: Sequence[Path], profile: Profile, *, dispatcher: str = "dispatcher", **options: Any
+) -> dict[str, Dispatcher]:
+    """Every path alone, and the dispatcher among all of them, last; ``options`` go to ``Dispatcher``."""
+    alone = {path.name: Dispatcher([path], profile, **options) for path in paths}
+    if dispatcher in alone:
+        raise ValueError(f"a path is called {dispatcher!r} already")
+    return {**alone, dispatcher: Dispatcher(paths, profile, **options)}
+
+
+def compare(
+    dispatchers: Mapping[str, Dispatcher],
+    load: Sequence[Arrival],
+    *,
+    rounds: int = 4,
+    progress: Callable[[str, float], object] | None = None,
+    **engine_options: Any,
+) -> dict[str, Outcome]:
+    """Let each contestant serve the same load; in turns, a piece of the load each, ``rounds`` pieces.
+
+    Each serves with an engine of its own (``engine_options``: ``sla_s``, ``max_batch``, ...), empty at
+    the start of every piece. ``progress`` gets who is next and the share done.
+    """
+    if not 1 <= rounds <= len(load):
+        raise ValueError(f"rounds must be between 1 and the number of queries, {len(load)}, got {rounds}")
+    engines = {name: Engine(d, **engine_options).start() for name, d in dispatchers.items()}
+    outcomes = {name: Outcome(engine.sla_s) for name, engine in engines.items()}
+    edges = np.linspace(0, len(load), rounds + 1).astype(int)
+    names = list(engines)
+    try:
+        for r in range(rounds):
+            piece = load[edges[r] : edges[r + 1]]
+            for i, name in enumerate(names[r % len(names) :] + names[: r % len(names)]):
+                if progress is not None:
+                    progress(name, (r * len(names) + i) / (rounds * len(names)))
+                replay(engines[name], piece, outcomes[name])
+    finally:
+        for engine in engines.values():
+            engine.close()
+    return outcomes
+
+
+def suggested_qps(paths: Sequence[Path], profile: Profile, sizes: QuerySizes = QuerySizes()) -> float:
+    """A load that the fastest path can carry and the slowest, as a rule, cannot: 0.8 times the geometric
+    mean of the two paths' own limits (one query after another, median times).
+    """
+    drawn = sizes.draw(1000, np.random.default_rng(0))
+    limits = [1 / float(np.mean(profile.curve(path.name).at(drawn))) for path in paths]
+    return 0.8 * math.sqrt(min(limits) * max(limits))
+
+
+def find_max_qps(
+    try_qps: Callable[[float], float],
+    start: float,
+    *,
+    most: float = 0.01,
+    precision: float = 0.05,
+) -> float:
+    """The highest load at which ``try_qps(qps)``, the share of violations, is at most ``most``; by bisection.
+
+    Within ``precision`` (relative). 0 if no load above a thousandth of ``start`` is carried.
+    """
+    if not 0 < start < math.inf:
+        raise ValueError(f"start must be positive and finite, got {start}")
+    low, high = 0.0, start
+    while try_qps(high) <= most:
+        low, high = high, 2 * high
+        if high > 1e3 * start:
+            return low
+    while high - low > precision * high:
+        if high < 1e-3 * start:
+            return 0.0
+        middle = (low + high) / 2
+        if try_qps(middle) <= most:
+            low = middle
+        else:
+            high = middle
+    return low

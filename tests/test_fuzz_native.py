@@ -1,0 +1,437 @@
+"""Hostile arguments, straight to the native functions: an exception or a result, never a crash, and never a
+byte written outside ``out``.
+
+Each function is fuzzed in a process of its own: a crash fails one test, which names the call that did it.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mprec import _C
+
+EXAMPLES = int(os.environ.get("MPREC_FUZZ_EXAMPLES", 300))
+INT64 = np.iinfo(np.int64)
+EDGES = [0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, INT64.max - 1, INT64.max, INT64.min]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8,
+          torch.uint8, torch.bool, torch.complex64, torch.int16]  # fmt: skip
+# What a Python function may raise for bad arguments. Not SystemError: that is a bug in a C extension.
+ALLOWED = (TypeError, ValueError, IndexError, RuntimeError, OverflowError, MemoryError, BufferError)
+
+CANARY = 0x5A
+
+
+class Guard:
+    """Arrays to be written: each lies between canaries in a larger buffer."""
+
+    def __init__(self):
+        self._buffers: list[tuple[np.ndarray, int, int]] = []
+
+    def array(self, shape: tuple[int, ...], dtype: str = "f4") -> np.ndarray:
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        buffer = np.full(nbytes + 512, CANARY, np.uint8)
+        self._buffers.append((buffer, 256, 256 + nbytes))
+        return buffer[256 : 256 + nbytes].view(dtype).reshape(shape)
+
+    def check(self) -> None:
+        for buffer, begin, end in self._buffers:
+            assert (buffer[:begin] == CANARY).all(), "wrote before the beginning"
+            assert (buffer[end:] == CANARY).all(), "wrote beyond the end"
+
+
+def no_storage(shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = torch.zeros(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+class Wrapper(torch.Tensor):
+    """A tensor subclass that has a shape and no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        raise NotImplementedError
+
+
+def fake(shape: tuple[int, ...]) -> torch.Tensor:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.zeros(shape)
+
+
+def unaligned(shape: tuple[int, ...]) -> np.ndarray:
+    n = math.prod(shape)
+    return np.frombuffer(bytearray(4 * n + 1), np.float32, n, offset=1).reshape(shape)
+
+
+def readonly(shape: tuple[int, ...], dtype="f4") -> np.ndarray:
+    array = np.zeros(shape, dtype)
+    array.flags.writeable = False
+    return array
+
+
+def field_of_records(shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, dtype=[("value", "f4"), ("pad", "i1")])["value"]
+
+
+def expanded(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.zeros([1] * len(shape)).expand(shape)
+
+
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 8, 17]), max_size=3).map(tuple)
+matrices = st.tuples(st.sampled_from([0, 1, 2, 3, 4, 6]), st.sampled_from([0, 1, 3, 5, 8, 16, 17, 40]))
+
+junk = st.one_of(
+    st.sampled_from([None, "text", b"bytes", 3, -1, 2.5, 10**30, math.nan, True, object()]),
+    st.sampled_from([[], [1, 2], [None], {}, ()]),
+    st.builds(torch.zeros, shapes, dtype=st.sampled_from(DTYPES)),
+    st.builds(torch.zeros, matrices, dtype=st.sampled_from(DTYPES)),
+    st.builds(lambda s: torch.zeros(s, device="meta"), matrices),
+    st.builds(lambda s: torch.zeros(s).to_sparse(), matrices),
+    st.builds(lambda s: torch.zeros(s, requires_grad=True), matrices),
+    st.builds(lambda s: torch.nn.Parameter(torch.zeros(s)), matrices),
+    st.builds(lambda s: torch.zeros(s[::-1]).T, matrices),
+    st.builds(lambda s: torch.zeros(s[0], 2 * s[1] + 1)[:, ::2], matrices),
+    st.builds(lambda s: torch.zeros(s, dtype=torch.complex64).conj().imag, matrices),
+    st.builds(lambda s: np.zeros(s, "f4")[::-1], matrices),
+    st.builds(lambda s: np.zeros(s, "f4")[:, ::-1], matrices),
+    st.builds(lambda s: np.zeros(s, ">f4"), matrices),
+    st.builds(lambda s: np.zeros(s, "O"), matrices),
+    st.builds(lambda n: torch.zeros([1] * n), st.integers(0, 12)),
+    st.builds(lambda n: np.zeros([1] * n, "f4"), st.integers(0, 12)),
+    *(st.builds(make, matrices) for make in (Wrapper, fake, unaligned, readonly, field_of_records, expanded)),
+)  # fmt: skip
+
+integers = st.one_of(st.sampled_from(EDGES), st.integers(INT64.min, INT64.max), st.integers(-3, 5))
+id_lists = st.lists(st.one_of(st.sampled_from(EDGES), st.integers(0, 4)), max_size=40)
+
+
+def id_tensor(values: list[int], wide: bool, is_numpy: bool):
+    array = np.array(values, "i8").astype("i8" if wide else "i4")
+    return array if is_numpy else torch.from_numpy(array)
+
+
+hostile_ids = st.one_of(
+    st.builds(id_tensor, id_lists, st.booleans(), st.booleans()),
+    st.builds(id_tensor, id_lists.map(sorted), st.booleans(), st.booleans()),
+    st.builds(lambda n: torch.zeros(1, dtype=torch.int64).expand(n), st.integers(0, 30)),
+    st.builds(lambda n: torch.arange(2 * n)[::2], st.integers(0, 30)),
+    junk,
+)
+hostile = st.one_of(junk, integers)
+
+
+@st.composite
+def bags(draw, tables: int, batch: int, num_rows: int):
+    """Valid CSR indices and offsets."""
+    lengths = draw(st.lists(st.integers(0, 4), min_size=tables * batch, max_size=tables * batch))
+    n = sum(lengths)
+    indices = draw(st.lists(st.integers(0, max(num_rows - 1, 0)), min_size=n, max_size=n))
+    offsets = np.cumsum([0, *lengths]).tolist()
+    return [id_tensor(v, draw(st.booleans()), draw(st.booleans())) for v in (indices, offsets)]
+
+
+@st.composite
+def embedding_bag_multi(draw, guard: Guard):
+    tables, batch, num_rows = draw(st.integers(1, 4)), draw(st.integers(0, 5)), draw(st.integers(1, 6))
+    dims = [draw(st.sampled_from([1, 3, 8, 16, 17, 40])) for _ in range(tables)]
+    indices, offsets = draw(bags(tables, batch, num_rows))
+    return {
+        "weights": [torch.randn(num_rows, d) for d in dims],
+        "indices": indices,
+        "offsets": offsets,
+        "per_sample_weights": draw(st.sampled_from([None, torch.ones(len(indices))])),
+        "mode": draw(st.sampled_from([0, 1])),
+        "padding_idx": -1,
+        "out": guard.array((batch, sum(dims))),
+        "out_columns": draw(st.sampled_from([None, np.cumsum([0, *dims[:-1]]).tolist()])),
+        "threads": draw(st.integers(1, 4)),
+    }
+
+
+@st.composite
+def embedding_bag(draw, guard: Guard):
+    batch, num_rows, dim = draw(st.integers(0, 5)), draw(st.integers(1, 6)), draw(st.sampled_from([1, 8, 17]))
+    indices, offsets = draw(bags(1, batch, num_rows))
+    return {
+        "weight": torch.randn(num_rows, dim),
+        "indices": indices,
+        "offsets": offsets,
+        "per_sample_weights": None,
+        "mode": draw(st.sampled_from([0, 1, 2])),
+        "include_last_offset": True,
+        "padding_idx": draw(st.sampled_from([-1, 0])),
+        "out": guard.array((batch, dim)),
+        "threads": 1,
+    }
+
+
+def coefficients(family: int, k: int) -> torch.Tensor:
+    return torch.randint(1, 1000, (2 if family in (1, 2) else 4, k), dtype=torch.int32)
+
+
+def decoder_arguments(sizes: list[int], family: int = 0) -> dict:
+    pairs = list(itertools.pairwise(sizes))
+    return {
+        "coefficients": coefficients(family, sizes[0]),
+        "weights": [torch.randn(o, i) for i, o in pairs],
+        "biases": [torch.randn(o) for _, o in pairs],
+        "family": family,
+        "activation": 1,
+        "last_activation": 0,
+    }
+
+
+@st.composite
+def decoder(draw, guard: Guard):
+    sizes = draw(st.lists(st.sampled_from([2, 4, 16, 18]), min_size=2, max_size=4))
+    return decoder_arguments(sizes, draw(st.integers(0, 4)))
+
+
+@st.composite
+def dhe_bag_multi(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    decoders = [
+        _C.Decoder(**decoder_arguments([16, 5, draw(st.sampled_from([1, 8, 17]))])) for _ in range(features)
+    ]
+    dims = [d.dim for d in decoders]
+    indices, offsets = draw(bags(features, batch, 1000))
+    return {
+        "decoders": decoders,
+        "indices": indices,
+        "offsets": offsets,
+        "per_sample_weights": draw(st.sampled_from([None, torch.ones(len(indices))])),
+        "mode": draw(st.sampled_from([0, 1])),
+        "padding_idx": -1,
+        "out": guard.array((batch, sum(dims))),
+        "out_columns": draw(st.sampled_from([None, np.cumsum([0, *dims[:-1]]).tolist()])),
+        "threads": draw(st.integers(1, 4)),
+    }
+
+
+@st.composite
+def dhe_bag(draw, guard: Guard):
+    batch = draw(st.integers(0, 5))
+    indices, offsets = draw(bags(1, batch, 1000))
+    return {
+        "decoder": _C.Decoder(**decoder_arguments([16, 5, 9])),
+        "indices": indices,
+        "offsets": offsets,
+        "per_sample_weights": None,
+        "mode": draw(st.sampled_from([0, 1, 2])),
+        "include_last_offset": True,
+        "padding_idx": draw(st.sampled_from([-1, 0])),
+        "out": guard.array((batch, 9)),
+        "threads": 1,
+    }
+
+
+def hashing(dtype: str):
+    @st.composite
+    def arguments(draw, guard: Guard):
+        family, k, n = (
+            draw(st.integers(0, 4)),
+            draw(st.sampled_from([2, 16, 18, 40])),
+            draw(st.integers(0, 6)),
+        )
+        return {
+            "coefficients": coefficients(family, k),
+            "indices": id_tensor(
+                draw(st.lists(st.integers(0, INT64.max), min_size=n, max_size=n)), True, False
+            ),
+            "family": family,
+            "out": guard.array((n, k), dtype),
+        }
+
+    return arguments
+
+
+@st.composite
+def update_tables(draw, guard: Guard):
+    tables, batch, num_rows = draw(st.integers(1, 3)), draw(st.integers(0, 5)), draw(st.integers(1, 6))
+    dims = [draw(st.sampled_from([1, 8, 17])) for _ in range(tables)]
+    indices, offsets = draw(bags(tables, batch, num_rows))
+    rule = draw(st.integers(1, 4))
+
+    def states():
+        return [guard.array((num_rows, 1 if rule == 3 else d)) for d in dims]
+
+    return {
+        "weights": [guard.array((num_rows, d)) for d in dims],
+        "first": states(),
+        "second": states(),
+        "indices": indices,
+        "offsets": offsets,
+        "per_sample_weights": None,
+        "mode": draw(st.sampled_from([0, 1])),
+        "padding_idx": -1,
+        "grad": torch.randn(batch, sum(dims)),
+        "columns": None,
+        "rule": rule,
+        "lr": 0.1,
+        "eps": 1e-8,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "threads": draw(st.integers(1, 4)),
+    }
+
+
+@st.composite
+def sparse_gradient(draw, guard: Guard):
+    batch, num_rows, dim = draw(st.integers(0, 5)), draw(st.integers(1, 6)), draw(st.sampled_from([1, 8, 17]))
+    indices, offsets = draw(bags(1, batch, num_rows))
+    return {
+        "indices": indices,
+        "offsets": offsets,
+        "per_sample_weights": None,
+        "mode": draw(st.sampled_from([0, 1])),
+        "padding_idx": -1,
+        "num_rows": num_rows,
+        "grad": torch.randn(batch, dim),
+        "rows": guard.array((len(indices),), "i8"),
+        "values": guard.array((len(indices), dim)),
+        "threads": 1,
+    }
+
+
+@st.composite
+def row_cache(draw, guard: Guard):
+    return {"dim": draw(st.integers(1, 20)), "nbytes": draw(st.sampled_from([4096, 1 << 16]))}
+
+
+def cache_call(method: str):
+    @st.composite
+    def arguments(draw, guard: Guard):
+        dim, n = draw(st.sampled_from([1, 8, 17])), draw(st.integers(0, 8))
+        cache = _C.RowCache(dim, 1 << 14)
+        ids = torch.tensor(draw(st.lists(st.integers(0, 9), min_size=n, max_size=n)), dtype=torch.int64)
+        cache.fill(torch.arange(3), torch.randn(3, dim), cache.generation)
+        common = {"self": cache, "ids": ids, "generation": cache.generation}
+        if method == "lookup":
+            return common | {
+                "out": guard.array((n, dim)),
+                **{name: guard.array((n,), "i8") for name in ("positions", "distinct_ids", "inverse")},
+            }
+        return common | {"rows": torch.randn(n, dim)}
+
+    return arguments
+
+
+TARGETS: dict[str, tuple[Callable, Callable]] = {
+    "embedding_bag_multi": (_C.embedding_bag_multi, embedding_bag_multi),
+    "embedding_bag": (_C.embedding_bag, embedding_bag),
+    "update_tables": (_C.update_tables, update_tables),
+    "sparse_gradient": (_C.sparse_gradient, sparse_gradient),
+    "Decoder": (_C.Decoder, decoder),
+    "dhe_bag_multi": (_C.dhe_bag_multi, dhe_bag_multi),
+    "dhe_bag": (_C.dhe_bag, dhe_bag),
+    "hash_encode": (_C.hash_encode, hashing("f4")),
+    "hash_values": (_C.hash_values, hashing("i8")),
+    "RowCache": (_C.RowCache, row_cache),
+    "RowCache.lookup": (_C.RowCache.lookup, cache_call("lookup")),
+    "RowCache.admit": (_C.RowCache.admit, cache_call("admit")),
+    "RowCache.fill": (_C.RowCache.fill, cache_call("fill")),
+}
+
+LISTS = {"weights", "biases", "decoders", "out_columns", "columns", "first", "second"}
+IDS = {"indices", "offsets", "ids"}
+
+
+@st.composite
+def corrupted(draw, arguments: dict) -> dict:
+    """The arguments with up to three of them replaced."""
+    result = dict(arguments)
+    tensors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor | np.ndarray)]
+    if tensors and draw(st.integers(0, 19)) == 0:
+        # Alone: beside another bad argument pybind11's message prints it, and torch's repr crashes on it.
+        result[draw(st.sampled_from(tensors))] = no_storage(draw(matrices))
+        return result
+    for name in draw(st.lists(st.sampled_from(sorted(arguments)), max_size=3, unique=True)):
+        if name in LISTS and isinstance(result[name], list) and result[name] and draw(st.booleans()):
+            items = list(result[name])  # one item of the list, or its length
+            at = draw(st.integers(0, len(items)))
+            items[at : at + 1] = draw(st.lists(hostile, max_size=1))
+            result[name] = items
+        elif name in LISTS:
+            result[name] = draw(st.one_of(hostile, st.lists(integers, max_size=4)))
+        else:
+            result[name] = draw(hostile_ids if name in IDS else hostile)
+    return result
+
+
+def fuzz(target: str) -> None:
+    function, valid_arguments = TARGETS[target]
+    journal = Path(sys.argv[2]).open("w")  # noqa: SIM115 - must outlive a crash
+    outcomes = {"result": 0, "exception": 0}
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(st.data())
+    def attack(data):
+        guard = Guard()
+        arguments = data.draw(corrupted(data.draw(valid_arguments(guard))))
+        journal.seek(0)
+        journal.truncate()
+        journal.write("\n".join(f"{k} = {describe(v)}" for k, v in arguments.items()))
+        journal.flush()
+        positional = [arguments.pop("self")] if "self" in arguments else []
+        try:
+            function(*positional, **arguments)
+            outcomes["result"] += 1
+        except ALLOWED:
+            outcomes["exception"] += 1
+        guard.check()
+
+    attack()
+    print(outcomes)
+    assert min(outcomes.values()) > EXAMPLES // 50, f"one-sided: {outcomes}"
+
+
+def describe(value) -> str:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        text = f"{type(value).__name__} {tuple(value.shape)} {value.dtype}"
+        is_plain = type(value) in (torch.Tensor, np.ndarray) and 0 < math.prod(value.shape) <= 40
+        if (
+            is_plain
+            and "int64" in str(value.dtype)
+            and getattr(value, "device", None) in (None, torch.device("cpu"), "cpu")
+        ):
+            text += f" {value.tolist()}"
+        return text
+    if isinstance(value, list):
+        return "[" + ", ".join(map(describe, value)) + "]"
+    return repr(value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_hostile_arguments(target, tmp_path):
+    journal = tmp_path / "journal"
+    command = [sys.executable, "-X", "faulthandler", __file__, target, str(journal)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, (
+        f"{done.stdout[-2000:]}{done.stderr[-4000:]}\nlast call of {target}:\n{journal.read_text()}"
+    )
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    fuzz(sys.argv[1])

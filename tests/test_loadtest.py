@@ -1,0 +1,198 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from dispatch_fakes import Clock, fake_profile
+
+from mprec.data import ClickDataset, Column
+from mprec.dispatch import Dispatcher, Path
+from mprec.serving import Engine
+from mprec.serving.loadtest import (
+    Outcome,
+    QuerySizes,
+    compare,
+    contestants,
+    find_max_qps,
+    generate,
+    replay,
+    suggested_qps,
+)
+
+ROWS = 1000
+
+
+def dataset():
+    """The label of a row is 1 where its only ID is even."""
+    ids = np.arange(ROWS)
+    return ClickDataset("parity", [Column("id", ROWS, ids)], (ids % 2 == 0).astype(np.float32))
+
+
+def knows(share):
+    """A model that is right on this share of the IDs."""
+
+    def model(batch):
+        right = batch.indices < share * ROWS
+        even = batch.indices % 2 == 0
+        return torch.where(right == even, 0.9, 0.1)
+
+    return model
+
+
+COSTS = {"poor": (1e-4, 1e-6), "good": (2e-4, 1e-5)}
+
+
+def paths():
+    return [
+        Path("poor", "table", 0.6, knows(0.6), "shape of poor"),
+        Path("good", "dhe", 0.9, knows(0.9), "shape of good"),
+    ]
+
+
+def test_sizes_are_lognormal_with_the_mean_asked_for():
+    sizes = QuerySizes(mean=128, sigma=0.5, largest=10**6).draw(200_000, np.random.default_rng(0))
+    assert sizes.mean() == pytest.approx(128, rel=0.01)
+    assert np.log(sizes).std() == pytest.approx(0.5, rel=0.02)
+    clipped = QuerySizes(mean=128, sigma=2.0).draw(10_000, np.random.default_rng(0))
+    assert (clipped.min(), clipped.max()) == (1, 1024)
+    assert (QuerySizes(mean=7, sigma=0).draw(10, np.random.default_rng(0)) == 7).all()
+
+
+def test_arrivals_are_poisson_and_repeatable():
+    load = generate(dataset(), 100.0, 4000, sizes=QuerySizes(4, 0.5), seed=3)
+    gaps = np.diff([a.at_s for a in load])
+    assert gaps.mean() == pytest.approx(0.01, rel=0.05)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.07)  # exponential
+    again = generate(dataset(), 100.0, 4000, sizes=QuerySizes(4, 0.5), seed=3)
+    assert all(
+        a.at_s == b.at_s and torch.equal(a.batch.indices, b.batch.indices)
+        for a, b in zip(load, again, strict=True)
+    )
+
+
+class StepEngine(Engine):
+    """Scores in the caller's thread: each query when it comes, on a clock that only the paths move."""
+
+    def submit(self, *args, **kwargs):
+        future = super().submit(*args, **kwargs)
+        while self.step():
+            pass
+        return future
+
+
+def timed(path, clock, slow=1.0):
+    fixed, per_sample = COSTS[path.name]
+
+    def model(batch):
+        clock.advance(slow * (fixed + per_sample * len(batch)))
+        return path.model(batch)
+
+    return Path(path.name, path.representation, path.quality, model, path.shape)
+
+
+def test_outcome_counts_what_happened():
+    """Ten queries of 100 samples, a second apart; one path, which is right on 60 % of the samples."""
+    clock = Clock()
+    engine = StepEngine(Dispatcher([timed(paths()[0], clock)], fake_profile(COSTS)), sla_s=1e-2, clock=clock)
+    load = generate(dataset(), 1.0, 10, sizes=QuerySizes(100, 0))
+    outcome = replay(engine, load, clock=clock, sleep=clock.advance)
+    labels = torch.cat([a.batch.labels for a in load])
+    ids = torch.cat([a.batch.indices for a in load])
+    expected = int(
+        ((knows(0.6)(load[0].batch.__class__(None, ids, None, labels)) >= 0.5) == (labels >= 0.5)).sum()
+    )
+    row = outcome.row("poor")
+    assert expected == int((ids < 600).sum())
+    assert (outcome.samples, outcome.correct, outcome.correct_in_time) == (1000, expected, expected)
+    assert row["accuracy"] == expected / 1000
+    assert row["p50_ms"] == pytest.approx(0.2)
+    assert row["p99_ms"] == pytest.approx(0.2)
+    assert row["violations"] == 0
+    assert row["chosen"] == {"poor": 1.0}
+    span = load[-1].at_s - load[0].at_s + 2e-4
+    assert row["correct_per_s"] == pytest.approx(expected / span)
+
+
+def test_late_and_refused_queries_are_violations_and_bring_no_throughput():
+    clock = Clock()
+    late = timed(paths()[0], clock, slow=100.0)
+    dispatcher = Dispatcher([late], fake_profile(COSTS))
+    engine = StepEngine(dispatcher, sla_s=1e-3, clock=clock)
+    outcome = replay(
+        engine, generate(dataset(), 1.0, 10, sizes=QuerySizes(100, 0)), clock=clock, sleep=clock.advance
+    )
+    assert outcome.queries == 10
+    assert outcome.violations == 1.0
+    assert outcome.row("x")["correct_per_s"] == 0
+    assert outcome.refused["overload"] > 0  # after it was seen to be slow
+    assert len(outcome.latencies_s) + outcome.refused["overload"] == 10
+    assert outcome.row("x")["accuracy"] is not None
+
+
+def test_latency_counts_from_when_a_query_was_due():
+    clock = Clock()
+    engine = StepEngine(Dispatcher([timed(paths()[0], clock)], fake_profile(COSTS)), sla_s=10.0, clock=clock)
+    load = generate(dataset(), 10.0, 5, sizes=QuerySizes(100, 0))
+    outcome = replay(engine, load, clock=clock, sleep=lambda seconds: clock.advance(seconds + 0.5))
+    assert outcome.percentile_ms(50) > 400
+
+
+def test_contestants_serve_the_same_load_in_real_time():
+    load = generate(dataset(), 2000.0, 60, sizes=QuerySizes(20, 0.5))
+    dispatchers = contestants(paths(), fake_profile(COSTS))
+    assert list(dispatchers) == ["poor", "good", "dispatcher"]
+    outcomes = compare(dispatchers, load, rounds=3, sla_s=60.0)
+    samples = sum(len(a.batch) for a in load)
+    for name, outcome in outcomes.items():
+        assert (outcome.queries, outcome.samples, outcome.violations) == (60, samples, 0.0), name
+    ids = torch.cat([a.batch.indices for a in load])
+    assert outcomes["poor"].correct == int((ids < 600).sum())
+    assert outcomes["good"].correct == outcomes["dispatcher"].correct == int((ids < 900).sum())
+    assert outcomes["dispatcher"].row("d")["chosen"] == {"good": 1.0}
+
+
+def test_an_empty_outcome_has_no_figures():
+    row = Outcome(1.0).row("nobody")
+    assert row["p99_ms"] is None
+    assert row["accuracy"] is None
+    assert row["correct_per_s"] == 0
+
+
+@pytest.mark.parametrize("limit", [0.4, 7.0, 100.0, 3333.0])
+def test_bisection_finds_the_limit(limit):
+    tried = []
+
+    def violations(qps):
+        tried.append(qps)
+        return 0.0 if qps <= limit else 0.5
+
+    found = find_max_qps(violations, 100.0)
+    assert limit * 0.95 <= found <= limit
+    assert len(tried) < 20
+
+
+def test_bisection_ends():
+    assert find_max_qps(lambda qps: 1.0, 100.0) == 0.0
+    assert math.isfinite(find_max_qps(lambda qps: 0.0, 100.0))
+
+
+def test_suggested_load_is_between_the_limits_of_the_paths():
+    sizes = QuerySizes(100, 0)
+    qps = suggested_qps(paths(), fake_profile(COSTS), sizes)
+    assert qps == pytest.approx(0.8 * math.sqrt((1 / 2e-4) * (1 / 1.2e-3)))
+
+
+def test_refusals():
+    data = dataset()
+    for call, match in (
+        (lambda: generate(data, 0.0, 10), "qps"),
+        (lambda: generate(data, math.nan, 10), "qps"),
+        (lambda: generate(data, 1.0, 0), "queries"),
+        (lambda: generate(data.take(slice(0, 0)), 1.0, 1), "no rows"),
+        (lambda: QuerySizes(mean=0), "mean"),
+        (lambda: compare({}, generate(data, 1e3, 2), rounds=3, sla_s=1.0), "rounds"),
+        (lambda: contestants(paths(), fake_profile(COSTS), dispatcher="good"), "good"),
+        (lambda: find_max_qps(lambda qps: 0.0, 0.0), "start"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()

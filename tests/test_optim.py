@@ -1,0 +1,199 @@
+"""Optimizers applied in the backward pass, against torch's own over many steps."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from mprec import ops, optim
+from mprec.errors import IdOutOfRangeError, InvalidOffsetsError
+
+
+class _TorchRowWiseAdagrad:
+    """FBGEMM's exact row-wise Adagrad in plain torch, on coalesced sparse gradients."""
+
+    def __init__(self, params, lr, eps):
+        self.params, self.lr, self.eps = list(params), lr, eps
+        self.sums = [torch.zeros(len(p), 1, dtype=p.dtype) for p in self.params]
+
+    @torch.no_grad()
+    def step(self):
+        for p, total in zip(self.params, self.sums, strict=True):
+            grad = p.grad.coalesce()
+            rows, values = grad.indices()[0], grad.values()
+            total[rows] += values.square().mean(1, keepdim=True)
+            p[rows] -= self.lr * values / (total[rows].sqrt() + self.eps)
+
+
+PAIRS = {
+    "sgd": (lambda p: optim.SGD(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "adagrad": (
+        lambda p: optim.Adagrad(p, lr=0.1, lr_decay=0.01, initial_accumulator_value=0.1),
+        lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.01, initial_accumulator_value=0.1),
+    ),
+    "rowwise_adagrad": (
+        lambda p: optim.RowWiseAdagrad(p, lr=0.1, eps=1e-6),
+        lambda p: _TorchRowWiseAdagrad(p, lr=0.1, eps=1e-6),
+    ),
+    "adam": (
+        lambda p: optim.Adam(p, lr=0.01, betas=(0.8, 0.95)),
+        lambda p: torch.optim.SparseAdam(p, lr=0.01, betas=(0.8, 0.95)),
+    ),
+}
+
+
+def _bags(
+    generator: torch.Generator, rows: int, bags: int, longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = torch.randint(0, longest + 1, (bags,), generator=generator)
+    lengths[0] = max(int(lengths[0]), 1)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    # squared: hot rows, as in a click log
+    ids = (torch.rand(int(offsets[-1]), generator=generator).square() * rows).long()
+    return ids, offsets
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_50_steps_equal_torch(name, mode):
+    ours_, theirs_ = PAIRS[name]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(60, 19, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    our_optimizer, their_optimizer = ours_([ours]), theirs_([theirs])
+    for _ in range(50):
+        ids, offsets = _bags(generator, 60, 17, 6)
+        target = torch.randn(17, 19, generator=generator)
+        kwargs = {"mode": mode, "include_last_offset": True, "sparse": True}
+        ((ops.embedding_bag(ids, ours, offsets, **kwargs) - target) ** 2).sum().backward()
+        our_optimizer.step()
+        theirs.grad = None
+        out = torch.nn.functional.embedding_bag(ids, theirs, offsets, **kwargs)
+        ((out - target) ** 2).sum().backward()
+        their_optimizer.step()
+    assert ours.grad is None
+    assert not torch.equal(ours, start)
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_many_tables_in_one_call_equal_one_by_one(name):
+    ours_, _ = PAIRS[name]
+    generator = torch.Generator().manual_seed(1)
+    dims = (4, 16, 33)
+    together = [torch.nn.Parameter(torch.randn(30, d, generator=generator)) for d in dims]
+    alone = [copy.deepcopy(p) for p in together]
+    optimizers = [ours_(together), *(ours_([p]) for p in alone)]
+    for _ in range(3):
+        parts = [_bags(generator, 30, 9, 4) for _ in dims]
+        indices = torch.cat([ids for ids, _ in parts])
+        offsets, total = [torch.zeros(1, dtype=torch.int64)], 0
+        for ids, own in parts:
+            offsets.append(own[1:] + total)
+            total += len(ids)
+        weights = torch.rand(len(indices), generator=generator)
+        out = ops.embedding_bag_multi(together, indices, torch.cat(offsets), per_sample_weights=weights)
+        grad = torch.randn(out.shape, generator=generator)
+        out.backward(grad)
+        split = zip(alone, parts, grad.split(dims, 1), weights.split([len(i) for i, _ in parts]), strict=True)
+        for p, (ids, own), g, w in split:
+            pooled = ops.embedding_bag(
+                ids, p, own, mode="sum", include_last_offset=True, per_sample_weights=w
+            )
+            pooled.backward(g)
+    assert len(optimizers) == 4
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets", "error"),
+    [
+        ([0, 9], [0, 2], IdOutOfRangeError),
+        ([0, -1], [0, 2], IdOutOfRangeError),
+        ([0, 1], [0, 3], InvalidOffsetsError),
+        ([0, 1], [1, 2], InvalidOffsetsError),
+    ],
+)
+def test_bad_input_changes_nothing(ids, offsets, error):
+    weight = torch.zeros(9, 4)
+    optimizer = optim.SGD([torch.nn.Parameter(weight)], lr=1.0)
+    parameter = optimizer.param_groups[0]["params"][0]
+    with pytest.raises(error):
+        optimizer.apply_bags(
+            [parameter], torch.tensor(ids), torch.tensor(offsets), None, 0, -1, torch.ones(1, 4)
+        )
+    assert torch.equal(parameter, torch.zeros(9, 4))
+
+
+def test_bad_hyperparameters_are_named():
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"lr.*-1"):
+        optim.SGD([weight], lr=-1)
+    with pytest.raises(ValueError, match=r"betas\[1\]"):
+        optim.Adam([weight], betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="float32"):
+        optim.SGD([torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))])
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        optim.SGD([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_state_dict_round_trip_continues_alike():
+    generator = torch.Generator().manual_seed(3)
+    first = torch.nn.Parameter(torch.randn(20, 5, generator=generator))
+    optimizer = optim.Adam([first], lr=0.05)
+
+    def one_step(weight):
+        own = torch.Generator().manual_seed(4)
+        ids, offsets = _bags(own, 20, 6, 5)
+        out = ops.embedding_bag(ids, weight, offsets, mode="sum", include_last_offset=True)
+        out.square().sum().backward()
+
+    one_step(first)
+    saved, state = first.detach().clone(), pickle.loads(pickle.dumps(optimizer.state_dict()))
+    one_step(first)
+    second = torch.nn.Parameter(saved)
+    restored = optim.Adam([second], lr=0.05)
+    restored.load_state_dict(state)
+    one_step(second)
+    assert torch.equal(first, second)
+
+
+def test_learning_rate_schedulers_work():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = optim.SGD([weight], lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for expected in (1.0, 0.5, 0.25):
+        before = weight.detach().clone()
+        ops.embedding_bag(torch.tensor([[2]]), weight, mode="sum").sum().backward()
+        optimizer.step()
+        schedule.step()
+        torch.testing.assert_close(before[2] - weight[2], torch.full((3,), expected))
+        assert torch.equal(before[:2], weight[:2])
+
+
+def test_gradients_that_came_another_way_are_applied_by_step():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = optim.SGD([weight], lr=1.0)
+    weight.grad = torch.sparse_coo_tensor(
+        torch.tensor([[1, 1]]), torch.tensor([[1.0, 2, 3], [1, 1, 1]]), (4, 3)
+    )
+    optimizer.step()
+    assert torch.equal(weight[1], torch.tensor([-1.0, -2.0, -3.0]))
+    optimizer.zero_grad()
+    weight.grad = torch.ones(4, 3)
+    optimizer.step()
+    assert torch.equal(weight[0], torch.zeros(3))
+
+
+def test_version_counter_sees_the_update():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = optim.SGD([weight], lr=1.0)
+    before = weight._version
+    ops.embedding_bag(torch.tensor([[2]]), weight, mode="sum").sum().backward()
+    assert weight._version > before
+    assert weight.grad is None
+    del optimizer  # gives the table back
+    ops.embedding_bag(torch.tensor([[2]]), weight, mode="sum").sum().backward()
+    assert weight.grad is not None

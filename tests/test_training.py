@@ -1,0 +1,180 @@
+"""Training: it learns what can be learnt, stops early, is seeded, and fails with a reason."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mprec import checkpoint
+from mprec.cli import train as command
+from mprec.data import ClickDataset, Column, load, movielens
+from mprec.errors import TrainingError
+from mprec.nn import DheConfig
+from mprec.training import (
+    REPRESENTATIONS,
+    TrainOptions,
+    build_model,
+    evaluate,
+    predict,
+    train,
+    train_representations,
+)
+
+SMALL = {"dim": 8, "dhe": DheConfig(k=256, hidden=(32,)), "bottom": (16,), "top": (16,)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return load("synthetic:rows=20000,features=4,vocabulary=40,seed=1,dense=2,bag=2")
+
+
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_learns_the_planted_model(dataset, representation):
+    """Most of the way from guessing to the best AUC that this log allows."""
+    options = TrainOptions(epochs=4, batch_size=128, learning_rate=3e-3, table_learning_rate=1e-2)
+    trained = train_representations(dataset, [representation], options, **SMALL)[representation]
+    found, best = trained.metadata["metrics"]["test"]["auc"], dataset.info["best_auc"]
+    assert found > 0.5 + 0.75 * (best - 0.5)
+    assert found < best + 0.03
+    losses = [epoch["loss"] for epoch in trained.result.history]
+    assert losses[-1] < losses[0] < 0.7
+
+
+def test_predictions_and_metrics(dataset):
+    model = build_model(dataset, "table", **SMALL)
+    model.train()
+    parts = np.concatenate([predict(model, dataset.take(slice(a, a + 7000))) for a in (0, 7000, 14000)])
+    whole = predict(model, dataset, batch_size=64)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    assert model.training
+    batch = dataset.batch(slice(0, 10))
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            whole[:10], model(batch.dense, batch.indices, batch.offsets).sigmoid(), rtol=1e-5
+        )
+    assert evaluate(model, dataset).accuracy == ((whole >= 0.5) == dataset.labels).mean()
+    assert len(predict(model, dataset.take(slice(0, 0)))) == 0
+
+
+def test_same_seed_same_weights_and_the_global_random_state_is_left_alone(dataset):
+    state = torch.random.get_rng_state()
+    results = []
+    for seed in (0, 0, 1):
+        options = TrainOptions(epochs=1, batch_size=512, seed=seed)
+        results.append(
+            train_representations(dataset, ["hybrid"], options, **SMALL)["hybrid"].model.state_dict()
+        )
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert not all(torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("monitor", ["auc", "log_loss"])
+def test_stops_early_and_keeps_the_best_epoch(dataset, monitor):
+    """With labels that depend on nothing, validation quality stops improving at once."""
+    labels = np.random.default_rng(0).integers(0, 2, len(dataset))
+    noise = dataclasses.replace(dataset, labels=labels).take(slice(0, 3000))
+    parts = noise.split((0.5, 0.5))
+    model = build_model(noise, "table", **SMALL)
+    events = []
+    options = TrainOptions(epochs=50, batch_size=64, table_learning_rate=0.05, patience=2, monitor=monitor)
+    result = train(model, *parts, options, events.append)
+    assert len(result.history) == result.best_epoch + 2 < 50
+    values = [epoch[monitor] for epoch in result.history]
+    assert values[result.best_epoch - 1] == (max(values) if monitor == "auc" else min(values))
+    assert evaluate(model, parts[1]) == result.valid
+    assert [e.epoch for e in events if e.valid] == list(range(1, len(values) + 1))
+    assert len(events) == 24 * len(values)
+    assert (events[0].step, events[0].steps, events[0].epochs) == (1, 24, 50)
+
+
+def test_a_loss_that_is_not_a_number_stops(dataset):
+    model = build_model(dataset, "table", **SMALL)
+    with torch.no_grad():
+        model.top[-1].bias.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"the loss at epoch 1, step 1 of \d+ is nan: .*learning rates"):
+        train(model, *dataset.split()[:2])
+    model = build_model(dataset, "table", **SMALL)
+    with pytest.raises(TrainingError, match=r"epoch 1.* is (nan|inf)"):
+        train(model, *dataset.split()[:2], TrainOptions(learning_rate=1e30, batch_size=32))
+
+
+def test_bad_arguments(dataset):
+    for name, value in (("epochs", 0), ("batch_size", 0), ("patience", 0), ("learning_rate", 0.0)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            TrainOptions(**{name: value})
+    with pytest.raises(ValueError, match="monitor must be one of auc, log_loss, got 'loss'"):
+        TrainOptions(monitor="loss")
+    with pytest.raises(ValueError, match="representation must be one of"):
+        build_model(dataset, "bloom")
+    model = build_model(dataset, "table", **SMALL)
+    with pytest.raises(ValueError, match="must not be empty, got 20000 and 0 rows"):
+        train(model, dataset, dataset.take(slice(0, 0)))
+    ones = ClickDataset("ones", [Column("a", 2, np.zeros(4, dtype=int))], labels=np.ones(4))
+    with pytest.raises(ValueError, match="labels of one kind only"):
+        train(build_model(ones, "table", **SMALL), ones, ones)
+
+
+def parse(*arguments):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "model.pt"
+    arguments = (
+        "--data synthetic:rows=2000,features=3,vocabulary=50 --representation select --epochs 2 --dim 8"
+    )
+    arguments += f" --dhe-k 32 --dhe-hidden 16 --top 8 --bottom 8,4 --seed 5 --output {path}"
+    assert command.run(parse(*arguments.split(), "--json")) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert "epoch 2/2" in captured.err
+    model, metadata = checkpoint.load(path)
+    assert metadata["representation"] == result["representation"] == "select"
+    assert metadata["seed"] == 5
+    assert metadata["dataset"]["features"] == [["f0", 50], ["f1", 33], ["f2", 22]]
+    assert [f.representation for f in model.features] == ["dhe", "dhe", "table"]
+    assert model.features[0].dhe == DheConfig(k=32, hidden=(16,), seed=5)
+    dataset = load("synthetic:rows=2000,features=3,vocabulary=50")
+    test = dataset.split()[2]
+    assert evaluate(model, test).to_dict() == pytest.approx(metadata["metrics"]["test"], rel=1e-5)
+    assert command.run(parse(*arguments.split())) == 0
+    assert capsys.readouterr().out.startswith("valid (200 rows): AUC ")
+
+
+def test_command_checks_before_it_trains(tmp_path):
+    arguments = ["--data", "synthetic", "--representation", "table", "--output"]
+    with pytest.raises(ValueError, match="--output: there is no folder"):
+        command.run(parse(*arguments, str(tmp_path / "no" / "model.pt")))
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        command.run(parse(*arguments, str(tmp_path / "model.pt"), "--epochs", "0"))
+    with pytest.raises(SystemExit):
+        parse(*arguments, "x", "--top", "8,zero")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    movielens.find_installed() is None, reason="recbole, which carries the data, is not installed"
+)
+@pytest.mark.parametrize(("representation", "least"), [("table", 0.775), ("hybrid", 0.775)])
+def test_movielens_quality(representation, least):
+    """Well above 0.75, where item and user averages alone end up."""
+    options = TrainOptions(epochs=3)
+    dhe = DheConfig(k=64, hidden=(64,))
+    trained = train_representations(load("movielens"), [representation], options, dhe=dhe)[representation]
+    assert trained.metadata["metrics"]["test"]["auc"] > least
