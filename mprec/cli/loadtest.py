@@ -61,14 +61,16 @@ def run(args: argparse.Namespace) -> int:
     test = held_out(args)
     profile = get_profile(args, paths, test)
     sizes = QuerySizes(args.size_mean, args.size_sigma)
-    qps = suggested_qps(paths, profile, sizes) if args.qps is None else args.qps
     options = {
         "sla_s": args.sla_ms / 1e3,
         "max_batch": args.max_batch,
         "admission": not args.no_admission,
     }
-    load = generate(test, qps, args.queries, sizes=sizes, seed=args.seed)
     dispatchers = contestants(paths, profile)
+    qps = args.qps
+    if qps is None:
+        qps = suggested_qps(dispatchers, test, sizes=sizes, seed=args.seed, **options)
+    load = generate(test, qps, args.queries, sizes=sizes, seed=args.seed)
     outcomes = compare(dispatchers, load, rounds=args.rounds, progress=reporter(), **options)
     rows = [outcome.row(name) for name, outcome in outcomes.items()]
     if args.max_qps:
