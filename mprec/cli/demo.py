@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         dataset = dataset.take(slice(0, setting.rows))
     args.output.mkdir(parents=True, exist_ok=True)
 
+    # The load generator and the engine's own work want a core: kernels get the others.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     say(f"1/4 training on {dataset.name} ({len(dataset)} rows, {len(dataset.features)} features)")
     options = TrainOptions(epochs=setting.epochs, seed=args.seed)
     with training_progress() as progress:
@@ -71,8 +73,6 @@ def run(args: argparse.Namespace) -> int:
         checkpoint.save(file, trained[name].model, trained[name].metadata)
 
     say("2/4 profiling every path on this machine")
-    # The load generator and the engine's own work want a core: kernels get the others.
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     test = dataset.split()[2]
     paths = paths_from_checkpoints(list(files.values()))
     profile = Profile.measure(
