@@ -96,12 +96,14 @@ def test_large_queries_are_split_and_joined_again():
 def test_a_queue_behind_makes_the_choice_faster():
     """Alone, each would be answered by hybrid; together only the fast path meets all deadlines."""
     clock = Clock()
-    engine, seen = make(clock, max_batch=300, sla_s=6.1e-3)
+    engine, seen = make(clock, max_batch=300, sla_s=5.5e-3)
     futures = [engine.submit(query(300)) for _ in range(6)]
     drain(engine)
-    assert all(f.result(0).latency_s <= 6.1e-3 for f in futures)
-    assert seen[0] == ("table", 300)
-    assert seen.count(("hybrid", 300)) == 1  # once the queue is short enough
+    assert all(f.result(0).latency_s <= 5.5e-3 for f in futures)
+    assert seen == [("table", 300)] * 6
+    engine.submit(query(300))
+    drain(engine)
+    assert seen[-1] == ("hybrid", 300)
 
 
 def test_admission_refuses_what_cannot_be_met():
@@ -227,10 +229,37 @@ def test_queries_that_are_no_queries(bad, match):
         engine.submit(bad())
 
 
+def test_misses_lower_the_headroom_and_it_comes_back():
+    """Bursts that the profile cannot foresee cost quality until they are over."""
+    clock = Clock()
+    slow = {}
+    engine, seen = make(clock, slow, sla_s=3e-3)
+
+    def ask(count, hiccup_every=0):
+        for i in range(count):
+            slow["hybrid"] = 3.0 if hiccup_every and i % hiccup_every == 0 else 1.0
+            engine.submit(query(100))
+            drain(engine)
+        names = [name for name, _ in seen[-count:]]
+        return engine.statistics(), names.count("hybrid") / count
+
+    assert ask(20)[1] == 1.0
+    before, _ = ask(200, hiccup_every=4)
+    after, share = ask(1000, hiccup_every=4)
+    assert share < 0.1
+    assert after["headroom"] < 0.6
+    assert after["late"] - before["late"] <= 25  # miss_rate of 1 % and a bit
+    restored, share = ask(1000)
+    assert restored["headroom"] == 1.0
+    assert share > 0.8
+
+
 @pytest.mark.parametrize("option", ["sla_s", "max_batch", "max_queue"])
 def test_bad_options(option):
     with pytest.raises(ValueError, match=option):
         make(**{option: 0})
+    with pytest.raises(ValueError, match="miss_rate"):
+        make(miss_rate=1.0)
     with pytest.raises(ValueError, match="sla_s"):
         make()[0].submit(query(1), sla_s=-1.0)
 

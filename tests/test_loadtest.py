@@ -1,4 +1,5 @@
 import math
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mprec.serving import Engine
 from mprec.serving.loadtest import (
     Outcome,
     QuerySizes,
+    capacity,
     compare,
     contestants,
     find_max_qps,
@@ -176,10 +178,22 @@ def test_bisection_ends():
     assert math.isfinite(find_max_qps(lambda qps: 0.0, 100.0))
 
 
-def test_suggested_load_is_between_the_limits_of_the_paths():
-    sizes = QuerySizes(100, 0)
-    qps = suggested_qps(paths(), fake_profile(COSTS), sizes)
-    assert qps == pytest.approx(0.8 * math.sqrt((1 / 2e-4) * (1 / 1.2e-3)))
+def test_capacity_counts_what_the_paths_can_do():
+    def sleeps(seconds):
+        def model(batch):
+            time.sleep(seconds)
+            return torch.zeros(len(batch))
+
+        return model
+
+    slow, fast = Path("slow", "dhe", 0.9, sleeps(4e-3), "s"), Path("fast", "table", 0.6, sleeps(0.0), "f")
+    profile = fake_profile({"slow": (4e-3, 0.0), "fast": (1e-6, 0.0)})
+    queries = [a.batch for a in generate(dataset(), 1.0, 20, sizes=QuerySizes(8, 0))]
+    limit = 1 / 4e-3  # a sleep may last longer, never shorter
+    assert 0 < capacity(Dispatcher([slow], profile), queries, max_batch=8) <= limit
+    contest = contestants([slow, fast], profile)
+    qps = suggested_qps(contest, dataset(), sizes=QuerySizes(8, 0), queries=20, max_batch=8)
+    assert 0 < qps < math.inf
 
 
 def test_refusals():

@@ -9,7 +9,8 @@ from torch.func import functional_call
 import mprec.nn
 from mprec.ops import _cuda
 
-OPERATORS = ["embedding_bag", "embedding_bag_multi", "dhe_bag", "dhe_bag_multi"]
+FORWARD = ["embedding_bag", "embedding_bag_multi", "dhe_bag", "dhe_bag_multi"]
+OPERATORS = [*FORWARD, *(f"{name}_backward" for name in FORWARD)]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -31,8 +31,8 @@ def check(facts: dict):
     assert facts["spills_in_hot_loop"] == 0
     # a few words around the loops, once per tile, cost nothing that could be measured
     assert facts["spill_bytes"] <= 256
-    if "BM" in facts["tile"]:
-        wgmma = target == "sm_90" and facts["tile"]["BM"] >= 64
+    if "BK" in facts["tile"]:
+        wgmma = target == "sm_90" and facts["tile"].get("BM", 64) >= 64
         assert facts["mma"].startswith("HGMMA" if wgmma else "HMMA")
         assert facts["mma_per_useful"] == 1.0
     else:

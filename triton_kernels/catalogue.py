@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import dhe, embedding_bag, gradient
+from . import dhe, dhe_gradient, embedding_bag, gradient
 
 FEATURES = 26  # as in Criteo's logs
 
@@ -159,6 +159,28 @@ def gradient_case(dim, action, rows=100_000) -> Case:
     return Case(f"gradient d{dim} {names[action]}", make)
 
 
+def dhe_gradient_case(k, width, dtype) -> Case:
+    def make(device, samples):
+        generator = torch.Generator().manual_seed(0)
+        n = samples * FEATURES
+        ids = torch.randint(0, 10**7, (n,), generator=generator).to(device)
+        hashes = torch.randint(1, 2**31 - 1, (4, k), generator=generator, dtype=torch.int32).to(device)
+        upstream = torch.randn(n, width, generator=generator).to(dtype).to(device)
+
+        def run():
+            return dhe_gradient.first_layer_gradient(ids, hashes, upstream, "universal")
+
+        def reference():
+            from mprec import reference
+
+            return upstream.T @ reference.encode(hashes, ids, "universal").to(dtype)
+
+        moved = n * (8 + width * dtype.itemsize) + k * width * 4
+        return Call(run, 2.0 * n * k * width, moved, reference)
+
+    return Case(f"dhe gradient {k}-{width} {str(dtype)[6:]}", make)
+
+
 _BF16, _F16, _F32 = torch.bfloat16, torch.float16, torch.float32
 
 CASES: list[Case] = [
@@ -172,4 +194,5 @@ CASES: list[Case] = [
     embedding_bag_case(64, _F32, embedding_bag.INT4),
     embedding_bag_case(64, _F32, pooling=20),
     *(gradient_case(64, action) for action in (gradient.STORE, gradient.SGD, gradient.ROWWISE_ADAGRAD)),
+    *(dhe_gradient_case(1024, 512, dtype) for dtype in (_BF16, _F32)),
 ]

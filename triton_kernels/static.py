@@ -212,8 +212,8 @@ def useful_mma_ratio(report: Report, constants: dict) -> float | None:
             issued += number * _product_of(warp) * report.warps
     if not issued:
         return None  # tcgen05 names its shape in a descriptor, not in the instruction
-    products = 3 if constants["PRECISION"] == "tf32x3" and constants["DTYPE"] == "fp32" else 1
-    tile = products * constants["BM"] * constants["BN"]
+    products = 3 if constants["PRECISION"] == "tf32x3" and constants.get("DTYPE", "") == "fp32" else 1
+    tile = products * constants.get("BM", constants.get("BI")) * constants["BN"]
     if issued > 1.5 * tile * constants["BK"]:  # the loop over k was unrolled: all of it, and the next layer
         return issued / (tile * (constants["K"] + constants.get("BH2", 0)))
     return issued / (tile * constants["BK"])
@@ -227,7 +227,7 @@ def _product_of(match: re.Match) -> int:
 def issue_slots_per_hash(report: Report, constants: dict) -> list[float]:
     """Instructions that warps issue in each hot loop that hashes, per hash: short IDs first, then long."""
     threads = report.warps * 32
-    hashes = constants["BM"] * constants["BK"]
+    hashes = constants.get("BM", constants.get("BI")) * constants["BK"]
     return [round(sum(loop.values()) * threads / hashes, 1) for loop in report.hot_loops()[:2]]
 
 
@@ -246,7 +246,7 @@ def row_load_ratio(compiled) -> float:
 def describe(launch: Launch, target: str) -> dict:
     """The facts of one launch, as `benchmarks/results/gpu_static.json` keeps them."""
     c = launch.constants
-    tile = {name: c[name] for name in ("BM", "BN", "BK", "STAGES", "BB", "LANES", "BL") if name in c}
+    tile = {name: c[name] for name in ("BM", "BN", "BK", "BI", "STAGES", "BB", "LANES", "BL") if name in c}
     warps = launch.compiled.metadata.num_warps
     facts = {"kernel": launch.kernel, "target": target, "tile": tile, "warps": warps}
     if target.startswith("gfx"):
@@ -272,7 +272,7 @@ def describe(launch: Launch, target: str) -> dict:
     if report.mma and "BK" in c:
         ratio = useful_mma_ratio(report, c)
         facts["mma_per_useful"] = None if ratio is None else round(ratio, 3)
-        if c.get("HASHED"):
+        if c.get("HASHED", "BI" in c):
             facts["slots_per_hash"] = issue_slots_per_hash(report, c)
     elif not report.mma:
         facts["row_load_ratio"] = round(row_load_ratio(launch.compiled), 3)

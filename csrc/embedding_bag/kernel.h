@@ -40,17 +40,19 @@ struct Source {
 struct Progress {
   int64_t count = 0;  // rows pooled
   float bias = 0;     // of quantised rows: what all columns share
+  bool valid = true;  // no invalid ID was met
 };
 
 // Pools rows [begin, end) of a bag into `vectors` registers of columns, from `column` on; the last register
 // is masked if `tail`. Goes on from `before` in `out`, and finishes the bag if `last`.
 template <class Row, Pool pool, int vectors, bool tail>
 inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_t column, Mask mask,
-                             float* out, Progress before, bool last) {
+                             const Prefetch& next, float* out, Progress before, bool last) {
   constexpr int64_t width = Vec::width;
   out += column;
   Vec acc[vectors];
-  auto [count, bias] = before;
+  int64_t count = before.count;
+  float bias = before.bias;
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) {
     const bool masked = tail && v == vectors - 1;
@@ -59,6 +61,12 @@ inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_
 
   for (int64_t i = begin; i < end; ++i) {
     const int64_t id = s.ids[i];
+    const int64_t next_id = s.ids[i + next.shift];
+    if (__builtin_expect(static_cast<uint64_t>(next_id) >= next.num_rows, 0)) return {0, 0, false};
+    const char* next_row = next.rows + next_id * next.row_bytes + column * Row::bits / 8;
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < vectors * width * Row::bits / 8; line += 64) prefetch(next_row + line);
+    if (next.last_byte) prefetch(next_row + next.last_byte);
     if (pool != Pool::sum && id == s.padding_idx) continue;
     const Row row(s.rows + id * s.row_bytes, s.dim);
     const float weight = pool == Pool::weighted && s.weights ? s.weights[i] : 1.0f;
@@ -102,7 +110,7 @@ inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_
     else
       store(out + v * width, acc[v]);
   }
-  return {count, bias};
+  return {count, bias, true};
 }
 
 // A bag of many rows, or of rows wider than 8 registers: a few rows at a time, their columns in turn.
@@ -112,11 +120,14 @@ __attribute__((noinline)) bool pool_long(const Source& s, int64_t begin, int64_t
   Progress progress;
   do {
     const int64_t stop = least(end, begin + ahead.stride());
-    if (!ahead.to(stop)) return false;
+    Prefetch next;
+    if (!ahead.next(begin, stop, next)) return false;
     for (int64_t column = 0; column < last_column; column += max_vectors * Vec::width)
-      pool_columns<Row, pool, max_vectors, false>(s, begin, stop, column, mask, out, progress, stop == end);
-    progress =
-        pool_columns<Row, pool, vectors, tail>(s, begin, stop, last_column, mask, out, progress, stop == end);
+      pool_columns<Row, pool, max_vectors, false>(s, begin, stop, column, mask, next, out, progress,
+                                                  stop == end);
+    progress = pool_columns<Row, pool, vectors, tail>(s, begin, stop, last_column, mask, next, out, progress,
+                                                      stop == end);
+    if (!progress.valid) return false;
     begin = stop;
   } while (begin < end);
   return true;
@@ -129,7 +140,13 @@ void copy(const float* from, T* to, int64_t size) {
   if (i < size) store(to + i, load(from + i, Mask(size - i)), Mask(size - i));
 }
 
-// Pools bags [begin, end) of one feature. False at an invalid offset or ID, before anything is read by it.
+inline void store_result(const float* from, float* to, Format format, int64_t dim) {
+  if (format == Format::f16) copy(from, reinterpret_cast<Half*>(to), dim);
+  if (format == Format::bf16) copy(from, reinterpret_cast<BFloat*>(to), dim);
+}
+
+// Pools bags [begin, end) of one feature, into float32 `scratch` first if given. False at an invalid offset
+// or ID, before anything is read by it.
 template <class Row, Pool pool, int vectors, bool tail>
 bool pool_bags(const BagRequest& r, const Feature& f, int64_t begin, int64_t end, Lookahead& ahead,
                float* scratch) {
@@ -144,23 +161,34 @@ bool pool_bags(const BagRequest& r, const Feature& f, int64_t begin, int64_t end
   if (from < 0) return false;
   while (begin < end) {
     // The ends of the next bags, of about `stride` rows together.
-    int64_t ends[most_bags], bags = 0;
+    int64_t ends[most_bags], bags = 0, before = from, longest = 0;
     do {
-      const int64_t before = bags ? ends[bags - 1] : from, to = r.bag_begin(++begin);
+      const int64_t to = r.bag_begin(++begin);
       if (before > to || to > limit) return false;
-      ends[bags++] = to;
-    } while (begin < end && bags < most_bags && ends[bags - 1] - from < stride);
-    const bool brief = last_column == 0 && ends[bags - 1] - from <= most_rows;
-    if (brief && !ahead.to(ends[bags - 1])) return false;
-    for (int64_t b = 0; b < bags; ++b, result += out_bytes) {
+      longest = most(longest, to - before);
+      ends[bags++] = before = to;
+    } while (begin < end && bags < most_bags && before - from < stride);
+
+    const bool brief = last_column == 0 && before - from <= most_rows;
+    Prefetch next{};
+    if (brief && !ahead.next(from, before, next)) return false;
+    const bool single = brief && !scratch && longest == 1 && before - from == bags;
+    if (single) {  // one row in each: no loop over rows, no division
+      for (int64_t i = from; i < before; ++i, result += out_bytes)
+        if (!pool_columns<Row, pool, vectors, tail>(source, i, i + 1, 0, mask, next,
+                                                    reinterpret_cast<float*>(result), {}, true)
+                 .valid)
+          return false;
+      from = before;
+      continue;
+    }
+    for (int64_t b = 0; b < bags; from = ends[b++], result += out_bytes) {
       float* out = scratch ? scratch : reinterpret_cast<float*>(result);
-      if (brief)
-        pool_columns<Row, pool, vectors, tail>(source, from, ends[b], 0, mask, out, {}, true);
-      else if (!pool_long<Row, pool, vectors, tail>(source, from, ends[b], last_column, mask, out, ahead))
+      if (brief ? !pool_columns<Row, pool, vectors, tail>(source, from, ends[b], 0, mask, next, out, {}, true)
+                       .valid
+                : !pool_long<Row, pool, vectors, tail>(source, from, ends[b], last_column, mask, out, ahead))
         return false;
-      if (f.out_format == Format::f16) copy(scratch, reinterpret_cast<Half*>(result), f.dim);
-      if (f.out_format == Format::bf16) copy(scratch, reinterpret_cast<BFloat*>(result), f.dim);
-      from = ends[b];
+      if (scratch) store_result(scratch, reinterpret_cast<float*>(result), f.out_format, f.dim);
     }
   }
   return true;

@@ -9,6 +9,7 @@ namespace mprec::MPREC_ISA {
 template <class T>
 struct PlainRow {
   static constexpr bool quantised = false;
+  static constexpr int bits = 8 * sizeof(T);
   const T* values;
   PlainRow(const char* row, int64_t) : values(reinterpret_cast<const T*>(row)) {}
   Vec at(int64_t column) const { return load(values + column); }
@@ -18,6 +19,7 @@ struct PlainRow {
 // dim bytes, then scale and bias as float32 (FBGEMM's fused 8-bit row).
 struct Int8Row {
   static constexpr bool quantised = true;
+  static constexpr int bits = 8;
   const uint8_t* values;
   float scale, bias;
   Int8Row(const char* row, int64_t dim) : values(reinterpret_cast<const uint8_t*>(row)) {
@@ -46,6 +48,7 @@ struct Int8Row {
 // row).
 struct Int4Row {
   static constexpr bool quantised = true;
+  static constexpr int bits = 4;
   const uint8_t* values;
   float scale, bias;
   Int4Row(const char* row, int64_t dim) : values(reinterpret_cast<const uint8_t*>(row)) {

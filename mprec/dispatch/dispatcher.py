@@ -94,6 +94,11 @@ class _State:
             value = max(value + shift, 0.1 * value)
         return value * max(1.0, batch_size / last)
 
+    def typical_at(self, batch_size: int) -> float:
+        """Uncorrected median."""
+        last = len(self.typical) - 1
+        return self.typical[min(batch_size, last)] * max(1.0, batch_size / last)
+
     def observed(self, log_ratio: float) -> None:
         retried = self.idle > _STALE
         if retried:
@@ -207,14 +212,23 @@ class Dispatcher:
             return state.tail_at(batch_size, unique_share) * state.correction
         return min(s.tail_at(batch_size, unique_share) * s.correction for s in self._states)
 
+    def expect(self, batch_size: int, path: str | None = None) -> float:
+        """Predicted median latency in seconds: of one path, or the least of all. Over many batches these add
+        up, tails do not.
+        """
+        _check(batch_size, 0.0, 0.0)
+        if path is not None:
+            state = self._by_name[path]
+            return state.typical_at(batch_size) * state.correction
+        return min(s.typical_at(batch_size) * s.correction for s in self._states)
+
     def observe(self, path: str, batch_size: int, seconds: float) -> None:
         """Tell how long a path took for a batch, so that its predictions follow what happens.
 
         ``KeyError`` for an unknown path. Times that are not positive and finite are ignored.
         """
         observed = self._by_name[path]
-        index = min(batch_size, self._limit)
-        expected = observed.typical[index] * max(1.0, batch_size / self._limit)
+        expected = observed.typical_at(batch_size)
         if not (0.0 < seconds < math.inf and 0.0 < expected < math.inf):
             return
         for state in self._states:

@@ -5,6 +5,10 @@ from mprec.nn.config import DheConfig, FeatureConfig, with_representation
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
+from mprec.nn.memory import huge_page_bytes, use_huge_pages
+from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
+from mprec.nn.swapping import swap
+from mprec.nn.unseen import MeanForUnseen
 
 __all__ = [
     "DeepHashEmbeddingBag",
@@ -13,5 +17,11 @@ __all__ = [
     "EmbeddingBagCollection",
     "FeatureConfig",
     "HybridEmbeddingBag",
+    "MeanForUnseen",
+    "QuantizedEmbeddingBagCollection",
+    "QuantizedTable",
+    "huge_page_bytes",
+    "swap",
+    "use_huge_pages",
     "with_representation",
 ]

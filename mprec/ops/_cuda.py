@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mprec.ops import _csr, _dhe, _tables
+from mprec import reference
+from mprec.names import MODES
+from mprec.ops import _backward, _csr, _dhe, _tables
 from mprec.ops._common import (
     check_per_sample_weights,
     check_same_device,
@@ -232,5 +234,169 @@ def _pooled(indices, offsets, batch, features, stacks, options, mode, per_sample
     return out
 
 
-for _operator in (embedding_bag, embedding_bag_multi, dhe_bag, dhe_bag_multi):
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def embedding_bag_backward(
+    grad,
+    weight,
+    indices,
+    offsets,
+    mode,
+    per_sample_weights,
+    include_last_offset,
+    padding_idx,
+    scale_grad_by_freq,
+    sparse,
+    need_weight,
+    need_per_sample_weights,
+):
+    dense_sum = mode != MODES["max"] and not (scale_grad_by_freq or sparse or need_per_sample_weights)
+    if not dense_sum or weight.dtype not in _KERNEL_DTYPES:
+        return _tables._embedding_bag_backward(
+            grad, weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx,
+            scale_grad_by_freq, sparse, need_weight, need_per_sample_weights,
+        )  # fmt: skip
+    if not need_weight:
+        return grad.new_empty(0), grad.new_empty(0)
+    offsets = _with_last_offset(offsets, len(indices), include_last_offset)
+    (gradient,) = _table_gradients(
+        grad, [weight], indices, offsets, mode, per_sample_weights, [0], 1, padding_idx
+    )
+    return gradient, grad.new_empty(0)
+
+
+def embedding_bag_multi_backward(
+    grad,
+    weights,
+    indices,
+    offsets,
+    mode,
+    per_sample_weights,
+    features,
+    num_features,
+    sparse,
+    need_per_sample_weights,
+):
+    dense_sum = mode != MODES["max"] and not (sparse or need_per_sample_weights)
+    if not dense_sum or weights[0].dtype not in _KERNEL_DTYPES:
+        return _tables._embedding_bag_multi_backward(
+            grad, weights, indices, offsets, mode, per_sample_weights, features, num_features, sparse,
+            need_per_sample_weights,
+        )  # fmt: skip
+    gradients = _table_gradients(
+        grad, weights, indices, offsets, mode, per_sample_weights, features, num_features, -1
+    )
+    return gradients, grad.new_empty(0)
+
+
+def _table_gradients(
+    grad, weights, indices, offsets, mode, per_sample_weights, features, num_features, padding_idx
+):
+    from mprec.triton_kernels import gradient
+
+    batch = _csr.batch_size(offsets, num_features)
+    segments = gradient.sort_entries(
+        [len(weight) for weight in weights], indices, offsets, batch, features, num_features, mode,
+        per_sample_weights, padding_idx,
+    )  # fmt: skip
+    columns = _columns([weight.shape[1] for weight in weights])
+    return gradient.weight_gradients(weights, segments, contiguous(grad), columns)
+
+
+def dhe_bag_backward(
+    grad,
+    indices,
+    offsets,
+    coefficients,
+    weights,
+    biases,
+    family,
+    activation,
+    last_activation,
+    mode,
+    per_sample_weights,
+    include_last_offset,
+    padding_idx,
+    need_per_sample_weights,
+):
+    """The first layer's sums and gradient come from kernels that hash; the encodings are never in memory."""
+    if mode == MODES["max"] or need_per_sample_weights or weights[0].dtype not in _KERNEL_DTYPES:
+        return _dhe._dhe_bag_backward(
+            grad, indices, offsets, coefficients, weights, biases, family, activation, last_activation, mode,
+            per_sample_weights, include_last_offset, padding_idx, need_per_sample_weights,
+        )  # fmt: skip
+    from mprec.triton_kernels import dhe
+    from mprec.triton_kernels.dhe_gradient import first_layer_gradient
+
+    keep = None if padding_idx < 0 else indices != padding_idx
+    grad_x, _ = _backward.pool_backward(
+        grad, None, offsets, len(indices), mode, per_sample_weights, include_last_offset, keep, False
+    )
+    last = len(weights) - 1
+    names = [last_activation if layer == last else activation for layer in range(len(weights))]
+    sums = [dhe.dhe_forward(indices, coefficients, weights[:1], biases[:1], family, "none", "none")]
+    inputs: list[Tensor | None] = [None]
+    for layer in range(1, len(weights)):
+        inputs.append(reference.activate(sums[-1], names[layer - 1]))
+        sums.append(torch.addmm(biases[layer], inputs[-1], weights[layer].t()))
+    grad_weights, grad_biases = [], []
+    for layer in range(last, -1, -1):
+        grad_sum = _dhe._activation_gradient(grad_x, sums[layer], names[layer])
+        if layer:
+            grad_weights.append(grad_sum.t() @ inputs[layer])
+            grad_x = grad_sum @ weights[layer]
+        else:
+            grad_weights.append(first_layer_gradient(indices, coefficients, grad_sum, family))
+        grad_biases.append(grad_sum.sum(0))
+    return grad_weights[::-1], grad_biases[::-1], grad.new_empty(0)
+
+
+def dhe_bag_multi_backward(
+    grad,
+    indices,
+    offsets,
+    coefficients,
+    weights,
+    biases,
+    layers,
+    family,
+    activation,
+    last_activation,
+    mode,
+    per_sample_weights,
+    features,
+    num_features,
+    need_per_sample_weights,
+):
+    """Feature by feature; the only operator here that waits for the device, to know the features' sizes."""
+    csr = _csr.Csr(indices, offsets, per_sample_weights)
+    split_weights, split_biases = _dhe._split(layers, weights), _dhe._split(layers, biases)
+    grad_psw = grad.new_zeros(indices.shape if need_per_sample_weights else 0)
+    parts = grad.split([ws[-1].shape[0] for ws in split_weights], dim=1)
+    grad_weights, grad_biases = [], []
+    slices = _csr.feature_slices(csr, features, num_features)
+    for t, (begin, end, starts) in enumerate(slices):
+        psw = None if per_sample_weights is None else per_sample_weights[begin:end]
+        of_weights, of_biases, of_psw = dhe_bag_backward(
+            parts[t], indices[begin:end], starts, coefficients[t], split_weights[t], split_biases[t], family,
+            activation, last_activation, mode, psw, True, -1, need_per_sample_weights,
+        )  # fmt: skip
+        grad_weights += of_weights
+        grad_biases += of_biases
+        if need_per_sample_weights:
+            grad_psw[begin:end] = of_psw
+    return grad_weights, grad_biases, grad_psw
+
+
+for _operator in (
+    embedding_bag,
+    embedding_bag_backward,
+    embedding_bag_multi,
+    embedding_bag_multi_backward,
+    dhe_bag,
+    dhe_bag_backward,
+    dhe_bag_multi,
+    dhe_bag_multi_backward,
+):
     library.impl(_operator.__name__, _operator, "CUDA")

@@ -8,6 +8,12 @@ Which path answers a batch is the dispatcher's choice. The time it may take is w
 urgent deadline; that of the batch itself, and those of the queries behind it, which need at least the
 fastest path's time for all samples ahead of them. A slow path is thus not taken at the expense of the
 queue.
+
+Not all of that time is spent: quality may take a share of it, the *headroom*, which follows what happens.
+Each query that is late or refused lowers it, each in time raises it, by steps in the proportion in which a
+share ``miss_rate`` of misses keeps it where it is (the stochastic approximation of a quantile). So
+predictions that are too rosy, bursts and noisy neighbours cost quality first, and targets only when the
+fastest path misses them too.
 """
 
 from __future__ import annotations
@@ -31,6 +37,8 @@ __all__ = ["Answer", "Engine", "QueryRefusedError", "Statistics"]
 
 
 _LOOK_AHEAD = 32  # queries behind a batch whose deadlines bound its time
+_STEP = 0.1  # by which a miss lowers the headroom
+_LEAST_HEADROOM = 0.05
 
 
 class QueryRefusedError(RuntimeError):
@@ -107,7 +115,7 @@ class Engine:
     would exceed it is refused (``full``). With ``admission``, so is one that cannot be in time even if
     everything ahead of it takes the fastest path (``overload``), and one whose deadline passed while it
     waited (``expired``): their time goes to queries that can still be met. Without it late answers are
-    given late.
+    given late. ``miss_rate`` is the share of queries not in time that may be risked for quality.
 
     ``submit`` may be called from any thread. The worker starts with ``start()`` or ``with``; a test can
     call ``step()`` instead, with a ``clock`` of its own.
@@ -121,14 +129,18 @@ class Engine:
         max_batch: int = 2048,
         max_queue: int = 65536,
         admission: bool = True,
+        miss_rate: float = 0.01,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         for name, value in (("sla_s", sla_s), ("max_batch", max_batch), ("max_queue", max_queue)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 < miss_rate < 1:
+            raise ValueError(f"miss_rate must be between 0 and 1, got {miss_rate}")
         self.dispatcher = dispatcher
         self.sla_s, self.max_batch, self.max_queue = sla_s, max_batch, max_queue
-        self.admission = admission
+        self.admission, self.miss_rate = admission, miss_rate
+        self._headroom = 1.0
         self._clock = clock
         self._queue: deque[_Query] = deque()
         self._waiting = 0  # samples in the queue not yet taken
@@ -186,6 +198,7 @@ class Engine:
                 "refused": dict(counts["refused"]),
                 "samples": dict(counts["samples"]),
                 "waiting_samples": self._waiting,
+                "headroom": self._headroom,
                 "corrections": self.dispatcher.corrections,
             }
 
@@ -255,22 +268,29 @@ class Engine:
         if not self._queue:
             return [], 0.0
         pieces = [self._take(self._queue[0], self.max_batch)]
-        size, deadline = pieces[0].size, pieces[0].query.deadline
-        left = self._time_left(now, deadline)
-        while (
-            self._queue and not pieces[-1].query.waiting and size + self._queue[0].waiting <= self.max_batch
-        ):
-            joined = size + self._queue[0].waiting
-            earliest = min(deadline, self._queue[0].deadline)
-            joined_left = self._time_left(now, earliest, skip=1)
+        size, urgent = pieces[0].size, pieces[0].query
+        left = self._time_left(now, urgent)
+        while self._queue and not pieces[-1].query.waiting:
+            nearest = self._queue[0]
+            joined = size + nearest.waiting
+            if joined > self.max_batch:
+                break
+            most_urgent = min(urgent, nearest, key=lambda query: query.deadline)
+            joined_left = self._time_left(now, most_urgent, skip=1)
             path = self.dispatcher.choose(size, left)
             if self.dispatcher.predict(size, path.name) <= left:
                 other = self.dispatcher.choose(joined, joined_left)
                 in_time = self.dispatcher.predict(joined, other.name) <= joined_left
                 if not in_time or other.quality < path.quality:
                     break
-            pieces.append(self._take(self._queue[0], self.max_batch))
-            size, deadline, left = joined, earliest, joined_left
+            elif (
+                most_urgent.deadline - self._fastest(joined)
+                < now
+                <= most_urgent.deadline - self._fastest(size)
+            ):
+                break
+            pieces.append(self._take(nearest, self.max_batch))
+            size, urgent, left = joined, most_urgent, joined_left
         return pieces, left
 
     def _take(self, query: _Query, room: int) -> _Piece:
@@ -281,31 +301,35 @@ class Engine:
             self._queue.popleft()
         return piece
 
-    def _time_left(self, now: float, deadline: float, skip: int = 0) -> float:
-        """Seconds that a batch with this deadline may take so that the queries behind it can be in time too
-        (the nearest of them: those further back are looked at when their turn comes near).
+    def _time_left(self, now: float, urgent: _Query, skip: int = 0) -> float:
+        """Seconds that a batch with this most urgent query may take, so that the queries behind it can be in
+        time too (the nearest of them: those further back are looked at when their turn comes near).
         """
-        left = deadline - now
+        left = self._planned(urgent) - now
         ahead = 0
         for query in itertools.islice(self._queue, skip, skip + _LOOK_AHEAD):
             ahead += query.waiting
-            spare = query.deadline - now - self._fastest(ahead)
-            if 0 <= spare < left:  # a query that is lost anyway does not hurry the rest
-                left = spare
+            fastest = now + self._fastest(ahead)
+            if fastest <= query.deadline:  # a query that is lost anyway does not hurry the rest
+                left = min(left, max(self._planned(query) - fastest, 0.0))
         return left
 
+    def _planned(self, query: _Query) -> float:
+        """When a query should be done, so that what is uncertain does not make it late."""
+        return query.arrived + self._headroom * (query.deadline - query.arrived)
+
     def _fastest(self, samples: int) -> float:
-        """Predicted seconds to score this many samples in full batches on the fastest path."""
+        """Seconds that the fastest path is expected to take for this many samples, in full batches."""
         full, rest = divmod(samples, self.max_batch)
-        seconds = full * self.dispatcher.predict(self.max_batch) if full else 0.0
-        return seconds + (self.dispatcher.predict(rest) if rest else 0.0)
+        seconds = full * self.dispatcher.expect(self.max_batch) if full else 0.0
+        return seconds + (self.dispatcher.expect(rest) if rest else 0.0)
 
     def _score(self, pieces: Sequence[_Piece], left: float) -> None:
         samples = sum(piece.size for piece in pieces)
         start = self._clock()
         try:
             path = self.dispatcher.choose(samples, left)
-            self._busy_until = start + self.dispatcher.predict(samples, path.name)
+            self._busy_until = start + self.dispatcher.expect(samples, path.name)
             batch = concatenate([take(p.query.batch, slice(p.start, p.stop)) for p in pieces])
             scores = torch.as_tensor(path.model(batch))
             if scores.shape != (samples,):
@@ -349,6 +373,7 @@ class Engine:
         with self._condition:
             self._statistics.answered += 1
             self._statistics.late += finished > query.deadline
+            self._learn(in_time=finished <= query.deadline)
         scores = query.scores[0] if len(query.scores) == 1 else torch.cat(query.scores)
         _finish(query.future, Answer(scores, dict(query.paths), query.arrived, finished))
 
@@ -386,9 +411,16 @@ class Engine:
             self._waiting -= query.waiting
         return expired
 
+    def _learn(self, in_time: bool) -> None:
+        """Move the headroom after a query; the condition is held."""
+        step = self.miss_rate if in_time else self.miss_rate - 1
+        self._headroom = min(1.0, max(_LEAST_HEADROOM, self._headroom + _STEP * step))
+
     def _refuse(self, query: _Query, reason: str, message: str) -> None:
         with self._condition:
             self._statistics.refused[reason] += 1
+            if reason != "closed":
+                self._learn(in_time=False)
         _finish(query.future, error=QueryRefusedError(reason, message))
 
 

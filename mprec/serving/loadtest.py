@@ -28,6 +28,7 @@ __all__ = [
     "Arrival",
     "Outcome",
     "QuerySizes",
+    "capacity",
     "compare",
     "contestants",
     "find_max_qps",
@@ -220,13 +221,35 @@ def compare(
     return outcomes
 
 
-def suggested_qps(paths: Sequence[Path], profile: Profile, sizes: QuerySizes = QuerySizes()) -> float:
-    """A load that the fastest path can carry and the slowest, as a rule, cannot: 0.8 times the geometric
-    mean of the two paths' own limits (one query after another, median times).
+def capacity(dispatcher: Dispatcher, queries: Sequence[Batch], **engine_options: Any) -> float:
+    """Queries per second that an engine gets through when all of them wait from the start.
+
+    ``engine_options`` as for ``compare``; the SLA does not matter here.
     """
-    drawn = sizes.draw(1000, np.random.default_rng(0))
-    limits = [1 / float(np.mean(profile.curve(path.name).at(drawn))) for path in paths]
-    return 0.8 * math.sqrt(min(limits) * max(limits))
+    options = {**engine_options, "sla_s": 3600.0, "admission": False}
+    options["max_queue"] = max(sum(map(len, queries)), 1)
+    with Engine(dispatcher, **options) as engine:
+        outcome = replay(engine, [Arrival(0.0, batch) for batch in queries])
+    return len(queries) / outcome.seconds
+
+
+def suggested_qps(
+    dispatchers: Mapping[str, Dispatcher],
+    dataset: ClickDataset,
+    *,
+    sizes: QuerySizes = QuerySizes(),
+    queries: int = 200,
+    seed: int = 0,
+    **engine_options: Any,
+) -> float:
+    """A load that the fastest contestant can carry and the slowest, as a rule, cannot: 0.7 times the
+    geometric mean of the least and the greatest measured :func:`capacity`.
+    """
+    batches = [arrival.batch for arrival in generate(dataset, 1.0, queries, sizes=sizes, seed=seed)]
+    for dispatcher in dispatchers.values():
+        capacity(dispatcher, batches[: max(1, queries // 4)], **engine_options)  # first calls are slow
+    limits = [capacity(dispatcher, batches, **engine_options) for dispatcher in dispatchers.values()]
+    return 0.7 * math.sqrt(min(limits) * max(limits))
 
 
 def find_max_qps(

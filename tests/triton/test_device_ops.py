@@ -3,9 +3,9 @@
 import pytest
 import torch
 from mprec.triton_kernels import faults
-from test_dhe import decoder, group_of
-from test_embedding_bag import batch_of
-from test_hashing import coefficients_of
+from test_device_dhe import decoder, group_of
+from test_device_embedding_bag import batch_of
+from test_device_hashing import coefficients_of
 
 import mprec.ops
 from mprec.errors import IdOutOfRangeError
@@ -87,6 +87,57 @@ def test_negative_ids_are_left_out_and_reported(device):
     torch.testing.assert_close(got.cpu(), want, rtol=2e-5, atol=2e-5)
     with pytest.raises(IdOutOfRangeError, match="-9, of table 0, at position 1"):
         faults.check(device)
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_embedding_bag_backward(mode, device):
+    weight, indices, offsets = torch.randn(9, 6), torch.randint(0, 9, (20,)), torch.tensor([0, 4, 4, 11])
+    options = (mode, torch.rand(20) if mode == 0 else None, False, 2, False, False, True, False)
+    grad = torch.randn(4, 6)
+    want, _ = torch.ops.mprec.embedding_bag_backward(grad, weight, indices, offsets, *options)
+    arguments = on(device, grad, weight, indices, offsets)
+    got, _ = _cuda.embedding_bag_backward(*arguments, mode, *on(device, options[1]), *options[2:])
+    assert_same(got, want)
+
+
+def test_embedding_bag_multi_backward(device):
+    indices, offsets = batch_of([7, 3, 30], 11, torch.device("cpu"))
+    weights, grad = [torch.randn(30, 4), torch.randn(7, 16)], torch.randn(11, 20)
+    options = (1, None, [2, 0], 3, False, False)
+    want, _ = torch.ops.mprec.embedding_bag_multi_backward(grad, weights, indices, offsets, *options)
+    got, _ = _cuda.embedding_bag_multi_backward(*on(device, grad, weights, indices, offsets), *options)
+    for a, b in zip(got, want, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "mish"])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_dhe_bag_backward(mode, activation, device):
+    c, (weights, biases) = coefficients_of("universal", 48), decoder(48, (24, 10, 6), torch.float32, "cpu")
+    indices, offsets, grad = torch.randint(0, 2**40, (30,)), torch.tensor([0, 0, 7, 20]), torch.randn(4, 6)
+    psw = torch.rand(30) if mode == 0 else None
+    options = ("universal", activation, "sigmoid", mode)
+    want = torch.ops.mprec.dhe_bag_backward(
+        grad, indices, offsets, c, weights, biases, *options, psw, False, int(indices[3]), False
+    )
+    got = _cuda.dhe_bag_backward(
+        *on(device, grad, indices, offsets, c, weights, biases), *options, *on(device, psw), False,
+        int(indices[3]), False,
+    )  # fmt: skip
+    for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        assert_same(a, b)
+
+
+def test_dhe_bag_multi_backward(device):
+    coefficients, weights, biases = group_of([(48, (24, 6)), (32, (9,))], "sign", torch.float32, "cpu")
+    indices, offsets = batch_of([2**40] * 3, 5, torch.device("cpu"))
+    flat = [tensor for stack in weights for tensor in stack], [tensor for stack in biases for tensor in stack]
+    options = ([2, 1], "sign", "mish", "none", 0, None, [2, 0], 3, False)
+    grad = torch.randn(5, 15)
+    want = torch.ops.mprec.dhe_bag_multi_backward(grad, indices, offsets, coefficients, *flat, *options)
+    got = _cuda.dhe_bag_multi_backward(*on(device, grad, indices, offsets, coefficients, *flat), *options)
+    for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        assert_same(a, b)
 
 
 def test_modules_have_the_same_values_here(device):

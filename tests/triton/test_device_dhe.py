@@ -5,7 +5,7 @@ import torch
 from mprec.triton_kernels import dhe, tuning
 from mprec.triton_kernels.dhe import dhe_forward
 from mprec.triton_kernels.hashing import hash_encode
-from test_hashing import coefficients_of
+from test_device_hashing import coefficients_of
 
 ACTIVATIONS = {
     "none": lambda x: x,

@@ -1,0 +1,169 @@
+"""``mprec demo``: the whole path once, on real data where it is installed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mprec import checkpoint, data, report
+from mprec.cli import info
+from mprec.cli._progress import training_progress
+from mprec.cli._setup import reporter, say
+from mprec.data import ClickDataset
+from mprec.dispatch import BATCH_SIZES, Profile, paths_from_checkpoints, sampler
+from mprec.errors import DatasetNotInstalledError
+from mprec.models import DLRM
+from mprec.nn import DheConfig, with_representation
+from mprec.planner import Device, MeasuredCosts, Measurement, default_options, fit_effects, plan
+from mprec.serving.loadtest import QuerySizes, compare, contestants, generate, suggested_qps
+from mprec.training import Trained, TrainOptions, train_representations
+
+HELP = "train four representations, profile, plan and serve them; one table and one page"
+
+_SHOWN_BATCHES = (1, 128, 2048)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """How long the demo's parts take."""
+
+    rows: int | None  # of the log, from its start; None: all
+    epochs: int
+    dhe: DheConfig
+    profile_s: float
+    queries: int
+
+
+_NORMAL = _Setting(None, 6, DheConfig(k=256, hidden=(64,)), 25.0, 2000)
+_SMALLEST = _Setting(4000, 1, DheConfig(k=32, hidden=(16,)), 3.0, 120)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, default=Path("out"), help="folder for all that is written (out)"
+    )
+    parser.add_argument("--data", metavar="SPEC", help="as for mprec train (movielens, or else synthetic)")
+    parser.add_argument("--sla-ms", type=float, default=5.0, help="latency target of every query (5)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smallest", action="store_true", help="a few rows of data: to see that it works")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.sla_ms > 0:
+        raise ValueError(f"--sla-ms: expected a positive number, got {args.sla_ms}")
+    setting = _SMALLEST if args.smallest else _NORMAL
+    dataset = _load(args.data)
+    if setting.rows is not None and len(dataset) > setting.rows:
+        dataset = dataset.take(slice(0, setting.rows))
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    say(f"1/4 training on {dataset.name} ({len(dataset)} rows, {len(dataset.features)} features)")
+    options = TrainOptions(epochs=setting.epochs, seed=args.seed)
+    with training_progress() as progress:
+        trained = train_representations(dataset, options=options, dhe=setting.dhe, progress=progress)
+    files = {name: args.output / f"{name}.pt" for name in trained}
+    for name, file in files.items():
+        checkpoint.save(file, trained[name].model, trained[name].metadata)
+
+    say("2/4 profiling every path on this machine")
+    # The load generator and the engine's own work want a core: kernels get the others.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    test = dataset.split()[2]
+    paths = paths_from_checkpoints(list(files.values()))
+    profile = Profile.measure(
+        paths, sampler(test), BATCH_SIZES, seconds=setting.profile_s, seed=args.seed, progress=reporter()
+    )
+    profile.save(args.output / "profile.json")
+
+    say("3/4 planning for half of the tables' memory")
+    planned = _plan(trained, dataset)
+
+    say("4/4 serving: every path alone, then the dispatcher")
+    sizes = QuerySizes()
+    dispatchers, sla_s = contestants(paths, profile), args.sla_ms / 1e3
+    qps = suggested_qps(dispatchers, test, sizes=sizes, seed=args.seed)
+    load = generate(test, qps, setting.queries, sizes=sizes, seed=args.seed)
+    outcomes = compare(dispatchers, load, sla_s=sla_s, progress=reporter())
+
+    result = {
+        "environment": info.collect(),
+        "data": _describe(dataset, trained),
+        "representations": [_row(name, trained[name], profile) for name in trained],
+        "load": {
+            "sla_ms": args.sla_ms,
+            "qps": qps,
+            "queries": len(load),
+            "rows": [outcome.row(name) for name, outcome in outcomes.items()],
+        },
+        "plan": planned,
+    }
+    (args.output / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    page = report.write(result, args.output / "report.html")
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    Console(width=None if Console().is_terminal else 150).print(report.demo_table(result))
+    print(f"Page: {page}")
+    return 0
+
+
+def _load(spec: str | None) -> ClickDataset:
+    if spec is not None:
+        return data.load(spec)
+    try:
+        return data.load("movielens")
+    except DatasetNotInstalledError as error:
+        say(f"MovieLens-100k is not here, so this demo runs on SYNTHETIC data. {error}")
+        return data.load("synthetic")
+
+
+def _embedding_bytes(model: DLRM) -> int:
+    tensors = [*model.embeddings.parameters(), *model.embeddings.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _row(name: str, trained: Trained, profile: Profile) -> dict:
+    curve = profile.curve(name)
+    return {
+        "representation": name,
+        **trained.metadata["metrics"]["test"],
+        "parameters": trained.metadata["parameters"],
+        "embedding_bytes": _embedding_bytes(trained.model),
+        "train_s": trained.result.seconds,
+        "latency_ms": {str(batch): 1e3 * curve.at(batch) for batch in _SHOWN_BATCHES},
+        "curve_ms": {str(batch): 1e3 * curve.at(batch) for batch in curve.batch_sizes},
+        "history": [epoch["auc"] for epoch in trained.result.history],
+    }
+
+
+def _describe(dataset: ClickDataset, trained: dict[str, Trained]) -> dict:
+    rows = next(iter(trained.values())).metadata["rows"]
+    return {"name": dataset.name, "rows": len(dataset), "features": list(dataset.features), "split": rows}
+
+
+def _plan(trained: dict[str, Trained], dataset: ClickDataset) -> dict:
+    """The best placement, by the measured qualities, in half the memory of the all-table model."""
+    features = with_representation(trained["table"].model.features, "table")
+    measurements = [
+        Measurement(
+            {feature.name: feature.representation for feature in each.model.features},
+            each.metadata["metrics"]["valid"]["auc"],
+        )
+        for each in trained.values()
+    ]
+    dhe = next(f.dhe for f in trained["dhe"].model.features if f.has_dhe)
+    counts = {feature.name: dataset.counts(feature.name) for feature in features}
+    effects = fit_effects(features, measurements, counts)
+    budget = _embedding_bytes(trained["table"].model) // 2
+    best = plan(
+        features,
+        default_options(features, dhe, effects),
+        [Device("here", budget, MeasuredCosts(batch_size=128))],
+        base_quality=effects.base,
+    )
+    return {"memory_bytes": budget, **best.to_dict()}
