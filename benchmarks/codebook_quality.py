@@ -2,8 +2,8 @@
 
 ``python benchmarks/codebook_quality.py [--data movielens] [--epochs 8] [--centroids] [--no-csv]``
 
-Trains the model, then measures the test split with each feature's decoder, with codes of 1 to 4 bytes for every
-ID (and, with ``--centroids``, MP-Rec's published form: the nearest of 256 intermediate values).
+Trains the model, then measures the test split with each feature's decoder, with codes of 1 to 4 bytes for
+every ID (and, with ``--centroids``, MP-Rec's published form: the nearest of 256 intermediate values).
 """
 
 import argparse
