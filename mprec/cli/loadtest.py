@@ -112,19 +112,18 @@ def load_table(result: dict) -> Table:
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )
-    table.add_column("path")
-    headings = ["p50 ms", "p95 ms", "p99 ms", "not in time", "refused", "accuracy", "correct/s"]
+    table.add_column("path", no_wrap=True)
+    headings = ["p50 ms", "p95 ms", "p99 ms", "missed", "accuracy", "correct/s"]
     searched = "max_qps" in result["rows"][0]
-    for heading in headings + ["max queries/s"] * searched:
-        table.add_column(heading, justify="right")
-    table.add_column("samples by path")
+    for heading in headings + ["max qps"] * searched:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("answered by")
     for row in result["rows"]:
         chosen = ", ".join(f"{name} {100 * share:.0f} %" for name, share in row["chosen"].items())
         table.add_row(
             row["path"],
             *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
             f"{100 * row['violations']:.1f} %",
-            str(sum(row["refused"].values())),
             "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
             f"{row['correct_per_s']:,.0f}",
             *([f"{row['max_qps']:.0f}"] if searched else []),

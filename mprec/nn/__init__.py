@@ -6,6 +6,7 @@ from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
 from mprec.nn.memory import huge_page_bytes, use_huge_pages
+from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import swap
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "EmbeddingBagCollection",
     "FeatureConfig",
     "HybridEmbeddingBag",
+    "QuantizedEmbeddingBagCollection",
+    "QuantizedTable",
     "huge_page_bytes",
     "swap",
     "use_huge_pages",
