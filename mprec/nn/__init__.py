@@ -8,6 +8,7 @@ from mprec.nn.hybrid import HybridEmbeddingBag
 from mprec.nn.memory import huge_page_bytes, use_huge_pages
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import swap
+from mprec.nn.unseen import MeanForUnseen
 
 __all__ = [
     "DeepHashEmbeddingBag",
@@ -16,6 +17,7 @@ __all__ = [
     "EmbeddingBagCollection",
     "FeatureConfig",
     "HybridEmbeddingBag",
+    "MeanForUnseen",
     "QuantizedEmbeddingBagCollection",
     "QuantizedTable",
     "huge_page_bytes",
