@@ -222,7 +222,16 @@ def _backward_of_embedding_bag(ctx, grad):
 
 
 def run_embedding_bag_multi(
-    weights, indices, offsets, mode, per_sample_weights, out, out_columns, features=None, num_features=None
+    weights,
+    indices,
+    offsets,
+    mode,
+    per_sample_weights,
+    out,
+    out_columns,
+    features=None,
+    num_features=None,
+    threads=None,
 ):
     """The native kernel: tables on the CPU into columns of ``out``; dtypes as for one table."""
     if features is not None:
@@ -237,7 +246,7 @@ def run_embedding_bag_multi(
         -1,
         out,
         out_columns,
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
     )
     return out
 
