@@ -6,7 +6,9 @@ from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
 from mprec.nn.memory import huge_page_bytes, use_huge_pages
+from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import swap
+from mprec.nn.unseen import MeanForUnseen
 
 __all__ = [
     "DeepHashEmbeddingBag",
@@ -16,6 +18,9 @@ __all__ = [
     "FeatureConfig",
     "HybridEmbeddingBag",
     "KernelOptions",
+    "MeanForUnseen",
+    "QuantizedEmbeddingBagCollection",
+    "QuantizedTable",
     "huge_page_bytes",
     "swap",
     "use_huge_pages",

@@ -166,35 +166,39 @@ class EmbeddingBagCollection(nn.Module):
 
     def _forward_direct(self, indices, offsets, per_sample_weights) -> Tensor:
         """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code."""
-        count = len(self.features)
-        if self._table_groups:
-            modules = self._modules["tables"]._modules
-            first = modules[self._table_groups[0].names[0]]._parameters["weight"]
-        else:
-            first = self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0]
-        samples = batch_size(offsets, count)
+        samples = batch_size(offsets, len(self.features))
         options = _DEFAULT if self.kernel is None else self.kernel(samples)
-        out = torch.empty(samples, self._width, dtype=first.dtype)
-        if self._table_groups:
-            for group in self._table_groups:
-                weights = [modules[name]._parameters["weight"] for name in group.names]
-                if any(type(weight) is not nn.Parameter for weight in weights):
-                    raise TypeError("tables: not plain parameters")
-                run_embedding_bag_multi(
-                    weights,
-                    indices,
-                    offsets,
-                    group.mode_code,
-                    per_sample_weights,
-                    out,
-                    group.columns,
-                    None if group.whole else group.features,
-                    count,
-                    options.threads,
-                )
+        out = torch.empty(samples, self._width, dtype=self._dtype())
+        for group in self._table_groups:
+            self._run_tables(group, indices, offsets, per_sample_weights, out, options)
         for group in self._dhe_groups:
             self._run_decoders(group, indices, offsets, per_sample_weights, out, options)
         return out
+
+    def _dtype(self) -> torch.dtype:
+        if self._table_groups:
+            modules = self._modules["tables"]._modules
+            return modules[self._table_groups[0].names[0]]._parameters["weight"].dtype
+        return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0].dtype
+
+    def _run_tables(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> None:
+        """One group's pooled rows into its columns of ``out``."""
+        modules = self._modules["tables"]._modules
+        weights = [modules[name]._parameters["weight"] for name in group.names]
+        if any(type(weight) is not nn.Parameter for weight in weights):
+            raise TypeError("tables: not plain parameters")
+        run_embedding_bag_multi(
+            weights,
+            indices,
+            offsets,
+            group.mode_code,
+            per_sample_weights,
+            out,
+            group.columns,
+            None if group.whole else group.features,
+            len(self.features),
+            threads=options.threads,
+        )
 
     def _run_decoders(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> None:
         """One group's vectors into its columns of ``out``."""
@@ -209,7 +213,8 @@ class EmbeddingBagCollection(nn.Module):
             group.columns,
             None if group.whole else group.features,
             len(self.features),
-            *options,
+            threads=options.threads,
+            dedupe=options.dedupe,
         )
 
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:

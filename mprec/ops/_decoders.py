@@ -1,10 +1,11 @@
 """Packed native decoders, kept while their weights stay as they are.
 
 A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is kept per first
-weight tensor, weakly, and used again if every tensor still has its storage address and its version counter.
-In-place operations raise the counter, optimizers' steps included; writes through ``tensor.data`` or NumPy
-views do not: call :func:`clear_decoders` after those. Nothing is kept while grad mode is on (training changes
-the weights at every step), nor for tensors made under ``inference_mode``, which carry no counter.
+weight tensor and precision, weakly, and used again if every tensor still has its storage address and its
+version counter. In-place operations raise the counter, optimizers' steps included; writes through
+``tensor.data`` or NumPy views do not: call :func:`clear_decoders` after those. Nothing is kept while grad
+mode is on (training changes the weights at every step), nor for tensors made under ``inference_mode``, which
+carry no counter.
 """
 
 import weakref
@@ -20,7 +21,7 @@ from mprec.ops._common import contiguous
 
 _address = Tensor.data_ptr
 _version = Tensor._version.__get__
-_kept: dict[int, tuple[weakref.ref, tuple, "_C.Decoder"]] = {}
+_kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.Decoder"]] = {}
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
@@ -40,14 +41,15 @@ def decoder(
     family: str,
     activation: str,
     last_activation: str,
+    precision: str = "float32",
 ) -> "_C.Decoder":
     """The native decoder of one feature: kept from an earlier call if grad mode is off, else packed now."""
     tensors = (coefficients, *weights, *biases)
-    options = (len(weights), family, activation, last_activation)
+    options = (len(weights), family, activation, last_activation, precision)
     if torch.is_grad_enabled():
         return _pack(tensors, *options)
     first = weights[0]
-    key = id(first)
+    key = id(first), precision
     try:
         stamp = (*options, *map(_address, tensors), *map(_version, tensors))
     except RuntimeError:  # tensors made in inference mode
@@ -65,7 +67,7 @@ def clear_decoders() -> None:
     _kept.clear()
 
 
-def _pack(tensors, layers, family, activation, last_activation):
+def _pack(tensors, layers, family, activation, last_activation, precision):
     coefficients, *rest = [contiguous(t.detach()) for t in tensors]
     return _C.Decoder(
         coefficients,
@@ -74,4 +76,5 @@ def _pack(tensors, layers, family, activation, last_activation):
         code(FAMILIES, family, "family"),
         code(ACTIVATIONS, activation, "activation"),
         code(ACTIVATIONS, last_activation, "last_activation"),
+        precision,
     )

@@ -231,9 +231,13 @@ def run_embedding_bag_multi(
     out_columns,
     features=None,
     num_features=None,
+    bits=None,
     threads=None,
 ):
-    """The native kernel: tables on the CPU into columns of ``out``; dtypes as for one table."""
+    """The native kernel: tables on the CPU into columns of ``out``; dtypes as for one table.
+
+    Tables of uint8 are quantised rows of ``bits[t]`` bits per value, in FBGEMM's fused layout.
+    """
     if features is not None:
         csr = _csr.Csr(indices, offsets, per_sample_weights)
         indices, offsets, per_sample_weights = _csr.select(csr, features, num_features)
@@ -247,6 +251,7 @@ def run_embedding_bag_multi(
         out,
         out_columns,
         threads or torch.get_num_threads(),
+        bits,
     )
     return out
 
