@@ -1,7 +1,7 @@
 """Modules: embedding bags as tables, deep hash embeddings and hybrids, and a collection of them."""
 
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.nn.config import DheConfig, FeatureConfig, with_representation
+from mprec.nn.config import DheConfig, FeatureConfig, KernelOptions, with_representation
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
@@ -17,6 +17,7 @@ __all__ = [
     "EmbeddingBagCollection",
     "FeatureConfig",
     "HybridEmbeddingBag",
+    "KernelOptions",
     "MeanForUnseen",
     "QuantizedEmbeddingBagCollection",
     "QuantizedTable",

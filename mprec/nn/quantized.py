@@ -125,7 +125,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
-    def _run_tables(self, group, indices, offsets, per_sample_weights, out) -> None:
+    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> None:
         modules = self._modules["tables"]._modules
         tables = [modules[name] for name in group.names]
         run_embedding_bag_multi(
@@ -139,9 +139,10 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             None if group.whole else group.features,
             len(self.features),
             [table.bits for table in tables],
+            threads=options.threads,
         )
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out) -> None:
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
         modules = self._modules["dhe"]._modules
         members = [modules[name] for name in group.names]
         precisions = [self.decoder_precision[name] for name in group.names]
@@ -155,6 +156,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             group.columns,
             None if group.whole else group.features,
             len(self.features),
+            threads=options.threads,
+            dedupe=options.dedupe,
         )
 
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
