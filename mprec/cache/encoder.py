@@ -431,7 +431,7 @@ class CachedEmbeddingBagCollection(_Cached, EmbeddingBagCollection):
         cache holds then. ``counts``: see :data:`mprec.cache.budget.Counts`."""
         return self._fill(counts)
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out) -> None:
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
         rows = self._rows_of[group.names[0]]
         rows.forward(indices, offsets, per_sample_weights, group.mode_code, True, -1, out)
 
