@@ -11,8 +11,10 @@ import threading
 import urllib.request
 
 import pytest
+import torch
 
 from mprec import checkpoint, data
+from mprec.dispatch import paths_from_checkpoints, with_cache
 from mprec.nn import DheConfig
 from mprec.planner import Infeasible
 from mprec.training import build_model
@@ -101,6 +103,25 @@ def test_a_multi_path_checkpoint_is_several_paths(checkpoints, capsys):
     assert set(content["paths"]) == {"table", "dhe", "hybrid"}
     both = ["--checkpoints", *files(checkpoints, ("table", "multi-path")), "--data", DATA, *QUICK]
     assert set(call_json(capsys, "profile", *both)["paths"]) == {"table", "multi-path/table", "dhe", "hybrid"}
+
+
+def test_caches_are_offered_as_further_paths(checkpoints, capsys):
+    content = call_json(capsys, "profile", *common(checkpoints), "--cache", "8KiB", *QUICK)
+    assert list(content["paths"]) == [*REPRESENTATIONS, "dhe+cache", "hybrid+cache"]
+    table = ["--checkpoints", checkpoints / "table.pt", "--data", DATA]
+    with pytest.raises(ValueError, match="--cache"):
+        call("profile", *table, "--cache", "8KiB", *QUICK)
+
+
+def test_a_cached_path_scores_the_same(checkpoints):
+    plain, *_ = paths_from_checkpoints([checkpoints / "hybrid.pt"])
+    dataset = data.load(DATA)
+    counts = {name: dataset.counts(name) for name, _ in dataset.features}
+    cached = with_cache(plain, 4096, counts)
+    batch = dataset.batch(slice(0, 100))
+    torch.testing.assert_close(cached.model(batch), plain.model(batch), rtol=1e-5, atol=1e-6)
+    assert (cached.name, cached.quality) == ("hybrid+cache", plain.quality)
+    assert cached.shape != plain.shape
 
 
 def test_loadtest_reports_every_path_and_the_dispatcher(checkpoints, tmp_path, capsys):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.ops._common import check_bags, ids
 from mprec.ops._csr import batch_size
-from mprec.ops._decoders import decoder
+from mprec.ops._decoders import decoder, group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
 from mprec.ops._tables import run_embedding_bag_multi
 
@@ -125,7 +125,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
-    def _run_tables(self, group, indices, offsets, per_sample_weights, out) -> None:
+    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> None:
         modules = self._modules["tables"]._modules
         tables = [modules[name] for name in group.names]
         run_embedding_bag_multi(
@@ -139,13 +139,15 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             None if group.whole else group.features,
             len(self.features),
             [table.bits for table in tables],
+            threads=options.threads,
         )
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out) -> None:
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
         modules = self._modules["dhe"]._modules
-        precision = self.decoder_precision
+        members = [modules[name] for name in group.names]
+        precisions = [self.decoder_precision[name] for name in group.names]
         run_dhe_bag_multi(
-            [decoder(*modules[name].stack(), *group.decoder, precision[name]) for name in group.names],
+            group_decoders(self, group.names[0], members, group.decoder, precisions),
             indices,
             offsets,
             group.mode_code,
@@ -154,6 +156,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             group.columns,
             None if group.whole else group.features,
             len(self.features),
+            threads=options.threads,
+            dedupe=options.dedupe,
         )
 
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:

@@ -232,6 +232,7 @@ def run_embedding_bag_multi(
     features=None,
     num_features=None,
     bits=None,
+    threads=None,
 ):
     """The native kernel: tables on the CPU into columns of ``out``; dtypes as for one table.
 
@@ -249,7 +250,7 @@ def run_embedding_bag_multi(
         -1,
         out,
         out_columns,
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
         bits,
     )
     return out
