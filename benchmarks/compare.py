@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ceilings
 import harness
 
-MODULES = ("compare_embedding_bag", "compare_dhe", "compare_dispatch")
+MODULES = ("compare_embedding_bag", "compare_dhe", "compare_dispatch", "compare_cache")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,6 +133,7 @@ def append_csv(name: str, rows: list[dict]) -> Path:
             known = next(csv.reader(file))
         if known != columns:
             raise ValueError(f"{path}: has columns {known}, not {columns}")
+    path.parent.mkdir(exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if not exists:

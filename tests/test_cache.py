@@ -17,6 +17,7 @@ from mprec.cache import (
     split_budget,
 )
 from mprec.cache.budget import hottest
+from mprec.cache.centroids import CentroidEmbeddingBag
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError
 from mprec.nn import DeepHashEmbeddingBag, DheConfig, EmbeddingBagCollection, FeatureConfig
 
@@ -383,7 +384,7 @@ def clustered(n: int = 3000, clusters: int = 40, noise: float = 0.02) -> torch.T
 
 def test_codebook_error_is_what_it_says():
     rows = clustered()
-    book = Codebook.fit(rows, max_error=0.1)
+    book = Codebook.fit(rows, stages=1, max_error=0.1)
     back = book.rows(torch.arange(len(rows)))
     error = ((back - rows).double().square().sum() / (rows - rows.mean(0)).double().square().sum()).sqrt()
     assert abs(book.error - float(error)) < 1e-6
@@ -400,8 +401,8 @@ def test_codebook_error_is_what_it_says():
 def test_codebook_refuses_a_larger_error():
     noise = torch.randn(5000, 16)
     with pytest.raises(CodebookError, match=r"error of 1-byte codes is 0\.\d+ .* max_error, 0\.05"):
-        Codebook.fit(noise, max_error=0.05)
-    assert Codebook.fit(noise, max_error=None).error > 0.05
+        Codebook.fit(noise, stages=1, max_error=0.05)
+    assert Codebook.fit(noise, stages=1, max_error=None).error > 0.05
 
 
 def test_few_different_rows_are_exact():
@@ -413,10 +414,7 @@ def test_few_different_rows_are_exact():
 def test_weights_move_the_error_to_rare_rows():
     rows = torch.randn(4000, 16)
     weights = torch.where(torch.arange(4000) < 200, 1000.0, 1.0)
-    assert (
-        Codebook.fit(rows, weights=weights, max_error=None).error
-        < 0.6 * Codebook.fit(rows, max_error=None).error
-    )
+    assert Codebook.fit(rows, 1, weights, None).error < 0.6 * Codebook.fit(rows, 1, max_error=None).error
 
 
 @pytest.mark.parametrize(
@@ -466,3 +464,70 @@ def test_ids_without_a_code_are_decoded():
         CodebookEmbeddingBag(bag, ids=torch.tensor([1, 1]))
     with pytest.raises(CodebookError):
         CodebookEmbeddingBag(bag, ids=torch.arange(5000), max_error=1e-3)
+
+
+@torch.no_grad()
+def test_misses_answered_by_code():
+    """Both stages: filled rows exact, coded misses as the codebook has them, other IDs exact."""
+    bag = small_bag()
+    rows = bag(torch.arange(600), torch.arange(601))
+    book = Codebook.fit(rows, max_error=0.9)
+    cached = CachedDeepHashEmbeddingBag(bag, 40_000, codebook=book)
+    cached.fill(torch.arange(200, 0, -1))
+    assert cached.stats().features[""].rows == 200
+    ids = torch.tensor([7, 500, 700, 199, 500, 599, 10**12])
+    out = cached(ids, torch.arange(8))
+    exact = [0, 2, 3, 6]
+    close(out[exact], bag(ids, torch.arange(8))[exact])
+    assert torch.equal(out[[1, 4, 5]], book.rows(ids[[1, 4, 5]]))
+    stats = cached.stats()
+    assert (stats.coded, stats.decoded) == (3, 2)
+    assert set(cached._rows[0].held("").tolist()) == {*range(200), 700, 10**12}
+    pooled = cached(ids[:6], torch.tensor([0, 3, 6]))
+    close(pooled, torch.stack([out[:3].sum(0), out[3:6].sum(0)]))
+
+    bag.decoder[0].weight.mul_(2)  # the codebook is of past weights
+    close(cached(ids, torch.arange(8)), bag(ids, torch.arange(8)))
+    assert cached.stats().coded == 6
+
+
+@torch.no_grad()
+def test_codebooks_of_a_collection():
+    collection = small_collection()
+    books = {
+        "city": Codebook.fit(collection.dhe["city"].materialize(500), max_error=None),
+        "words": Codebook.fit(collection.dhe["words"].materialize(800), max_error=None),
+    }
+    cached = CachedEmbeddingBagCollection(collection, {"item": 20_000}, codebooks=books)
+    indices, offsets = batch_of(collection, 40)
+    # tag and item are not approximated
+    close(cached(indices, offsets)[:, 8:32], collection(indices, offsets)[:, 8:32])
+    approximate = materialize(collection, ["city", "words"])
+    for name, book in books.items():
+        approximate.tables[name].weight.copy_(book.rows(torch.arange(len(book.codes))))
+    close(cached(indices, offsets), approximate(indices, offsets))
+    with pytest.raises(ValueError, match="codebooks: no deep hash embedding 'tag'"):
+        CachedEmbeddingBagCollection(collection, 60_000, codebooks={"tag": books["city"]})
+    with pytest.raises(ValueError, match=r"codebooks\[0\]: has rows of 4, but decoders\[0\] makes 8"):
+        CachedEmbeddingBagCollection(
+            collection, 60_000, codebooks={"city": Codebook.fit(torch.randn(9, 4), max_error=None)}
+        )
+    with pytest.raises(IdOutOfRangeError, match=r"ids\[1\] is 500, expected less than 500"):
+        books["city"].rows(torch.tensor([0, 500]))
+
+
+def test_the_published_decoder_stage():
+    """Nearest centroid of an intermediate value: exact with as many centroids as IDs, else refused."""
+    bag = small_bag()
+    ids = torch.arange(100)
+    few = CentroidEmbeddingBag(bag, ids, layer=1, max_error=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            few(ids, torch.arange(101)), bag(ids, torch.arange(101)), rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(CodebookError, match=r"error of centroids of layer 0 is 0\.\d+"):
+        CentroidEmbeddingBag(bag, torch.arange(3000), layer=0)
+    with pytest.raises(ValueError, match="layer: expected 0 to 1, got 2"):
+        CentroidEmbeddingBag(bag, ids, layer=2)
+    with pytest.raises(ValueError, match="ids: expected at least one"):
+        CentroidEmbeddingBag(bag, ids[:0])

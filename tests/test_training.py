@@ -50,6 +50,28 @@ def test_learns_the_planted_model(dataset, representation):
     assert losses[-1] < losses[0] < 0.7
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "rowwise_adagrad"])
+def test_table_optimizers(dataset, optimizer):
+    options = TrainOptions(epochs=4, batch_size=128, table_optimizer=optimizer, table_learning_rate=0.02)
+    trained = train_representations(dataset, ["table"], options, **SMALL)["table"]
+    assert trained.metadata["metrics"]["test"]["auc"] > 0.5 + 0.75 * (dataset.info["best_auc"] - 0.5)
+
+
+def test_large_tables_take_the_optimizer_that_touches_a_batchs_rows():
+    dataset = load("synthetic:rows=400,features=1,vocabulary=200000")
+    before = build_model(dataset, "table", **SMALL).embeddings.tables["f0"].weight.detach().clone()
+    options = TrainOptions(epochs=1, batch_size=100)
+    after = (
+        train_representations(dataset, ["table"], options, **SMALL)["table"]
+        .model.embeddings.tables["f0"]
+        .weight
+    )
+    changed = set((after != before).any(dim=1).nonzero()[:, 0].tolist())
+    seen = set(dataset.split()[0].columns[0].ids.tolist())
+    assert changed <= seen
+    assert len(changed) > len(seen) / 2
+
+
 def test_predictions_and_metrics(dataset):
     model = build_model(dataset, "table", **SMALL)
     model.train()
@@ -113,6 +135,8 @@ def test_bad_arguments(dataset):
     for name, value in (("epochs", 0), ("batch_size", 0), ("patience", 0), ("learning_rate", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             TrainOptions(**{name: value})
+    with pytest.raises(ValueError, match="table_optimizer must be one of auto, adam, rowwise_adagrad"):
+        TrainOptions(table_optimizer="sgd")
     with pytest.raises(ValueError, match="monitor must be one of auc, log_loss, got 'loss'"):
         TrainOptions(monitor="loss")
     with pytest.raises(ValueError, match="representation must be one of"):

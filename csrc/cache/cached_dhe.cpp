@@ -22,7 +22,7 @@ struct Part {
   int64_t stride;
   PoolArguments pool;  // vectors is null where bags need none
   int64_t *misses, *distinct_ids, *inverse;
-  int64_t num_misses, num_distinct;
+  int64_t num_misses, num_coded, num_distinct;
   float* decoded;  // rows of the distinct misses
 };
 
@@ -61,7 +61,11 @@ void plan(const DheBagRequest& r, const int64_t* ids, const std::vector<CachedFe
     const int64_t dim = f.decoder.dim, begin = r.bag_begin(f.position * r.bags),
                   end = r.bag_begin((f.position + 1) * r.bags);
     Part& p = w.parts[t];
-    p = {ids + begin, end - begin, nullptr, dim, {nullptr, dim, nullptr, nullptr, r.mode}};
+    p = Part{};
+    p.ids = ids + begin;
+    p.count = end - begin;
+    p.stride = dim;
+    p.pool = {nullptr, dim, nullptr, nullptr, r.mode};
     p.misses = w.misses.data() + begin;
     p.distinct_ids = w.distinct_ids.data() + begin;
     p.inverse = w.inverse.data() + begin;
@@ -93,6 +97,17 @@ void plan(const DheBagRequest& r, const int64_t* ids, const std::vector<CachedFe
   }
 }
 
+// Puts the rows of misses with a code in place and leaves the other misses; returns how many had one.
+int64_t answer_by_code(const CodebookView& book, Part& p) {
+  if (!book.count || !p.num_misses) return 0;
+  const auto others =
+      std::partition(p.misses, p.misses + p.num_misses, [&](int64_t i) { return !book.has(p.ids[i]); });
+  const int64_t coded = p.misses + p.num_misses - others;
+  codebook_rows(book, p.ids, others, coded, p.rows, p.stride);
+  p.num_misses -= coded;
+  return coded;
+}
+
 void look_up(const CachedFeature& f, Part& p) {
   if (f.cache) {
     p.num_misses = f.cache->lookup(p.ids, p.count, f.generation, p.rows, p.stride, p.misses);
@@ -100,6 +115,7 @@ void look_up(const CachedFeature& f, Part& p) {
     for (int64_t i = 0; i < p.count; ++i) p.misses[i] = i;
     p.num_misses = p.count;
   }
+  p.num_coded = answer_by_code(f.codebook, p);
   p.num_distinct = p.num_misses ? distinct(p.ids, p.misses, p.num_misses, p.distinct_ids, p.inverse) : 0;
 }
 
@@ -152,8 +168,11 @@ void cached_dhe_bag_forward(const DheBagRequest& r, const std::vector<CachedFeat
                     for (int64_t t = from; t < to; ++t) look_up(features[t], w.parts[t]);
                   });
   const uint64_t looked_up = now();
-  int64_t decoded = 0;
-  for (const Part& p : w.parts) decoded += p.num_distinct;
+  int64_t decoded = 0, coded = 0;
+  for (const Part& p : w.parts) {
+    decoded += p.num_distinct;
+    coded += p.num_coded;
+  }
   if (decoded) {
     decode(features, admit, threads, w);
     counters.decode_ns.fetch_add(now() - looked_up, std::memory_order_relaxed);
@@ -161,6 +180,7 @@ void cached_dhe_bag_forward(const DheBagRequest& r, const std::vector<CachedFeat
   }
   for (size_t t = 0; t < features.size(); ++t)
     if (w.parts[t].pool.vectors) pool(r, features[t], w.parts[t], threads);
+  if (coded) counters.coded.fetch_add(coded, std::memory_order_relaxed);
   counters.calls.fetch_add(1, std::memory_order_relaxed);
   counters.lookup_ns.fetch_add(looked_up - start, std::memory_order_relaxed);
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cache/codebook.h"
 #include "cache/row_cache.h"
 #include "dhe/bag.h"
 
@@ -12,14 +13,15 @@ namespace mprec {
 
 struct CachedFeature {
   DecoderView decoder;
-  RowCache* cache;      // null: every distinct ID is decoded
-  uint32_t generation;  // the cache's for this decoder's weights
-  int64_t position;     // of the feature in the batch
-  int64_t column;       // of `out`
+  RowCache* cache;        // null: every distinct ID is decoded
+  uint32_t generation;    // the cache's for this decoder's weights
+  int64_t position;       // of the feature in the batch
+  int64_t column;         // of `out`
+  CodebookView codebook;  // misses with a code get its row, approximate, and are not admitted; count 0: none
 };
 
 struct CachedDheCounters {
-  std::atomic<uint64_t> calls{0}, decoded{0}, lookup_ns{0}, decode_ns{0};
+  std::atomic<uint64_t> calls{0}, coded{0}, decoded{0}, lookup_ns{0}, decode_ns{0};
 };
 
 // As dhe_bag_forward, for the features listed. `batch` describes all features of the batch; of it,

@@ -13,7 +13,7 @@ namespace mprec {
 namespace {
 
 // Work that repays waking a thread: some 20 microseconds.
-constexpr int64_t multiply_adds_per_thread = 1 << 20;
+constexpr int64_t multiply_adds_per_thread = 1 << 21;
 // Fewer IDs than this cannot repay looking for equal ones.
 constexpr int64_t fewest_to_dedupe = 8;
 

@@ -5,7 +5,7 @@
 // start per cycle and take 4 cycles, so at least 8 must be in flight, and at most two loads fit beside them:
 //   AVX-512, 32 registers: 14 rows x 2 vectors = 28 accumulators; 16 loads for 28 FMAs
 //   AVX2, 16 registers:     6 rows x 2 vectors = 12 accumulators;  8 loads for 12 FMAs
-// Tiles of fewer rows have too few accumulators to hide the latency, and split the inputs over several sets.
+// Tiles of few rows have too few accumulators to hide the latency, and split the inputs over several sets.
 //
 // What is multiplied is a `Product`: the types of inputs and weights, where they lie, and the instruction.
 #pragma once
@@ -22,6 +22,13 @@ constexpr int tile_rows = 6, tile_vectors = 2;
 #else
 constexpr int tile_rows = 4, tile_vectors = 4;
 #endif
+
+// Sets of `size` accumulators: as many as leave registers for the rest.
+constexpr int accumulator_sets(int size) {
+  int sets = 1;
+  while (2 * sets * size <= tile_rows * tile_vectors) sets *= 2;
+  return sets;
+}
 
 #if defined(__AVX512F__)
 inline Vec load_half(const uint16_t* p) {
@@ -74,8 +81,7 @@ struct TileArguments {
 
 template <class Product, int rows, int vectors>
 void tile(const TileArguments<Product>& t) {
-  // Enough sets of accumulators for 8 multiply-adds in flight.
-  constexpr int sets = rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : rows * vectors >= 2 ? 4 : 8;
+  constexpr int sets = accumulator_sets(rows * vectors);
   constexpr int per_panel = panel_columns / Vec::width;
   using Sum = typename Product::Sum;
   Sum sum[sets][rows][vectors];

@@ -67,4 +67,9 @@ PyObject* guarded(const Call& call) {
   return nullptr;
 }
 
+template <auto function>
+inline PyCFunction fastcall() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
 }  // namespace mprec::python

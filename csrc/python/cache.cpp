@@ -110,6 +110,32 @@ py::dict stats(const RowCache& cache) {
   return d;
 }
 
+// codes uint8 [count, stages] and centroids float32 [256 * stages, dim].
+CodebookView codebook_view(py::handle codes, py::handle centroids) {
+  const Tensor c = view(codes.ptr(), "codes", DType::u8, 2),
+               r = view(centroids.ptr(), "centroids", DType::f32, 2);
+  if (c.shape[1] < 1 || c.shape[1] > 8)
+    throw py::value_error(message("codes: expected 1 to 8 stages, got ", c.shape[1]));
+  if (r.shape[0] != 256 * c.shape[1])
+    throw py::value_error(message("centroids: expected ", 256 * c.shape[1], " rows, got ", r.shape[0]));
+  return {c.ptr<uint8_t>(), c.shape[0], static_cast<int>(c.shape[1]), r.ptr<float>(), r.shape[1]};
+}
+
+void rows_by_code(const py::object& codes, const py::object& centroids, const py::object& ids,
+                  const py::object& out) {
+  const CodebookView book = codebook_view(codes, centroids);
+  const Tensor i = ids_view(ids);
+  const int64_t n = i.shape[0];
+  for (int64_t j = 0; j < n; ++j)
+    if (!book.has(i.ptr<int64_t>()[j]))
+      throw IdError(message("ids[", j, "] is ", i.ptr<int64_t>()[j], ", expected less than ", book.count));
+  const Tensor o = rows_view(out, "out", n, book.dim);
+  without_gil(n, [&] {
+    codebook_rows(book, i.ptr<int64_t>(), nullptr, n, o.ptr<float>(), o.strides[0]);
+    return true;
+  });
+}
+
 // Notices when weights change: remembers of each tensor in a module's dict of parameters or buffers which it
 // was, where its storage was, and its version counter, which in-place operations raise.
 class WeightWatch {
@@ -155,7 +181,8 @@ class WeightWatch {
 class CachedDecoders {
  public:
   CachedDecoders(const py::list& decoders, const py::list& caches, const std::vector<int64_t>& positions,
-                 const std::vector<int64_t>& columns, int64_t num_features, const WeightWatch* watch)
+                 const std::vector<int64_t>& columns, int64_t num_features, const WeightWatch* watch,
+                 const std::optional<py::list>& codebooks)
       : num_features_(num_features), watch_(watch) {
     const size_t count = decoders.size();
     if (count == 0) throw py::value_error("decoders: expected at least one");
@@ -163,6 +190,8 @@ class CachedDecoders {
       throw py::value_error(message("caches, positions, columns: expected one for each of ", count,
                                     " decoders, got ", caches.size(), ", ", positions.size(), ", ",
                                     columns.size()));
+    if (codebooks && codebooks->size() != count)
+      throw py::value_error(message("codebooks: expected ", count, ", got ", codebooks->size()));
     std::vector<Columns> blocks;
     for (size_t t = 0; t < count; ++t) {
       const Decoder& decoder = py::cast<const Decoder&>(decoders[t]);
@@ -175,7 +204,18 @@ class CachedDecoders {
                                       ", expected rising numbers from 0 to ", num_features - 1));
       blocks.push_back(
           columns_within(columns[t], decoder.view().dim, INT64_MAX, message("columns[", t, "]")));
-      features_.push_back({decoder.view(), cache, cache ? cache->generation() : 0, positions[t], columns[t]});
+      CodebookView book{};
+      if (codebooks && !(*codebooks)[t].is_none()) {
+        const auto parts = py::cast<std::pair<py::object, py::object>>((*codebooks)[t]);
+        book = codebook_view(parts.first, parts.second);
+        if (book.dim != decoder.view().dim)
+          throw py::value_error(message("codebooks[", t, "]: has rows of ", book.dim, ", but decoders[", t,
+                                        "] makes ", decoder.view().dim));
+        owned_.push_back(parts.first);
+        owned_.push_back(parts.second);
+      }
+      features_.push_back(
+          {decoder.view(), cache, cache ? cache->generation() : 0, positions[t], columns[t], book});
       owned_.push_back(py::reinterpret_borrow<py::object>(decoders[t]));
       owned_.push_back(py::reinterpret_borrow<py::object>(caches[t]));
       columns_ = std::max(columns_, blocks.back().second);
@@ -226,6 +266,7 @@ class CachedDecoders {
   py::dict stats() const {
     py::dict d;
     d["calls"] = counters_.calls.load();
+    d["coded"] = counters_.coded.load();
     d["decoded"] = counters_.decoded.load();
     d["lookup_ns"] = counters_.lookup_ns.load();
     d["decode_ns"] = counters_.decode_ns.load();
@@ -264,15 +305,19 @@ void bind_cache(py::module_& m) {
            "Writes the IDs held to out, as many as fit; returns their number.")
       .def("stats", &stats)
       .def("reset_stats", &RowCache::reset_stats);
+  m.def("codebook_rows", &rows_by_code, py::arg("codes"), py::arg("centroids"), py::arg("ids"),
+        py::arg("out"), "The rows of n IDs, each the sum of one centroid per stage, into out [n, dim].");
   py::class_<WeightWatch>(m, "WeightWatch", "Notices when tensors in modules' dicts change.")
       .def(py::init<const std::vector<std::pair<py::dict, py::str>>&>(), py::arg("places"))
       .def("changed", &WeightWatch::changed);
   py::class_<CachedDecoders>(m, "CachedDecoders",
                              "Decoders of a batch's features with row caches before them.")
-      .def(py::init<const py::list&, const py::list&, const std::vector<int64_t>&,
-                    const std::vector<int64_t>&, int64_t, const WeightWatch*>(),
-           py::arg("decoders"), py::arg("caches"), py::arg("positions"), py::arg("columns"),
-           py::arg("num_features"), py::arg("watch") = py::none(), py::keep_alive<1, 7>())
+      .def(
+          py::init<const py::list&, const py::list&, const std::vector<int64_t>&, const std::vector<int64_t>&,
+                   int64_t, const WeightWatch*, const std::optional<py::list>&>(),
+          py::arg("decoders"), py::arg("caches"), py::arg("positions"), py::arg("columns"),
+          py::arg("num_features"), py::arg("watch") = py::none(), py::arg("codebooks") = py::none(),
+          py::keep_alive<1, 7>())
       .def("forward", &CachedDecoders::forward, py::arg("indices"), py::arg("offsets"),
            py::arg("per_sample_weights"), py::arg("mode"), py::arg("include_last_offset"),
            py::arg("padding_idx"), py::arg("out"), py::arg("admit"), py::arg("threads"),

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,6 +12,7 @@
 #include "dhe/bag.h"
 #include "dhe/decoder.h"
 #include "dhe/gradient.h"
+#include "python/arguments.h"
 #include "python/bags.h"
 #include "python/tensor.h"
 #include "registry.h"
@@ -39,8 +39,8 @@ Precision parse_precision(const std::string& name) {
   throw py::value_error(message("precision: '", name, "' is none of float32, float16, int8, lut"));
 }
 
-Tensor strided(PyObject* object, const std::string& name, DType dtype, int ndim) {
-  const Tensor t = view(object, name.c_str());
+Tensor strided(PyObject* object, const char* name, DType dtype, int ndim) {
+  const Tensor t = view(object, name);
   if (t.dtype != dtype)
     throw py::type_error(message(name, ": expected ", dtype_name(dtype), ", got ", dtype_name(t.dtype)));
   if (t.ndim != ndim)
@@ -60,8 +60,9 @@ std::vector<LinearWeights> linear_layers(const std::vector<py::object>& weights,
         message("biases: expected one for each of the ", weights.size(), " weights, got ", biases.size()));
   std::vector<LinearWeights> layers;
   for (size_t l = 0; l < weights.size(); ++l) {
-    const Tensor w = strided(weights[l].ptr(), message("weights[", l, "]"), DType::f32, 2);
-    const Tensor b = strided(biases[l].ptr(), message("biases[", l, "]"), DType::f32, 1);
+    const std::string weight_name = message("weights[", l, "]"), bias_name = message("biases[", l, "]");
+    const Tensor w = strided(weights[l].ptr(), weight_name.c_str(), DType::f32, 2);
+    const Tensor b = strided(biases[l].ptr(), bias_name.c_str(), DType::f32, 1);
     if (b.shape[0] != w.shape[0])
       throw py::value_error(message("biases[", l, "]: expected ", w.shape[0], " values, got ", b.shape[0]));
     layers.push_back(
@@ -78,13 +79,13 @@ std::unique_ptr<Decoder> make_decoder(py::handle coefficients, const std::vector
                                    parse_precision(precision));
 }
 
-IdArray id_array(py::handle object, const char* name) {
-  const Tensor t = view_ids(object.ptr(), name);
+IdArray id_array(PyObject* object, const char* name) {
+  const Tensor t = view_ids(object, name);
   return {t.data, t.shape[0], t.dtype == DType::i64};
 }
 
-Tensor out_matrix(py::handle object, int64_t rows) {
-  const Tensor out = strided(object.ptr(), "out", DType::f32, 2);
+Tensor out_matrix(PyObject* object, int64_t rows) {
+  const Tensor out = strided(object, "out", DType::f32, 2);
   if (out.shape[0] != rows)
     throw py::value_error(message("out: expected ", rows, " rows, got ", out.shape[0]));
   if (out.shape[1] > 1 && out.strides[1] != 1)
@@ -93,16 +94,22 @@ Tensor out_matrix(py::handle object, int64_t rows) {
   return out;
 }
 
-Dedupe parse_dedupe(const std::optional<bool>& dedupe) {
-  return !dedupe ? Dedupe::automatic : *dedupe ? Dedupe::always : Dedupe::never;
+const Decoder& decoder_of(PyObject* object, const char* name) {
+  if (!py::isinstance<Decoder>(object))
+    throw py::type_error(message(name, ": expected a Decoder, got ", Py_TYPE(object)->tp_name));
+  return *py::handle(object).cast<const Decoder*>();
 }
 
 // Fills in what both functions below have in common, and runs.
-void run(DheBagRequest r, py::handle per_sample_weights, int threads, py::handle out_object) {
-  if (r.mode < 0 || r.mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", r.mode));
-  r.per_sample_weights = nullptr;
-  if (!per_sample_weights.is_none()) {
-    const Tensor w = view(per_sample_weights.ptr(), "per_sample_weights", DType::f32, 1);
+void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject* out_object,
+         PyObject* threads, PyObject* dedupe) {
+  const long long mode_number = integer(mode, "mode");
+  if (mode_number < 0 || mode_number > 2)
+    throw py::value_error(message("mode: expected 0, 1 or 2, got ", mode_number));
+  r.mode = static_cast<int>(mode_number);
+  r.dedupe = dedupe == Py_None ? Dedupe::automatic : dedupe == Py_True ? Dedupe::always : Dedupe::never;
+  if (per_sample_weights != Py_None) {
+    const Tensor w = view(per_sample_weights, "per_sample_weights", DType::f32, 1);
     if (w.shape[0] != r.indices.size)
       throw py::value_error(
           message("per_sample_weights: expected as many as indices, ", r.indices.size, ", got ", w.shape[0]));
@@ -110,68 +117,96 @@ void run(DheBagRequest r, py::handle per_sample_weights, int threads, py::handle
     r.per_sample_weights = w.ptr<float>();
   }
   const Tensor out = out_matrix(out_object, r.bags);
-  std::vector<Columns> blocks;
-  for (int64_t t = 0; t < r.num_features; ++t)
-    blocks.push_back(columns_within(r.columns[t], r.decoders[t].dim, out.shape[1], "out"));
-  check_apart(std::move(blocks), "out_columns");
+  if (r.num_features == 1) {
+    columns_within(r.columns[0], r.decoders[0].dim, out.shape[1], "out");
+  } else {
+    std::vector<Columns> blocks;
+    for (int64_t t = 0; t < r.num_features; ++t)
+      blocks.push_back(columns_within(r.columns[t], r.decoders[t].dim, out.shape[1], "out"));
+    check_apart(std::move(blocks), "out_columns");
+  }
   r.out = out.ptr<float>();
   r.out_stride = out.strides[0];
+  const int thread_count = checked_threads(integer(threads, "threads"));
   py::gil_scoped_release release;
-  dhe_bag_forward(r, checked_threads(threads));
+  dhe_bag_forward(r, thread_count);
 }
 
-void dhe_bag(const Decoder& decoder, py::handle indices, py::handle offsets, py::handle per_sample_weights,
-             int mode, bool include_last_offset, int64_t padding_idx, py::handle out, int threads,
-             const std::optional<bool>& dedupe) {
-  const DecoderView view = decoder.view();
-  const int64_t column = 0;
-  DheBagRequest r{};
-  r.decoders = &view;
-  r.num_features = 1;
-  r.columns = &column;
-  r.indices = id_array(indices, "indices");
-  r.offsets = id_array(offsets, "offsets");
-  if (include_last_offset && r.offsets.size == 0)
-    throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
-  r.bags = r.offsets.size - include_last_offset;
-  r.mode = mode;
-  r.padding_idx = padding_idx;
-  r.dedupe = parse_dedupe(dedupe);
-  run(r, per_sample_weights, threads, out);
+PyObject* dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  return guarded([&] {
+    static constexpr const char* names[] = {
+        "decoder", "indices", "offsets", "per_sample_weights", "mode", "include_last_offset", "padding_idx",
+        "out",     "threads", "dedupe"};
+    const Arguments<10, 9> a("dhe_bag", names, args, count, keywords);
+    const DecoderView view = decoder_of(a[0], "decoder").view();
+    const int64_t column = 0;
+    DheBagRequest r{};
+    r.decoders = &view;
+    r.num_features = 1;
+    r.columns = &column;
+    r.indices = id_array(a[1], "indices");
+    r.offsets = id_array(a[2], "offsets");
+    const int include_last = PyObject_IsTrue(a[5]);
+    if (include_last < 0) throw py::error_already_set();
+    if (include_last && r.offsets.size == 0)
+      throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
+    r.bags = r.offsets.size - include_last;
+    r.padding_idx = integer(a[6], "padding_idx");
+    run(r, a[3], a[4], a[7], a[8], a[9]);
+  });
 }
 
-void dhe_bag_multi(const std::vector<const Decoder*>& decoders, py::handle indices, py::handle offsets,
-                   py::handle per_sample_weights, int mode, int64_t padding_idx, py::handle out,
-                   const std::optional<std::vector<int64_t>>& out_columns, int threads,
-                   const std::optional<bool>& dedupe) {
-  const int64_t features = static_cast<int64_t>(decoders.size());
-  if (features == 0) throw py::value_error("decoders: expected at least one");
-  if (out_columns && static_cast<int64_t>(out_columns->size()) != features)
-    throw py::value_error(message("out_columns: expected ", features, ", got ", out_columns->size()));
-  std::vector<DecoderView> views;
-  std::vector<int64_t> columns;
-  int64_t column = 0;
-  for (int64_t t = 0; t < features; ++t) {
-    if (!decoders[t]) throw py::type_error(message("decoders[", t, "]: expected a Decoder, got None"));
-    views.push_back(decoders[t]->view());
-    columns.push_back(out_columns ? (*out_columns)[t] : column);
-    column += views.back().dim;
-  }
-  DheBagRequest r{};
-  r.decoders = views.data();
-  r.num_features = features;
-  r.columns = columns.data();
-  r.indices = id_array(indices, "indices");
-  r.offsets = id_array(offsets, "offsets");
-  if (r.offsets.size == 0 || (r.offsets.size - 1) % features != 0)
-    throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", features,
-                               ", got ", r.offsets.size));
-  r.bags = (r.offsets.size - 1) / features;
-  r.mode = mode;
-  r.padding_idx = features == 1 ? padding_idx : -1;
-  r.dedupe = parse_dedupe(dedupe);
-  run(r, per_sample_weights, threads, out);
+PyObject* dhe_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  return guarded([&] {
+    static constexpr const char* names[] = {"decoders", "indices",     "offsets", "per_sample_weights",
+                                            "mode",     "padding_idx", "out",     "out_columns",
+                                            "threads",  "dedupe"};
+    const Arguments<10, 9> a("dhe_bag_multi", names, args, count, keywords);
+    // Owned: the decoders must outlive the call even if another thread empties the list.
+    const auto decoders = py::reinterpret_steal<py::object>(PySequence_Tuple(a[0]));
+    if (!decoders) throw py::error_already_set();
+    const Py_ssize_t features = PyTuple_GET_SIZE(decoders.ptr());
+    if (features == 0) throw py::value_error("decoders: expected at least one");
+    py::object given;
+    if (a[7] != Py_None) {
+      given = py::reinterpret_steal<py::object>(PySequence_Tuple(a[7]));
+      if (!given) throw py::error_already_set();
+      if (PyTuple_GET_SIZE(given.ptr()) != features)
+        throw py::value_error(
+            message("out_columns: expected ", features, ", got ", PyTuple_GET_SIZE(given.ptr())));
+    }
+    std::vector<DecoderView> views;
+    std::vector<int64_t> columns;
+    int64_t column = 0;
+    for (Py_ssize_t t = 0; t < features; ++t) {
+      views.push_back(decoder_of(PyTuple_GET_ITEM(decoders.ptr(), t), "decoders").view());
+      columns.push_back(given ? integer(PyTuple_GET_ITEM(given.ptr(), t), "out_columns") : column);
+      column += views.back().dim;
+    }
+    DheBagRequest r{};
+    r.decoders = views.data();
+    r.num_features = features;
+    r.columns = columns.data();
+    r.indices = id_array(a[1], "indices");
+    r.offsets = id_array(a[2], "offsets");
+    if (r.offsets.size == 0 || (r.offsets.size - 1) % features != 0)
+      throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", features,
+                                 ", got ", r.offsets.size));
+    r.bags = (r.offsets.size - 1) / features;
+    r.padding_idx = features == 1 ? integer(a[5], "padding_idx") : -1;
+    run(r, a[3], a[4], a[6], a[8], a[9]);
+  });
 }
+
+PyMethodDef methods[] = {
+    {"dhe_bag", fastcall<&dhe_bag>(), METH_FASTCALL | METH_KEYWORDS,
+     "dhe_bag(decoder, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, out, "
+     "threads, dedupe=None)\n\nPools one feature's decoded IDs into out [B, dim]. dedupe: compute equal IDs "
+     "once (None: choose)."},
+    {"dhe_bag_multi", fastcall<&dhe_bag_multi>(), METH_FASTCALL | METH_KEYWORDS,
+     "dhe_bag_multi(decoders, indices, offsets, per_sample_weights, mode, padding_idx, out, out_columns, "
+     "threads, dedupe=None)\n\nPools every feature's decoded IDs into its columns of out [B, total]."},
+    {nullptr, nullptr, 0, nullptr}};
 
 void backward(py::handle coefficients, const std::vector<py::object>& weights,
               const std::vector<py::object>& biases, int family, int between, int last, py::handle indices,
@@ -179,7 +214,7 @@ void backward(py::handle coefficients, const std::vector<py::object>& weights,
               const std::vector<py::object>& grad_biases, int threads) {
   const std::vector<LinearWeights> layers = linear_layers(weights, biases);
   if (layers.empty()) throw py::value_error("weights: expected at least one layer");
-  if (threads < 1) throw py::value_error(message("threads: expected at least 1, got ", threads));
+  checked_threads(threads);
   const Tensor ids = view(indices.ptr(), "indices", DType::i64, 1);
   const Tensor g = view(grad.ptr(), "grad", DType::f32, 2);
   if (g.shape[0] != ids.shape[0] || g.shape[1] != layers.back().outputs)
@@ -206,7 +241,7 @@ void backward(py::handle coefficients, const std::vector<py::object>& weights,
 
 // IDs for the two encoding functions below: int64, none negative.
 std::vector<int64_t> checked_ids(py::handle indices) {
-  const IdArray array = id_array(indices, "indices");
+  const IdArray array = id_array(indices.ptr(), "indices");
   std::vector<int64_t> ids(array.size);
   for (int64_t i = 0; i < array.size; ++i) {
     ids[i] = array[i];
@@ -257,14 +292,7 @@ void bind_dhe(py::module_& m) {
                                return dims;
                              })
       .def_property_readonly("nbytes", &Decoder::nbytes);
-  m.def("dhe_bag", &dhe_bag, py::arg("decoder"), py::arg("indices"), py::arg("offsets"),
-        py::arg("per_sample_weights"), py::arg("mode"), py::arg("include_last_offset"),
-        py::arg("padding_idx"), py::arg("out"), py::arg("threads"), py::arg("dedupe") = py::none(),
-        "Pools one feature's decoded IDs into out [B, dim]. dedupe: compute equal IDs once (None: choose).");
-  m.def("dhe_bag_multi", &dhe_bag_multi, py::arg("decoders"), py::arg("indices"), py::arg("offsets"),
-        py::arg("per_sample_weights"), py::arg("mode"), py::arg("padding_idx"), py::arg("out"),
-        py::arg("out_columns"), py::arg("threads"), py::arg("dedupe") = py::none(),
-        "Pools every feature's decoded IDs into its columns of out [B, total].");
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.def("dhe_backward", &backward, py::arg("coefficients"), py::arg("weights"), py::arg("biases"),
         py::arg("family"), py::arg("activation"), py::arg("last_activation"), py::arg("indices"),
         py::arg("grad"), py::arg("grad_weights"), py::arg("grad_biases"), py::arg("threads"),

@@ -208,11 +208,6 @@ PyObject* embedding_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
   });
 }
 
-template <auto function>
-PyCFunction fastcall() {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
-}
-
 PyMethodDef methods[] = {
     {"embedding_bag_multi", fastcall<&embedding_bag_multi>(), METH_FASTCALL | METH_KEYWORDS,
      "embedding_bag_multi(weights, indices, offsets, per_sample_weights, mode, padding_idx, out, "

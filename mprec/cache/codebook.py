@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
+from mprec._native import _C
 from mprec.cache.budget import Counts, hottest
 from mprec.nn import DeepHashEmbeddingBag
 
@@ -46,19 +47,19 @@ class Codebook:
         return self.codes.nbytes + self.centroids.nbytes
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The approximate rows ``[m, D]`` of row numbers ``[m]``."""
-        stages = self.codes.shape[1]
-        entries = self.codes[ids].to(torch.int64) + torch.arange(stages) * CENTROIDS
-        starts = torch.arange(0, len(ids) * stages, stages)
-        return ops.embedding_bag(entries.flatten(), self.centroids, starts, mode="sum")
+        """The approximate rows ``[m, D]`` of row numbers int64 ``[m]``; ``IdOutOfRangeError`` if there is no
+        such row."""
+        out = torch.empty(len(ids), self.centroids.shape[1])
+        _C.codebook_rows(self.codes, self.centroids, ids, out)
+        return out
 
     @classmethod
     def fit(
         cls,
         rows: Tensor,
-        stages: int = 1,
+        stages: int = 2,
         weights: Tensor | None = None,
-        max_error: float | None = 0.1,
+        max_error: float | None = 0.25,
         seed: int = 0,
     ) -> "Codebook":
         """Quantise ``rows`` float32 ``[n, D]``.
@@ -66,7 +67,8 @@ class Codebook:
         Args:
             stages: bytes per code, 1 to 8.
             weights: how much each row matters ``[n]``, for example how often its ID was seen.
-            max_error: the bound; ``None`` takes any error.
+            max_error: the bound; ``None`` takes any error. On MovieLens-100k an error of 0.2 (3 stages) cost
+                about 0.001 AUC, of 0.3 (2 stages) 0.002, of 0.5 (1 stage) 0.005.
             seed: of the centroids' start.
 
         Raises:
@@ -87,15 +89,12 @@ class Codebook:
             )
         rest, codes, centroids = rows.clone(), [], []
         for stage in range(stages):
-            centres = _centroids(rest, w, seed + stage)
-            code = _nearest(rest, centres)
+            centres = centroids_of(rest, w, seed + stage)
+            code = nearest(rest, centres)
             rest -= centres[code]
             codes.append(code.to(torch.uint8))
             centroids.append(torch.cat([centres, centres.new_zeros(CENTROIDS - len(centres), rows.shape[1])]))
-        mean = (w @ rows.double()) / w.sum()
-        spread = w @ (rows.double() - mean).square().sum(1)
-        left = w @ rest.double().square().sum(1)
-        error = float((left / spread).sqrt()) if spread > 0 else float(left > 0)
+        error = relative_error(rows, rows - rest, w)
         if max_error is not None and error > max_error:
             raise CodebookError(
                 f"the error of {stages}-byte codes is {error:.3g} of the rows' spread, more than max_error, "
@@ -104,7 +103,15 @@ class Codebook:
         return cls(torch.stack(codes, dim=1), torch.cat(centroids), error)
 
 
-def _centroids(rows: Tensor, weights: Tensor, seed: int) -> Tensor:
+def relative_error(rows: Tensor, approximate: Tensor, weights: Tensor) -> float:
+    """:attr:`Codebook.error` of ``approximate`` ``[n, D]`` for ``rows`` with weights ``[n]``."""
+    rows, w = rows.double(), weights.double()
+    spread = w @ (rows - (w @ rows) / w.sum()).square().sum(1)
+    left = w @ (rows - approximate.double()).square().sum(1)
+    return float((left / spread).sqrt()) if spread > 0 else float(left > 0)
+
+
+def centroids_of(rows: Tensor, weights: Tensor, seed: int) -> Tensor:
     """At most 256 centroids of (a sample of) the rows."""
     from sklearn.cluster import KMeans  # slow to import, and only needed here
 
@@ -121,7 +128,7 @@ def _centroids(rows: Tensor, weights: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(means.cluster_centers_.astype(np.float32))
 
 
-def _nearest(rows: Tensor, centres: Tensor) -> Tensor:
+def nearest(rows: Tensor, centres: Tensor) -> Tensor:
     """The nearest centre's number for each row."""
     half = centres.square().sum(1) / 2
     return torch.cat([(half - part @ centres.T).argmin(1) for part in rows.split(1 << 14)])
@@ -148,8 +155,8 @@ class CodebookEmbeddingBag(nn.Module):
         bag: DeepHashEmbeddingBag,
         ids: Tensor | None = None,
         counts: Counts | None = None,
-        stages: int = 1,
-        max_error: float | None = 0.1,
+        stages: int = 2,
+        max_error: float | None = 0.25,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -172,7 +179,7 @@ class CodebookEmbeddingBag(nn.Module):
             raise ValueError("ids: expected at least one")
         self.bag = bag
         with torch.no_grad():
-            rows = torch.cat([_decode(bag, part) for part in ids.split(1 << 14)])
+            rows = torch.cat([decode(bag, part) for part in ids.split(1 << 14)])
         self.codebook = Codebook.fit(rows, stages, weights, max_error, seed)
         dense = int(ids[-1]) == len(ids) - 1
         self._ids = None if dense else ids  # sorted; None: 0 .. n - 1
@@ -196,7 +203,7 @@ class CodebookEmbeddingBag(nn.Module):
             return self.codebook.rows(place)
         rows = torch.empty(len(ids), self.bag.embedding_dim)
         rows[known] = self.codebook.rows(place[known])
-        rows[~known] = _decode(self.bag, ids[~known])
+        rows[~known] = decode(self.bag, ids[~known])
         return rows
 
     def forward(
@@ -222,7 +229,7 @@ class CodebookEmbeddingBag(nn.Module):
         )
 
 
-def _decode(bag: DeepHashEmbeddingBag, ids: Tensor) -> Tensor:
+def decode(bag: DeepHashEmbeddingBag, ids: Tensor) -> Tensor:
     c = bag.config
     starts = torch.arange(len(ids) + 1)
     return ops.dhe_bag(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mprec._native import _C
 from mprec.cache.budget import Counts, hottest, split_budget
+from mprec.cache.codebook import Codebook
 from mprec.names import MODES
 from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection
 from mprec.nn.deep_hash import check_bound
@@ -24,6 +25,7 @@ __all__ = [
     "materialize",
 ]
 
+_COUNTERS = ("calls", "coded", "decoded", "lookup_ns", "decode_ns")
 _CHUNK = 1 << 14  # IDs decoded at a time when a cache is filled
 
 
@@ -52,6 +54,7 @@ class CacheStats:
 
     features: Mapping[str, RowStats]
     calls: int = 0
+    coded: int = 0  #: misses answered by a codebook
     decoded: int = 0  #: IDs that went through a decoder
     lookup_s: float = 0.0
     decode_s: float = 0.0  #: decoding, and storing what was decoded
@@ -84,9 +87,11 @@ class _Rows:
         num_features: int,
         admit: bool,
         watch: bool,
+        codebooks: Mapping[str, Codebook],
     ) -> None:
         self.modules = modules
         self.admit = admit
+        self._codebooks = codebooks
         self.caches = {
             name: _C.RowCache(module.embedding_dim, budgets[name]) if budgets.get(name) else None
             for name, module in modules.items()
@@ -94,8 +99,9 @@ class _Rows:
         self._layout = list(positions), list(columns), num_features
         self._watches = watch
         self._lock = threading.Lock()
-        self._native: _C.CachedDecoders | None = None
-        self._past = dict.fromkeys(("calls", "decoded", "lookup_ns", "decode_ns"), 0)
+        self._native: _C.CachedDecoders | None = None  # while it is made
+        self._past = dict.fromkeys(_COUNTERS, 0)
+        self._bind(None)  # codebooks are those of the weights as they are now
 
     def forward(self, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, out):
         arguments = (
@@ -110,7 +116,7 @@ class _Rows:
             torch.get_num_threads(),
         )
         native = self._native
-        while native is None or not native.forward(*arguments):
+        while not native.forward(*arguments):
             native = self._bind(native)
         return out
 
@@ -134,22 +140,27 @@ class _Rows:
             if stale is not None:
                 for key, value in stale.stats().items():
                     self._past[key] += value
-            self._native = _C.CachedDecoders(handles, list(self.caches.values()), *self._layout, watch)
+            if stale is not None:
+                self._codebooks = {}  # of past weights
+            books = [self._codebooks.get(name) for name in self.modules]
+            self._native = _C.CachedDecoders(
+                handles,
+                list(self.caches.values()),
+                *self._layout,
+                watch,
+                [None if book is None else (book.codes, book.centroids) for book in books],
+            )
             self._handles = dict(zip(self.modules, handles, strict=True))
             return self._native
 
     def invalidate(self) -> None:
-        stale = self._native
-        if stale is not None:
-            self._bind(stale)
+        self._bind(self._native)
 
     def fill(self, name: str, ids: Tensor) -> int:
         """Decodes and stores IDs, the hottest first, while there is room; returns how many are held."""
         cache = self.caches[name]
         if cache is None:
             return 0
-        if self._native is None:
-            self._bind(None)
         handle, generation = self._handles[name], cache.generation
         ids = ids[: cache.capacity].to(torch.int64).contiguous()
         for part in ids.split(_CHUNK):
@@ -172,9 +183,12 @@ class _Rows:
         }
 
     def times(self) -> dict[str, int]:
-        native = self._native
-        now = native.stats() if native is not None else {}
-        return {key: past + now.get(key, 0) for key, past in self._past.items()}
+        now = self._native.stats()
+        return {key: past + now[key] for key, past in self._past.items()}
+
+
+def _book(codebook: Codebook | None) -> dict[str, Codebook]:
+    return {} if codebook is None else {"": codebook}
 
 
 def _places(modules) -> list[tuple[dict, str]]:
@@ -235,13 +249,18 @@ class _Cached:
     def stats(self) -> CacheStats:
         """Counters since the start or :meth:`reset_stats`."""
         features: dict[str, RowStats] = {}
-        times = dict.fromkeys(("calls", "decoded", "lookup_ns", "decode_ns"), 0)
+        times = dict.fromkeys(_COUNTERS, 0)
         for rows in self._rows:
             features |= rows.stats()
             for key, value in rows.times().items():
                 times[key] += value
         return CacheStats(
-            features, times["calls"], times["decoded"], times["lookup_ns"] / 1e9, times["decode_ns"] / 1e9
+            features,
+            times["calls"],
+            times["coded"],
+            times["decoded"],
+            times["lookup_ns"] / 1e9,
+            times["decode_ns"] / 1e9,
         )
 
     def reset_stats(self) -> None:
@@ -267,13 +286,21 @@ class CachedDeepHashEmbeddingBag(_Cached, DeepHashEmbeddingBag):
         watch: compare version counters and addresses of the weights at each call (about 0.2 microseconds
             a tensor), so that no row outlives the weights it was made with. Without, call
             :meth:`invalidate` after changing them.
+        codebook: of rows 0, 1, …: a miss among these is answered by its code instead of the decoder, with the
+            codebook's error, and only :meth:`fill` stores exact rows of them. Dropped when weights change.
 
     Raises:
         ValueError: ``nbytes`` too small for a single row, weights not float32 on the CPU.
     """
 
     def __init__(
-        self, bag: DeepHashEmbeddingBag, nbytes: int, *, admit: bool = True, watch: bool = True
+        self,
+        bag: DeepHashEmbeddingBag,
+        nbytes: int,
+        *,
+        admit: bool = True,
+        watch: bool = True,
+        codebook: Codebook | None = None,
     ) -> None:
         super().__init__(
             bag.embedding_dim,
@@ -288,7 +315,7 @@ class CachedDeepHashEmbeddingBag(_Cached, DeepHashEmbeddingBag):
         self.register_buffer("coefficients", bag.coefficients)
         self.decoder = bag.decoder
         # Under a name of its own: nn.Module would register the bag as a child.
-        self._rows = [_Rows({"": self}, {"": nbytes}, [0], [0], 1, admit, watch)]
+        self._rows = [_Rows({"": self}, {"": nbytes}, [0], [0], 1, admit, watch, _book(codebook))]
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
@@ -334,6 +361,7 @@ class CachedEmbeddingBagCollection(_Cached, EmbeddingBagCollection):
         counts: how often each feature's IDs were seen in training data. With them, the bytes go where they
             save most (:func:`split_budget`) and the caches start filled.
         admit, watch: as for :class:`CachedDeepHashEmbeddingBag`.
+        codebooks: of some features, as ``codebook`` there: the second stage, for what misses the first.
 
     Raises:
         ValueError: no deep hash embedding to cache, unknown feature names, budgets too small for a row, or
@@ -348,6 +376,7 @@ class CachedEmbeddingBagCollection(_Cached, EmbeddingBagCollection):
         *,
         admit: bool = True,
         watch: bool = True,
+        codebooks: Mapping[str, Codebook] | None = None,
     ) -> None:
         super().__init__(collection.features, collection.sparse, device="meta")
         self.tables, self.dhe = collection.tables, collection.dhe
@@ -356,6 +385,11 @@ class CachedEmbeddingBagCollection(_Cached, EmbeddingBagCollection):
             raise ValueError("collection: has no deep hash embedding to cache")
         for name in hashed:
             _check_cacheable(name, self.dhe._modules[name])
+        codebooks = dict(codebooks or {})
+        if unknown := sorted(set(codebooks) - set(hashed)):
+            raise ValueError(
+                f"codebooks: no deep hash embedding {unknown[0]!r}; there are {', '.join(hashed)}"
+            )
         if isinstance(nbytes, Mapping):
             if unknown := sorted(set(nbytes) - set(hashed)):
                 raise ValueError(
@@ -382,6 +416,7 @@ class CachedEmbeddingBagCollection(_Cached, EmbeddingBagCollection):
                 len(self.features),
                 admit,
                 watch,
+                codebooks,
             )
             for group in self._dhe_groups
         ]
@@ -396,7 +431,7 @@ class CachedEmbeddingBagCollection(_Cached, EmbeddingBagCollection):
         cache holds then. ``counts``: see :data:`mprec.cache.budget.Counts`."""
         return self._fill(counts)
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out) -> None:
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
         rows = self._rows_of[group.names[0]]
         rows.forward(indices, offsets, per_sample_weights, group.mode_code, True, -1, out)
 

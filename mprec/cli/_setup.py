@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path as FilePath
@@ -11,9 +13,19 @@ import torch
 
 from mprec import checkpoint, data
 from mprec.data import ClickDataset
-from mprec.dispatch import BATCH_SIZES, Path, Profile, paths_from_checkpoints, sampler
+from mprec.dispatch import BATCH_SIZES, Path, Profile, paths_from_checkpoints, sampler, with_cache
 
-__all__ = ["add_path_arguments", "batch_sizes", "get_profile", "held_out", "load_paths", "reporter", "say"]
+__all__ = [
+    "add_path_arguments",
+    "add_profile_arguments",
+    "batch_sizes",
+    "get_profile",
+    "held_out",
+    "load_paths",
+    "reporter",
+    "say",
+    "size_in_bytes",
+]
 
 
 def say(message: str) -> None:
@@ -52,6 +64,22 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def size_in_bytes(text: str) -> int:
+    """``64MiB``, ``2GB``, ``1.5 GiB``, ``4096`` -> bytes."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", text.lower())
+    try:
+        return int(float(match[1]) * _UNITS[match[2]])
+    except (TypeError, KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected a size such as 64MiB or 2GB, got {text!r}") from None
+
+
 def add_path_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     group = parser.add_argument_group("paths")
     group.add_argument(
@@ -65,6 +93,12 @@ def add_path_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     group.add_argument("--data", required=required, metavar="SPEC", help="as for mprec train")
     group.add_argument(
         "--quality", choices=("auc", "accuracy"), default="auc", help="validation metric to prefer (auc)"
+    )
+    group.add_argument(
+        "--cache",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="also offer every path that has deep hash embeddings with a cache of hot IDs of SIZE",
     )
     group.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
 
@@ -85,7 +119,15 @@ def load_paths(args: argparse.Namespace) -> list[Path]:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    return paths_from_checkpoints(args.checkpoints, metric=args.quality)
+    paths = paths_from_checkpoints(args.checkpoints, metric=args.quality)
+    if args.cache is not None:
+        train, *_ = _parts(args.checkpoints[0], args.data)
+        counts = {name: train.counts(name) for name, _ in train.features}
+        hashed = [p for p in paths if any(f.has_dhe for f in p.model.model.features)]
+        if not hashed:
+            raise ValueError("--cache: none of the checkpoints has deep hash embeddings")
+        paths += [with_cache(path, args.cache, counts) for path in hashed]
+    return paths
 
 
 def held_out(args: argparse.Namespace) -> ClickDataset:
@@ -93,16 +135,21 @@ def held_out(args: argparse.Namespace) -> ClickDataset:
 
     ``ValueError`` if the data's features are not the checkpoint's.
     """
-    model, metadata = checkpoint.load(args.checkpoints[0])
-    dataset = data.load(args.data)
+    return _parts(args.checkpoints[0], args.data)[-1]
+
+
+@functools.lru_cache(maxsize=1)
+def _parts(file: FilePath, spec: str) -> tuple[ClickDataset, ...]:
+    """(train, valid, test) of the data, cut as it was for the checkpoint in ``file``."""
+    model, metadata = checkpoint.load(file)
+    dataset = data.load(spec)
     needed = [(feature.name, feature.num_embeddings) for feature in model.features]
     if dataset.features != needed or dataset.num_dense != model.num_dense:
         raise ValueError(
             f"--data: {dataset.name} has other features or vocabularies than the data that "
-            f"{args.checkpoints[0]} was trained on"
+            f"{file} was trained on"
         )
-    *_, test = dataset.split(by=metadata.get("split"))
-    return test
+    return dataset.split(by=metadata.get("split"))
 
 
 def get_profile(args: argparse.Namespace, paths: list[Path], dataset: ClickDataset) -> Profile:

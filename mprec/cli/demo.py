@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         dataset = dataset.take(slice(0, setting.rows))
     args.output.mkdir(parents=True, exist_ok=True)
 
+    # The load generator and the engine's own work want a core: kernels get the others.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     say(f"1/4 training on {dataset.name} ({len(dataset)} rows, {len(dataset.features)} features)")
     options = TrainOptions(epochs=setting.epochs, seed=args.seed)
     with training_progress() as progress:
@@ -71,8 +73,6 @@ def run(args: argparse.Namespace) -> int:
         checkpoint.save(file, trained[name].model, trained[name].metadata)
 
     say("2/4 profiling every path on this machine")
-    # The load generator and the engine's own work want a core: kernels get the others.
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     test = dataset.split()[2]
     paths = paths_from_checkpoints(list(files.values()))
     profile = Profile.measure(
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     )
     profile.save(args.output / "profile.json")
 
-    say("3/4 planning for half of the tables' memory")
+    say("3/4 planning for less memory than the tables take")
     planned = _plan(trained, dataset)
 
     say("4/4 serving: every path alone, then the dispatcher")
@@ -147,7 +147,8 @@ def _describe(dataset: ClickDataset, trained: dict[str, Trained]) -> dict:
 
 
 def _plan(trained: dict[str, Trained], dataset: ClickDataset) -> dict:
-    """The best placement, by the measured qualities, in half the memory of the all-table model."""
+    """The best placement, by the measured qualities, in a budget halfway between the least that the
+    features can do with and what their tables take."""
     features = with_representation(trained["table"].model.features, "table")
     measurements = [
         Measurement(
@@ -159,10 +160,12 @@ def _plan(trained: dict[str, Trained], dataset: ClickDataset) -> dict:
     dhe = next(f.dhe for f in trained["dhe"].model.features if f.has_dhe)
     counts = {feature.name: dataset.counts(feature.name) for feature in features}
     effects = fit_effects(features, measurements, counts)
-    budget = _embedding_bytes(trained["table"].model) // 2
+    options = default_options(features, dhe, effects)
+    least = sum(min(option.nbytes for option in each) for each in options)
+    budget = (least + max(least, _embedding_bytes(trained["table"].model))) // 2
     best = plan(
         features,
-        default_options(features, dhe, effects),
+        options,
         [Device("here", budget, MeasuredCosts(batch_size=128))],
         base_quality=effects.base,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path as FilePath
 
 from rich import box
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mprec import checkpoint, data
-from mprec.cli._setup import say
+from mprec.cli._setup import say, size_in_bytes
 from mprec.nn import DheConfig, FeatureConfig, with_representation
 from mprec.planner import (
     Device,
@@ -29,20 +28,6 @@ from mprec.planner.tables import FEATURE_SETS, feature_set
 from mprec.report.terminal import format_bytes
 
 HELP = "choose a representation per feature within a memory budget"
-_UNITS = {"": 1, "b": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
-
-
-def memory(text: str) -> int:
-    """``64MiB``, ``2GB``, ``1.5 GiB``, ``4096`` -> bytes."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", text.lower())
-    try:
-        return int(float(match[1]) * _UNITS[match[2]])
-    except (TypeError, KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"expected a size such as 64MiB or 2GB, got {text!r}") from None
 
 
 def qualities(text: str) -> list[Measurement]:
@@ -56,7 +41,10 @@ def qualities(text: str) -> list[Measurement]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--memory", type=memory, metavar="SIZE", help="budget for embeddings on this machine, e.g. 64MiB"
+        "--memory",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="budget for embeddings on this machine, e.g. 64MiB",
     )
     parser.add_argument(
         "--device",

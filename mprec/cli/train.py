@@ -13,7 +13,14 @@ from mprec import checkpoint, data
 from mprec.cli._progress import training_progress
 from mprec.data.dataset import SPLITS
 from mprec.nn import DheConfig
-from mprec.training import MONITORS, MULTI_PATH, REPRESENTATIONS, TrainOptions, train_representations
+from mprec.training import (
+    MONITORS,
+    MULTI_PATH,
+    REPRESENTATIONS,
+    TABLE_OPTIMIZERS,
+    TrainOptions,
+    train_representations,
+)
 
 HELP = "train a model on a click log and write its checkpoint"
 
@@ -45,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--epochs", type=int, default=options.epochs, help="at most (%(default)s)")
     training.add_argument("--batch-size", type=int, default=options.batch_size, help="(%(default)s)")
     training.add_argument("--learning-rate", type=float, default=options.learning_rate, help="(%(default)s)")
-    training.add_argument(
-        "--table-learning-rate", type=float, default=options.table_learning_rate, help="(%(default)s)"
-    )
+    training.add_argument("--table-optimizer", choices=("auto", *TABLE_OPTIMIZERS), default="auto")
+    training.add_argument("--table-learning-rate", type=float, help="default: the table optimizer's own")
     training.add_argument(
         "--patience", type=int, default=options.patience, help="epochs without improvement (%(default)s)"
     )
@@ -81,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        table_optimizer=args.table_optimizer,
         table_learning_rate=args.table_learning_rate,
         patience=args.patience,
         monitor=args.monitor,

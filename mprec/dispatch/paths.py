@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from mprec.data import Batch, ClickDataset
 
-__all__ = ["Path", "paths_from_checkpoints", "sampler", "shape_digest", "unique_share"]
+__all__ = ["Path", "paths_from_checkpoints", "sampler", "shape_digest", "unique_share", "with_cache"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,28 @@ def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = 
     if repeated := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
         raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
     return paths
+
+
+def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None) -> Path:
+    """The same checkpoint's path with hot IDs' embeddings kept in ``nbytes`` (MP-Cache's encoder stage):
+    exact, so of equal quality; it shares the path's weights.
+
+    ``counts``: how often each ID of a feature occurs (``[vocabulary]``, by feature), to fill the cache at
+    once and to divide its bytes. ``ValueError`` for a path without deep hash embeddings, or not of
+    ``paths_from_checkpoints``.
+    """
+    from mprec.cache import CachedEmbeddingBagCollection  # beside dispatch, not below it
+
+    if not isinstance(path.model, _Scorer):
+        raise ValueError(f"path {path.name!r}: not made by paths_from_checkpoints")
+    model = path.model.model
+    hashed = {feature.name for feature in model.embeddings.features if feature.has_dhe}
+    known = None if counts is None else {name: c for name, c in counts.items() if name in hashed}
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin._modules["embeddings"] = CachedEmbeddingBagCollection(model.embeddings, nbytes, known)
+    shape = shape_digest([path.shape, "cache", nbytes])
+    return Path(f"{path.name}+cache", path.representation, path.quality, _Scorer(twin), shape)
 
 
 def sampler(dataset: ClickDataset) -> Callable[[int, np.random.Generator], Batch]:

@@ -1,6 +1,6 @@
 """All categorical features of a model in one module."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from mprec import ops
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
-from mprec.nn.config import FeatureConfig
+from mprec.nn.config import FeatureConfig, KernelOptions
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.ops._common import check_ids, eager
 from mprec.ops._csr import batch_size
-from mprec.ops._decoders import decoder
+from mprec.ops._decoders import group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
 from mprec.ops._tables import run_embedding_bag_multi
+
+_DEFAULT = KernelOptions()
 
 
 class _Group(NamedTuple):
@@ -51,7 +53,11 @@ class EmbeddingBagCollection(nn.Module):
         output_dims: columns of each feature: its ``embedding_dim``, twice that for *hybrid* (table first).
         tables: ``tables.{name}.weight``, uniform in +-1/sqrt(num_embeddings) at first.
         dhe: ``dhe.{name}.coefficients`` and ``dhe.{name}.decoder.{layer}.weight|bias``.
+        kernel: None, or a function from the number of samples to the :class:`KernelOptions` of native calls
+            without gradients (:func:`mprec.dispatch.tune_kernels` sets one from measurements).
     """
+
+    kernel: Callable[[int], KernelOptions] | None = None
 
     def __init__(
         self, features: Sequence[FeatureConfig], sparse: bool = False, device=None, dtype=None
@@ -160,38 +166,29 @@ class EmbeddingBagCollection(nn.Module):
 
     def _forward_direct(self, indices, offsets, per_sample_weights) -> Tensor:
         """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code."""
-        count = len(self.features)
-        if self._table_groups:
-            modules = self._modules["tables"]._modules
-            first = modules[self._table_groups[0].names[0]]._parameters["weight"]
-        else:
-            first = self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0]
-        out = torch.empty(batch_size(offsets, count), self._width, dtype=first.dtype)
-        if self._table_groups:
-            for group in self._table_groups:
-                weights = [modules[name]._parameters["weight"] for name in group.names]
-                if any(type(weight) is not nn.Parameter for weight in weights):
-                    raise TypeError("tables: not plain parameters")
-                run_embedding_bag_multi(
-                    weights,
-                    indices,
-                    offsets,
-                    group.mode_code,
-                    per_sample_weights,
-                    out,
-                    group.columns,
-                    None if group.whole else group.features,
-                    count,
-                )
+        samples = batch_size(offsets, len(self.features))
+        options = _DEFAULT if self.kernel is None else self.kernel(samples)
+        out = torch.empty(samples, self._width, dtype=self._dtype())
+        for group in self._table_groups:
+            self._run_tables(group, indices, offsets, per_sample_weights, out, options)
         for group in self._dhe_groups:
-            self._run_decoders(group, indices, offsets, per_sample_weights, out)
+            self._run_decoders(group, indices, offsets, per_sample_weights, out, options)
         return out
 
-    def _run_decoders(self, group: _Group, indices, offsets, per_sample_weights, out) -> None:
-        """One group's vectors into its columns of ``out``."""
-        modules = self._modules["dhe"]._modules
-        run_dhe_bag_multi(
-            [decoder(*modules[name].stack(), *group.decoder) for name in group.names],
+    def _dtype(self) -> torch.dtype:
+        if self._table_groups:
+            modules = self._modules["tables"]._modules
+            return modules[self._table_groups[0].names[0]]._parameters["weight"].dtype
+        return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0].dtype
+
+    def _run_tables(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> None:
+        """One group's pooled rows into its columns of ``out``."""
+        modules = self._modules["tables"]._modules
+        weights = [modules[name]._parameters["weight"] for name in group.names]
+        if any(type(weight) is not nn.Parameter for weight in weights):
+            raise TypeError("tables: not plain parameters")
+        run_embedding_bag_multi(
+            weights,
             indices,
             offsets,
             group.mode_code,
@@ -200,6 +197,25 @@ class EmbeddingBagCollection(nn.Module):
             group.columns,
             None if group.whole else group.features,
             len(self.features),
+            threads=options.threads,
+        )
+
+    def _run_decoders(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> None:
+        """One group's vectors into its columns of ``out``."""
+        modules = self._modules["dhe"]._modules
+        members = [modules[name] for name in group.names]
+        run_dhe_bag_multi(
+            group_decoders(self, group.names[0], members, group.decoder),
+            indices,
+            offsets,
+            group.mode_code,
+            per_sample_weights,
+            out,
+            group.columns,
+            None if group.whole else group.features,
+            len(self.features),
+            threads=options.threads,
+            dedupe=options.dedupe,
         )
 
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:

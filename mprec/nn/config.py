@@ -4,13 +4,25 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mprec.names import ACTIVATIONS, FAMILIES, MODES, code
 
-__all__ = ["REPRESENTATIONS", "DheConfig", "FeatureConfig", "with_representation"]
+__all__ = ["REPRESENTATIONS", "DheConfig", "FeatureConfig", "KernelOptions", "with_representation"]
 
 REPRESENTATIONS = ("table", "dhe", "hybrid")
+
+
+class KernelOptions(NamedTuple):
+    """How kernels on the CPU run. None: as they see fit.
+
+    Attributes:
+        threads: at most this many.
+        dedupe: decode equal IDs of a batch once. Never changes a result.
+    """
+
+    threads: int | None = None
+    dedupe: bool | None = None
 
 
 def _positive(value: Any, name: str) -> None:

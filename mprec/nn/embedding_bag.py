@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mprec import huge_pages as pages
 from mprec import ops
 
 
@@ -13,6 +14,12 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
     :func:`mprec.ops.embedding_bag`: weights per sample also with ``mode="mean"``, and errors where torch
     drops data.
 
+    Args:
+        huge_pages: put a new table into huge pages (see :mod:`mprec.huge_pages`), which makes look-ups out of
+            cache faster; by default tables on the CPU from 8 MiB on. The repr says how much has them.
+
+    The other arguments are torch's.
+
     Shape: ``input`` ``[n]`` with ``offsets`` ``[B]``, or ``[B, L]``; output ``[B, embedding_dim]``.
 
     Example::
@@ -21,6 +28,49 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         >>> bag(torch.tensor([1, 2, 4, 5, 4]), torch.tensor([0, 2])).shape
         torch.Size([2, 3])
     """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        huge_pages: bool | None = None,
+    ) -> None:
+        fresh = _weight is None
+        if fresh:
+            _weight = _storage(num_embeddings, embedding_dim, device, dtype, huge_pages)
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            _weight,
+            include_last_offset,
+            padding_idx,
+            device,
+            dtype,
+        )
+        if fresh and _weight is not None:
+            self.reset_parameters()  # torch leaves a given weight as it is
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.weight.is_cpu and self.weight.nbytes >= pages.LARGE:
+            text += f", huge_pages={pages.resident(self.weight.detach()) >> 20} MiB"
+        return text
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
@@ -38,3 +88,13 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
             self.include_last_offset,
             self.padding_idx,
         )
+
+
+def _storage(rows, dim, device, dtype, huge_pages) -> Tensor | None:
+    """Memory for a new table in huge pages, or ``None``: then torch allocates."""
+    if huge_pages is False or rows <= 0 or dim <= 0 or torch.empty(0, device=device).device.type != "cpu":
+        return None
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if huge_pages is None and (rows * dim * dtype.itemsize < pages.LARGE or not pages.supported()):
+        return None
+    return pages.empty(rows, dim, dtype=dtype)

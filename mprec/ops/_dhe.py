@@ -347,7 +347,17 @@ def _backward_of_dhe_bag(ctx, grad):
 
 
 def run_dhe_bag_multi(
-    handles, indices, offsets, mode, per_sample_weights, out, out_columns, features=None, num_features=None
+    handles,
+    indices,
+    offsets,
+    mode,
+    per_sample_weights,
+    out,
+    out_columns,
+    features=None,
+    num_features=None,
+    threads=None,
+    dedupe=None,
 ):
     """The native kernel, for arguments that are checked: packed decoders, into columns of ``out``."""
     if features is not None:
@@ -362,7 +372,8 @@ def run_dhe_bag_multi(
         -1,
         out,
         out_columns,
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
+        dedupe,
     )
     return out
 

@@ -222,9 +222,22 @@ def _backward_of_embedding_bag(ctx, grad):
 
 
 def run_embedding_bag_multi(
-    weights, indices, offsets, mode, per_sample_weights, out, out_columns, features=None, num_features=None
+    weights,
+    indices,
+    offsets,
+    mode,
+    per_sample_weights,
+    out,
+    out_columns,
+    features=None,
+    num_features=None,
+    bits=None,
+    threads=None,
 ):
-    """The native kernel: tables on the CPU into columns of ``out``; dtypes as for one table."""
+    """The native kernel: tables on the CPU into columns of ``out``; dtypes as for one table.
+
+    Tables of uint8 are quantised rows of ``bits[t]`` bits per value, in FBGEMM's fused layout.
+    """
     if features is not None:
         csr = _csr.Csr(indices, offsets, per_sample_weights)
         indices, offsets, per_sample_weights = _csr.select(csr, features, num_features)
@@ -237,7 +250,8 @@ def run_embedding_bag_multi(
         -1,
         out,
         out_columns,
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
+        bits,
     )
     return out
 

@@ -166,8 +166,9 @@ double activate(Activation activation, double x) {
 class Network {
  public:
   Network(HashFamily family, const std::vector<int64_t>& sizes, Activation activation, Activation last,
-          Random& random)
+          Random& random, Precision precision = Precision::float32)
       : family_(family),
+        precision_(precision),
         sizes_(sizes),
         activation_(activation),
         last_(last),
@@ -181,12 +182,14 @@ class Network {
     }
   }
 
-  Decoder decoder() const {
+  std::vector<LinearWeights> layers() const {
     std::vector<LinearWeights> layers;
     for (size_t l = 0; l < weights_.size(); ++l)
       layers.push_back({weights_[l].data(), sizes_[l + 1], sizes_[l], sizes_[l], 1, biases_[l].data(), 1});
-    return Decoder(Encoder(coefficients_.matrix(), family_), layers, activation_, last_);
+    return layers;
   }
+  Encoder encoder() const { return Encoder(coefficients_.matrix(), family_); }
+  Decoder decoder() const { return Decoder(encoder(), layers(), activation_, last_, precision_); }
 
   int64_t dim() const { return sizes_.back(); }
 
@@ -205,6 +208,7 @@ class Network {
           magnitude += std::fabs(w * x[i].value);
           inherited += w * x[i].bound * w * x[i].bound;
         }
+        inherited += quantisation_variance(l, o, x);
         // Errors add up like a random walk; no activation is steeper than 1.09.
         const double rounding = eps * (2 + std::sqrt(static_cast<double>(sizes_[l])) / 4) * magnitude;
         const double value = activate(f, sum);
@@ -217,7 +221,34 @@ class Network {
   }
 
  private:
+  // Square of six standard deviations of what an output of layer l loses by the precision of its weights and
+  // inputs: each is off by up to half a step, evenly.
+  double quantisation_variance(size_t l, int64_t output, const std::vector<Unit>& x) const {
+    const float* w = weights_[l].data() + output * sizes_[l];
+    const int64_t inputs = sizes_[l];
+    double variance = 0;
+    if (precision_ == Precision::float16) {
+      for (int64_t i = 0; i < inputs; ++i) variance += std::pow(w[i] * 0x1p-10 * x[i].value, 2) / 12;
+    } else if (precision_ == Precision::int8 && l == 0) {
+      float largest = 0;
+      for (int64_t i = 0; i < inputs; ++i) largest = std::max(largest, std::fabs(w[i]));
+      const double step = largest / 127, input_step = family_ == HashFamily::universal ? 1.0 / 64 : 0;
+      for (int64_t i = 0; i < inputs; ++i)
+        variance += (std::pow(step * x[i].value, 2) + std::pow(w[i] * input_step, 2)) / 12;
+    } else if (precision_ == Precision::lut && l == 0) {
+      double largest = 0;  // sum of four signed weights
+      for (int64_t i = 0; i < inputs; i += 4) {
+        double sum = 0;
+        for (int64_t j = i; j < std::min(i + 4, inputs); ++j) sum += std::fabs(w[j]);
+        largest = std::max(largest, sum);
+      }
+      variance = static_cast<double>((inputs + 3) / 4) * std::pow(2 * largest / 255 * sign_magnitude, 2) / 12;
+    }
+    return 36 * variance;
+  }
+
   HashFamily family_;
+  Precision precision_;
   std::vector<int64_t> sizes_;
   Activation activation_, last_;
   Coefficients coefficients_;
@@ -286,6 +317,69 @@ void test_activations(const std::string& isa) {
                               {24, 21, 18, 6}, activation, last, random);
         check_forward(c, network, 7, random);
       }
+}
+
+void test_precisions(const std::string& isa) {
+  struct Kind {
+    const char* name;
+    Precision precision;
+    HashFamily family;
+  };
+  for (const Kind& kind : {Kind{"float16", Precision::float16, HashFamily::universal},
+                           Kind{"int8, u7", Precision::int8, HashFamily::u7},
+                           Kind{"int8, universal", Precision::int8, HashFamily::universal},
+                           Kind{"lut, sign", Precision::lut, HashFamily::sign}}) {
+    Case c(isa + " dhe forward, " + kind.name);
+    Random random(14);
+    const auto check = [&](const std::vector<int64_t>& sizes, int n) {
+      check_forward(c,
+                    Network(kind.family, sizes, Activation::relu, Activation::none, random, kind.precision),
+                    n, random);
+    };
+    for (int64_t width = 1; width <= 40; ++width)
+      check({width, 41 - width, width % 5 + 1}, 1 + static_cast<int>(width % 9));
+    for (int n : {5, 6, 7, 11, 12, 13, 14, 15, 33, 65, max_ids}) check({48, 17}, n);
+    check({300, 80, 9}, 13);
+    check({1100, 65}, 5);  // more than one block of inputs in 8 bits
+    check({1030, 130, 3}, 2);
+    check({33, 260, 20}, 3);
+  }
+}
+
+void test_pool(const std::string& isa) {
+  Case c(isa + " dhe pool");
+  Random random(15);
+  for (int64_t dim = 1; dim <= 40; ++dim)
+    for (int mode : {0, 1, 2})
+      for (bool weighted : {false, true})
+        for (bool mapped : {false, true}) {
+          if (weighted && mode == 2) continue;
+          constexpr int64_t rows = 6, entries = 9;
+          Guarded<float> vectors(rows * dim), weights(weighted ? entries : 0), out(dim);
+          Guarded<int32_t> row_of_entry(mapped ? entries : 0);
+          for (int64_t i = 0; i < vectors.size(); ++i) vectors[i] = random.normal_ish();
+          for (int64_t i = 0; i < weights.size(); ++i) weights[i] = random.normal_ish();
+          for (int64_t i = 0; i < row_of_entry.size(); ++i)
+            row_of_entry[i] = static_cast<int32_t>(random.below(rows + 1) - 1);
+          const PoolArguments arguments{vectors.data(), dim, mapped ? row_of_entry.data() : nullptr,
+                                        weighted ? weights.data() : nullptr, mode};
+          for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{
+                   {0, 0}, {2, 3}, {0, rows}, {1, mapped ? entries : 5}}) {
+            kernels().dhe->pool(arguments, begin, end, out.data());
+            for (int64_t d = 0; d < dim; ++d) {
+              double sum = 0, magnitude = 0, largest = -HUGE_VAL, count = 0;
+              for (int64_t i = begin; i < end; ++i) {
+                const int64_t row = mapped ? row_of_entry[i] : i;
+                if (row < 0) continue;
+                const double x = vectors[row * dim + d], w = weighted ? weights[i] : 1;
+                sum += w * x, magnitude += std::fabs(w * x), largest = std::max(largest, x), ++count;
+              }
+              const double want = count == 0 ? 0 : mode == 2 ? largest : mode == 1 ? sum / count : sum;
+              c.close(out[d], want, mode == 2 ? 0 : eps * (count + 2) * magnitude, "mode ", mode, " dim ",
+                      dim, " column ", d);
+            }
+          }
+        }
 }
 
 double pooled(const std::vector<std::vector<Unit>>& vectors, const std::vector<double>& weights, int mode,
@@ -389,6 +483,8 @@ void dhe_suite(const std::string& isa, int threads) {
   test_counts(isa);
   test_shapes(isa);
   test_activations(isa);
+  test_precisions(isa);
+  test_pool(isa);
   test_bags(isa, threads);
 }
 

@@ -16,18 +16,82 @@ namespace {
 
 const char* mode_name(Mode mode) { return mode == Mode::sum ? "sum" : mode == Mode::mean ? "mean" : "max"; }
 
+const char* format_name(Format format) {
+  static const char* const names[] = {"float32", "float16", "bfloat16", "int8", "int4"};
+  return names[static_cast<int>(format)];
+}
+
+int64_t item_bytes(Format format) { return format == Format::f32 ? 4 : 2; }  // of values that stand alone
+
+template <class T>
+void append(std::vector<char>& bytes, T value) {
+  const char* p = reinterpret_cast<const char*>(&value);
+  bytes.insert(bytes.end(), p, p + sizeof value);
+}
+
+uint16_t bfloat16_bits(float x) {  // of a value that bfloat16 can hold
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+// Rows in one of the formats, and what they stand for.
 struct Table {
-  Guarded<float> rows;
-  int64_t num_rows, dim, row_floats;  // row_floats - dim values between rows belong to nobody
-  Table(int64_t num_rows, int64_t dim, int64_t gap, Edge edge, Random& random)
-      : rows(num_rows ? num_rows * (dim + gap) - gap : 0, edge),
+  Format format;
+  int64_t num_rows, dim, row_bytes;
+  Guarded<char> rows;
+  std::vector<double> values, magnitudes;  // [num_rows, dim]; magnitude: of the terms that make a value
+
+  // `gap` elements between rows belong to nobody.
+  Table(int64_t num_rows, int64_t dim, int64_t gap, Edge edge, Random& random, Format format = Format::f32)
+      : format(format),
         num_rows(num_rows),
         dim(dim),
-        row_floats(dim + gap) {
-    for (int64_t i = 0; i < rows.size(); ++i)
-      rows[i] = i % row_floats < dim ? random.normal_ish() : std::numeric_limits<float>::quiet_NaN();
+        row_bytes(row_size(format, dim) + gap * (format >= Format::int8 ? 1 : item_bytes(format))),
+        rows(num_rows ? (num_rows - 1) * row_bytes + row_size(format, dim) : 0, edge) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const std::vector<char> row = make_row(random);
+      std::copy(row.begin(), row.end(), rows.data() + r * row_bytes);
+    }
   }
-  const float* row(int64_t id) const { return rows.data() + id * row_floats; }
+
+ private:
+  void add(double value, double magnitude) {
+    values.push_back(value);
+    magnitudes.push_back(magnitude);
+  }
+
+  std::vector<char> make_row(Random& random) {
+    std::vector<char> row;
+    const auto scale = static_cast<float>(1 + random.below(7)) / 64.0f,
+               bias = -0.5f * scale * static_cast<float>(random.below(32));
+    for (int64_t d = 0; d < dim; ++d) {
+      if (format == Format::int8 || format == Format::int4) {
+        const int64_t q = random.below(format == Format::int8 ? 256 : 16);
+        add(scale * static_cast<double>(q) + bias, scale * static_cast<double>(q) - bias);
+        if (format == Format::int8)
+          append(row, static_cast<uint8_t>(q));
+        else if (d % 2 == 0)
+          append(row, static_cast<uint8_t>(q));
+        else
+          row.back() = static_cast<char>(row.back() | q << 4);
+        continue;
+      }
+      const float x = random.normal_ish();
+      if (format == Format::f32) append(row, x);
+      if (format == Format::f16) append(row, static_cast<_Float16>(x));
+      const float shorter = static_cast<float>(static_cast<int>(x * 64)) / 64.0f;  // 7 significant bits
+      if (format == Format::bf16) append(row, bfloat16_bits(shorter));
+      const double value = format == Format::f32   ? x
+                           : format == Format::f16 ? static_cast<_Float16>(x)
+                                                   : shorter;
+      add(value, std::fabs(value));
+    }
+    if (format == Format::int8) append(row, scale), append(row, bias);
+    if (format == Format::int4)
+      append(row, static_cast<_Float16>(scale)), append(row, static_cast<_Float16>(bias));
+    return row;
+  }
 };
 
 // int32 or int64 values in memory that ends with them.
@@ -60,7 +124,8 @@ struct Options {
   bool weighted = false, padded = false, wide_indices = true, wide_offsets = true;
   bool implicit_end = false;  // the offsets lack their last entry
   Edge edge = Edge::end;
-  int64_t gap = 0;  // floats between rows, and between rows of the result
+  int64_t gap = 0;  // elements between rows, and between rows of the result
+  Format out_format = Format::f32;
   int threads = 0;  // 0: the kernel itself, over two ranges of bags; else the operator's driver
 };
 
@@ -87,18 +152,21 @@ void check_forward(Case& c, const std::vector<Table*>& tables, const std::vector
   for (int64_t i = 0; i < weights.size(); ++i) weights[i] = random.normal_ish();
 
   // The result's last row lacks its gap, so that the last value written is the last that may be.
-  constexpr float untouched = -12345.0f;
-  Guarded<float> out(std::max<int64_t>(0, batch * total - o.gap), o.edge);
+  constexpr char untouched = 0x5A;
+  const int64_t item = item_bytes(o.out_format);
+  Guarded<char> out(std::max<int64_t>(0, batch * total - o.gap) * item, o.edge);
   std::fill(out.data(), out.data() + out.size(), untouched);
   std::vector<Feature> features;
-  int64_t column = 0;
+  int64_t column = 0, widest = 0;
   for (int64_t t = 0; t < num_tables; ++t) {
     const Table& table = *tables[t];
-    features.push_back({reinterpret_cast<const char*>(table.rows.data()), table.num_rows, table.dim,
-                        table.row_floats * static_cast<int64_t>(sizeof(float)), t * batch,
-                        out.data() + column, total});
+    features.push_back({table.rows.data(), table.num_rows, table.dim, table.row_bytes, t * batch,
+                        reinterpret_cast<float*>(out.data() + column * item), total, table.format,
+                        o.out_format});
     column += table.dim + o.gap;
+    widest = std::max(widest, table.dim);
   }
+  Guarded<float> scratch(o.out_format == Format::f32 ? 0 : widest, o.edge);
   features.push_back({});
   features.back().first_bag = num_tables * batch;
   const BagRequest request{guarded_indices.view(),
@@ -113,43 +181,64 @@ void check_forward(Case& c, const std::vector<Table*>& tables, const std::vector
     embedding_bag_forward(request, o.threads);
   } else {
     const int64_t middle = request.num_bags / 3;
-    c.expect(kernels().embedding_bag->forward(request, 0, middle, nullptr), "first range was refused");
-    c.expect(kernels().embedding_bag->forward(request, middle, request.num_bags, nullptr),
-             "second range was refused");
+    const auto forward = kernels().embedding_bag->forward;
+    float* const one_result = scratch.size() ? scratch.data() : nullptr;
+    c.expect(forward(request, 0, middle, one_result), "first range was refused");
+    c.expect(forward(request, middle, request.num_bags, one_result), "second range was refused");
   }
 
-  for (int64_t t = 0; t < num_tables; ++t)
+  // A 16-bit result is rounded once more.
+  const double rounding = o.out_format == Format::f32 ? 0 : o.out_format == Format::f16 ? 0x1p-11 : 0x1p-8;
+  const auto value_at = [&](int64_t element) -> double {
+    const char* p = out.data() + element * item;
+    if (o.out_format == Format::f32) return *reinterpret_cast<const float*>(p);
+    if (o.out_format == Format::f16) return *reinterpret_cast<const _Float16*>(p);
+    const uint32_t bits = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(p)) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  column = 0;
+  for (int64_t t = 0; t < num_tables; ++t) {
+    const Table* const table = tables[t];
+    const char* const name = format_name(table->format);
     for (int64_t b = 0; b < batch; ++b) {
-      const Table& table = *tables[t];
-      const float* result = features[t].out + b * total;
       const int64_t end = ends[t * batch + b], begin = end - lengths[b];
-      for (int64_t d = 0; d < table.dim; ++d) {
+      for (int64_t d = 0; d < table->dim; ++d) {
         double sum = 0, magnitude = 0, largest = -HUGE_VAL;
         int64_t count = 0;
         for (int64_t i = begin; i < end; ++i) {
           if (o.padded && indices[i] == padding) continue;
-          const double x = table.row(indices[i])[d], w = o.weighted ? weights[i] : 1.0;
+          const double x = table->values[indices[i] * table->dim + d], w = o.weighted ? weights[i] : 1.0;
           sum += w * x;
-          magnitude += std::fabs(w * x);
+          magnitude += std::fabs(w) * table->magnitudes[indices[i] * table->dim + d];
           largest = std::max(largest, x);
           ++count;
         }
-        // Each of the `count` additions and products rounds once, relative to partial sums <= magnitude.
-        const double eps = std::numeric_limits<float>::epsilon();
+        const double got = value_at(b * total + column + d);
+        // Each of the additions and products rounds once, relative to partial sums <= magnitude.
+        const double eps = std::numeric_limits<float>::epsilon(), n = static_cast<double>(count);
         if (count == 0)
-          c.close(result[d], 0, 0, mode_name(o.mode), " of an empty bag ", b);
+          c.close(got, 0, 0, mode_name(o.mode), " of an empty bag ", b);
         else if (o.mode == Mode::max)
-          c.close(result[d], largest, 0, "max dim ", table.dim, " bag ", b, " column ", d);
-        else
-          c.close(result[d], o.mode == Mode::mean ? sum / static_cast<double>(count) : sum,
-                  eps * static_cast<double>(count + 1) * magnitude /
-                      (o.mode == Mode::mean ? static_cast<double>(count) : 1.0),
-                  mode_name(o.mode), " dim ", table.dim, " bag ", b, " column ", d);
+          c.close(got, largest,
+                  rounding * std::fabs(largest) + (table->format < Format::int8 ? 0 : eps * magnitude), name,
+                  " max dim ", table->dim, " bag ", b, " column ", d);
+        else {
+          const double want = o.mode == Mode::mean ? sum / n : sum;
+          c.close(got, want,
+                  eps * (n + 2) * magnitude / (o.mode == Mode::mean ? n : 1.0) + rounding * std::fabs(want),
+                  name, ' ', mode_name(o.mode), " dim ", table->dim, " bag ", b, " column ", d);
+        }
       }
       const bool last = t == num_tables - 1 && b == batch - 1;
-      for (int64_t d = table.dim; !last && d < table.dim + o.gap; ++d)
-        c.expect(result[d] == untouched, "dim ", table.dim, ": wrote beyond its columns at bag ", b);
+      const int64_t gap_begin = (b * total + column + table->dim) * item;
+      for (int64_t i = 0; !last && i < o.gap * item; ++i)
+        c.expect(out[gap_begin + i] == untouched, name, " dim ", table->dim,
+                 ": wrote beyond its columns, bag ", b);
     }
+    column += table->dim + o.gap;
+  }
 }
 
 const std::vector<int64_t> ragged{3, 0, 1, 17, 2, 40, 0};
@@ -175,11 +264,46 @@ void test_dims(const std::string& isa, Mode mode, bool weighted) {
   }
 }
 
+void test_formats(const std::string& isa) {
+  for (Format format : {Format::f16, Format::bf16, Format::int8, Format::int4}) {
+    Case c(isa + " embedding_bag, rows in " + format_name(format));
+    Random random(9);
+    for (int64_t dim : {1,  2,  3,  4,  6,  7,  8,  9,  15,  16,  17,  18,  24,
+                        30, 31, 32, 33, 48, 50, 64, 66, 100, 128, 130, 256, 258}) {
+      if (format == Format::int4 && dim % 2) continue;
+      for (Mode mode : {Mode::sum, Mode::mean, Mode::max}) {
+        Options o;
+        o.mode = mode;
+        o.weighted = mode != Mode::max && dim % 4 == 2;
+        o.padded = dim % 3 == 1;
+        o.wide_indices = dim % 8 < 4;
+        o.edge = dim % 5 < 3 ? Edge::end : Edge::begin;
+        o.gap = dim % 3;
+        Table table(9, dim, o.gap, o.edge, random, format);
+        check_forward(c, {&table}, {3, 0, 1, 18}, o, random);
+      }
+    }
+  }
+  for (Format out_format : {Format::f16, Format::bf16}) {
+    Case c(isa + " embedding_bag, result in " + format_name(out_format));
+    Random random(10);
+    for (int64_t dim : {1, 3, 8, 15, 16, 17, 33, 64, 129})
+      for (Mode mode : {Mode::sum, Mode::mean, Mode::max}) {
+        Options o;
+        o.mode = mode;
+        o.out_format = out_format;
+        o.gap = dim % 3;
+        Table table(9, dim, 0, o.edge, random, dim % 2 ? Format::f32 : out_format);
+        check_forward(c, {&table}, {3, 0, 1, 18}, o, random);
+      }
+  }
+}
+
 void test_many_tables(const std::string& isa, int threads) {
   Case c(isa + " embedding_bag, many tables, driver with " + std::to_string(threads) + " thread(s)");
   Random random(2);
-  Table a(7, 16, 0, Edge::end, random), b(2, 1, 0, Edge::end, random), e(50, 33, 1, Edge::end, random),
-      f(5, 64, 0, Edge::end, random);
+  Table a(7, 16, 0, Edge::end, random), b(2, 1, 0, Edge::end, random),
+      e(50, 33, 1, Edge::end, random, Format::int8), f(5, 64, 0, Edge::end, random, Format::f16);
   for (Mode mode : {Mode::sum, Mode::mean, Mode::max}) {
     Options o;
     o.mode = mode;
@@ -202,8 +326,7 @@ void expect_refusal(Case& c, const std::vector<int64_t>& indices, const std::vec
   const GuardedIntegers ids(indices, wide_indices), ends(offsets, true);
   const auto bags = static_cast<int64_t>(offsets.size()) - 1;
   Guarded<float> out(bags * dim);
-  Feature features[2] = {
-      {reinterpret_cast<const char*>(table.rows.data()), num_rows, dim, dim * 4, 0, out.data(), dim}, {}};
+  Feature features[2] = {{table.rows.data(), num_rows, dim, table.row_bytes, 0, out.data(), dim}, {}};
   features[1].first_bag = bags;
   for (Mode mode : {Mode::sum, Mode::mean, Mode::max})
     for (int64_t padding : {-1, 1}) {
@@ -259,6 +382,7 @@ void test_refusals(const std::string& isa) {
 void embedding_bag_suite(const std::string& isa, int threads) {
   for (Mode mode : {Mode::sum, Mode::mean, Mode::max}) test_dims(isa, mode, false);
   for (Mode mode : {Mode::sum, Mode::mean}) test_dims(isa, mode, true);
+  test_formats(isa);
   test_many_tables(isa, threads);
   test_refusals(isa);
 }

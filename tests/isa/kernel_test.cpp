@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <set>
 #include <vector>
 
 #include "check.h"
@@ -52,14 +54,17 @@ int main(int argc, char** argv) {
   std::printf("# %s: avx2 %d, avx512 %d, vnni %d, bf16 %d; %d thread(s)\n", cpu_model().c_str(), f.avx2,
               f.avx512, f.avx512_vnni, f.avx512_bf16, threads);
   test_dispatch();
+  std::set<const void*> tested;  // an ISA may share another's kernels
   for (Isa isa : wanted) {
     if (!can_run(isa)) {
       std::printf("# %s: this CPU cannot run it\n", isa_name(isa));
       continue;
     }
     use_isa(isa);
-    test::embedding_bag_suite(isa_name(isa), threads);
-    test::dhe_suite(isa_name(isa), threads);
+    const Kernels& table = kernels();
+    if (tested.insert(table.embedding_bag).second) test::embedding_bag_suite(isa_name(isa), threads);
+    if (tested.insert(table.gradient).second) test::gradient_suite(isa_name(isa), threads);
+    if (tested.insert(table.dhe).second) test::dhe_suite(isa_name(isa), threads);
   }
   return test::finish();
 }

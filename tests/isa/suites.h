@@ -6,6 +6,7 @@ namespace mprec::test {
 
 // `isa` names the table in the report. The operators' own drivers run with `threads`.
 void embedding_bag_suite(const std::string& isa, int threads);
+void gradient_suite(const std::string& isa, int threads);
 void dhe_suite(const std::string& isa, int threads);
 
 }  // namespace mprec::test

@@ -25,17 +25,21 @@ def test_on_this_cpu(kernel_build, threads):
     assert report(run_command([kernel_build / "kernel_test", "--threads", str(threads)])) > 10
 
 
-@pytest.mark.parametrize("cpu", MODELS)
+@pytest.mark.parametrize(
+    "cpu", ["skx", *(pytest.param(cpu, marks=pytest.mark.slow) for cpu in ("spr", "icl", "hsw"))]
+)
 def test_on_emulated_cpu(kernel_build, emulate, cpu):
     done = emulate(cpu, kernel_build / "kernel_test", MODELS[cpu])
     assert report(done) > 10
-    assert f"{MODELS[cpu]} embedding_bag" in done.stdout
+    for kernels in ("embedding_bag", "gradient", "dhe"):
+        assert f"{MODELS[cpu]} {kernels}" in done.stdout
 
 
-def test_avx512_is_not_reached_without_it(kernel_build, emulate):
-    done = emulate("hsw", kernel_build / "kernel_test", "avx512")
+@pytest.mark.parametrize(("cpu", "isa"), [("hsw", "avx512"), ("hsw", "avx512vnni"), ("skx", "avx512vnni")])
+def test_an_isa_is_not_reached_without_it(kernel_build, emulate, cpu, isa):
+    done = emulate(cpu, kernel_build / "kernel_test", isa)
     assert report(done) == 1  # dispatch alone
-    assert "avx512: this CPU cannot run it" in done.stdout
+    assert f"{isa}: this CPU cannot run it" in done.stdout
 
 
 def test_avx512_is_not_reached_where_the_kernel_does_not_save_its_registers(kernel_build, emulate):

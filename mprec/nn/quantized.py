@@ -1,0 +1,210 @@
+"""Collections in fewer bytes, for serving on the CPU."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mprec.nn.collection import EmbeddingBagCollection
+from mprec.ops._common import check_bags, ids
+from mprec.ops._csr import batch_size
+from mprec.ops._decoders import decoder, group_decoders
+from mprec.ops._dhe import run_dhe_bag_multi
+from mprec.ops._tables import run_embedding_bag_multi
+
+TABLE_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
+#: Hash families that a decoder precision serves; None: all.
+DECODER_PRECISIONS = {"float32": None, "float16": None, "int8": ("u7", "universal"), "lut": ("sign",)}
+
+_BITS = {"int8": 8, "int4": 4}
+
+
+class QuantizedTable(nn.Module):
+    """The rows of a table in one precision: a buffer ``rows``, saved with the model.
+
+    ``float16`` and ``bfloat16``: ``[N, D]``. ``int8`` and ``int4``: uint8 ``[N, bytes]``, each row with its
+    own scale and bias, in the layout of FBGEMM and of ``torch.ops.quantized.embedding_bag_byte_prepack``.
+    """
+
+    rows: Tensor
+
+    def __init__(self, weight: Tensor, precision: str) -> None:
+        super().__init__()
+        if precision not in TABLE_PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(TABLE_PRECISIONS)}, got {precision!r}")
+        if precision == "int4" and weight.shape[1] % 2:
+            raise ValueError(f"precision: int4 packs pairs, got rows of an odd {weight.shape[1]} numbers")
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.precision = precision
+        self.bits = _BITS.get(precision, 8)
+        weight = weight.detach().to(torch.float32).contiguous()
+        if precision == "int8":
+            rows = torch.ops.quantized.embedding_bag_byte_prepack(weight)
+        elif precision == "int4":
+            rows = torch.ops.quantized.embedding_bag_4bit_prepack(weight)
+        else:
+            rows = weight.to(getattr(torch, precision), copy=True)
+        self.register_buffer("rows", rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def dequantize(self) -> Tensor:
+        """The numbers that the rows stand for: float32 ``[N, D]``."""
+        if self.precision == "int8":
+            return torch.ops.quantized.embedding_bag_byte_unpack(self.rows)
+        if self.precision == "int4":
+            return torch.ops.quantized.embedding_bag_4bit_unpack(self.rows)
+        return self.rows.to(torch.float32)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.precision}, {self.nbytes:,} bytes"
+
+
+class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
+    """An :class:`EmbeddingBagCollection` for serving: tables and decoders in chosen precisions, float32
+    results.
+
+    Takes the same calls as ``collection`` and stands in for it. It holds a converted copy of the tables, and
+    shares the decoders' modules, whose packed copies have the chosen precision. CPU only; results carry no
+    gradients::
+
+        model.embeddings = QuantizedEmbeddingBagCollection(model.embeddings, tables="int8")
+
+    Args:
+        collection: in float32 on the CPU; not changed, and not kept.
+        tables: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, for all features or
+            by name (features not named stay float32).
+        decoders: ``"float32"``, ``"float16"``, ``"int8"`` (hash families u7 and universal) or ``"lut"``
+            (sign), for all features or by name. Other layers than the first are float32 in ``"int8"`` and
+            ``"lut"``.
+
+    Raises:
+        ValueError: unknown precision or feature, or one that does not fit (odd dimension, hash family).
+    """
+
+    def __init__(
+        self,
+        collection: EmbeddingBagCollection,
+        tables: str | Mapping[str, str] = "int8",
+        decoders: str | Mapping[str, str] = "float32",
+    ) -> None:
+        super().__init__(collection.features, device="meta")
+        with_tables = [f.name for f in self.features if f.has_table]
+        with_decoders = [f.name for f in self.features if f.has_dhe]
+        self.dhe = collection.dhe
+        self.table_precision = _by_name(tables, with_tables, "tables")
+        self.decoder_precision = _by_name(decoders, with_decoders, "decoders")
+        for f in self.features:
+            if f.has_dhe:
+                _check_decoder_precision(f, self.decoder_precision[f.name])
+        self.tables = nn.ModuleDict()
+        for name in with_tables:
+            weight = collection.tables._modules[name].weight
+            try:
+                self.tables._modules[name] = QuantizedTable(weight, self.table_precision[name])
+            except ValueError as error:
+                raise ValueError(f"tables: feature {name!r}: {error}") from None
+        self.train(collection.training)
+
+    def _apply(self, fn, recurse=True):
+        converted = fn(torch.empty(0))
+        if converted.dtype != torch.float32 or not converted.is_cpu:
+            raise TypeError(
+                "a quantised collection keeps its precisions, on the CPU: convert the collection it came from"
+            )
+        return super()._apply(fn, recurse)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def forward(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As :meth:`EmbeddingBagCollection.forward`; float32 results without gradients."""
+        return super().forward(indices, offsets, per_sample_weights)
+
+    def _dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> None:
+        modules = self._modules["tables"]._modules
+        tables = [modules[name] for name in group.names]
+        run_embedding_bag_multi(
+            [table._buffers["rows"] for table in tables],
+            indices,
+            offsets,
+            group.mode_code,
+            per_sample_weights,
+            out,
+            group.columns,
+            None if group.whole else group.features,
+            len(self.features),
+            [table.bits for table in tables],
+            threads=options.threads,
+        )
+
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
+        modules = self._modules["dhe"]._modules
+        members = [modules[name] for name in group.names]
+        precisions = [self.decoder_precision[name] for name in group.names]
+        run_dhe_bag_multi(
+            group_decoders(self, group.names[0], members, group.decoder, precisions),
+            indices,
+            offsets,
+            group.mode_code,
+            per_sample_weights,
+            out,
+            group.columns,
+            None if group.whole else group.features,
+            len(self.features),
+            threads=options.threads,
+            dedupe=options.dedupe,
+        )
+
+    def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
+        """Where the kernels refused: inputs in another form, or something to raise an exception about."""
+        for name, tensor in (("indices", indices), ("offsets", offsets)):
+            if not tensor.is_cpu:
+                raise NotImplementedError(
+                    f"{name}: a quantised collection serves on the CPU, got {tensor.device}"
+                )
+            if tensor.dim() != 1:
+                raise ValueError(f"{name} has to be a 1D Tensor, but got Tensor of dimension {tensor.dim()}")
+        indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
+        batch_size(offsets, len(self.features))
+        check_bags(offsets, len(indices), True)
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights.detach().to(torch.float32).contiguous()
+            if any(f.mode == "max" for f in self.features):
+                raise NotImplementedError("per_sample_weights: only modes 'sum' and 'mean' take them")
+        return self._forward_direct(indices, offsets, per_sample_weights)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a call reads: tables, and decoders as packed."""
+        total = sum(table.nbytes for table in self.tables._modules.values())
+        with torch.no_grad():
+            for group in self._dhe_groups:
+                for name in group.names:
+                    stack = self.dhe._modules[name].stack()
+                    total += decoder(*stack, *group.decoder, self.decoder_precision[name]).nbytes
+        return total
+
+
+def _by_name(choice: str | Mapping[str, str], names: list[str], argument: str) -> dict[str, str]:
+    if isinstance(choice, str):
+        return dict.fromkeys(names, choice)
+    if unknown := sorted(set(choice) - set(names)):
+        raise ValueError(f"{argument}: no feature {unknown[0]!r} with any; there are {', '.join(names)}")
+    return {name: choice.get(name, "float32") for name in names}
+
+
+def _check_decoder_precision(feature, precision: str) -> None:
+    if precision not in DECODER_PRECISIONS:
+        choices = ", ".join(DECODER_PRECISIONS)
+        raise ValueError(f"decoders: feature {feature.name!r}: expected one of {choices}, got {precision!r}")
+    families = DECODER_PRECISIONS[precision]
+    if families is not None and feature.dhe.family not in families:
+        raise ValueError(
+            f"decoders: feature {feature.name!r}: {precision} is for hash families {', '.join(families)}, "
+            f"got {feature.dhe.family}"
+        )

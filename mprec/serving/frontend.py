@@ -1,0 +1,212 @@
+"""A small HTTP front-end to an engine: JSON in, JSON out, one machine, loopback unless told otherwise.
+
+``POST /score``
+    ``{"dense": [[...], ...], "ids": [[...], ...], "sla_ms": 10}``: a row per sample. ``ids`` has one entry
+    per feature, an ID or a bag (list) of them; ``dense`` may be left out by models without dense numbers,
+    ``sla_ms`` always. Answers ``{"scores": [...], "paths": {...}, "latency_ms": ...}``.
+``GET /health``
+    ``{"status": "serving"}``, or 503 while draining.
+``GET /stats``
+    The engine's counts.
+
+400 is the query's own fault, 413 a body too large, 429 a refusal for load (``full``, ``overload``), 503
+one because the engine closes, 504 one whose deadline passed; each with ``{"error": ..., "reason": ...}``.
+For a fleet, put it behind a real server; the point here is that the dispatcher sits next to the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import torch
+
+from mprec.data import Batch
+from mprec.serving.engine import Engine, QueryRefusedError
+
+__all__ = ["FrontEnd", "parse_query"]
+
+MAX_BODY_BYTES = 16 << 20
+_STATUS = {
+    "full": HTTPStatus.TOO_MANY_REQUESTS,
+    "overload": HTTPStatus.TOO_MANY_REQUESTS,
+    "expired": HTTPStatus.GATEWAY_TIMEOUT,
+    "closed": HTTPStatus.SERVICE_UNAVAILABLE,
+}
+
+
+class FrontEnd(ThreadingHTTPServer):
+    """Serves ``engine``, a model of ``vocabularies`` (the IDs of feature t are below ``vocabularies[t]``) and
+    ``num_dense`` numbers. ``serve_forever()`` runs it, ``drain()`` from another thread ends it.
+    """
+
+    daemon_threads = False  # server_close() waits for the answers under way
+    request_queue_size = 128
+
+    def __init__(
+        self,
+        engine: Engine,
+        vocabularies: list[int],
+        num_dense: int,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        self.engine, self.vocabularies, self.num_dense = engine, list(vocabularies), num_dense
+        self.draining = False
+        self._connections: set[socket.socket] = set()
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), _Handler)
+
+    @property
+    def url(self) -> str:
+        host, port = self.server_address[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def drain(self) -> None:
+        """Stop taking connections, answer what was asked, stop the engine. Not from a request's thread."""
+        self.draining = True
+        self.shutdown()
+        self.engine.close()
+        for connection in list(self._connections):  # idle ones wait for a next query that will not come
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+        self.server_close()
+
+    def process_request(self, request, client_address) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FrontEnd
+    protocol_version = "HTTP/1.1"
+    timeout = 30  # a client that stalls gives up its thread
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            if self.server.draining:
+                self._reply(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "draining"})
+            else:
+                self._reply(HTTPStatus.OK, {"status": "serving"})
+        elif self.path == "/stats":
+            self._reply(HTTPStatus.OK, self.server.engine.statistics())
+        else:
+            self._fail(HTTPStatus.NOT_FOUND, f"there is no {self.path}; try /score, /health, /stats")
+
+    def do_POST(self) -> None:
+        if self.path != "/score":
+            self._fail(HTTPStatus.NOT_FOUND, f"there is no {self.path}; try /score")
+            return
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+            if length < 0:
+                raise ValueError
+        except ValueError:
+            self._fail(HTTPStatus.LENGTH_REQUIRED, "Content-Length is needed")
+            return
+        if length > MAX_BODY_BYTES:
+            self._fail(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may have {MAX_BODY_BYTES} bytes")
+            return
+        body = self.rfile.read(length)
+        try:
+            batch, sla_s = parse_query(body, self.server.vocabularies, self.server.num_dense)
+            answer = self.server.engine.submit(batch, sla_s).result()
+        except QueryRefusedError as error:
+            self._fail(_STATUS[error.reason], str(error), reason=error.reason)
+        except ValueError as error:
+            self._fail(HTTPStatus.BAD_REQUEST, str(error))
+        except Exception as error:  # the model's own: the server stays up
+            self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+        else:
+            scores = answer.scores.tolist()
+            if not np.isfinite(scores).all():  # JSON has no NaN
+                scores = [score if np.isfinite(score) else None for score in scores]
+            self._reply(
+                HTTPStatus.OK,
+                {"scores": scores, "paths": answer.paths, "latency_ms": 1e3 * answer.latency_s},
+            )
+
+    def _fail(self, status: HTTPStatus, message: str, reason: str = "bad request") -> None:
+        self.close_connection = True  # what is left of the body was not read
+        self._reply(status, {"error": message, "reason": reason})
+
+    def _reply(self, status: HTTPStatus, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            if self.close_connection or self.server.draining:
+                self.send_header("Connection", "close")
+                self.close_connection = True
+            self.end_headers()
+            self.wfile.write(body)
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            self.close_connection = True  # the client left
+
+    def log_message(self, *_: object) -> None:
+        """Silent: a line per query is for a proxy to write."""
+
+
+def parse_query(body: bytes, vocabularies: list[int], num_dense: int) -> tuple[Batch, float | None]:
+    """(batch, SLA in seconds or None). ``ValueError`` says what is wrong and where."""
+    try:
+        query = json.loads(body)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON: {error}") from error
+    if not isinstance(query, dict) or not isinstance(query.get("ids"), list) or not query["ids"]:
+        raise ValueError(
+            'the body must be {"ids": [[...], ...], "dense": [[...], ...]} with at least one row'
+        )
+    if unknown := sorted(set(query) - {"ids", "dense", "sla_ms"}):
+        raise ValueError(f"unknown key {unknown[0]!r}: known are ids, dense, sla_ms")
+    sla_ms = query.get("sla_ms")
+    if sla_ms is not None and not (_is_number(sla_ms) and sla_ms > 0):
+        raise ValueError(f"sla_ms must be a positive number, got {sla_ms!r}")
+    indices, offsets = _bags(query["ids"], vocabularies)
+    size = len(query["ids"])
+    batch = Batch(_dense(query.get("dense"), size, num_dense), indices, offsets, torch.zeros(size))
+    return batch, None if sla_ms is None else sla_ms / 1e3
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _dense(rows: Any, size: int, num_dense: int) -> torch.Tensor:
+    if rows is None and num_dense == 0:
+        return torch.zeros(size, 0)
+    if not isinstance(rows, list) or len(rows) != size:
+        raise ValueError(f"dense must have a row for each of the {size} rows of ids")
+    for b, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != num_dense or not all(map(_is_number, row)):
+            raise ValueError(f"dense[{b}] must be {num_dense} numbers")
+    return torch.tensor(rows, dtype=torch.float32).view(size, num_dense)
+
+
+def _bags(rows: list, vocabularies: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Feature-major CSR of the rows' bags."""
+    for b, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != len(vocabularies):
+            raise ValueError(f"ids[{b}] must have an entry for each of the {len(vocabularies)} features")
+    indices, lengths = [], [0]
+    for t, vocabulary in enumerate(vocabularies):
+        for b, row in enumerate(rows):
+            bag = row[t] if isinstance(row[t], list) else [row[t]]
+            for value in bag:
+                if type(value) is not int or not 0 <= value < vocabulary:
+                    raise ValueError(f"ids[{b}][{t}]: {value!r} is not an integer in [0, {vocabulary})")
+            indices += bag
+            lengths.append(len(bag))
+    return torch.tensor(indices, dtype=torch.int64), torch.tensor(lengths).cumsum(0)

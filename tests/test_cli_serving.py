@@ -1,0 +1,250 @@
+"""profile, plan, loadtest and serve, run as commands on small untrained models."""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import pytest
+import torch
+
+from mprec import checkpoint, data
+from mprec.dispatch import paths_from_checkpoints, with_cache
+from mprec.nn import DheConfig
+from mprec.planner import Infeasible
+from mprec.training import build_model
+
+DATA = "synthetic:rows=600,seed=1"
+REPRESENTATIONS = ("table", "dhe", "hybrid")
+QUALITY = {"table": 0.70, "dhe": 0.69, "hybrid": 0.72, "multi-path": 0.71}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    dataset = data.load(DATA)
+    for name in (*REPRESENTATIONS, "multi-path"):
+        model = build_model(dataset, name, dim=4, dhe=DheConfig(k=16, hidden=(8,)), bottom=(8,), top=(8,))
+        quality = {"auc": QUALITY[name], "accuracy": 0.5}
+        metadata = {"representation": name, "metrics": {"valid": quality}, "split": "time"}
+        if name == "multi-path":
+            metadata["paths"] = {path: {"valid": quality} for path in ("table", "dhe", "hybrid")}
+        checkpoint.save(folder / f"{name}.pt", model, metadata)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    # Emptying real caches takes too long for what is tested here.
+    monkeypatch.setattr("mprec.dispatch.profile.Evict", lambda: lambda: None)
+
+
+def parse(command, *arguments):
+    module = importlib.import_module(f"mprec.cli.{command}")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    module.add_arguments(parser)
+    return module, parser.parse_args([str(a) for a in arguments])
+
+
+def call(command, *arguments):
+    module, args = parse(command, *arguments)
+    return module.run(args)
+
+
+def call_json(capsys, command, *arguments):
+    capsys.readouterr()
+    assert call(command, "--json", *arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def files(folder, names=REPRESENTATIONS):
+    return [folder / f"{name}.pt" for name in names]
+
+
+def common(folder):
+    return ["--checkpoints", *files(folder), "--data", DATA, "--threads", 1]
+
+
+QUICK = ["--batch-sizes", "1,8,64", "--seconds", "0.2"]
+
+
+def test_profile_writes_shows_and_draws(checkpoints, tmp_path, capsys):
+    file = tmp_path / "profile.json"
+    assert call("profile", *common(checkpoints), *QUICK, "--output", file) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in REPRESENTATIONS)
+    picture = tmp_path / "curves.png"
+    assert call("profile", "--show", file, "--png", picture) == 0
+    text = capsys.readouterr().out
+    assert "crossover points" in text
+    assert "samples" in text
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    content = call_json(capsys, "profile", "--show", file, "--png", picture)
+    assert content["cells"]["dhe"]["warm"]["batch_sizes"] == [1, 8, 64]
+    assert content["prediction_error"]["batch_sizes"] == [3]
+
+
+def test_profile_goes_to_the_cache_folder_by_default(checkpoints, capsys):
+    content = call_json(capsys, "profile", *common(checkpoints), *QUICK)
+    assert content["file"].startswith(os.environ["XDG_CACHE_HOME"])
+    assert os.path.exists(content["file"])
+
+
+def test_a_multi_path_checkpoint_is_several_paths(checkpoints, capsys):
+    arguments = ["--checkpoints", checkpoints / "multi-path.pt", "--data", DATA, *QUICK]
+    content = call_json(capsys, "profile", *arguments)
+    assert set(content["paths"]) == {"table", "dhe", "hybrid"}
+    both = ["--checkpoints", *files(checkpoints, ("table", "multi-path")), "--data", DATA, *QUICK]
+    assert set(call_json(capsys, "profile", *both)["paths"]) == {"table", "multi-path/table", "dhe", "hybrid"}
+
+
+def test_caches_are_offered_as_further_paths(checkpoints, capsys):
+    content = call_json(capsys, "profile", *common(checkpoints), "--cache", "8KiB", *QUICK)
+    assert list(content["paths"]) == [*REPRESENTATIONS, "dhe+cache", "hybrid+cache"]
+    table = ["--checkpoints", checkpoints / "table.pt", "--data", DATA]
+    with pytest.raises(ValueError, match="--cache"):
+        call("profile", *table, "--cache", "8KiB", *QUICK)
+
+
+def test_a_cached_path_scores_the_same(checkpoints):
+    plain, *_ = paths_from_checkpoints([checkpoints / "hybrid.pt"])
+    dataset = data.load(DATA)
+    counts = {name: dataset.counts(name) for name, _ in dataset.features}
+    cached = with_cache(plain, 4096, counts)
+    batch = dataset.batch(slice(0, 100))
+    torch.testing.assert_close(cached.model(batch), plain.model(batch), rtol=1e-5, atol=1e-6)
+    assert (cached.name, cached.quality) == ("hybrid+cache", plain.quality)
+    assert cached.shape != plain.shape
+
+
+def test_loadtest_reports_every_path_and_the_dispatcher(checkpoints, tmp_path, capsys):
+    load = ["--queries", 40, "--qps", 400, "--size-mean", 16, "--sla-ms", 1000, "--rounds", 2]
+    profile = ["--profile", tmp_path / "p.json", "--profile-seconds", 0.2]
+    result = call_json(capsys, "loadtest", *common(checkpoints), *profile, *load)
+    assert [row["path"] for row in result["rows"]] == [*REPRESENTATIONS, "dispatcher"]
+    for row in result["rows"]:
+        assert row["violations"] == 0
+        assert 0 <= row["accuracy"] <= 1
+        assert row["correct_per_s"] == pytest.approx(row["accuracy"] * row["samples_per_s"])
+        assert sum(row["chosen"].values()) == pytest.approx(1)
+    call("loadtest", *common(checkpoints), *profile, *load)  # and again, by the same profile, as a table
+    captured = capsys.readouterr()
+    assert "dispatcher" in captured.out
+    assert "warm" not in captured.err
+
+
+def test_plan_from_checkpoints(checkpoints, tmp_path, capsys):
+    plans = tmp_path / "plan.json"
+    arguments = ["--checkpoints", *files(checkpoints), "--batch-size", 8]
+    result = call_json(capsys, "plan", "--memory", "1MiB", *arguments, "--output", plans)
+    best = result["plans"]["here"][0]
+    assert best["bytes"] <= 1 << 20
+    assert not result["simulated"]
+    assert json.loads(plans.read_text()) == result
+    names = [name for name, _ in data.load(DATA).features]
+    assert [row["feature"] for row in best["rows"]] == names
+    tight = call_json(capsys, "plan", "--memory", best["bytes"] - 1, *arguments)["plans"]["here"][0]
+    assert tight["bytes"] < best["bytes"]
+    assert tight["quality"] <= best["quality"]
+    multi = call_json(capsys, "plan", "--memory", "1MiB", "--checkpoints", checkpoints / "multi-path.pt")
+    assert len(multi["measurements"]) == 3
+    with pytest.raises(Infeasible):
+        call("plan", "--memory", "10", *arguments)
+
+
+def test_plan_for_simulated_devices_says_so(tmp_path, capsys):
+    device = tmp_path / "gpu.json"
+    device.write_text(
+        json.dumps({"name": "G", "memory_bytes": 1e9, "flops_per_s": 1e13, "bytes_per_s": 1e12})
+    )
+    arguments = ["--device", device, "--features", "kaggle", "--quality", "table=0.78,dhe=0.79,hybrid=0.8"]
+    assert call("plan", *arguments) == 0
+    text = capsys.readouterr().out
+    assert text.count("SIMULATED") == text.count("path ") >= 2
+    assert call_json(capsys, "plan", *arguments)["simulated"] is True
+    spread = call_json(capsys, "plan", *arguments, "--device", device, "--spread")
+    assert len(spread["plans"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--features", "kaggle", "--quality", "table=0.7"], "--memory"),
+        (["--memory", "1GB", "--features", "kaggle"], "--quality"),
+        (["--memory", "1GB", "--quality", "table=0.7"], "--features"),
+        (["--memory", "1GB", "--features", "kaggle", "--quality", "table=0.7", "--data", DATA], "--data"),
+    ],
+)
+def test_plan_says_what_is_missing(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        call("plan", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("64MiB", 64 << 20), ("2GB", 2 * 10**9), ("1.5 KiB", 1536), ("12", 12), ("3b", 3)]
+)
+def test_memory_sizes(text, expected):
+    assert parse("plan", "--memory", text)[1].memory == expected
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1GB", "5XB", "1.2.3MB"])
+def test_bad_memory_sizes(text):
+    with pytest.raises(SystemExit):
+        parse("plan", f"--memory={text}")
+
+
+def test_data_of_another_shape_and_a_damaged_checkpoint_are_refused(checkpoints, tmp_path):
+    other = ["--checkpoints", *files(checkpoints), "--data", "synthetic:rows=600,vocabulary=10+20"]
+    with pytest.raises(ValueError, match="other features"):
+        call("profile", *other, *QUICK)
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes((checkpoints / "table.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        call("profile", "--checkpoints", cut, "--data", DATA, *QUICK)
+    with pytest.raises(ValueError, match="table"):
+        call("profile", "--checkpoints", *[checkpoints / "table.pt"] * 2, "--data", DATA, *QUICK)
+    with pytest.raises(ValueError, match="--checkpoints"):
+        call("profile", "--data", DATA)
+
+
+def test_serve_answers_and_drains_on_sigterm(checkpoints, tmp_path):
+    profile = tmp_path / "p.json"
+    sizes = ",".join(str(2**i) for i in range(12))
+    call("profile", *common(checkpoints), "--batch-sizes", sizes, "--seconds", 0.1, "--output", profile)
+    arguments = [*common(checkpoints), "--profile", profile]
+    program = (
+        "import argparse, sys; from mprec.cli import serve; p = argparse.ArgumentParser();"
+        "p.add_argument('--json', action='store_true'); serve.add_arguments(p);"
+        "sys.exit(serve.run(p.parse_args(sys.argv[1:])))"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", program, "--json", "--port", "0", "--sla-ms", "10000", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    watchdog = threading.Timer(120, server.kill)
+    watchdog.start()
+    try:
+        ready = json.loads(server.stdout.readline())
+        row = {"ids": [[0] * len(ready["features"])] * 3, "dense": [[0.0] * ready["num_dense"]] * 3}
+        with urllib.request.urlopen(f"{ready['url']}/score", json.dumps(row).encode(), timeout=60) as reply:
+            scores = json.loads(reply.read())["scores"]
+        assert len(scores) == 3
+        assert all(0 < score < 1 for score in scores)
+        server.send_signal(signal.SIGTERM)
+        out, errors = server.communicate(timeout=60)
+        assert server.returncode == 0, errors
+        assert json.loads(out)["answered"] == 1
+        assert "draining" in errors
+    finally:
+        watchdog.cancel()
+        server.kill()
+        server.wait()
