@@ -12,6 +12,7 @@
 :mod:`mprec.cache`            rows of hot IDs in front of decoders
 :mod:`mprec.serving`          a serving engine and a load test
 :mod:`mprec.hashing`          hash families
+:mod:`mprec.huge_pages`       memory for large tables
 :mod:`mprec.reference`        every operator in a few lines of plain torch
 :mod:`mprec.testing`          helpers for tests and benchmarks
 ============================  =====================================================================
@@ -33,6 +34,7 @@ _LAZY = {
     "dispatch",
     "errors",
     "hashing",
+    "huge_pages",
     "metrics",
     "models",
     "optim",

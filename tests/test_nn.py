@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mprec import reference
+from mprec import ops, reference
 from mprec.errors import IdOutOfRangeError
+from mprec.hashing import coefficients
 from mprec.names import MODES
 from mprec.nn import (
     DeepHashEmbeddingBag,
@@ -270,6 +271,57 @@ def test_training_step_changes_what_is_served():
         with torch.no_grad():
             expected = expected_output(collection, *call)
             torch.testing.assert_close(collection(*call).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_serving_follows_every_way_to_change_a_decoder():
+    collection = EmbeddingBagCollection(with_representation(FEATURES, "dhe", SMALL)).requires_grad_(False)
+    call = batch(FEATURES, 4)
+    dhe = collection.dhe["user"]
+
+    def replace_layer():
+        dhe.decoder[0] = torch.nn.Linear(32, 12)
+
+    def replace_module():
+        collection.dhe._modules["user"] = DeepHashEmbeddingBag(4, DheConfig(32, (12,), seed=9))
+
+    def behind_the_counter():
+        collection.dhe["item"].decoder[1].weight.data.mul_(3)
+        ops.clear_decoders()
+
+    changes = [
+        lambda: None,
+        lambda: dhe.decoder[1].bias.add_(1),
+        lambda: dhe.coefficients.copy_(coefficients(32, seed=5)),
+        lambda: setattr(dhe.decoder[0], "weight", torch.nn.Parameter(torch.randn(12, 32))),
+        lambda: setattr(dhe.decoder[0].weight, "data", torch.randn(12, 32)),
+        lambda: collection.load_state_dict(
+            {k: v.clone() for k, v in collection.state_dict().items()}, assign=True
+        ),
+        replace_layer,
+        replace_module,
+        behind_the_counter,
+        lambda: collection.to(torch.float64),
+        lambda: collection.to(torch.float32),
+    ]
+    with torch.no_grad():
+        before = None
+        for number, change in enumerate(changes):
+            change()
+            out = collection(*call)
+            torch.testing.assert_close(out.double(), expected_output(collection, *call), rtol=1e-5, atol=1e-5)
+            if number in (1, 2, 3, 4, 6, 7, 8):
+                assert not torch.equal(out, before)
+            before = out
+
+
+def test_serving_decoders_made_in_inference_mode():
+    with torch.inference_mode():
+        collection = EmbeddingBagCollection(with_representation(FEATURES, "dhe", SMALL))
+        call = batch(FEATURES, 4)
+        for _ in range(2):
+            expected = expected_output(collection, *call)
+            torch.testing.assert_close(collection(*call).double(), expected, rtol=1e-5, atol=1e-5)
+            collection.dhe["user"].decoder[1].bias.add_(1)  # no version counter tells
 
 
 @each_kind

@@ -2,14 +2,14 @@
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import mprec
-from mprec.nn import DeepHashEmbeddingBag, DheConfig, EmbeddingBag, huge_page_bytes, swap, use_huge_pages
+from mprec import huge_pages
+from mprec.nn import DeepHashEmbeddingBag, DheConfig, EmbeddingBag, swap, use_huge_pages
 
 SMALL = DheConfig(k=16, hidden=(8,))
 
@@ -82,7 +82,7 @@ def test_swap_refuses_and_leaves_the_model_alone():
 
 
 def test_huge_pages_keep_values_and_identity():
-    module = nn.ModuleList([EmbeddingBag(70_000, 32, mode="sum"), EmbeddingBag(10, 32)])
+    module = nn.ModuleList([nn.EmbeddingBag(70_000, 32, mode="sum"), nn.EmbeddingBag(10, 32)])
     tables = [bag.weight for bag in module]
     values = [table.detach().clone() for table in tables]
     small = tables[1].data_ptr()
@@ -101,9 +101,8 @@ def test_huge_pages_keep_values_and_identity():
     assert torch.equal(tables[0][0], values[0][0] - 1)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(twin[0].weight, tables[0])
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if setting.exists() and "[never]" not in setting.read_text():
-        assert huge_page_bytes(tables[0]) > 0
+    if huge_pages.supported():
+        assert huge_pages.resident(tables[0].detach()) > 0
 
 
 def test_top_level_modules_are_imported_on_first_use():

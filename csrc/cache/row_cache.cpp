@@ -1,5 +1,7 @@
 #include "cache/row_cache.h"
 
+#include <emmintrin.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <new>
@@ -54,11 +56,28 @@ __attribute__((no_sanitize("thread"))) void copy_in(const float* from, float* to
   for (; i < dim; ++i) *const_cast<volatile float*>(to + i) = from[i];
 }
 
-void prefetch_row(const float* row, int64_t dim) {
+// The first `bytes` of a row; behind some cache lines the hardware follows by itself.
+inline void prefetch_row(const float* row, int64_t bytes) {
   const char* p = reinterpret_cast<const char*>(row);
-  const int64_t bytes = dim * static_cast<int64_t>(sizeof(float));
-  for (int64_t i = 0; i < bytes && i < 512; i += 64) __builtin_prefetch(p + i);  // then the hardware follows
-  __builtin_prefetch(p + bytes - 1);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+constexpr int64_t prefetched_bytes = 512;
+
+// Bit w: keys[w] is `id`. Reads keys that may be written meanwhile, as copy_out does.
+template <int count>
+__attribute__((no_sanitize("thread"))) inline unsigned matches(const std::atomic<int64_t> (&keys)[count],
+                                                               int64_t id) {
+  static_assert(count % 2 == 0);
+  const __m128i wanted = _mm_set1_epi64x(id);
+  unsigned found = 0;
+#pragma GCC unroll 8
+  for (int way = 0; way < count; way += 2) {
+    const __m128i two = _mm_load_si128(reinterpret_cast<const __m128i*>(keys + way));
+    const __m128i halves = _mm_cmpeq_epi32(two, wanted);  // SSE2 compares no 64-bit numbers
+    const __m128i whole = _mm_and_si128(halves, _mm_shuffle_epi32(halves, _MM_SHUFFLE(2, 3, 0, 1)));
+    found |= static_cast<unsigned>(_mm_movemask_pd(_mm_castsi128_pd(whole))) << way;
+  }
+  return found;
 }
 
 }  // namespace
@@ -130,11 +149,8 @@ inline RowCache::Place RowCache::find(int64_t id, uint64_t hash, uint32_t genera
       pause();
       state[g] = groups[g]->state.load(std::memory_order_acquire);
     }
-    match[g] = 0;
-#pragma GCC unroll 8
-    for (int way = 0; way < ways; ++way)
-      match[g] |= static_cast<unsigned>(groups[g]->keys[way].load(std::memory_order_relaxed) == id) << way;
-    match[g] &= (generation_of(state[g]) == generation) && !busy(state[g]) ? ~0u : 0u;
+    match[g] = matches(groups[g]->keys, id);
+    if (__builtin_expect(generation_of(state[g]) != generation || busy(state[g]), 0)) match[g] = 0;
   }
   if (!(match[0] | match[1])) return {nullptr, 0, 0};
   const int second = match[0] == 0;
@@ -157,6 +173,7 @@ int64_t RowCache::lookup(const int64_t* ids, int64_t n, uint32_t generation, flo
                          int64_t* misses) {
   // Memory latency is hidden by going over a block of IDs three times: groups, rows, copies.
   constexpr int block = 32;
+  const int64_t row_bytes = std::min(prefetched_bytes, dim_ * static_cast<int64_t>(sizeof(float)));
   int64_t missing = 0;
   for (int64_t begin = 0; begin < n; begin += block) {
     const int count = static_cast<int>(std::min<int64_t>(block, n - begin));
@@ -170,7 +187,7 @@ int64_t RowCache::lookup(const int64_t* ids, int64_t n, uint32_t generation, flo
     for (int i = 0; i < count; ++i) {
       place[i] = find(ids[begin + i], hash[i], generation);
       if (place[i].group)
-        prefetch_row(row(*place[i].group, place[i].way), dim_);
+        prefetch_row(row(*place[i].group, place[i].way), row_bytes);
       else
         sketch_.prefetch(hash[i]);
     }
@@ -187,13 +204,13 @@ int64_t RowCache::lookup(const int64_t* ids, int64_t n, uint32_t generation, flo
 }
 
 void RowCache::age(int64_t events) {
-  // A hand goes round the groups and the sketch's blocks and halves what it passes. Threads take disjoint
-  // stretches of its way.
-  const auto units = static_cast<unsigned __int128>(num_groups_ + sketch_.size());
-  const auto period = static_cast<unsigned __int128>(ageing_lookups * capacity());
+  // A hand goes round the groups and the sketch's blocks, one of each for `ways` rows of capacity, and halves
+  // what it passes. Threads take disjoint stretches of its way.
+  constexpr uint64_t lookups_per_unit = ageing_lookups * ways / 2;
+  const uint64_t units = 2 * static_cast<uint64_t>(num_groups_);
   const uint64_t before = counters_.events.fetch_add(events, std::memory_order_relaxed);
-  const auto last = (before + events) * units / period;
-  for (auto hand = before * units / period; hand < last; ++hand) {
+  const uint64_t last = (before + events) / lookups_per_unit;
+  for (uint64_t hand = before / lookups_per_unit; hand < last; ++hand) {
     const int64_t unit = static_cast<int64_t>(hand % units);
     if (unit < num_groups_) {
       std::atomic<uint64_t>& frequency = groups_[unit].frequency;

@@ -5,7 +5,7 @@ from mprec.nn.config import DheConfig, FeatureConfig, KernelOptions, with_repres
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
-from mprec.nn.memory import huge_page_bytes, use_huge_pages
+from mprec.nn.memory import use_huge_pages
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import swap
 from mprec.nn.unseen import MeanForUnseen
@@ -21,7 +21,6 @@ __all__ = [
     "MeanForUnseen",
     "QuantizedEmbeddingBagCollection",
     "QuantizedTable",
-    "huge_page_bytes",
     "swap",
     "use_huge_pages",
     "with_representation",

@@ -14,7 +14,7 @@ from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.ops._common import check_ids, eager
 from mprec.ops._csr import batch_size
-from mprec.ops._decoders import decoder
+from mprec.ops._decoders import group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
 from mprec.ops._tables import run_embedding_bag_multi
 
@@ -203,8 +203,9 @@ class EmbeddingBagCollection(nn.Module):
     def _run_decoders(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> None:
         """One group's vectors into its columns of ``out``."""
         modules = self._modules["dhe"]._modules
+        members = [modules[name] for name in group.names]
         run_dhe_bag_multi(
-            [decoder(*modules[name].stack(), *group.decoder) for name in group.names],
+            group_decoders(self, group.names[0], members, group.decoder),
             indices,
             offsets,
             group.mode_code,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.ops._common import check_bags, ids
 from mprec.ops._csr import batch_size
-from mprec.ops._decoders import decoder
+from mprec.ops._decoders import decoder, group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
 from mprec.ops._tables import run_embedding_bag_multi
 
@@ -144,9 +144,10 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
 
     def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
         modules = self._modules["dhe"]._modules
-        precision = self.decoder_precision
+        members = [modules[name] for name in group.names]
+        precisions = [self.decoder_precision[name] for name in group.names]
         run_dhe_bag_multi(
-            [decoder(*modules[name].stack(), *group.decoder, precision[name]) for name in group.names],
+            group_decoders(self, group.names[0], members, group.decoder, precisions),
             indices,
             offsets,
             group.mode_code,

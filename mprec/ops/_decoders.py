@@ -9,10 +9,10 @@ carry no counter.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mprec._native import _C
@@ -21,6 +21,8 @@ from mprec.ops._common import contiguous
 
 _address = Tensor.data_ptr
 _version = Tensor._version.__get__
+_LINEAR = ("weight", "bias")
+_groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
 _kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.Decoder"]] = {}
 
 
@@ -62,9 +64,40 @@ def decoder(
     return handle
 
 
+def group_decoders(
+    owner: nn.Module,
+    group: Hashable,
+    modules: Sequence[nn.Module],
+    options: tuple[str, str, str],
+    precisions: Sequence[str] | None = None,
+) -> list["_C.Decoder"]:
+    """The decoders of several modules (with ``stack()`` and ``decoder`` layers), for one kernel call.
+
+    As :func:`decoder` for each, but one native check of all weights, which is kept with ``owner``, replaces
+    one per decoder. Only with grad mode off.
+    """
+    parts = [(module, *module._modules["decoder"]._modules.values()) for module in modules]
+    kept = _groups.get(owner)
+    found = None if kept is None else kept.get(group)
+    if found is not None and found[0] == parts and not found[1].changed():
+        return found[2]
+    places = [(module._buffers, "coefficients") for module in modules]
+    places += [(layer._parameters, name) for _, *layers in parts for layer in layers for name in _LINEAR]
+    precisions = ["float32"] * len(modules) if precisions is None else precisions
+    try:
+        watch = _C.WeightWatch(places)  # before packing: no change in between may go unnoticed
+    except RuntimeError:  # tensors made in inference mode
+        watch = None
+    handles = [decoder(*m.stack(), *options, p) for m, p in zip(modules, precisions, strict=True)]
+    if watch is not None:
+        _groups.setdefault(owner, {})[group] = parts, watch, handles
+    return handles
+
+
 def clear_decoders() -> None:
     """Forget all packed decoders: needed only after changing weights through ``.data`` or a NumPy view."""
     _kept.clear()
+    _groups.clear()
 
 
 def _pack(tensors, layers, family, activation, last_activation, precision):
