@@ -90,6 +90,7 @@ def rows(seconds: float, only: str) -> Iterator[Row]:
         yield from _against_torch(measure)
         yield from _against_limits(measure)
         yield from _against_float32(measure)
+        yield from _gradients(measure)
     with harness.threads(2):
         yield from _two_threads(measure)
 
@@ -172,6 +173,35 @@ def _against_float32(measure: Rows) -> Iterator[Row]:
                     uniform(1),
                     6,
                 )
+
+
+def _training_step(call: Callable, parameters: list[torch.Tensor], dim: int) -> Callable:
+    """Forward and backward; the gradients are dropped."""
+
+    def step(ids):
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.autograd.grad(call(ids.clone()), parameters, torch.ones(len(ids), dim))
+
+    return step
+
+
+def _gradients(measure: Rows) -> Iterator[Row]:
+    for shape, module in _modules("universal").items():
+        peer = GoodTorch(module)
+        peer.layers = [(layer.weight, layer.bias) for layer in module.decoder]
+        parameters = [p for layer in peer.layers for p in layer]
+        for batch in (128, 2048):
+            with torch.inference_mode(False):
+                ours = module_call(module, batch)
+            yield from measure.compare(
+                f"dhe gradients {shape} batch {batch}",
+                "good torch, forward and backward",
+                _training_step(ours, parameters, module.embedding_dim),
+                _training_step(peer, parameters, module.embedding_dim),
+                uniform(batch),
+                1,
+                "forward and backward",
+            )
 
 
 def _two_threads(measure: Rows) -> Iterator[Row]:

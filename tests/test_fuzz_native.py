@@ -333,6 +333,91 @@ def cache_call(method: str):
     return arguments
 
 
+@st.composite
+def held_ids(draw, guard: Guard):
+    cache = _C.RowCache(4, 1 << 14)
+    cache.fill(torch.arange(9), torch.randn(9, 4), cache.generation)
+    return {"self": cache, "out": guard.array((draw(st.integers(0, 12)),), "i8")}
+
+
+@st.composite
+def cached_decoders(draw, guard: Guard):
+    count = draw(st.integers(1, 3))
+    decoders = [_C.Decoder(**decoder_arguments([16, 5, 8])) for _ in range(count)]
+    return {
+        "decoders": decoders,
+        "caches": [draw(st.sampled_from([None, _C.RowCache(8, 1 << 14)])) for _ in range(count)],
+        "positions": list(range(count)),
+        "columns": [8 * i for i in range(count)],
+        "num_features": draw(st.integers(count, 4)),
+    }
+
+
+@st.composite
+def cached_forward(draw, guard: Guard):
+    arguments = draw(cached_decoders(guard))
+    features, batch = arguments["num_features"], draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 1000))
+    return {
+        "self": _C.CachedDecoders(**arguments),
+        "indices": indices,
+        "offsets": offsets,
+        "per_sample_weights": draw(st.sampled_from([None, torch.ones(len(indices))])),
+        "mode": draw(st.sampled_from([0, 1])),
+        "include_last_offset": True,
+        "padding_idx": -1,
+        "out": guard.array((batch, 8 * len(arguments["decoders"]))),
+        "admit": draw(st.booleans()),
+        "threads": draw(st.integers(1, 4)),
+    }
+
+
+@st.composite
+def codebook_rows(draw, guard: Guard):
+    count, stages, dim, n = draw(st.tuples(*(st.integers(1, m) for m in (9, 3, 9, 6))))
+    return {
+        "codes": torch.randint(0, 256, (count, stages), dtype=torch.uint8),
+        "centroids": torch.randn(256 * stages, dim),
+        "ids": torch.randint(0, count, (n,)),
+        "out": guard.array((n, dim)),
+    }
+
+
+@st.composite
+def dhe_backward(draw, guard: Guard):
+    arguments = decoder_arguments([16, 5, 3], draw(st.integers(0, 4)))
+    n = draw(st.integers(0, 6))
+    return arguments | {
+        "indices": torch.randint(0, 1000, (n,)),
+        "grad": torch.randn(n, 3),
+        "grad_weights": [guard.array(tuple(w.shape)) for w in arguments["weights"]],
+        "grad_biases": [guard.array(tuple(b.shape)) for b in arguments["biases"]],
+        "threads": draw(st.integers(1, 4)),
+    }
+
+
+@st.composite
+def select_features(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 4)), draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 1000))
+    chosen = draw(st.lists(st.integers(0, features - 1), unique=True))
+    n, is_wide = len(indices), "int64" in str(indices.dtype)
+    return {
+        "indices": indices,
+        "offsets": offsets,
+        "per_sample_weights": draw(st.sampled_from([None, torch.ones(n)])),
+        "features": chosen,
+        "num_features": features,
+        "out_indices": guard.array((n,), "i8" if is_wide else "i4"),
+        "out_offsets": guard.array((len(chosen) * batch + 1,), "i8"),
+        "out_weights": guard.array((n,)),
+    }
+
+
+def weight_watch(guard: Guard):
+    return st.just({"places": [({"weight": torch.zeros(3)}, "weight")]})
+
+
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "embedding_bag_multi": (_C.embedding_bag_multi, embedding_bag_multi),
     "embedding_bag": (_C.embedding_bag, embedding_bag),
@@ -347,9 +432,25 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "RowCache.lookup": (_C.RowCache.lookup, cache_call("lookup")),
     "RowCache.admit": (_C.RowCache.admit, cache_call("admit")),
     "RowCache.fill": (_C.RowCache.fill, cache_call("fill")),
+    "RowCache.ids": (_C.RowCache.ids, held_ids),
+    "CachedDecoders": (_C.CachedDecoders, cached_decoders),
+    "CachedDecoders.forward": (_C.CachedDecoders.forward, cached_forward),
+    "codebook_rows": (_C.codebook_rows, codebook_rows),
+    "dhe_backward": (_C.dhe_backward, dhe_backward),
+    "select_features": (_C.select_features, select_features),
+    "WeightWatch": (_C.WeightWatch, weight_watch),
 }
+# They take no argument, or a name only.
+WITHOUT_ARRAYS = {"cpu_features", "cpu_model", "isa", "omp_max_threads", "runnable_isas", "use_isa"}
 
-LISTS = {"weights", "biases", "decoders", "out_columns", "columns", "first", "second"}
+
+def test_every_native_function_is_a_target():
+    native = {name for name in dir(_C) if callable(getattr(_C, name)) and not name.startswith("__")}
+    assert native == {target.partition(".")[0] for target in TARGETS} | WITHOUT_ARRAYS
+
+
+LISTS = {"weights", "biases", "decoders", "out_columns", "columns", "first", "second", "caches", "positions",
+         "grad_weights", "grad_biases", "features", "places"}  # fmt: skip
 IDS = {"indices", "offsets", "ids"}
 
 

@@ -124,5 +124,6 @@ inline float sum(Vec a) { return a.v; }
 #endif
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 }  // namespace mprec::MPREC_ISA

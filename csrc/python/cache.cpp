@@ -130,6 +130,7 @@ void rows_by_code(const py::object& codes, const py::object& centroids, const py
     if (!book.has(i.ptr<int64_t>()[j]))
       throw IdError(message("ids[", j, "] is ", i.ptr<int64_t>()[j], ", expected less than ", book.count));
   const Tensor o = rows_view(out, "out", n, book.dim);
+  check_output(o, "out");
   without_gil(n, [&] {
     codebook_rows(book, i.ptr<int64_t>(), nullptr, n, o.ptr<float>(), o.strides[0]);
     return true;

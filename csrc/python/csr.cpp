@@ -45,6 +45,8 @@ int64_t select_features(py::handle indices, py::handle offsets, py::handle per_s
   const int64_t batch = (starts.shape[0] - 1) / num_features;
   const Tensor out_ids = view(out_indices.ptr(), "out_indices", ids.dtype, 1),
                out_starts = view(out_offsets.ptr(), "out_offsets", DType::i64, 1);
+  check_output(out_ids, "out_indices");
+  check_output(out_starts, "out_offsets");
   if (out_starts.shape[0] != count * batch + 1)
     throw py::value_error(
         message("out_offsets: expected ", count * batch + 1, " entries, got ", out_starts.shape[0]));
@@ -53,6 +55,7 @@ int64_t select_features(py::handle indices, py::handle offsets, py::handle per_s
   if (weighted) {
     weights = view(per_sample_weights.ptr(), "per_sample_weights", DType::f32, 1);
     out_psw = view(out_weights.ptr(), "out_weights", DType::f32, 1);
+    check_output(out_psw, "out_weights");
     if (weights.shape[0] != ids.shape[0])
       throw py::value_error(message("per_sample_weights: expected as many as indices, ", ids.shape[0],
                                     ", got ", weights.shape[0]));

@@ -231,6 +231,8 @@ void backward(py::handle coefficients, const std::vector<py::object>& weights,
     const Tensor b = view(grad_biases[l].ptr(), bias_name.c_str(), DType::f32, 1);
     if (w.shape[0] != layers[l].outputs || w.shape[1] != layers[l].inputs || b.shape[0] != layers[l].outputs)
       throw py::value_error(message(weight_name, ", ", bias_name, ": expected the shapes of layer ", l));
+    check_output(w, weight_name.c_str());
+    check_output(b, bias_name.c_str());
     to.push_back({w.ptr<float>(), b.ptr<float>()});
   }
   Encoder e = encoder(coefficients, family);

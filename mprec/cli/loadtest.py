@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
 from rich import box
 from rich.console import Console
@@ -20,6 +21,7 @@ from mprec.cli._setup import (
 )
 from mprec.dispatch import Dispatcher
 from mprec.serving import Engine
+from mprec.serving.loadgen import run_loadgen
 from mprec.serving.loadtest import (
     QuerySizes,
     compare,
@@ -49,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also search each contestant's highest load with at most 1 %% of the queries not in time",
     )
+    load.add_argument(
+        "--driver",
+        choices=("mprec", "loadgen"),
+        default="mprec",
+        help="loadgen: let MLPerf LoadGen (pip install mlcommons-loadgen) issue the queries and judge",
+    )
     engine = parser.add_argument_group("engine")
     engine.add_argument("--max-batch", type=int, default=2048, help="samples scored together at most (2048)")
     engine.add_argument("--no-admission", action="store_true", help="answer hopeless queries late")
@@ -71,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     if qps is None:
         qps = suggested_qps(dispatchers, test, sizes=sizes, seed=args.seed, **options)
     load = generate(test, qps, args.queries, sizes=sizes, seed=args.seed)
+    if args.driver == "loadgen":
+        return _run_loadgen(args, dispatchers, load, qps, options)
     outcomes = compare(dispatchers, load, rounds=args.rounds, progress=reporter(), **options)
     rows = [outcome.row(name) for name, outcome in outcomes.items()]
     if args.max_qps:
@@ -89,6 +99,27 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         Console().print(load_table(result))
+    return 0
+
+
+def _run_loadgen(args, dispatchers, load, qps, options) -> int:
+    queries, rows = [arrival.batch for arrival in load], []
+    for name, dispatcher in dispatchers.items():
+        say(f"{name} ...")
+        with Engine(dispatcher, **options) as engine:
+            result = run_loadgen(engine, queries, qps=qps, seconds=args.queries / qps)
+        rows.append({"path": name, **asdict(result)})
+    if args.json:
+        print(json.dumps({"sla_ms": args.sla_ms, "qps": qps, "rows": rows}))
+        return 0
+    table = Table(title=f"MLPerf LoadGen, Server scenario, {qps:.0f} queries/s, SLA {args.sla_ms:g} ms")
+    for heading in ("path", "verdict", "p99 ms", "refused", "failed"):
+        table.add_column(heading)
+    for row in rows:
+        p99_ms = float(row["summary"]["99.00 percentile latency (ns)"]) / 1e6
+        verdict = "VALID" if row["valid"] else "INVALID"
+        table.add_row(row["path"], verdict, f"{p99_ms:.2f}", str(row["refused"]), str(row["failed"]))
+    Console().print(table)
     return 0
 
 

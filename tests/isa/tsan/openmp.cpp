@@ -3,6 +3,7 @@
 // libgomp synchronises its threads by futexes that ThreadSanitizer does not see, so it reports every region
 // as a race with the code around it. It does see the creation, the joining and the mutexes of std::thread.
 // The functions are those that gcc calls for `parallel`, `barrier` and `for schedule(dynamic)`.
+// libgomp is not linked: a use of any other is an error of the linker.
 #include <algorithm>
 #include <condition_variable>
 #include <map>

@@ -1,0 +1,72 @@
+"""``import mprec`` where it cannot work says why and what to do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mprec.testing import runnable_isas
+
+
+def import_mprec(
+    before: str = "", path: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs ``before``, then imports mprec and prints its ISA, in a fresh interpreter."""
+    code = f"{before}\nimport mprec\nfrom mprec import _native\nprint(_native._C.isa())"
+    variables = {**os.environ, **environment}
+    if path:
+        variables["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
+
+
+def refusal(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 1, done.stdout + done.stderr
+    message = done.stderr.strip()
+    assert "\nImportError: " in message, message
+    return message.rpartition("\nImportError: ")[2]
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            raise ImportError({message!r})
+sys.meta_path.insert(0, Block())
+"""
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+def test_environment_chooses_the_isa(isa):
+    done = import_mprec(MPREC_ISA=isa)
+    assert done.stdout.strip() == isa, done.stderr
+
+
+@pytest.mark.parametrize("isa", ["avx1024", "AVX2", "scalar "])
+def test_unknown_isa(isa):
+    message = refusal(import_mprec(MPREC_ISA=isa))
+    assert "environment variable MPREC_ISA" in message
+    assert f"'{isa}' is none of scalar, avx2, avx512" in message
+
+
+def test_native_module_that_does_not_load():
+    message = refusal(import_mprec(BLOCK.format(name="mprec._C", message="libgomp.so.1: not found")))
+    assert "native module did not load" in message
+    assert "libgomp.so.1: not found" in message
+    assert "pip install" in message
+
+
+def test_without_torch():
+    message = refusal(import_mprec(BLOCK.format(name="torch", message="No module named 'torch'")))
+    assert "torch >= 2.10" in message
+    assert "pip install torch" in message
+
+
+def test_torch_too_old(tmp_path):
+    (tmp_path / "torch.py").write_text("__version__ = '2.4.1'\nclass Tensor: pass\n")
+    message = refusal(import_mprec(path=tmp_path))
+    assert "torch >= 2.10" in message
+    assert "2.4.1" in message

@@ -1,0 +1,29 @@
+import pytest
+import torch
+from dispatch_fakes import fake_profile
+
+from mprec.data import Batch
+from mprec.dispatch import Dispatcher, Path
+from mprec.serving import Engine
+from mprec.serving.loadgen import run_loadgen
+
+pytest.importorskip("mlperf_loadgen", reason="mlcommons-loadgen is not installed")
+
+
+def query(size):
+    return Batch(torch.zeros(size, 0), torch.arange(size), torch.arange(size + 1), torch.zeros(size))
+
+
+def test_loadgen_drives_an_engine_and_judges():
+    path = Path("p", "table", 0.5, lambda b: b.indices.float(), "shape of p")
+    dispatcher = Dispatcher([path], fake_profile({"p": (1e-5, 1e-8)}))
+    with Engine(dispatcher, sla_s=5.0, admission=False) as engine:
+        result = run_loadgen(engine, [query(4), query(9)], qps=200.0, seconds=0.5, min_queries=50)
+        assert result.valid == (result.summary["Result is"] == "VALID")
+        assert float(result.summary["99.00 percentile latency (ns)"]) > 0
+        assert (result.refused, result.failed) == (0, 0)
+        assert result.summary["Scenario"] == "Server"
+        assert engine.statistics()["answered"] >= 50
+        assert float(result.summary["target_qps"]) == 200.0
+        with pytest.raises(ValueError, match="qps"):
+            run_loadgen(engine, [query(1)], qps=0.0)
