@@ -7,10 +7,11 @@ MLPs and DHE decoders are trained by Adam, tables by Adam or, if they are large,
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from typing import Any
@@ -55,7 +56,8 @@ class TrainOptions:
     before training stops; the best epoch's weights are kept. ``learning_rate`` is Adam's for MLPs and DHE
     decoders. Tables take ``adam`` or ``rowwise_adagrad``, which touches only the rows of a batch; ``auto``
     takes the first for up to a million numbers, where it is fast enough. Their ``table_learning_rate`` is
-    0.001 and 0.01 unless given.
+    0.001 and 0.01 unless given. ``threads`` are torch's during training: the layers of a small model are
+    too short to share, and on a busy machine waiting for a second thread costs many times the work.
     """
 
     epochs: int = 20
@@ -67,9 +69,10 @@ class TrainOptions:
     patience: int = 2
     monitor: str = "auc"
     seed: int = 0
+    threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience"):
+        for name in ("epochs", "batch_size", "patience", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "table_learning_rate"):
@@ -131,6 +134,28 @@ def train(
         raise ValueError(f"train and valid must not be empty, got {len(train)} and {len(valid)} rows")
     if options.monitor == "auc" and valid.labels.min() == valid.labels.max():
         raise ValueError("valid has labels of one kind only, so no AUC: monitor log_loss")
+    with _threads(options.threads):
+        return _fit(model, train, valid, options, progress, quality or evaluate)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fit(
+    model: nn.Module,
+    train: ClickDataset,
+    valid: ClickDataset,
+    options: TrainOptions,
+    progress: Callable[[Progress], None] | None,
+    quality: Callable[[nn.Module, ClickDataset], Metrics],
+) -> TrainResult:
     optimizers = _optimizers(model, options)
     sign = MONITORS[options.monitor]
     steps = math.ceil(len(train) / options.batch_size)
@@ -156,7 +181,7 @@ def train(
                 progress(
                     Progress(epoch, options.epochs, step, steps, total / step, time.perf_counter() - start)
                 )
-        measured = (quality or evaluate)(model, valid)
+        measured = quality(model, valid)
         _check(measured.log_loss, f"the validation loss after epoch {epoch}", options)
         seconds = time.perf_counter() - start
         history.append({"epoch": epoch, "loss": total / steps, "seconds": seconds, **measured.to_dict()})
@@ -290,16 +315,18 @@ def train_representations(
         "seed": options.seed,
         "options": asdict(options),
     }
+    held_out = ("valid", "test")
     trained = {}
     for name in representations:
         model = build_model(dataset, name, seed=options.seed, **model_arguments)
         report = partial(progress, name) if progress else None
         quality = _mean_over_paths if name == MULTI_PATH else evaluate
         result = train(model, parts["train"], parts["valid"], options, report, quality)
-        held_out = ("valid", "test")
+        with _threads(options.threads):
+            measured = {part: evaluate(model, parts[part]) for part in held_out}
         metadata = {
             "representation": name,
-            "metrics": {part: evaluate(model, parts[part]).to_dict() for part in held_out},
+            "metrics": {part: found.to_dict() for part, found in measured.items()},
             "epoch": result.best_epoch,
             "seconds": result.seconds,
             "parameters": sum(p.numel() for p in model.parameters()),

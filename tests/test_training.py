@@ -131,6 +131,16 @@ def test_a_loss_that_is_not_a_number_stops(dataset):
         train(model, *dataset.split()[:2], TrainOptions(learning_rate=1e30, batch_size=32))
 
 
+def test_threads_are_torchs_again_afterwards(dataset):
+    during = []
+    model = build_model(dataset, "table", **SMALL)
+    parts = dataset.take(slice(0, 600)).split((0.5, 0.5))
+    options = TrainOptions(epochs=1, batch_size=100, threads=2)
+    train(model, *parts, options, lambda event: during.append(torch.get_num_threads()))
+    assert set(during) == {2}
+    assert torch.get_num_threads() == 1
+
+
 def test_bad_arguments(dataset):
     for name, value in (("epochs", 0), ("batch_size", 0), ("patience", 0), ("learning_rate", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must be"):

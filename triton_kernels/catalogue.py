@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import dhe, dhe_gradient, embedding_bag, gradient
+from . import autotune, dhe, dhe_gradient, embedding_bag, gradient, row_cache
 
 FEATURES = 26  # as in Criteo's logs
+SHRINK = 1  # decoders' widths are divided by this: a rehearsal sets it
 
 
 class Call(NamedTuple):
@@ -21,18 +22,26 @@ class Call(NamedTuple):
     flops: float
     bytes: float
     reference: Callable[[], object] | None
+    tune: Callable[[Callable], object] | None = None  # with a stopwatch: choose tile sizes and keep them
 
 
 class Case(NamedTuple):
-    """A named call for a number of samples: make(device, samples) -> Call."""
+    """A named call for a number of samples: make(device, samples) -> Call.
+
+    peer(device, samples) gives the same work by another library, or None where that is not installed.
+    """
 
     name: str
     make: Callable[[torch.device, int], Call]
     samples: int = 2048
+    peer: Callable[[torch.device, int], Callable[[], object] | None] | None = None
 
 
 def dhe_case(k, widths, dtype, family="universal", samples=2048) -> Case:
     def make(device, samples):
+        return call(device, samples, k // SHRINK, [max(8, width // SHRINK) for width in widths])
+
+    def call(device, samples, k, widths):
         generator = torch.Generator().manual_seed(0)
         n = samples * FEATURES
         ids = torch.randint(0, 10**7, (n,), generator=generator).to(device)
@@ -52,10 +61,10 @@ def dhe_case(k, widths, dtype, family="universal", samples=2048) -> Case:
             biases.append([torch.zeros(o, dtype=dtype, device=device) for o in widths])
         out = torch.empty(n, widths[-1], dtype=dtype, device=device)
 
-        def run():
+        def run(steps=None):
             dhe.decode_grouped(
                 ids, offsets, 1, list(range(FEATURES)), coefficients, weights, biases,
-                family, "relu", "sigmoid", out,
+                family, "relu", "sigmoid", out, steps,
             )  # fmt: skip
             return out
 
@@ -71,9 +80,12 @@ def dhe_case(k, widths, dtype, family="universal", samples=2048) -> Case:
             ]  # fmt: skip
             return torch.cat(parts)
 
+        def tune(seconds):
+            return autotune.tune(device, n, k, widths, dtype, family, run, seconds)
+
         flops = 2.0 * n * sum(i * o for i, o in zip([k, *widths[:-1]], widths, strict=True))
         parameters = sum(w.numel() for stack in weights for w in stack) * dtype.itemsize
-        return Call(run, flops, parameters + n * (8 + widths[-1] * dtype.itemsize), reference)
+        return Call(run, flops, parameters + n * (8 + widths[-1] * dtype.itemsize), reference, tune)
 
     shape = "-".join(map(str, [k, *widths]))
     return Case(f"dhe {shape} {family} {str(dtype)[6:]}", make, samples)
@@ -121,8 +133,29 @@ def embedding_bag_case(dim, dtype, kind=embedding_bag.FLOAT, pooling=1, rows=100
         moved = indices.numel() * (8 + row_bytes) + offsets.numel() * 8 + out.numel() * out.element_size()
         return Call(run, 0.0, moved, reference if kind == embedding_bag.FLOAT else None)
 
+    def fbgemm(device, samples):
+        try:
+            from fbgemm_gpu import split_table_batched_embeddings_ops_common as common
+            from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
+        except ImportError:
+            return None
+        where = common.EmbeddingLocation.DEVICE, training.ComputeDevice.CUDA
+        precision = common.SparseType.from_dtype(dtype)
+        bags = training.SplitTableBatchedEmbeddingBagsCodegen(
+            [(rows, dim, *where)] * FEATURES,
+            weights_precision=precision,
+            output_dtype=precision,
+            device=device,
+        )
+        indices, offsets = _bags(device, samples, rows, pooling)
+        return lambda: bags(indices, offsets)
+
     kinds = {embedding_bag.FLOAT: str(dtype)[6:], embedding_bag.INT8: "int8", embedding_bag.INT4: "int4"}
-    return Case(f"embedding_bag d{dim} {kinds[kind]} pooling {pooling}", make)
+    return Case(
+        f"embedding_bag d{dim} {kinds[kind]} pooling {pooling}",
+        make,
+        peer=fbgemm if kind == embedding_bag.FLOAT else None,
+    )
 
 
 def gradient_case(dim, action, rows=100_000) -> Case:
@@ -161,6 +194,9 @@ def gradient_case(dim, action, rows=100_000) -> Case:
 
 def dhe_gradient_case(k, width, dtype) -> Case:
     def make(device, samples):
+        return call(device, samples, k // SHRINK, width // SHRINK)
+
+    def call(device, samples, k, width):
         generator = torch.Generator().manual_seed(0)
         n = samples * FEATURES
         ids = torch.randint(0, 10**7, (n,), generator=generator).to(device)
@@ -181,6 +217,29 @@ def dhe_gradient_case(k, width, dtype) -> Case:
     return Case(f"dhe gradient {k}-{width} {str(dtype)[6:]}", make)
 
 
+def row_cache_case(dim, dtype, hot_share=0.5) -> Case:
+    def make(device, samples):
+        generator = torch.Generator().manual_seed(0)
+        n, hot = samples * FEATURES, min(10_000, 4 * samples * FEATURES)
+        cache = row_cache.build(torch.arange(hot), torch.randn(hot, dim).to(dtype).to(device))
+        upper = int(hot / hot_share)
+        ids = torch.randint(0, upper, (n,), generator=generator).to(device)
+        out = torch.zeros(n, dim, dtype=dtype, device=device)
+
+        def run():
+            row_cache.lookup(cache, ids, out)
+            return out
+
+        def reference():
+            table = torch.zeros(upper, dim, dtype=dtype, device=device)
+            table[cache.keys[cache.keys >= 0]] = cache.rows[cache.keys >= 0]
+            return table[ids]
+
+        return Call(run, 0.0, n * (16 + 2 * hot_share * dim * dtype.itemsize), reference)
+
+    return Case(f"row_cache d{dim} {str(dtype)[6:]}", make)
+
+
 _BF16, _F16, _F32 = torch.bfloat16, torch.float16, torch.float32
 
 CASES: list[Case] = [
@@ -195,4 +254,5 @@ CASES: list[Case] = [
     embedding_bag_case(64, _F32, pooling=20),
     *(gradient_case(64, action) for action in (gradient.STORE, gradient.SGD, gradient.ROWWISE_ADAGRAD)),
     *(dhe_gradient_case(1024, 512, dtype) for dtype in (_BF16, _F32)),
+    row_cache_case(64, _F32),
 ]

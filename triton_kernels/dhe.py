@@ -28,6 +28,7 @@ import triton.language as tl
 
 from mprec.names import ACTIVATIONS, FAMILIES
 
+from . import autotune
 from .dense import activate, dot_precision, load_bias, load_weight
 from .grouped import count_tiles, device_table, find_tile, lanes, pointer, programs
 from .hashing import encode, is_narrow
@@ -204,7 +205,12 @@ def decode_grouped(
     group = {"T": members, "LANES": lanes(members), "STRIDE": table.shape[1], "DTYPE": _DTYPES[dtype]}
     group |= {"FAMILY": FAMILIES[family], "PRECISION": dot_precision(target_of(device))}
     inputs, k, layer = indices, coefficients[0].shape[1], 0
-    for step in _steps(target_of(device), count, k, widths, dtype, configs):
+    if configs is None:
+        key = autotune.key_of(count, k, widths, dtype, family)
+        configs = autotune.remembered(device, key) or default_steps(
+            target_of(device), count, k, widths, dtype
+        )
+    for step in configs:
         config, layers = step
         hashed, last = layer == 0, layer + layers == len(widths)
         width = widths[layer + layers - 1]
@@ -230,10 +236,8 @@ def decode_grouped(
         inputs, k, layer = result, widths[layer + layers - 1], layer + layers
 
 
-def _steps(target, count, k, widths, dtype, configs=None):
+def default_steps(target, count, k, widths, dtype):
     """How the layers are cut into launches: (config, number of layers) of each."""
-    if configs is not None:
-        return configs
     steps, layer = [], 0
     while layer < len(widths):
         for layers in (3, 2, 1):
@@ -241,9 +245,9 @@ def _steps(target, count, k, widths, dtype, configs=None):
                 continue
             these = widths[layer : layer + layers]
             if layers > 1:
-                config = fused_config(target, count, k, these, dtype)
+                config = fused_config(target, count, k, these, dtype, layer == 0)
             else:
-                config = layer_config(target, count, k, these[0], dtype)
+                config = layer_config(target, count, k, these[0], dtype, layer == 0)
             if config is not None:
                 steps.append((config, layers))
                 k, layer = these[-1], layer + layers

@@ -212,7 +212,7 @@ def useful_mma_ratio(report: Report, constants: dict) -> float | None:
             issued += number * _product_of(warp) * report.warps
     if not issued:
         return None  # tcgen05 names its shape in a descriptor, not in the instruction
-    products = 3 if constants["PRECISION"] == "tf32x3" and constants.get("DTYPE", "") == "fp32" else 1
+    products = 3 if constants["PRECISION"] == "tf32x3" and "TF32" in report.mma else 1
     tile = products * constants.get("BM", constants.get("BI")) * constants["BN"]
     if issued > 1.5 * tile * constants["BK"]:  # the loop over k was unrolled: all of it, and the next layer
         return issued / (tile * (constants["K"] + constants.get("BH2", 0)))

@@ -48,6 +48,11 @@ def pretend(target: str):
         _pretended.pop()
 
 
+def pretending() -> bool:
+    """Whether a `pretend` is in force."""
+    return bool(_pretended)
+
+
 def target_of(device: torch.device) -> str:
     """The tuning target nearest to a device: "sm_80", "sm_90", "sm_100" or "gfx942"."""
     if _pretended:
@@ -82,13 +87,18 @@ def _rows(count: int) -> int:
     return 16 if count <= 256 else 64 if count <= 4096 else 128
 
 
-def _candidates(target: str, count: int, widths: list[int], k: int, dtype: torch.dtype, fused: bool):
+def _candidates(target: str, count: int, widths: list[int], k: int, dtype: torch.dtype, fused: bool,
+                hashed: bool):  # fmt: skip
     """Configs within the budget, widest tile first: fewer tiles across means fewer times the same hash."""
     rows = _rows(count)
     # below 64 rows there is no wgmma, and a thread holds what sm_80's instructions need
     budget = _BUDGETS["sm_80" if rows < 64 and target != "gfx942" else target]
     depth = min(budget.depth_bytes // dtype.itemsize, tile_width(k))
     second, third = (*(tile_width(width) for width in widths[1:]), 0, 0)[:2] if fused else (0, 0)
+    # mma.sync splits a wide tile's columns over warps, and each would hash for itself; a tall one's rows
+    many = target == "sm_80" and hashed and count > 4096 and dtype.itemsize == 2
+    if many and widths[0] > 32 and max(second, third) <= 16:
+        yield Config(256, 64, 16, 3, 4)
     for columns in (256, 128, 64, 32, 16):
         config = Config(rows, columns, depth, 3, rows // 16)
         if (
@@ -99,15 +109,42 @@ def _candidates(target: str, count: int, widths: list[int], k: int, dtype: torch
             yield config
 
 
-def layer_config(target: str, count: int, k: int, width: int, dtype: torch.dtype) -> Config:
+def split_layers(count: int) -> list[list[int]]:
+    """The ways to cut `count` layers into launches of one to three."""
+    if count == 0:
+        return [[]]
+    return [[n, *rest] for n in (3, 2, 1) if n <= count for rest in split_layers(count - n)]
+
+
+def alternatives(
+    target: str, count: int, k: int, widths: list[int], dtype: torch.dtype, hashed: bool
+) -> list[Config]:
+    """What an autotuner may time for a launch of these layers; what cannot fit is left out uncompiled."""
+    found = list(_candidates(target, count, widths, k, dtype, len(widths) > 1, hashed))[:3]
+    deeper = [config._replace(STAGES=stages) for config in found[:1] for stages in (2, 4)]
+    flatter = [config._replace(BM=64, warps=4) for config in found[:1] if config.BM == 128]
+    budget = _BUDGETS[target]
+    second, third = (*(tile_width(width) for width in widths[1:]), 0, 0)[:2]
+    return [
+        config
+        for config in dict.fromkeys([*found, *deeper, *flatter])
+        if shared_bytes(config, dtype, second, third) <= budget.shared
+    ]
+
+
+def layer_config(
+    target: str, count: int, k: int, width: int, dtype: torch.dtype, hashed: bool = True
+) -> Config:
     """For one layer alone: count rows of k hashes or inputs, `width` outputs."""
-    configs = list(_candidates(target, count, [width], k, dtype, fused=False))
+    configs = list(_candidates(target, count, [width], k, dtype, False, hashed))
     if count <= 256:  # latency: narrow tiles spread the weights over the multiprocessors
         configs = [config for config in configs if config.BN <= 32]
     return configs[0]
 
 
-def fused_config(target: str, count: int, k: int, widths: list[int], dtype: torch.dtype) -> Config | None:
+def fused_config(
+    target: str, count: int, k: int, widths: list[int], dtype: torch.dtype, hashed: bool = True
+) -> Config | None:
     """For two or three layers in one kernel, or None where they do not fit registers and shared memory.
 
     None also where the first layer would be cut in tiles narrower than 128 (64 for float32): the hashes,
@@ -116,7 +153,7 @@ def fused_config(target: str, count: int, k: int, widths: list[int], dtype: torc
     if not 2 <= len(widths) <= 3:
         return None
     narrowest = min(128 if dtype.itemsize == 2 else 64, tile_width(widths[0]))
-    for config in _candidates(target, count, widths, k, dtype, fused=True):
-        if narrowest <= config.BN:
+    for config in _candidates(target, count, widths, k, dtype, True, hashed):
+        if narrowest <= config.BN or config.BM == 256:
             return config
     return None

@@ -51,7 +51,8 @@ void dhe_backward(Encoder encoder, const std::vector<LinearWeights>& linear, Act
   threads = static_cast<int>(
       std::max<int64_t>(1, std::min<int64_t>({int64_t{threads}, blocks,
                                               3 * n * view.multiply_adds() / multiply_adds_per_thread})));
-  // Every thread's sums, then every thread's scratch; all zero at first.
+  // Every thread's sums, zero at first, then every thread's scratch. Kept by the calling thread: fresh pages
+  // would cost more than a small batch.
   int64_t sums = 0;
   std::vector<int64_t> weight_at, bias_at, pitch;
   for (const LinearWeights& w : linear) {
@@ -61,17 +62,19 @@ void dhe_backward(Encoder encoder, const std::vector<LinearWeights>& linear, Act
     sums += round_up(w.outputs, panel_columns);
   }
   const int64_t scratch = backward_scratch_floats(view);
-  AlignedBuffer<float> memory(threads * (sums + scratch));
+  thread_local AlignedBuffer<float> own_memory;
+  float* const memory = own_memory.reserve(threads * (sums + scratch));
   std::vector<WeightGradient> gradients(threads * linear.size());
 
   const auto* kernel = kernels().dhe;
   parallel_ranges(threads, threads, [&](int64_t first, int64_t end) {
     for (int64_t part = first; part < end; ++part) {
-      float* own = memory.data() + part * sums;
+      float* own = memory + part * sums;
+      std::fill_n(own, sums, 0.0f);
       WeightGradient* own_sums = &gradients[part * linear.size()];
       for (size_t l = 0; l < linear.size(); ++l)
         own_sums[l] = {own + weight_at[l], pitch[l], own + bias_at[l]};
-      float* own_scratch = memory.data() + threads * sums + part * scratch;
+      float* own_scratch = memory + threads * sums + part * scratch;
       for (int64_t b = blocks * part / threads; b < blocks * (part + 1) / threads; ++b) {
         const int64_t begin = n * b / blocks, count = n * (b + 1) / blocks - begin;
         kernel->backward(view, transposed.layers.data(), ids + begin, static_cast<int>(count),
@@ -85,10 +88,10 @@ void dhe_backward(Encoder encoder, const std::vector<LinearWeights>& linear, Act
     parallel_ranges(w.outputs, threads, [&](int64_t first, int64_t end) {
       for (int64_t o = first; o < end; ++o) {
         float* row = to[l].weight + o * w.inputs;
-        to[l].bias[o] = memory.data()[bias_at[l] + o];
-        std::copy_n(memory.data() + weight_at[l] + o * pitch[l], w.inputs, row);
+        to[l].bias[o] = memory[bias_at[l] + o];
+        std::copy_n(memory + weight_at[l] + o * pitch[l], w.inputs, row);
         for (int part = 1; part < threads; ++part) {
-          const float* own = memory.data() + part * sums;
+          const float* own = memory + part * sums;
           for (int64_t i = 0; i < w.inputs; ++i) row[i] += own[weight_at[l] + o * pitch[l] + i];
           to[l].bias[o] += own[bias_at[l] + o];
         }

@@ -7,8 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from mprec import checkpoint, data
 from mprec.cli._progress import training_progress
 from mprec.data.dataset import SPLITS
@@ -59,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--monitor", choices=tuple(MONITORS), default=options.monitor, help="(%(default)s)")
     training.add_argument("--seed", type=int, default=options.seed, help="(%(default)s)")
-    training.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    training.add_argument("--threads", type=int, default=options.threads, help="(%(default)s)")
     model = parser.add_argument_group("model")
     model.add_argument("--dim", type=int, default=16, help="length of the embedding vectors (%(default)s)")
     model.add_argument(
@@ -81,8 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.output.parent.is_dir():
         raise ValueError(f"--output: there is no folder {args.output.parent}")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     options = TrainOptions(
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -92,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         patience=args.patience,
         monitor=args.monitor,
         seed=args.seed,
+        threads=args.threads,
     )
     dhe = DheConfig(
         k=args.dhe_k,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mprec import reference
 from mprec.names import MODES
-from mprec.ops import _backward, _csr, _dhe, _tables
+from mprec.ops import _backward, _csr, _dhe, _dhe_gradient, _tables
 from mprec.ops._common import (
     check_per_sample_weights,
     check_same_device,
@@ -322,7 +322,7 @@ def dhe_bag_backward(
 ):
     """The first layer's sums and gradient come from kernels that hash; the encodings are never in memory."""
     if mode == MODES["max"] or need_per_sample_weights or weights[0].dtype not in _KERNEL_DTYPES:
-        return _dhe._dhe_bag_backward(
+        return _dhe_gradient._dhe_bag_backward(
             grad, indices, offsets, coefficients, weights, biases, family, activation, last_activation, mode,
             per_sample_weights, include_last_offset, padding_idx, need_per_sample_weights,
         )  # fmt: skip
@@ -342,7 +342,7 @@ def dhe_bag_backward(
         sums.append(torch.addmm(biases[layer], inputs[-1], weights[layer].t()))
     grad_weights, grad_biases = [], []
     for layer in range(last, -1, -1):
-        grad_sum = _dhe._activation_gradient(grad_x, sums[layer], names[layer])
+        grad_sum = _dhe_gradient._activation_gradient(grad_x, sums[layer], names[layer])
         if layer:
             grad_weights.append(grad_sum.t() @ inputs[layer])
             grad_x = grad_sum @ weights[layer]

@@ -3,113 +3,20 @@
 #include "dhe/dhe.h"
 
 #include <algorithm>
-#include <limits>
+#include <memory>
 #include <vector>
 
 #include "check.h"
 #include "dhe/bag.h"
 #include "dhe/decoder.h"
+#include "dhe/gradient.h"
+#include "dhe_network.h"
 #include "guarded.h"
 #include "registry.h"
 #include "suites.h"
 
 namespace mprec::test {
 namespace {
-
-constexpr double eps = std::numeric_limits<float>::epsilon();
-constexpr double pi = 3.14159265358979323846;
-constexpr int64_t largest_id = std::numeric_limits<int64_t>::max();
-
-const char* family_name(HashFamily family) {
-  static const char* const names[] = {"universal", "artifact", "artifact_gaussian", "sign", "u7"};
-  return names[static_cast<int>(family)];
-}
-constexpr HashFamily all_families[] = {HashFamily::universal, HashFamily::artifact,
-                                       HashFamily::artifact_gaussian, HashFamily::sign, HashFamily::u7};
-
-bool is_artifact(HashFamily f) { return f == HashFamily::artifact || f == HashFamily::artifact_gaussian; }
-
-// IDs at the edges of every limb, of both moduli and of the range in which artifact's sums do not wrap.
-const std::vector<int64_t> edge_ids{0,
-                                    1,
-                                    artifact_m - 1,
-                                    artifact_m,
-                                    artifact_p - 1,
-                                    artifact_p,
-                                    artifact_p + 1,
-                                    (1 << 30) - 1,
-                                    1 << 30,
-                                    mersenne_p - 1,
-                                    mersenne_p,
-                                    mersenne_p + 1,
-                                    mersenne_p + 2,
-                                    largest_id / artifact_p - 2,
-                                    largest_id / artifact_p - 1,
-                                    largest_id / artifact_p,
-                                    largest_id / artifact_p + 1,
-                                    (int64_t{1} << 60) - 1,
-                                    int64_t{1} << 60,
-                                    largest_id - 1,
-                                    largest_id};
-
-struct Coefficients {
-  std::vector<int32_t> values;
-  int64_t rows, k;
-  int64_t at(int64_t row, int64_t j) const { return values[row * k + j]; }
-  CoefficientMatrix matrix() const { return {values.data(), rows, k, k, 1}; }
-};
-
-Coefficients random_coefficients(HashFamily family, int64_t k, Random& random) {
-  Coefficients c{{}, is_artifact(family) ? 2 : 4, k};
-  const int64_t p = is_artifact(family) ? artifact_p : mersenne_p;
-  for (int64_t row = 0; row < c.rows; ++row)
-    for (int64_t j = 0; j < k; ++j) {
-      const int64_t least = row == 0;
-      const int64_t edge = random.below(8);  // the ends of the range, too
-      c.values.push_back(static_cast<int32_t>(edge == 0   ? least
-                                              : edge == 1 ? p - 1
-                                                          : least + random.below(p - least)));
-    }
-  return c;
-}
-
-int64_t expected_hash(const Coefficients& c, HashFamily family, int64_t id, int64_t j) {
-  const auto x = static_cast<uint64_t>(id);
-  if (is_artifact(family)) {  // wraps around in 64 bits; C's remainders
-    const uint64_t sum = static_cast<uint64_t>(c.at(0, j)) * x + static_cast<uint64_t>(c.at(1, j));
-    return static_cast<int64_t>(sum) % artifact_p % artifact_m;
-  }
-  constexpr uint64_t limb = (uint64_t{1} << 30) - 1;
-  using Wide = unsigned __int128;
-  const Wide sum = Wide(c.at(0, j)) * (x & limb) + Wide(c.at(2, j)) * (x >> 30 & limb) +
-                   Wide(c.at(3, j)) * (x >> 60) + Wide(c.at(1, j));
-  return static_cast<int64_t>(sum % mersenne_p);
-}
-
-// u of hash j, and how far a kernel may be from it: not at all, except for the Gaussian transform.
-struct Unit {
-  double value, bound;
-};
-
-Unit expected_unit(const Coefficients& c, HashFamily family, int64_t id, int64_t j) {
-  const auto h = static_cast<float>(expected_hash(c, family, id, j));
-  switch (family) {
-    case HashFamily::universal: return {h * 0x1p-30f - 1.0f, 0};
-    case HashFamily::sign:
-      return {expected_hash(c, family, id, j) >= int64_t{1} << 30 ? sign_magnitude : -sign_magnitude, 0};
-    case HashFamily::u7:
-      return {static_cast<float>(2 * (expected_hash(c, family, id, j) >> 24) - 127) / 127.0f, 0};
-    case HashFamily::artifact: return {h / static_cast<float>(artifact_m - 1) * 2.0f - 1.0f, 0};
-    case HashFamily::artifact_gaussian: break;
-  }
-  const int64_t even = j / 2 * 2;
-  const double u1 = static_cast<double>(expected_hash(c, family, id, even) + 1) / artifact_m,
-               u2 = static_cast<double>(expected_hash(c, family, id, even + 1) + 1) / artifact_m;
-  const double radius = std::sqrt(-2 * std::log(u1));
-  // u1 and u2 round to float32 first: that moves the logarithm by eps / 2, and the angle by pi eps.
-  const double bound = 4 * eps * (1 + radius) + (radius > 0 ? eps / radius : 0);
-  return {radius * (j % 2 ? std::sin(2 * pi * u2) : std::cos(2 * pi * u2)), bound};
-}
 
 void test_hashes(const std::string& isa, HashFamily family) {
   Case c(isa + " dhe hash and encode, " + family_name(family));
@@ -151,109 +58,6 @@ void test_hashes(const std::string& isa, HashFamily family) {
     }
   }
 }
-
-double activate(Activation activation, double x) {
-  switch (activation) {
-    case Activation::none: return x;
-    case Activation::relu: return std::max(x, 0.0);
-    case Activation::sigmoid: return 1 / (1 + std::exp(-x));
-    case Activation::mish: return x * std::tanh(std::log1p(std::exp(x)));
-  }
-  return NAN;
-}
-
-// A decoder with random weights, and its value in float64.
-class Network {
- public:
-  Network(HashFamily family, const std::vector<int64_t>& sizes, Activation activation, Activation last,
-          Random& random, Precision precision = Precision::float32)
-      : family_(family),
-        precision_(precision),
-        sizes_(sizes),
-        activation_(activation),
-        last_(last),
-        coefficients_(random_coefficients(family, sizes[0], random)) {
-    for (size_t l = 0; l + 1 < sizes.size(); ++l) {
-      const float scale = 1.5f / std::sqrt(static_cast<float>(sizes[l]));
-      weights_.emplace_back(sizes[l] * sizes[l + 1]);
-      biases_.emplace_back(sizes[l + 1]);
-      for (float& w : weights_.back()) w = random.normal_ish() * scale;
-      for (float& b : biases_.back()) b = random.normal_ish();
-    }
-  }
-
-  std::vector<LinearWeights> layers() const {
-    std::vector<LinearWeights> layers;
-    for (size_t l = 0; l < weights_.size(); ++l)
-      layers.push_back({weights_[l].data(), sizes_[l + 1], sizes_[l], sizes_[l], 1, biases_[l].data(), 1});
-    return layers;
-  }
-  Encoder encoder() const { return Encoder(coefficients_.matrix(), family_); }
-  Decoder decoder() const { return Decoder(encoder(), layers(), activation_, last_, precision_); }
-
-  int64_t dim() const { return sizes_.back(); }
-
-  // The vector of an ID; each value with a bound for float32's rounding on the way to it.
-  std::vector<Unit> vector(int64_t id) const {
-    std::vector<Unit> x;
-    for (int64_t j = 0; j < sizes_[0]; ++j) x.push_back(expected_unit(coefficients_, family_, id, j));
-    for (size_t l = 0; l < weights_.size(); ++l) {
-      const Activation f = l + 1 == weights_.size() ? last_ : activation_;
-      std::vector<Unit> y;
-      for (int64_t o = 0; o < sizes_[l + 1]; ++o) {
-        double sum = biases_[l][o], magnitude = std::fabs(sum), inherited = 0;
-        for (int64_t i = 0; i < sizes_[l]; ++i) {
-          const double w = weights_[l][o * sizes_[l] + i];
-          sum += w * x[i].value;
-          magnitude += std::fabs(w * x[i].value);
-          inherited += w * x[i].bound * w * x[i].bound;
-        }
-        inherited += quantisation_variance(l, o, x);
-        // Errors add up like a random walk; no activation is steeper than 1.09.
-        const double rounding = eps * (2 + std::sqrt(static_cast<double>(sizes_[l])) / 4) * magnitude;
-        const double value = activate(f, sum);
-        y.push_back(
-            {value, 1.09 * (std::sqrt(inherited) + rounding) + 4 * eps * std::max(std::fabs(value), 1e-3)});
-      }
-      x = y;
-    }
-    return x;
-  }
-
- private:
-  // Square of six standard deviations of what an output of layer l loses by the precision of its weights and
-  // inputs: each is off by up to half a step, evenly.
-  double quantisation_variance(size_t l, int64_t output, const std::vector<Unit>& x) const {
-    const float* w = weights_[l].data() + output * sizes_[l];
-    const int64_t inputs = sizes_[l];
-    double variance = 0;
-    if (precision_ == Precision::float16) {
-      for (int64_t i = 0; i < inputs; ++i) variance += std::pow(w[i] * 0x1p-10 * x[i].value, 2) / 12;
-    } else if (precision_ == Precision::int8 && l == 0) {
-      float largest = 0;
-      for (int64_t i = 0; i < inputs; ++i) largest = std::max(largest, std::fabs(w[i]));
-      const double step = largest / 127, input_step = family_ == HashFamily::universal ? 1.0 / 64 : 0;
-      for (int64_t i = 0; i < inputs; ++i)
-        variance += (std::pow(step * x[i].value, 2) + std::pow(w[i] * input_step, 2)) / 12;
-    } else if (precision_ == Precision::lut && l == 0) {
-      double largest = 0;  // sum of four signed weights
-      for (int64_t i = 0; i < inputs; i += 4) {
-        double sum = 0;
-        for (int64_t j = i; j < std::min(i + 4, inputs); ++j) sum += std::fabs(w[j]);
-        largest = std::max(largest, sum);
-      }
-      variance = static_cast<double>((inputs + 3) / 4) * std::pow(2 * largest / 255 * sign_magnitude, 2) / 12;
-    }
-    return 36 * variance;
-  }
-
-  HashFamily family_;
-  Precision precision_;
-  std::vector<int64_t> sizes_;
-  Activation activation_, last_;
-  Coefficients coefficients_;
-  std::vector<std::vector<float>> weights_, biases_;
-};
 
 void check_forward(Case& c, const Network& network, int n, Random& random) {
   const Decoder decoder = network.decoder();
@@ -476,6 +280,48 @@ void test_bags(const std::string& isa, int threads) {
         }
 }
 
+void test_backward(const std::string& isa, int threads) {
+  Case c(isa + " dhe backward, driver with " + std::to_string(threads) + " thread(s)");
+  Random random(16);
+  const auto check = [&](const std::vector<int64_t>& sizes, Activation activation, Activation last,
+                         int64_t n) {
+    const Network network(HashFamily::universal, sizes, activation, last, random);
+    Guarded<int64_t> ids(n);
+    Guarded<float> grad(n * network.dim());
+    for (int64_t i = 0; i < n; ++i) ids[i] = random.below(1 << 30);
+    for (int64_t i = 0; i < grad.size(); ++i) grad[i] = random.normal_ish();
+    std::vector<LayerSums> want;
+    std::vector<std::unique_ptr<Guarded<float>>> weights, biases;
+    std::vector<LayerGradient> to;
+    for (size_t l = 0; l + 1 < sizes.size(); ++l) {
+      const std::vector<double> w(sizes[l] * sizes[l + 1]), b(sizes[l + 1]);
+      want.push_back({w, b, w, b});
+      weights.push_back(std::make_unique<Guarded<float>>(sizes[l] * sizes[l + 1]));
+      biases.push_back(std::make_unique<Guarded<float>>(sizes[l + 1]));
+      to.push_back({weights[l]->data(), biases[l]->data()});
+    }
+    dhe_backward(network.encoder(), network.layers(), activation, last, ids.data(), n, grad.data(), to,
+                 threads);
+    for (int64_t i = 0; i < n; ++i) network.add_gradients(ids[i], grad.data() + i * network.dim(), want);
+    for (size_t l = 0; l < want.size(); ++l) {
+      for (size_t i = 0; i < want[l].weight.size(); ++i)
+        c.close(to[l].weight[i], want[l].weight[i], 32 * eps * want[l].weight_magnitude[i], "weight ", i,
+                " of layer ", l);
+      for (size_t i = 0; i < want[l].bias.size(); ++i)
+        c.close(to[l].bias[i], want[l].bias[i], 32 * eps * want[l].bias_magnitude[i], "bias ", i,
+                " of layer ", l);
+    }
+  };
+  for (Activation activation : {Activation::none, Activation::relu, Activation::sigmoid, Activation::mish})
+    check({18, 9, 7, 3}, activation, Activation::sigmoid, 5);
+  for (int64_t width : {1, 7, 15, 16, 17, 31, 33})
+    check({width, 34 - width, width % 5 + 1}, Activation::relu, Activation::none, 4);
+  for (int64_t n : {0, 1, 2, 66, 67}) check({20, 6, 2}, Activation::relu, Activation::mish, n);
+  check({258, 19, 3}, Activation::relu, Activation::none, 3);
+  check({6, 260, 3}, Activation::relu, Activation::none, 3);
+  if (threads > 1) check({300, 64, 8}, Activation::relu, Activation::none, 400);  // enough to be shared
+}
+
 }  // namespace
 
 void dhe_suite(const std::string& isa, int threads) {
@@ -486,6 +332,7 @@ void dhe_suite(const std::string& isa, int threads) {
   test_precisions(isa);
   test_pool(isa);
   test_bags(isa, threads);
+  test_backward(isa, threads);
 }
 
 }  // namespace mprec::test

@@ -1,0 +1,305 @@
+"""Gradients of ``torch.ops.mprec.dhe_bag`` and ``dhe_bag_multi``."""
+
+import torch
+from torch import Tensor
+
+from mprec import reference
+from mprec._native import _C
+from mprec.names import ACTIVATIONS, FAMILIES, code
+from mprec.ops import _backward, _csr
+from mprec.ops._common import contiguous, library, native, needs_grad, passed_only
+from mprec.ops._decoders import decoder
+from mprec.ops._dhe import _last_weights, _split, run_dhe_bag
+
+library.define(
+    "dhe_bag_backward(Tensor grad, Tensor indices, Tensor offsets, Tensor coefficients, Tensor[] weights, "
+    "Tensor[] biases, str family, str activation, str last_activation, int mode, Tensor? per_sample_weights, "
+    "bool include_last_offset, int padding_idx, bool need_per_sample_weights) -> (Tensor[], Tensor[], Tensor)"
+)
+library.define(
+    "dhe_bag_multi_backward(Tensor grad, Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] "
+    "weights, "
+    "Tensor[] biases, int[] layers, str family, str activation, str last_activation, int mode, "
+    "Tensor? per_sample_weights, int[] features, int num_features, bool need_per_sample_weights) "
+    "-> (Tensor[], Tensor[], Tensor)"
+)
+
+
+def _encode(coefficients: Tensor, indices: Tensor, family: str, dtype: torch.dtype) -> Tensor:
+    if indices.is_cpu:
+        out = torch.empty(len(indices), coefficients.shape[1])
+        _C.hash_encode(contiguous(coefficients), contiguous(indices), code(FAMILIES, family, "family"), out)
+    else:
+        out = reference.encode(coefficients, indices, family)
+    return out.to(dtype)
+
+
+def _dhe_bag_backward(
+    grad,
+    indices,
+    offsets,
+    coefficients,
+    weights,
+    biases,
+    family,
+    activation,
+    last_activation,
+    mode,
+    per_sample_weights,
+    include_last_offset,
+    padding_idx,
+    need_per_sample_weights,
+):
+    """Each distinct ID is decoded once, and takes the summed gradient of its occurrences."""
+    keep = None if padding_idx < 0 else indices != padding_idx
+    distinct, occurrence = torch.unique(indices, return_inverse=True)
+    stack = (coefficients, weights, biases, family, activation, last_activation)
+    chain = _native_chain if indices.is_cpu and native(*weights, *biases) else _plain_chain
+    rows, backward = chain(distinct, *stack, need_rows=need_per_sample_weights or mode == 2)
+    grad_rows, grad_psw = _backward.pool_backward(
+        grad,
+        None if rows is None else rows[occurrence],
+        offsets,
+        len(indices),
+        mode,
+        per_sample_weights,
+        include_last_offset,
+        keep,
+        need_per_sample_weights,
+    )
+    grad_x = grad.new_zeros(len(distinct), grad.shape[1]).index_add_(0, occurrence, grad_rows)
+    grad_weights, grad_biases = backward(grad_x)
+    return grad_weights, grad_biases, grad.new_empty(0) if grad_psw is None else grad_psw
+
+
+def _native_chain(ids, coefficients, weights, biases, family, activation, last_activation, need_rows):
+    """The IDs' vectors, if needed, and a function from their gradient to the parameters'. In the kernel:
+    encodings and activations are made again block by block, never stored."""
+    rows = None
+    if need_rows:
+        handle = decoder(coefficients, weights, biases, family, activation, last_activation)
+        rows = run_dhe_bag(handle, ids, torch.arange(len(ids)), 0, None, False, -1)
+
+    def backward(grad_rows):
+        stack = [[t.detach() for t in tensors] for tensors in (weights, biases)]
+        grads = [[torch.empty_like(t, memory_format=torch.contiguous_format) for t in s] for s in stack]
+        codes = (
+            code(FAMILIES, family, "family"),
+            code(ACTIVATIONS, activation, "activation"),
+            code(ACTIVATIONS, last_activation, "last_activation"),
+        )
+        _C.dhe_backward(
+            coefficients, *stack, *codes, ids.long(), contiguous(grad_rows), *grads, torch.get_num_threads()
+        )
+        return grads
+
+    return rows, backward
+
+
+def _plain_chain(ids, coefficients, weights, biases, family, activation, last_activation, need_rows):
+    """As `_native_chain`, in plain torch: other dtypes, and CUDA."""
+    last = len(weights) - 1
+    inputs, sums = [], []
+    x = _encode(coefficients, ids, family, weights[0].dtype)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        inputs.append(x)
+        sums.append(torch.addmm(bias, x, weight.t()))
+        x = reference.activate(sums[-1], last_activation if layer == last else activation)
+
+    def backward(grad_x):
+        grad_weights, grad_biases = [], []
+        for layer in range(last, -1, -1):
+            name = last_activation if layer == last else activation
+            grad_sum = _activation_gradient(grad_x, sums[layer], name)
+            grad_weights.append(grad_sum.t() @ inputs[layer])
+            grad_biases.append(grad_sum.sum(0))
+            if layer:
+                grad_x = grad_sum @ weights[layer]
+        return grad_weights[::-1], grad_biases[::-1]
+
+    return x, backward
+
+
+def _activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, x, 0)
+    if activation == "sigmoid":
+        return torch.ops.aten.sigmoid_backward(grad, x.sigmoid())
+    if activation == "mish":
+        return torch.ops.aten.mish_backward(grad, x)
+    return grad
+
+
+def _dhe_bag_backward_fake(
+    grad,
+    indices,
+    offsets,
+    coefficients,
+    weights,
+    biases,
+    family,
+    activation,
+    last_activation,
+    mode,
+    per_sample_weights,
+    include_last_offset,
+    padding_idx,
+    need_per_sample_weights,
+):
+    grad_psw = grad.new_empty(indices.shape if need_per_sample_weights else 0)
+    return [torch.empty_like(w) for w in weights], [torch.empty_like(b) for b in biases], grad_psw
+
+
+def _setup(ctx, inputs, output):
+    indices, offsets, coefficients, weights, biases, *options, mode, psw, include_last, padding_idx = inputs
+    ctx.save_for_backward(indices, offsets, coefficients, *weights, *biases, psw)
+    ctx.options = options, mode, include_last, padding_idx
+
+
+def _backward_of_dhe_bag(ctx, grad):
+    indices, offsets, coefficients, *parameters, psw = ctx.saved_tensors
+    options, mode, include_last, padding_idx = ctx.options
+    half = len(parameters) // 2
+    weights, biases = parameters[:half], parameters[half:]
+    need_psw = needs_grad(ctx, 9)
+    grad_weights, grad_biases, grad_psw = torch.ops.mprec.dhe_bag_backward(
+        grad,
+        indices,
+        offsets,
+        coefficients,
+        weights,
+        biases,
+        *options,
+        mode,
+        psw,
+        include_last,
+        padding_idx,
+        need_psw,
+    )
+    grad_psw = grad_psw if need_psw else None
+    return passed_only(
+        ctx, None, None, None, grad_weights, grad_biases, None, None, None, None, grad_psw, None, None
+    )
+
+
+def _dhe_bag_multi_backward(
+    grad,
+    indices,
+    offsets,
+    coefficients,
+    weights,
+    biases,
+    layers,
+    family,
+    activation,
+    last_activation,
+    mode,
+    per_sample_weights,
+    features,
+    num_features,
+    need_per_sample_weights,
+):
+    csr = _csr.Csr(indices, offsets, per_sample_weights)
+    grad_psw = grad.new_zeros(indices.shape if need_per_sample_weights else 0)
+    grad_weights, grad_biases = [], []
+    columns = grad.split([weight.shape[0] for weight in _last_weights(weights, layers)], dim=1)
+    for hashes, ws, bs, part, (begin, end, starts) in zip(
+        coefficients,
+        _split(layers, weights),
+        _split(layers, biases),
+        columns,
+        _csr.feature_slices(csr, features, num_features),
+        strict=True,
+    ):
+        psw = None if per_sample_weights is None else per_sample_weights[begin:end]
+        part_weights, part_biases, part_psw = _dhe_bag_backward(
+            part,
+            indices[begin:end],
+            starts,
+            hashes,
+            ws,
+            bs,
+            family,
+            activation,
+            last_activation,
+            mode,
+            psw,
+            True,
+            -1,
+            need_per_sample_weights,
+        )
+        grad_weights += part_weights
+        grad_biases += part_biases
+        if need_per_sample_weights:
+            grad_psw[begin:end] = part_psw
+    return grad_weights, grad_biases, grad_psw
+
+
+def _dhe_bag_multi_backward_fake(
+    grad,
+    indices,
+    offsets,
+    coefficients,
+    weights,
+    biases,
+    layers,
+    family,
+    activation,
+    last_activation,
+    mode,
+    per_sample_weights,
+    features,
+    num_features,
+    need_per_sample_weights,
+):
+    grad_psw = grad.new_empty(indices.shape if need_per_sample_weights else 0)
+    return [torch.empty_like(w) for w in weights], [torch.empty_like(b) for b in biases], grad_psw
+
+
+def _setup_multi(ctx, inputs, output):
+    indices, offsets, coefficients, weights, biases, layers, *options, mode, psw, features, num = inputs
+    ctx.save_for_backward(indices, offsets, *coefficients, *weights, *biases, psw)
+    ctx.layers, ctx.options, ctx.mode = list(layers), options, mode
+    ctx.features = list(range(len(layers))) if features is None else list(features)
+    ctx.num_features = len(layers) if num is None else num
+
+
+def _backward_of_multi(ctx, grad):
+    indices, offsets, *tensors, psw = ctx.saved_tensors
+    count, total = len(ctx.layers), sum(ctx.layers)
+    coefficients, weights, biases = tensors[:count], tensors[count : count + total], tensors[count + total :]
+    need_psw = needs_grad(ctx, 10)
+    grad_weights, grad_biases, grad_psw = torch.ops.mprec.dhe_bag_multi_backward(
+        grad,
+        indices,
+        offsets,
+        coefficients,
+        weights,
+        biases,
+        ctx.layers,
+        *ctx.options,
+        ctx.mode,
+        psw,
+        ctx.features,
+        ctx.num_features,
+        need_psw,
+    )
+    grad_psw = grad_psw if need_psw else None
+    no_hashes = [None] * count
+    grads = (None, None, no_hashes, grad_weights, grad_biases, None, None, None, None, None, grad_psw)
+    return passed_only(ctx, *grads, None, None)
+
+
+for _name, _gradient, _gradient_fake, _formula, _context in (
+    ("dhe_bag", _dhe_bag_backward, _dhe_bag_backward_fake, _backward_of_dhe_bag, _setup),
+    (
+        "dhe_bag_multi",
+        _dhe_bag_multi_backward,
+        _dhe_bag_multi_backward_fake,
+        _backward_of_multi,
+        _setup_multi,
+    ),
+):
+    library.impl(f"{_name}_backward", _gradient, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mprec::{_name}_backward", _gradient_fake, lib=library)
+    torch.library.register_autograd(f"mprec::{_name}", _formula, setup_context=_context, lib=library)

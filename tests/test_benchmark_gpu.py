@@ -1,0 +1,53 @@
+"""benchmarks/gpu.py goes through on a machine without a GPU: its static part, and a rehearsal of the rest."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+
+
+def run(*arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_static_part(tmp_path):
+    path = tmp_path / "static.json"
+    out = run("--static", "--targets", "sm_90", "--cases", "row_cache", "--output", path)
+    assert "lookup_kernel" in out
+    kernels = {launch["kernel"] for launch in json.loads(path.read_text())["launches"]}
+    assert kernels == {"lookup_kernel", "list_kernel"}
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path):
+    path = tmp_path / "gpu.csv"
+    out = run("--interpret", "--samples", 1, 3, "--output", path)
+    assert "no failures" in out
+    rows = list(csv.DictReader(path.open()))
+    measured = {(row["case"], row["samples"], row["mode"]) for row in rows if row["candidate"] == "mprec"}
+    assert len(measured) > 80
+    assert all(float(row["p50_us"]) > 0 for row in rows)
+    assert not any(row["note"] for row in rows)
+
+
+def test_committed_results_cover_the_catalogue():
+    from mprec.triton_kernels import catalogue, static
+
+    document = json.loads((SCRIPT.parent / "results" / "gpu_static.json").read_text())
+    seen = {(launch["case"], launch["target"]) for launch in document["launches"]}
+    assert seen == {(case.name, target) for case in catalogue.CASES for target in static.TARGETS}
+    for launch in document["launches"]:
+        assert "error" not in launch, launch
+        assert launch["shared"] <= static.SHARED_LIMIT[launch["target"]]
+        assert launch.get("warnings", []) == []
+        assert launch.get("spills_in_hot_loop", 0) == 0
