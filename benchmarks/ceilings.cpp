@@ -19,8 +19,8 @@ double fma_flops(long iterations, float* sink) {
   Vec a0{}, a1{}, a2{}, a3{}, a4{}, a5{}, a6{}, a7{}, a8{}, a9{}, m = Vec{} + 0.999999f, b = Vec{} + 1e-7f;
   for (long i = 0; i < iterations; ++i) {
     // The empty statement keeps the compiler from folding the loop; the operands stay in registers.
-#define STEP(a)                \
-  a = a * m + b;               \
+#define STEP(a)  \
+  a = a * m + b; \
   asm volatile("" : "+x"(a));
     STEP(a0) STEP(a1) STEP(a2) STEP(a3) STEP(a4) STEP(a5) STEP(a6) STEP(a7) STEP(a8) STEP(a9)
 #undef STEP
@@ -44,20 +44,20 @@ void read_all(const float* data, size_t n, float* sink) {
 }
 
 // Sum-pools `bag` consecutive IDs of rows of D floats into each output row, prefetching `ahead` rows.
-#define GATHER(D)                                                                              \
+#define GATHER(D)                                                                                     \
   void gather_##D(const float* table, const int64_t* ids, long n, long bag, long ahead, float* out) { \
-    for (long i = 0; i < n; i += bag, out += D) {                                              \
-      Vec acc[D / width] = {};                                                                 \
-      for (long j = i; j < i + bag; ++j) {                                                     \
-        if (j + ahead < n) {                                                                   \
-          const char* next = reinterpret_cast<const char*>(table + ids[j + ahead] * D);        \
-          for (int line = 0; line < D * 4; line += 64) __builtin_prefetch(next + line);        \
-        }                                                                                      \
-        const float* row = table + ids[j] * D;                                                 \
+    for (long i = 0; i < n; i += bag, out += D) {                                                     \
+      Vec acc[D / width] = {};                                                                        \
+      for (long j = i; j < i + bag; ++j) {                                                            \
+        if (j + ahead < n) {                                                                          \
+          const char* next = reinterpret_cast<const char*>(table + ids[j + ahead] * D);               \
+          for (int line = 0; line < D * 4; line += 64) __builtin_prefetch(next + line);               \
+        }                                                                                             \
+        const float* row = table + ids[j] * D;                                                        \
         for (int c = 0; c < D / width; ++c) acc[c] += *reinterpret_cast<const Vec*>(row + c * width); \
-      }                                                                                        \
-      for (int c = 0; c < D / width; ++c) *reinterpret_cast<Vec*>(out + c * width) = acc[c];   \
-    }                                                                                          \
+      }                                                                                               \
+      for (int c = 0; c < D / width; ++c) *reinterpret_cast<Vec*>(out + c * width) = acc[c];          \
+    }                                                                                                 \
   }
 GATHER(16)
 GATHER(32)
