@@ -60,6 +60,7 @@ def main() -> int:
     )
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # rows that compare threads set their own
     console = Console(width=160 if not sys.stdout.isatty() else None)
     peak = ceilings.fma_peak()
     console.print(f"one core: {peak / 1e9:.0f} GFLOP/s float32, reads {_bandwidths()}")

@@ -38,6 +38,12 @@ def rows(seconds: float, only: str) -> Iterator[Row]:
     yield from _two_threads(seconds, only)
 
 
+def _interleaved(candidates, draw, **options):
+    """`harness.interleaved` with a draw for each candidate: the rows of one are not in cache for the next."""
+    own = {name: lambda draws, name=name, call=call: call(draws[name]) for name, call in candidates.items()}
+    return harness.interleaved(own, lambda: {name: draw() for name in candidates}, **options)
+
+
 def _collection(sizes: list[int], dim: int) -> EmbeddingBagCollection:
     with torch.inference_mode(False):
         return EmbeddingBagCollection([FeatureConfig(f"f{t}", n, dim) for t, n in enumerate(sizes)])
@@ -73,7 +79,7 @@ def _tables(log: str, seconds: float, only: str) -> Iterator[Row]:
         }
         if fbgemm is not None:
             candidates["FBGEMM int-N-bit FP32"] = fbgemm.at(batch, pooling)
-        t = harness.interleaved(
+        t = _interleaved(
             candidates, lambda b=batch, p=pooling: Batch(sizes, b, p), seconds=seconds * len(candidates) / 2
         )
         on_small = t["small pages"].p50 * 1e6
@@ -98,29 +104,28 @@ def _gather(seconds: float, only: str, num_rows: int = 10_000_000, dim: int = 64
     def ours(table):
         return lambda ids: _C.embedding_bag(table, ids, offsets, None, 0, True, -1, out, 1)
 
-    # The fastest of three distances is the ceiling. Every candidate draws its own rows: none warms another's.
-    candidates = {"ours": ours(large), "ours, small pages": ours(small)}
-    candidates["torch"] = lambda ids: bag(small, ids, last, False, 0, False, None)
-    for pages, table in (("huge", large), ("small", small)):
+    def measure(table, others=None):
+        # Candidates of one table only: small pages leave nothing in the address caches for the others.
+        candidates = {"ours": ours(table), **(others or {})}
         for ahead in (16, 32, 64):
-            candidates[f"gather {pages} {ahead}"] = lambda ids, table=table, ahead=ahead: ceilings.gather(
+            candidates[f"gather {ahead}"] = lambda ids, ahead=ahead: ceilings.gather(
                 table, ids, pooling, out, ahead
             )
-    position = {key: i for i, key in enumerate(candidates)}
-    wrapped = {
-        key: lambda draws, call=call, i=position[key]: call(draws[i]) for key, call in candidates.items()
-    }
-    t = harness.interleaved(
-        wrapped,
-        lambda: [torch.randint(0, num_rows, (n,)) for _ in position],
-        seconds=seconds * 4,
-        min_rounds=40,
-    )
+        draw = lambda: torch.randint(0, num_rows, (n,))  # noqa: E731
+        return _interleaved(candidates, draw, seconds=seconds * 2, min_rounds=40)
+
+    t = {"huge": measure(large)}
+    t["small"] = measure(small, {"torch": lambda ids: bag(small, ids, last, False, 0, False, None)})
+    # The fastest of the distances is the ceiling.
     best = {
-        pages: min(t[f"gather {pages} {ahead}"].p50 for ahead in (16, 32, 64)) * 1e6
+        pages: min(t[pages][f"gather {ahead}"].p50 for ahead in (16, 32, 64)) * 1e6
         for pages in ("huge", "small")
     }
-    us = {key: timing.p50 * 1e6 for key, timing in t.items()}
+    us = {
+        "ours": t["huge"]["ours"].p50 * 1e6,
+        "ours, small pages": t["small"]["ours"].p50 * 1e6,
+        "torch": t["small"]["torch"].p50 * 1e6,
+    }
     note = f"{in_huge_pages:.0%} of the table in huge pages"
     yield Row(name, "hand-written gather, same pages", us["ours"], best["huge"], 0.9, note)
     yield Row(

@@ -38,3 +38,16 @@ def test_rehearsal(tmp_path):
     assert len(measured) > 80
     assert all(float(row["p50_us"]) > 0 for row in rows)
     assert not any(row["note"] for row in rows)
+
+
+def test_committed_results_cover_the_catalogue():
+    from mprec.triton_kernels import catalogue, static
+
+    document = json.loads((SCRIPT.parent / "results" / "gpu_static.json").read_text())
+    seen = {(launch["case"], launch["target"]) for launch in document["launches"]}
+    assert seen == {(case.name, target) for case in catalogue.CASES for target in static.TARGETS}
+    for launch in document["launches"]:
+        assert "error" not in launch, launch
+        assert launch["shared"] <= static.SHARED_LIMIT[launch["target"]]
+        assert launch.get("warnings", []) == []
+        assert launch.get("spills_in_hot_loop", 0) == 0
