@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+        os.environ["MPREC_CACHE_DIR"] = tempfile.mkdtemp(prefix="mprec-rehearsal-")
     import torch
 
     if args.interpret or (torch.cuda.is_available() and not args.static):
