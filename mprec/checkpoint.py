@@ -7,10 +7,7 @@ reads it: ``format`` and ``version``, the model's ``kind`` and ``config``, its `
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 from torch import nn
 
 from mprec.errors import CheckpointError
+from mprec.files import write_whole
 from mprec.models import KINDS
 
 __all__ = ["FORMAT", "VERSION", "load", "save"]
@@ -46,20 +44,7 @@ def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
         "state": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
         "metadata": json.loads(json.dumps(metadata)),
     }
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(path.parent)
+    write_whole(path, lambda stream: torch.save(content, stream))
 
 
 def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
@@ -89,19 +74,3 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the weights do not fit the model described: {error}") from error
     return model.eval(), metadata
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
-    with contextlib.suppress(OSError):  # some file systems cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

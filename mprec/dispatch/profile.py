@@ -7,14 +7,12 @@ what differs (``load``) or measured again (``load_or_measure``).
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
@@ -28,6 +26,7 @@ from mprec.dispatch.curve import Curve
 from mprec.dispatch.fingerprint import fingerprint
 from mprec.dispatch.microbenchmark import Evict, Samples, microbenchmark
 from mprec.dispatch.paths import Path, shape_digest, unique_share
+from mprec.files import write_whole
 
 __all__ = ["BATCH_SIZES", "CONDITIONS", "Profile", "ProfileError", "ProfileMismatchError", "default_file"]
 
@@ -177,18 +176,7 @@ class Profile:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = self.to_dict()
         content["checksum"] = _checksum(content)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-        try:
-            with open(handle, "w", encoding="utf-8") as stream:
-                json.dump(content, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        return file
+        return write_whole(file, lambda stream: stream.write(json.dumps(content, indent=1).encode()))
 
     @classmethod
     def load(cls, file: str | os.PathLike, paths: Sequence[Path] | None = None) -> Profile:
