@@ -1,37 +1,21 @@
 """The choice: per batch, the path of best quality whose predicted tail latency meets the latency target.
 
-Prediction = profiled tail at this batch size (and share of unique IDs) x the path's correction, which is the
-observed over the profiled median of its recent calls. The rules that make it steady:
-
-- *Robust*: a correction follows the median of the last five calls, so one hiccup moves nothing.
-- *Hysteresis*: a correction in use changes only when the followed one has moved by more than 10 %; between
-  such steps a choice is a pure function of its arguments.
-- *Forgiving*: a path that is not chosen is not observed, so its correction drifts back to 1 and the path is
-  tried again; each try that finds it as slow as before doubles the patience until the next.
+What a path is predicted to take, and how that follows what is observed, is in
+:mod:`mprec.dispatch.prediction`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
-
 from mprec.dispatch.paths import Path
+from mprec.dispatch.prediction import Prediction
 from mprec.dispatch.profile import Profile
 
 __all__ = ["Candidate", "Dispatcher", "Explanation"]
-
-_WINDOW = 5  # calls whose median is followed
-_GAIN = 0.4  # share of the way to that median that one call moves the followed correction
-_DEAD_BAND = math.log(1.1)
-_LIMIT = math.log(1000.0)  # no observation counts for more than this
-_PATIENCE = 16  # calls of other paths in which an unobserved path's excess shrinks by 1/e
-_MAX_PATIENCE = 128
-_STALE = 8  # calls of other paths after which old observations of a path are forgotten
 
 
 @dataclass(frozen=True)
@@ -69,63 +53,6 @@ class Explanation:
         return "\n".join(lines)
 
 
-class _State:
-    """What the dispatcher knows of one path."""
-
-    def __init__(self, path: Path, profile: Profile, quantile: str, condition: str, up_to: int) -> None:
-        self.path = path
-        self.tail = _table(path, profile, quantile, condition, up_to)
-        self.typical = _table(path, profile, "p50", condition, up_to)
-        # Seconds per unit of unique share at each batch size, where profiled at two shares.
-        self.unique_share, self.slope = _unique_share_slopes(profile, path.name, quantile, up_to)
-        self.correction = 1.0  # in use
-        self.log_correction = 0.0  # followed
-        self.recent: deque[float] = deque(maxlen=_WINDOW)
-        self.idle = 0
-        self.patience = _PATIENCE
-
-    def tail_at(self, batch_size: int, unique_share: float | None) -> float:
-        """Uncorrected prediction."""
-        last = len(self.tail) - 1
-        index = min(batch_size, last)
-        value = self.tail[index]
-        if unique_share is not None and self.slope is not None:
-            shift = (unique_share - self.unique_share[index]) * self.slope[index]
-            value = max(value + shift, 0.1 * value)
-        return value * max(1.0, batch_size / last)
-
-    def typical_at(self, batch_size: int) -> float:
-        """Uncorrected median."""
-        last = len(self.typical) - 1
-        return self.typical[min(batch_size, last)] * max(1.0, batch_size / last)
-
-    def observed(self, log_ratio: float) -> None:
-        retried = self.idle > _STALE
-        if retried:
-            self.recent.clear()
-            if log_ratio > self.log_correction + _DEAD_BAND:
-                self.patience = min(2 * self.patience, _MAX_PATIENCE)
-        self.idle = 0
-        self.recent.append(log_ratio)
-        median = sorted(self.recent)[len(self.recent) // 2]
-        self.log_correction += _GAIN * (median - self.log_correction)
-        if abs(self.log_correction) < _DEAD_BAND / 2:
-            self.patience = _PATIENCE
-        self.settle()
-
-    def passed_over(self) -> None:
-        self.idle += 1
-        if self.log_correction > 0.0:
-            self.log_correction -= self.log_correction / self.patience
-            if self.log_correction < _DEAD_BAND / 2:  # the dead band must not keep the last bit
-                self.log_correction, self.correction = 0.0, 1.0
-            self.settle()
-
-    def settle(self) -> None:
-        if abs(self.log_correction - math.log(self.correction)) > _DEAD_BAND:
-            self.correction = math.exp(self.log_correction)
-
-
 class Dispatcher:
     """Chooses among ``paths`` by a ``profile`` that has measured them.
 
@@ -150,7 +77,7 @@ class Dispatcher:
         up_to = max(profile.curve(name, quantile, condition).batch_sizes[-1] for name in names)
         self.simulated = profile.simulated
         self._limit = up_to
-        self._states = [_State(path, profile, quantile, condition, up_to) for path in paths]
+        self._states = [Prediction(path, profile, quantile, condition, up_to) for path in paths]
         self._by_name = {state.path.name: state for state in self._states}
         by_quality = sorted(self._states, key=lambda state: -state.path.quality)
         self._levels = [
@@ -184,16 +111,23 @@ class Dispatcher:
         """
         if explain:
             return self._explain(batch_size, sla_s, queued_s, unique_share)
-        if not 1 <= batch_size <= self._limit or unique_share is not None:
-            return self._choose_slowly(batch_size, sla_s, queued_s, unique_share)[0].path
         left = sla_s - queued_s
-        if left != left or queued_s < 0:
-            _check(batch_size, sla_s, queued_s)
+        if batch_size < 1 or left != left or not queued_s >= 0 or unique_share is not None:
+            _check(batch_size, sla_s, queued_s, unique_share)
+        size, scale = batch_size, 1.0
+        if size > self._limit:
+            size, scale = self._limit, batch_size / self._limit
         fallback, fallback_time = None, math.inf
         for level in self._levels:
             best, best_time = None, math.inf
-            for state in level:
-                predicted = state.tail[batch_size] * state.correction
+            for state in level:  # Prediction.tail_at, written out: calls cost more than the rest
+                if unique_share is None:
+                    predicted = state.tail[size]
+                else:
+                    predicted = state.base[size] + unique_share * state.slope[size]
+                    if predicted < state.floor[size]:
+                        predicted = state.floor[size]
+                predicted *= scale * state.correction
                 if predicted < best_time:
                     best, best_time = state, predicted
             if best_time <= left and best is not None:
@@ -206,94 +140,61 @@ class Dispatcher:
 
     def predict(self, batch_size: int, path: str | None = None, unique_share: float | None = None) -> float:
         """Predicted tail latency in seconds: of one path, or the least of all."""
-        _check(batch_size, 0.0, 0.0)
-        if path is not None:
-            state = self._by_name[path]
-            return state.tail_at(batch_size, unique_share) * state.correction
-        return min(s.tail_at(batch_size, unique_share) * s.correction for s in self._states)
+        _check(batch_size, 0.0, 0.0, unique_share)
+        states = self._states if path is None else (self._by_name[path],)
+        return min(state.tail_at(batch_size, unique_share) for state in states)
 
     def expect(self, batch_size: int, path: str | None = None) -> float:
         """Predicted median latency in seconds: of one path, or the least of all. Over many batches these add
         up, tails do not.
         """
-        _check(batch_size, 0.0, 0.0)
-        if path is not None:
-            state = self._by_name[path]
-            return state.typical_at(batch_size) * state.correction
-        return min(s.typical_at(batch_size) * s.correction for s in self._states)
+        _check(batch_size, 0.0, 0.0, None)
+        states = self._states if path is None else (self._by_name[path],)
+        return min(state.typical_at(batch_size) for state in states)
 
-    def observe(self, path: str, batch_size: int, seconds: float) -> None:
+    def observe(self, path: str, batch_size: int, seconds: float, unique_share: float | None = None) -> None:
         """Tell how long a path took for a batch, so that its predictions follow what happens.
 
-        ``KeyError`` for an unknown path. Times that are not positive and finite are ignored.
+        ``unique_share`` as it was given to :meth:`choose`. ``KeyError`` for an unknown path. Times that are
+        not positive and finite are ignored.
         """
         observed = self._by_name[path]
-        expected = observed.typical_at(batch_size)
-        if not (0.0 < seconds < math.inf and 0.0 < expected < math.inf):
+        if not 0.0 < seconds < math.inf:
             return
         for state in self._states:
             if state is observed:
-                state.observed(max(-_LIMIT, min(_LIMIT, math.log(seconds) - math.log(expected))))
+                state.observe(batch_size, seconds, unique_share)
             else:
                 state.passed_over()
 
-    def _choose_slowly(self, batch_size, sla_s, queued_s, unique_share):
-        """(state, predicted seconds of all paths, whether it meets); any batch size and unique share."""
-        _check(batch_size, sla_s, queued_s)
-        times = {s: s.tail_at(batch_size, unique_share) * s.correction for s in self._states}
+    def _explain(self, batch_size, sla_s, queued_s, unique_share) -> Explanation:
+        _check(batch_size, sla_s, queued_s, unique_share)
+        times = {s: s.tail_at(batch_size, unique_share) for level in self._levels for s in level}
         if min(times.values()) == math.inf:
             raise ValueError(f"batch_size: no path takes a batch of {batch_size}")
         left = sla_s - queued_s
-        for level in self._levels:
-            best = min(level, key=times.__getitem__)
-            if times[best] <= left and times[best] < math.inf:
-                return best, times, True
-        # Of equally fast ones the best, as `choose` has it: levels come best first.
-        return min((s for level in self._levels for s in level), key=times.__getitem__), times, False
-
-    def _explain(self, batch_size, sla_s, queued_s, unique_share) -> Explanation:
-        state, times, meets = self._choose_slowly(batch_size, sla_s, queued_s, unique_share)
-        left = sla_s - queued_s
-        rivals = [s for s in self._states if times[s] <= left and s.path.quality == state.path.quality]
-        if not meets:
+        meeting = [s for s in times if times[s] <= left and times[s] < math.inf]
+        # Levels come best first, and of equals `min` takes the first.
+        best = meeting and [s for s in meeting if s.path.quality == meeting[0].path.quality]
+        state = min(best or times, key=times.__getitem__)
+        if not best:
             reason = "no path is predicted to meet the target: the fastest"
-        elif len(rivals) > 1:
+        elif len(best) > 1:
             reason = "fastest of the best paths predicted to meet the target"
         else:
             reason = "highest quality of the paths predicted to meet the target"
         candidates = tuple(
-            Candidate(s.path.name, s.path.quality, times[s], times[s] <= left)
-            for level in self._levels
-            for s in level
+            Candidate(s.path.name, s.path.quality, seconds, seconds <= left) for s, seconds in times.items()
         )
         return Explanation(state.path, times[state], reason, batch_size, sla_s, queued_s, candidates)
 
 
-def _check(batch_size: int, sla_s: float, queued_s: float) -> None:
+def _check(batch_size: int, sla_s: float, queued_s: float, unique_share: float | None) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if sla_s != sla_s:
         raise ValueError("sla_s is NaN")
     if not queued_s >= 0:
         raise ValueError(f"queued_s must not be negative or NaN, got {queued_s}")
-
-
-def _table(path: Path, profile: Profile, quantile: str, condition: str, up_to: int) -> list[float]:
-    table = profile.curve(path.name, quantile, condition).table(up_to)
-    if path.supports is not None:
-        table = [t if b and path.supports(b) else math.inf for b, t in enumerate(table)]
-    return table
-
-
-def _unique_share_slopes(profile: Profile, name: str, quantile: str, up_to: int):
-    """(unique share the profile saw, seconds per unit of share) at each batch size, or (None, None)."""
-    if "repeated" not in profile.cells[name]:
-        return None, None
-    sizes = np.arange(up_to + 1)
-    seen = np.interp(sizes, *profile.unique_shares(name))
-    low = np.interp(sizes, *profile.unique_shares(name, "repeated"))
-    gap = profile.curve(name, quantile).at(sizes) - profile.curve(name, quantile, "repeated").at(sizes)
-    apart = seen - low > 0.05
-    # More unique IDs never cost less: a negative slope is noise.
-    slope = np.where(apart, np.maximum(gap, 0.0) / np.where(apart, seen - low, 1.0), 0.0)
-    return seen.tolist(), slope.tolist()
+    if unique_share is not None and not 0 <= unique_share <= 1:
+        raise ValueError(f"unique_share must be in [0, 1], got {unique_share}")
