@@ -30,6 +30,18 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
+def _flops_per_iteration() -> float:
+    sink = torch.zeros(16)
+    return _library().fma_flops(1, sink.data_ptr())
+
+
+def multiply_add(flops: float) -> None:
+    """About `flops` float32 operations at full speed, in registers: a peer to interleave with."""
+    sink = torch.zeros(16)
+    _library().fma_flops(max(1, round(flops / _flops_per_iteration())), sink.data_ptr())
+
+
 def fma_peak(rounds: int = 30) -> float:
     """Float32 flop/s of one core, best of `rounds` runs of about a millisecond."""
     sink = torch.zeros(16)

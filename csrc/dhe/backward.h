@@ -48,7 +48,6 @@ inline void add_outer_product(const float* dz, int outputs, const float* y, int 
   t.panel_stride = panel_columns;
   t.steps = n;
   t.out_pitch = to.pitch;
-  t.accumulate = true;
   for (int column = 0; column < inputs; column += columns) {
     t.weights = y + column;
     for (int o = 0; o < outputs; o += block_columns) {

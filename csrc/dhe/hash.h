@@ -32,11 +32,11 @@ template <bool single>
 struct UniversalHash {
   Wide a, b, c, d;
   UniversalHash(const EncoderView& e, int k) {
-    a = widen(load_slots(e.row(0), k));
+    a = factors(load_slots(e.row(0), k));
     b = widen(load_slots(e.row(1), k));
     if constexpr (!single) {
-      c = widen(load_slots(e.row(2), k));
-      d = widen(load_slots(e.row(3), k));
+      c = factors(load_slots(e.row(2), k));
+      d = factors(load_slots(e.row(3), k));
     }
   }
   Int operator()(const Limbs<single>& x) const {
@@ -119,22 +119,24 @@ inline Vec to_unit(Int h) {
 // ---- Hash functions [k0, k0 + count) of n IDs, handed to `sink(i, j, h)`: a vector of hashes, of ID i and
 // from the function k0 + j on. Whole vectors, so up to 15 hashes past `count`; past k they are 0.
 
+// Copies of the arguments, because `sink` writes to memory: to the compiler the originals might be there.
 template <class Hash, class Id, int n, class Sink>
-inline void hash_group(const EncoderView& e, const int64_t* ids, int64_t first, int k0, int count,
-                       const Sink& sink) {
-  const Id id[4] = {Id(ids[0]), Id(ids[n > 1 ? 1 : 0]), Id(ids[n > 2 ? 2 : 0]), Id(ids[n > 3 ? 3 : 0])};
+inline void hash_group(EncoderView e, const int64_t* ids, int64_t first, int k0, int count, Sink sink) {
+  const auto id = [&](int i) { return Id(ids[i < n ? i : 0]); };
+  const Id group[8] = {id(0), id(1), id(2), id(3), id(4), id(5), id(6), id(7)};
   for (int j = 0; j < count; j += Vec::width) {
     const Hash hash(e, k0 + j);
-#pragma GCC unroll 4
-    for (int i = 0; i < n; ++i) sink(first + i, j, hash(id[i]));
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) sink(first + i, j, hash(group[i]));
   }
 }
 
 template <class Hash, class Id, class Sink>
 inline void hash_ids(const EncoderView& e, const int64_t* ids, int64_t n, int k0, int count,
                      const Sink& sink) {
+  constexpr int together = Vec::width == 16 ? 8 : 4;  // what the registers hold
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4) hash_group<Hash, Id, 4>(e, ids + i, i, k0, count, sink);
+  for (; i + together <= n; i += together) hash_group<Hash, Id, together>(e, ids + i, i, k0, count, sink);
   for (; i < n; ++i) hash_group<Hash, Id, 1>(e, ids + i, i, k0, count, sink);
 }
 

@@ -48,7 +48,10 @@ struct Int8Product {
   static Int load_weights(const int8_t* p) { return load(reinterpret_cast<const uint32_t*>(p)); }
   static Int multiply_add(Int levels, Int w, Int sum) { return dot4(sum, levels, w); }
   static Int add(Int a, Int b) { return a + b; }
-  static Vec finish(Int sum, const float* scale) { return to_float(sum) * load(scale); }
+  static Int start(Vec) { return zero(); }
+  static Vec finish(Int sum, Vec before, const float* scale) {
+    return fma(to_float(sum), load(scale), before);
+  }
 };
 
 // The low bytes of the lanes.

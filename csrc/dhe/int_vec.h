@@ -56,6 +56,8 @@ inline Int bits(Vec a) { return {cast_register(a.v)}; }
 inline Vec from_bits(Int a) { return {cast_register(a.v)}; }
 
 inline Wide widen(Int a) { return {MPREC_SI (and)(a.v, low_words()), MPREC_MM(srli_epi64)(a.v, 32)}; }
+// The same for a factor: of that, multiplication sees the low words only.
+inline Wide factors(Int a) { return {a.v, MPREC_MM(srli_epi64)(a.v, 32)}; }
 inline Wide operator*(Wide a, Int x) {
   return {MPREC_MM(mul_epu32)(a.even, x.v), MPREC_MM(mul_epu32)(a.odd, x.v)};
 }
@@ -112,6 +114,7 @@ inline Vec from_bits(Int a) {
 }
 
 inline Wide widen(Int a) { return {a.v}; }
+inline Wide factors(Int a) { return {a.v}; }
 inline Wide operator*(Wide a, Int x) { return {a.v * x.v}; }
 inline Wide operator+(Wide a, Wide b) { return {a.v + b.v}; }
 inline Int low(Wide a) { return {static_cast<uint32_t>(a.v)}; }
