@@ -1,18 +1,22 @@
 """The dispatcher against an oracle and against every static choice; how well latencies are predicted; what a
 decision costs.
 
-``python benchmarks/bench_dispatch.py [--seconds S] [--threads N] [--batches N] [--no-csv]``
+``python benchmarks/bench_dispatch.py [--only NAME] [--seconds S] [--threads N] [--batches N] [--no-csv]``
 
-Work: eight DHE features (1024-128-16) over Zipf(1.05) IDs of a vocabulary of a million, and the hybrid DLRM
-of random weights over MovieLens-100k's held-out rows where that is installed. Candidates give equal results:
-kernels (threads, equal IDs once or not) and MP-Cache with 1 % of the IDs. On a machine that others use, take
-one thread (OpenMP's regions wait for the slowest core) and ``--clock cpu``, the calling thread's CPU time,
-which leaves out what others ran meanwhile; on an idle machine the two clocks agree.
+Work: eight DHE features (1024-128-16) and eight tables over Zipf(1.05) IDs of a vocabulary of a million, the
+former also over a stream of which every other batch, at random, is uniform, and the hybrid DLRM of random
+weights over MovieLens-100k's held-out rows where that is installed. Candidates give equal results: kernels (threads, equal IDs once or not) and MP-Cache
+with 1 % of the IDs.
 
-*Prediction error*: profiled median at batch sizes off the grid against what is then observed, median of 9
-calls. *Regret*: a stream of batches of log-uniform size 1...2048; every candidate runs every batch three
-times, in turn, its time is the least; the dispatcher's total over the oracle's, which takes the fastest of
-each batch, and the best static candidate's over the dispatcher's.
+*Prediction error*: profiled median at batch sizes off the grid against what is then observed, median of 15
+calls. *Regret*: a stream of batches of 1...2048 samples, half of log-uniform size, half lognormal (median 64,
+sigma 1, as of recommendation queries); every candidate runs every batch three times, in turn, and its time is
+the least. The dispatcher is compared with the oracle, which takes the fastest candidate of each batch, and
+with the best single candidate, by total time and by the geometric mean over batches. *Oracle gain*, the
+oracle over the best single candidate, is the most that any choice among these candidates could gain.
+
+On a machine that others use, take one thread (OpenMP's regions wait for the slowest core) and
+``--clock cpu``, the calling thread's CPU time, which leaves out what others ran meanwhile.
 """
 
 import argparse
@@ -44,10 +48,12 @@ OFF_GRID = (3, 6, 11, 23, 45, 91, 181, 300, 362, 724, 1000, 1448, 1900)
 clock = time.perf_counter
 
 
-class Zipf:
-    """Batches of one ID per feature; ranks are scattered over the vocabulary."""
+class Ids:
+    """Batches of one ID per feature: Zipf with a chance of ``zipf``, else uniform. Ranks are scattered over
+    the vocabulary."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, zipf: float, seed: int = 0) -> None:
+        self.zipf = zipf
         weights = np.arange(1, VOCABULARY + 1, dtype=np.float64) ** -EXPONENT
         self.cumulative = np.cumsum(weights)
         self.ids = np.random.default_rng(seed).permutation(VOCABULARY)
@@ -56,38 +62,30 @@ class Zipf:
 
     def __call__(self, batch_size: int, rng: np.random.Generator) -> Batch:
         n = FEATURES * batch_size
-        ranks = np.searchsorted(self.cumulative, rng.random(n) * self.cumulative[-1])
+        if rng.random() < self.zipf:
+            ids = self.ids[np.searchsorted(self.cumulative, rng.random(n) * self.cumulative[-1])]
+        else:
+            ids = rng.integers(VOCABULARY, size=n)
         return Batch(
-            torch.zeros(batch_size, 0),
-            torch.from_numpy(self.ids[ranks]),
-            torch.arange(n + 1),
-            torch.zeros(batch_size),
+            torch.zeros(batch_size, 0), torch.from_numpy(ids), torch.arange(n + 1), torch.zeros(batch_size)
         )
 
 
-def zipf_work() -> tuple[str, list[Path], Zipf, str]:
-    draw = Zipf()
-    dhe = DheConfig(k=1024, hidden=(128,))
-    features = [FeatureConfig(f"f{i}", VOCABULARY, 16, "dhe", dhe) for i in range(FEATURES)]
+def embedding_work(representation: str, zipf: float):
+    draw = Ids(zipf)
+    dhe = DheConfig(k=1024, hidden=(128,)) if representation == "dhe" else None
+    features = [FeatureConfig(f"f{i}", VOCABULARY, 16, representation, dhe) for i in range(FEATURES)]
     collection = EmbeddingBagCollection(features)
-    paths = [
-        Path(name, "dhe", 0.0, _with(collection, options))
-        for name, options in kernel_candidates(True).items()
-    ]
-    row = 16 * 4
-    cached = CachedEmbeddingBagCollection(
-        collection, FEATURES * VOCABULARY // 100 * row * 2, {f.name: draw.counts for f in features}
-    )
-
-    @torch.inference_mode()
-    def run_cached(batch: Batch) -> torch.Tensor:
-        return cached(batch.indices, batch.offsets)
-
-    paths.append(Path("MP-Cache of 1 %", "dhe", 0.0, run_cached))
-    return "8 x DHE 1024-128-16, Zipf(1.05)", paths, draw, "cache"
+    candidates = kernel_candidates(dhe is not None)
+    paths = [Path(name, representation, 0.0, _with(collection, o)) for name, o in candidates.items()]
+    if dhe is not None:
+        nbytes = FEATURES * VOCABULARY // 100 * 16 * 4 * 2
+        cached = CachedEmbeddingBagCollection(collection, nbytes, {f.name: draw.counts for f in features})
+        paths.append(Path("MP-Cache of 1 %", "dhe", 0.0, _with(cached, None)))
+    return paths, draw
 
 
-def movielens_work() -> tuple[str, list[Path], object, str]:
+def movielens_work():
     log = data.load("movielens")
     features = [FeatureConfig(name, size, 16) for name, size in log.features]
     model = DLRM(with_representation(features, "hybrid", DheConfig()), log.num_dense, 16, (64, 32), (64, 32))
@@ -102,18 +100,27 @@ def movielens_work() -> tuple[str, list[Path], object, str]:
         return run
 
     paths = [Path(name, "hybrid", 0.0, scored(o)) for name, o in kernel_candidates(True).items()]
-    return "hybrid DLRM, MovieLens-100k", paths, sampler(test), "kernels"
+    return paths, sampler(test)
+
+
+#: Not for predictions: a batch size alone does not tell which of two streams a batch is from.
+MIXED = "8 x DHE 1024-128-16, Zipf(1.05) or uniform"
+WORKS = {
+    "8 x DHE 1024-128-16, Zipf(1.05)": lambda: embedding_work("dhe", 1.0),
+    MIXED: lambda: embedding_work("dhe", 0.5),
+    "8 tables, Zipf(1.05)": lambda: embedding_work("table", 1.0),
+    "hybrid DLRM, MovieLens-100k": movielens_work,
+}
 
 
 def prediction_errors(paths, profile, draw, rng) -> list[float]:
     errors = []
     for size in OFF_GRID:
-        inputs = [draw(size, rng) for _ in range(9)]
+        inputs = [draw(size, rng) for _ in range(15)]
         for path in paths:
             path.model(inputs[0])
-            errors.append(
-                abs(profile.curve(path.name).at(size) / statistics.median(_times(path, inputs)) - 1)
-            )
+            seen = statistics.median(_times(path, inputs))
+            errors.append(abs(profile.curve(path.name).at(size) / seen - 1))
     return errors
 
 
@@ -126,9 +133,14 @@ def _times(path: Path, inputs) -> list[float]:
     return times
 
 
-def stream(paths, draw, batches: int, rng) -> tuple[list[int], list[dict[str, float]]]:
-    """Batch sizes, and what each candidate takes for each batch."""
-    sizes = np.exp(rng.uniform(0, np.log(2048.999), batches)).astype(int).tolist()
+def stream_sizes(batches: int, rng) -> list[int]:
+    log_uniform = np.exp(rng.uniform(0, np.log(2048.999), batches - batches // 2))
+    lognormal = np.exp(rng.normal(np.log(64), 1.0, batches // 2))
+    return rng.permutation(np.clip(np.concatenate([log_uniform, lognormal]), 1, 2048).astype(int)).tolist()
+
+
+def stream(paths, draw, sizes, rng) -> list[dict[str, float]]:
+    """What each candidate takes for each batch."""
     taken = []
     for i, size in enumerate(sizes):
         batch = draw(size, rng)
@@ -137,39 +149,95 @@ def stream(paths, draw, batches: int, rng) -> tuple[list[int], list[dict[str, fl
             for path in paths[i % len(paths) :] + paths[: i % len(paths)]:
                 best[path.name] = min(best[path.name], *_times(path, [batch]))
         taken.append(best)
-    return sizes, taken
+    return taken
+
+
+def total(times) -> float:
+    return float(np.sum(times))
+
+
+def geometric_mean(times) -> float:
+    return float(np.exp(np.mean(np.log(times))))
 
 
 def regret(dispatcher: Dispatcher, sizes, taken) -> dict[str, float | str]:
-    total = oracle = 0.0
+    chosen = []
     for size, times in zip(sizes, taken, strict=True):
         name = dispatcher.choose(size, 0.0).name
         dispatcher.observe(name, size, times[name])
-        total += times[name]
-        oracle += min(times.values())
-    static = {name: sum(times[name] for times in taken) for name in taken[0]}
-    best = min(static, key=static.get)
-    return {
-        "regret": total / oracle,
-        "best_static": best,
-        "gain_over_best_static": static[best] / total,
-        "gain_over_worst_static": max(static.values()) / total,
-    }
+        chosen.append(times[name])
+    oracle = [min(times.values()) for times in taken]
+    found = {"batches": len(sizes)}
+    for label, over in (("total", total), ("geomean", geometric_mean)):
+        static = {name: over([times[name] for times in taken]) for name in taken[0]}
+        best = min(static, key=static.get)
+        found |= {
+            f"{label}_regret": over(chosen) / over(oracle),
+            f"{label}_best_static": best,
+            f"{label}_gain": static[best] / over(chosen),
+            f"{label}_oracle_gain": static[best] / over(oracle),
+            f"{label}_gain_over_worst": max(static.values()) / over(chosen),
+        }
+    return found
 
 
 def decision_us(dispatcher: Dispatcher) -> float:
     def once() -> float:
         start = time.perf_counter()
         for _ in range(1000):
-            dispatcher.choose(128, 0.01, 0.001)
+            dispatcher.choose(128, 0.01, 0.001, 0.7)
         return (time.perf_counter() - start) * 1e3
 
     return statistics.median(once() for _ in range(25))
 
 
+def measure(name: str, args) -> tuple[list[dict], list[dict]]:
+    """Rows of predictions, and of the stream."""
+    paths, draw = WORKS[name]()
+    rng = np.random.default_rng(1)
+    profile = Profile.measure(paths, draw, seconds=args.seconds, conditions=("warm",), clock=clock)
+    sizes = stream_sizes(args.batches, rng)
+    taken = stream(paths, draw, sizes, rng)
+    predictions = []
+    if name != MIXED:
+        errors = prediction_errors(paths, profile, draw, rng)
+        predictions.append(
+            {
+                "work": name,
+                "clock": args.clock,
+                "off_grid": " ".join(map(str, OFF_GRID)),
+                "cells": len(errors),
+                "error_median": f"{statistics.median(errors):.4f}",
+                "error_p95": f"{np.quantile(errors, 0.95):.4f}",
+                "error_max": f"{max(errors):.4f}",
+            }
+        )
+    # Kernels alone first: then everything that answers equally.
+    kernels = [p for p in paths if "Cache" not in p.name]
+    subsets = {"kernels": kernels} if len(kernels) == len(paths) else {"kernels": kernels, "and cache": paths}
+    rows = []
+    for label, subset in subsets.items():
+        dispatcher = Dispatcher(subset, profile, quantile="p50")
+        names = {p.name for p in subset}
+        found = regret(dispatcher, sizes, [{n: t for n, t in b.items() if n in names} for b in taken])
+        found = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in found.items()}
+        cost = f"{decision_us(dispatcher):.3f}"
+        rows.append({"work": name, "candidates": label, "clock": args.clock, **found, "decision_us": cost})
+    return predictions, rows
+
+
+def show(title: str, rows: list[dict]) -> None:
+    """One column per row: there are more figures than works."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key in rows[0]:
+        table.add_row(key, *(str(row[key]) for row in rows))
+    Console(width=max(80, 24 + 34 * len(rows))).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=12.0, help="per profile (12)")
+    parser.add_argument("--only", default="", help="part of a work's name")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per profile (10)")
     parser.add_argument("--batches", type=int, default=150, help="of the stream (150)")
     parser.add_argument("--threads", type=int, default=1, help="(1)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="(wall)")
@@ -181,41 +249,19 @@ def main() -> None:
         global clock
         clock = time.thread_time
     torch.set_num_threads(args.threads)
-    works = [zipf_work] + [movielens_work] * data.available()["movielens"]
-    rows = []
-    for make in works:
-        name, paths, draw, kind = make()
-        # Kernels alone first: then everything that answers equally.
-        subsets = {"kernels": [p for p in paths if "Cache" not in p.name]}
-        if kind == "cache":
-            subsets["kernels and cache"] = paths
-        rng = np.random.default_rng(1)
-        profile = Profile.measure(paths, draw, seconds=args.seconds, conditions=("warm",), clock=clock)
-        errors = prediction_errors(paths, profile, draw, rng)
-        sizes, taken = stream(paths, draw, args.batches, rng)
-        for label, subset in subsets.items():
-            dispatcher = Dispatcher(subset, profile, quantile="p50")
-            names = {p.name for p in subset}
-            found = regret(dispatcher, sizes, [{n: t for n, t in b.items() if n in names} for b in taken])
-            rows.append(
-                {
-                    "work": name,
-                    "candidates": label,
-                    "clock": args.clock,
-                    "prediction_error_median": round(statistics.median(errors), 4),
-                    "prediction_error_p95": round(float(np.quantile(errors, 0.95)), 4),
-                    **{k: v if isinstance(v, str) else round(v, 4) for k, v in found.items()},
-                    "decision_us": round(decision_us(dispatcher), 3),
-                }
-            )
-    table = Table(title=f"dispatcher, {args.threads} thread(s)", title_justify="left")
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=200).print(table)
+    works = [name for name in WORKS if args.only in name]
+    if not data.available()["movielens"]:
+        works = [name for name in works if "MovieLens" not in name]
+    if not works:
+        parser.error(f"--only: nothing to run is called {args.only!r}")
+    found = [measure(name, args) for name in works]
+    predictions, rows = ([row for parts in found for row in parts[i]] for i in (0, 1))
+    if predictions:
+        show(f"predictions, {args.threads} thread(s)", predictions)
+    show(f"choices, {args.threads} thread(s)", rows)
     if not args.no_csv:
-        print(harness.append_csv("dispatch", rows))
+        print(harness.append_csv("prediction", predictions))
+        print(harness.append_csv("regret", rows))
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def test_profile_writes_shows_and_draws(checkpoints, tmp_path, capsys):
     assert "samples" in text
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     content = call_json(capsys, "profile", "--show", file, "--png", picture)
-    assert content["cells"]["dhe"]["warm"]["batch_sizes"] == [1, 8, 64]
-    assert content["prediction_error"]["batch_sizes"] == [3]
+    assert {1, 8, 64} <= set(content["cells"]["dhe"]["warm"]["batch_sizes"])
+    assert content["prediction_error"]["batch_sizes"] == [4, 32]
 
 
 def test_profile_goes_to_the_cache_folder_by_default(checkpoints, capsys):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mprec.data import Batch
 from mprec.dispatch import Curve, Profile, ProfileError, ProfileMismatchError, microbenchmark
-from mprec.dispatch.curve import crossovers
+from mprec.dispatch.curve import crossovers, falls
 from mprec.dispatch.profile import default_file
 
 
@@ -31,6 +31,13 @@ def test_curves_never_fall(seconds, batch_size, more):
     assert curve.at(batch_size) <= curve.at(batch_size + more) * (1 + 1e-12)
     assert min(seconds) * 0.999 <= curve.at(1)
     assert curve.at(GRID[len(seconds) - 1]) <= max(seconds) * 1.001
+
+
+def test_a_curve_falls_where_the_median_does_and_nowhere_else():
+    medians = (1.0, 0.95, 2.0, 3.0, 1.5, 1.45, 4.0)
+    assert falls(medians) == [4]
+    tail = Curve.fit(GRID[:7], [2 * t for t in medians], falls(medians)).seconds
+    assert tail == pytest.approx((2 * 0.95**0.5, 2 * 0.95**0.5, 4, 6, 2 * 2.175**0.5, 2 * 2.175**0.5, 8))
 
 
 @given(st.floats(1e-6, 1e-3), st.floats(1e-8, 1e-4), st.integers(1, 10000))
@@ -149,7 +156,7 @@ def test_measured_profile_holds_what_was_measured():
                 sizes = (1, 128) if condition == "cold" else (1, 16, 128)
                 assert curve.batch_sizes == sizes
                 np.testing.assert_allclose(curve.seconds, [fixed + per_sample * b for b in sizes])
-    assert profile.prediction_error["batch_sizes"] == [4]
+    assert profile.prediction_error["batch_sizes"] == [6, 64]
     assert profile.prediction_error["p95"] < 1e-9
     assert profile.unique_shares("dhe")[1] == [1.0, 1.0, 1.0]
     assert profile.unique_shares("dhe", "repeated")[1] == [1.0, 0.25, 0.25]
@@ -162,9 +169,28 @@ def test_prediction_error_is_that_of_a_cost_the_curve_cannot_follow():
     profile = Profile.measure([path], rows, (1, 16, 64, 256), seconds=0.1, clock=clock, conditions=("warm",))
     curve = profile.curve("steps")
     sizes = profile.prediction_error["batch_sizes"]
-    assert sizes == [4, 128]
+    assert sizes == [6, 40, 161]
     errors = [abs(curve.at(b) / (1e-3 * -(-b // 64)) - 1) for b in sizes]
     assert profile.prediction_error["median"] == pytest.approx(np.median(errors))
+    assert profile.prediction_error["p95"] == pytest.approx(np.quantile(errors, 0.95))
+
+
+def test_the_grid_closes_in_on_a_threshold():
+    """Of a cost that halves where a second thread sets in: exact on both sides of it."""
+    clock = Clock()
+    path = fake_path("threads", 0.0, 0, 0, clock)
+
+    def cost(size):
+        return 1e-5 + 1e-5 * size / (1 if size < 6 else 2)
+
+    object.__setattr__(path, "model", lambda item: clock.advance(cost(len(item))))
+    grid = tuple(2**i for i in range(9))
+    profile = Profile.measure([path], rows, grid, seconds=0.1, clock=clock, conditions=("warm", "repeated"))
+    for condition in ("warm", "repeated"):
+        curve = profile.curve("threads", condition=condition)
+        assert set(curve.batch_sizes) == {*grid, 5, 6}
+        np.testing.assert_allclose([curve.at(b) for b in range(1, 257)], [cost(b) for b in range(1, 257)])
+    assert profile.prediction_error["p95"] < 1e-9
 
 
 def test_profile_round_trip(tmp_path):

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import itertools
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -22,10 +20,11 @@ import numpy as np
 
 from mprec.data import Batch
 from mprec.data.batching import concatenate, take
-from mprec.dispatch.curve import Curve
+from mprec.dispatch.curve import Curve, falls
 from mprec.dispatch.fingerprint import fingerprint
 from mprec.dispatch.microbenchmark import Evict, Samples, microbenchmark
 from mprec.dispatch.paths import Path, shape_digest, unique_share
+from mprec.dispatch.refine import PASSES, check_sizes, errors, median_curves, refine
 from mprec.files import write_whole
 
 __all__ = ["BATCH_SIZES", "CONDITIONS", "Profile", "ProfileError", "ProfileMismatchError", "default_file"]
@@ -77,7 +76,7 @@ class Profile:
         """Latency of one path over batch size. ``KeyError`` names what was not measured."""
         try:
             cell = self.cells[path][condition]
-            return Curve.fit(cell["batch_sizes"], cell[quantile])
+            return Curve.fit(cell["batch_sizes"], cell[quantile], falls(cell["p50"]))
         except KeyError as error:
             raise KeyError(
                 f"profile has no {quantile} of path {path!r} in condition {condition!r} (missing {error})"
@@ -105,9 +104,10 @@ class Profile:
     ) -> Profile:
         """Micro-benchmark the paths for about ``seconds`` and keep the quantiles.
 
-        Half of the time goes to the warm condition, the rest to the others and to batch sizes between the
-        grid points, which tell the prediction's error. ``options`` go to ``microbenchmark``. ``repeated``
-        is left out where inputs are not batches of rows (see ``repeated_rows``).
+        First a quick look finds batch sizes to add where latency is not straight between those given
+        (:func:`mprec.dispatch.refine.refine`). Then come the conditions, *warm* with the most time, and batch
+        sizes off the grid, which tell the prediction's error. ``options`` go to ``microbenchmark``.
+        ``repeated`` is left out where inputs are not batches of rows (see ``repeated_rows``).
         """
         _check_names(paths)
         if unknown := [c for c in conditions if c not in CONDITIONS]:
@@ -117,52 +117,42 @@ class Profile:
             raise ValueError("batch_sizes must not be empty")
         rng = np.random.default_rng(seed)
         probe = make_input(batch_sizes[-1], rng)
-        wanted = [c for c in conditions if c != "repeated" or isinstance(probe, Batch)]
-        between = _between(batch_sizes)
-        others = max(1, len(wanted) - 1 + bool(between))
-        shares = {c: seconds * (0.5 if c == "warm" else 0.5 / others) for c in wanted}
+        wanted = [c for c in CONDITIONS if c in conditions and (c != "repeated" or isinstance(probe, Batch))]
+        share = seconds / (len(wanted) + 4)  # warm gets three, the quick look and the check one each
 
-        def run(label, sizes, source, duration, **more) -> Samples:
-            report = (lambda share: progress(label, share)) if progress else None
+        def run(label, sizes, source=make_input, duration=share, **more) -> Samples:
+            report = (lambda done: progress(label, done)) if progress else None
             return microbenchmark(
                 paths, source, sizes, seconds=duration, seed=seed, progress=report, **{**options, **more}
             )
 
+        look = share / (1 + PASSES)
+        sizes = refine(batch_sizes, lambda some: run("choosing batch sizes", some, duration=look))
         cells: dict[str, dict[str, dict[str, list]]] = {path.name: {} for path in paths}
+        error = None
         for condition in wanted:
-            source = repeated_rows(make_input) if condition == "repeated" else make_input
-            sizes, more = batch_sizes, {}
+            source, here = make_input, sizes
             if condition == "cold":  # emptying the caches takes longer than most calls
-                sizes, more = (
-                    _thinned(batch_sizes),
-                    {"before_call": Evict(), "max_calls": 30, "min_rounds": 3},
-                )
-            samples = run(condition, sizes, source, shares[condition], **more)
-            uniqueness = _mean_unique_share(source, sizes, rng)
+                here = _thinned(batch_sizes)
+                samples = run(condition, here, before_call=Evict(), max_calls=30, min_rounds=3)
+            elif condition == "repeated":
+                source = repeated_rows(make_input)
+                samples = run(condition, here, source)
+            else:
+                samples = run(condition, here, duration=3 * share)
+                if between := check_sizes(batch_sizes, sizes):
+                    error = _error(samples, run("between grid points", between))
+            uniqueness = _mean_unique_share(source, here, rng)
             for path in paths:
                 cells[path.name][condition] = _cell(path.name, samples, uniqueness)
-        profile = cls(
+        return cls(
             paths={p.name: _describe(p) for p in paths},
             cells=cells,
             fingerprint={**fingerprint(), "paths": {p.name: p.shape for p in paths}},
+            prediction_error=error,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             notes={"seconds": seconds, "seed": seed},
         )
-        if "warm" not in wanted or not between:
-            return profile
-        samples = run("between grid points", between, make_input, 0.5 * seconds / others)
-        return profile._with_error(samples)
-
-    def _with_error(self, samples: Samples) -> Profile:
-        curves = {name: self.curve(name) for name in self.paths}
-        observed = {cell: float(np.median(values)) for cell, values in samples.items() if values}
-        errors = [abs(curves[name].at(size) / seen - 1) for (name, size), seen in observed.items()]
-        error = {
-            "batch_sizes": sorted({size for _, size in observed}),
-            "median": float(np.median(errors)),
-            "p95": float(np.quantile(errors, 0.95)),
-        }
-        return replace(self, prediction_error=error)
 
     # -- keeping
 
@@ -306,10 +296,13 @@ def _thinned(batch_sizes: Sequence[int]) -> list[int]:
     return sorted(batch_sizes[::-2])
 
 
-def _between(batch_sizes: Sequence[int]) -> list[int]:
-    """Batch sizes off the grid: about the geometric middle of every second gap that has one."""
-    middles = [round(math.sqrt(a * b)) for a, b in itertools.pairwise(batch_sizes)]
-    return [m for m in middles if m not in batch_sizes][::2]
+def _error(samples: Samples, held_out: Samples) -> dict[str, Any]:
+    found = errors(median_curves(samples), held_out)
+    return {
+        "batch_sizes": sorted({size for _, size in found}),
+        "median": float(np.median(list(found.values()))),
+        "p95": float(np.quantile(list(found.values()), 0.95)),
+    }
 
 
 def _mean_unique_share(source, batch_sizes, rng) -> dict[int, float]:
