@@ -5,8 +5,8 @@ decision costs.
 
 Work: eight DHE features (1024-128-16) and eight tables over Zipf(1.05) IDs of a vocabulary of a million, the
 former also over a stream of which every other batch, at random, is uniform, and the hybrid DLRM of random
-weights over MovieLens-100k's held-out rows where that is installed. Candidates give equal results: kernels (threads, equal IDs once or not) and MP-Cache
-with 1 % of the IDs.
+weights over MovieLens-100k's held-out rows where that is installed. Candidates give equal results: kernels
+(threads, equal IDs once or not) and MP-Cache with 1 % of the IDs.
 
 *Prediction error*: profiled median at batch sizes off the grid against what is then observed, median of 15
 calls. *Regret*: a stream of batches of 1...2048 samples, half of log-uniform size, half lognormal (median 64,
