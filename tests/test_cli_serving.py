@@ -87,8 +87,12 @@ def test_profile_writes_shows_and_draws(checkpoints, tmp_path, capsys):
     assert "samples" in text
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     content = call_json(capsys, "profile", "--show", file, "--png", picture)
-    assert {1, 8, 64} <= set(content["cells"]["dhe"]["warm"]["batch_sizes"])
-    assert content["prediction_error"]["batch_sizes"] == [4, 32]
+    measured = set(content["cells"]["dhe"]["warm"]["batch_sizes"])
+    assert {1, 8, 64} <= measured
+    # The error is told between grid points, unless latency was found crooked there and measured.
+    checked = set(content["prediction_error"]["batch_sizes"]) if content["prediction_error"] else set()
+    assert checked | (measured & {4, 32}) == {4, 32}
+    assert not checked & measured
 
 
 def test_profile_goes_to_the_cache_folder_by_default(checkpoints, capsys):
