@@ -35,6 +35,8 @@ _BUDGETS = {
 }
 
 
+_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
 _pretended: list[str] = []
 
 
@@ -63,6 +65,13 @@ def target_of(device: torch.device) -> str:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many of them the device has; of a device that is only pretended, how many its kind has."""
+    if _pretended:
+        return _MULTIPROCESSORS[_pretended[-1]]
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tile_width(columns: int) -> int:
