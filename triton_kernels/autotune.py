@@ -112,7 +112,10 @@ def tune(
 def _keep(path: Path, key: str, steps: Steps) -> None:
     entries = _load(path)
     entries[key] = steps
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(entries, indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(entries, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:  # this process has them all the same
+        warnings.warn(f"mprec: tuned tile sizes cannot be kept in {path}: {error}", stacklevel=3)
