@@ -28,6 +28,17 @@ def test_static_part(tmp_path):
     assert kernels == {"lookup_kernel", "list_kernel"}
 
 
+def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    out = run("--interpret", "--no-tests", "--samples", 1, "--cases", "row_cache", "--output",
+              tmp_path / "file" / "gpu.csv")  # fmt: skip
+    assert "cannot be written" in out
+    written = Path(out.split("writing ")[1].split()[0])
+    rows = list(csv.DictReader(written.open()))
+    written.unlink()
+    assert {row["candidate"] for row in rows} == {"mprec", "torch"}
+
+
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     path = tmp_path / "gpu.csv"

@@ -225,16 +225,7 @@ class EmbeddingBagCollection(nn.Module):
             )
         count, parts = len(self.features), {}
         for group in self._table_groups:
-            out = ops.embedding_bag_multi(
-                self._weights(group),
-                indices,
-                offsets,
-                group.mode,
-                per_sample_weights,
-                features=None if group.whole else group.features,
-                num_features=count,
-                sparse=self.sparse,
-            )
+            out = self._embed_tables(group, indices, offsets, per_sample_weights)
             parts.update(self._by_column(group, out))
         for group in self._dhe_groups:
             modules = self._decoders(group)
@@ -256,6 +247,19 @@ class EmbeddingBagCollection(nn.Module):
         if len(self._table_groups) + len(self._dhe_groups) == 1:
             return out
         return torch.cat([parts[column] for column in sorted(parts)], dim=1)
+
+    def _embed_tables(self, group: _Group, indices, offsets, per_sample_weights) -> Tensor:
+        """One group's pooled rows by its operator."""
+        return ops.embedding_bag_multi(
+            self._weights(group),
+            indices,
+            offsets,
+            group.mode,
+            per_sample_weights,
+            features=None if group.whole else group.features,
+            num_features=len(self.features),
+            sparse=self.sparse,
+        )
 
     def _weights(self, group: _Group) -> list[Tensor]:
         modules = self.tables._modules
