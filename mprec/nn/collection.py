@@ -1,6 +1,6 @@
 """All categorical features of a model in one module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mprec import ops
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
-from mprec.nn.config import FeatureConfig, KernelOptions
+from mprec.nn.config import DEFAULT_OPTIONS, FeatureConfig, Kernel, check_kernel, kernel_options
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.ops._common import check_ids, eager
@@ -17,8 +17,6 @@ from mprec.ops._csr import batch_size
 from mprec.ops._decoders import group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
 from mprec.ops._tables import run_embedding_bag_multi
-
-_DEFAULT = KernelOptions()
 
 
 class _Group(NamedTuple):
@@ -44,6 +42,9 @@ class EmbeddingBagCollection(nn.Module):
         features: in the order of the batch and of the output.
         sparse: gradients of tables are sparse tensors (for ``torch.optim.SparseAdam`` and the like).
         device, dtype: of tables and decoders.
+        kernel: how native calls without gradients run: ``"auto"`` measures at the first one what is fastest
+            on this machine by batch size (:func:`mprec.dispatch.auto_kernels`), None leaves it to rules; or a
+            function from the number of samples to :class:`KernelOptions`. Never changes a result.
 
     Shape: ``indices`` ``[n]`` and ``offsets`` ``[F * B + 1]``: bag b of feature f is
     ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]``. Output ``[B, sum(output_dims)]``.
@@ -53,16 +54,21 @@ class EmbeddingBagCollection(nn.Module):
         output_dims: columns of each feature: its ``embedding_dim``, twice that for *hybrid* (table first).
         tables: ``tables.{name}.weight``, uniform in +-1/sqrt(num_embeddings) at first.
         dhe: ``dhe.{name}.coefficients`` and ``dhe.{name}.decoder.{layer}.weight|bias``.
-        kernel: None, or a function from the number of samples to the :class:`KernelOptions` of native calls
-            without gradients (:func:`mprec.dispatch.tune_kernels` sets one from measurements).
+        kernel: as given, or what was measured (:func:`mprec.dispatch.tune_kernels` does, with your batches).
     """
 
-    kernel: Callable[[int], KernelOptions] | None = None
+    has_cache = False  # of rows before the decoders
 
     def __init__(
-        self, features: Sequence[FeatureConfig], sparse: bool = False, device=None, dtype=None
+        self,
+        features: Sequence[FeatureConfig],
+        sparse: bool = False,
+        device=None,
+        dtype=None,
+        kernel: Kernel = None,
     ) -> None:
         super().__init__()
+        self.kernel = check_kernel(kernel)
         self.features = tuple(features)
         self.sparse = sparse
         if not self.features:
@@ -167,7 +173,7 @@ class EmbeddingBagCollection(nn.Module):
     def _forward_direct(self, indices, offsets, per_sample_weights) -> Tensor:
         """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code."""
         samples = batch_size(offsets, len(self.features))
-        options = _DEFAULT if self.kernel is None else self.kernel(samples)
+        options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, samples)
         out = torch.empty(samples, self._width, dtype=self._dtype())
         for group in self._table_groups:
             self._run_tables(group, indices, offsets, per_sample_weights, out, options)
