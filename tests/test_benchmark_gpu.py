@@ -47,8 +47,9 @@ def test_rehearsal(tmp_path):
     rows = list(csv.DictReader(path.open()))
     measured = {(row["case"], row["samples"], row["mode"]) for row in rows if row["candidate"] == "mprec"}
     assert len(measured) > 80
-    assert all(float(row["p50_us"]) > 0 for row in rows)
-    assert not any(row["note"] for row in rows)
+    own = [row for row in rows if row["candidate"] != "fbgemm"]  # which has not every dtype on every device
+    assert all(float(row["p50_us"]) > 0 for row in own)
+    assert not any(row["note"] for row in own)
 
 
 def test_committed_results_cover_the_catalogue():

@@ -137,10 +137,14 @@ def embedding_bag_case(dim, dtype, kind=embedding_bag.FLOAT, pooling=1, rows=100
         try:
             from fbgemm_gpu import split_table_batched_embeddings_ops_common as common
             from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
+            from fbgemm_gpu.split_embedding_configs import SparseType
         except ImportError:
             return None
-        where = common.EmbeddingLocation.DEVICE, training.ComputeDevice.CUDA
-        precision = common.SparseType.from_dtype(dtype)
+        if device.type == "cuda":
+            where = common.EmbeddingLocation.DEVICE, training.ComputeDevice.CUDA
+        else:
+            where = common.EmbeddingLocation.HOST, training.ComputeDevice.CPU
+        precision = SparseType.from_dtype(dtype)
         bags = training.SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, dim, *where)] * FEATURES,
             weights_precision=precision,
