@@ -7,13 +7,16 @@ lack (float64, gradients of the maximum, ...) goes the way of any other device.
 
 import inspect
 
-from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.export._trace import custom_triton_ops_decomposition_disabled
-from torch.library import register_torch_dispatch
-
 from mprec.ops import _cuda_dhe, _cuda_tables
 from mprec.ops._common import library
 from mprec.ops._cuda_common import KERNEL_DTYPES
+
+try:  # not public, and so perhaps elsewhere in another release: operators stay whole there
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+    from torch.library import register_torch_dispatch
+except ImportError:
+    register_torch_dispatch = None
 
 for _operator in (
     _cuda_tables.embedding_bag,
@@ -38,6 +41,8 @@ def _see_through(operator, serves) -> None:
     As ``torch.library.triton_op`` does, for an operator whose schema is defined elsewhere; ``torch.export``
     keeps the operator.
     """
+    if register_torch_dispatch is None:
+        return
     signature = inspect.signature(operator)
 
     def rule(mode, op, types, args, kwargs):
