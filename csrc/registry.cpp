@@ -16,8 +16,9 @@ const Kernels tables[] = {
     MPREC_KERNELS(scalar),
     MPREC_KERNELS(avx2),
     MPREC_KERNELS(avx512),
-    // VNNI is for dhe's int8.
-    {Isa::avx512vnni, &avx512::embedding_bag_kernels, &avx512::gradient_kernels, &avx512vnni::dhe_kernels}};
+    // VNNI is for dhe's int8, BF16 for its bfloat16.
+    {Isa::avx512vnni, &avx512::embedding_bag_kernels, &avx512::gradient_kernels, &avx512vnni::dhe_kernels},
+    {Isa::avx512bf16, &avx512::embedding_bag_kernels, &avx512::gradient_kernels, &avx512bf16::dhe_kernels}};
 #undef MPREC_KERNELS
 
 const Kernels* best() {

@@ -9,7 +9,8 @@ __all__ = ["isa", "runnable_isas"]
 
 
 def runnable_isas() -> list[str]:
-    """The ISAs that this CPU can run, slowest first: of ``scalar``, ``avx2``, ``avx512``, ``avx512vnni``."""
+    """The ISAs that this CPU can run, slowest first: of ``scalar``, ``avx2``, ``avx512``, ``avx512vnni``,
+    ``avx512bf16``."""
     return _C.runnable_isas()
 
 

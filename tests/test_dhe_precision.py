@@ -1,10 +1,11 @@
-"""float16, int8 and look-up-table decoders against float64 arithmetic on the weights they store."""
+"""float16, bfloat16, int8 and look-up-table decoders against float64 arithmetic on the weights they store."""
 
 import math
 
 import pytest
 import torch
 from dhe_net import (
+    ACTIVATE,
     ACTIVATIONS,
     FAMILIES,
     Net,
@@ -75,6 +76,40 @@ def test_precision(precision, family, dims, n):
         assert (out - expected).abs().mean() < 2e-5 * max(1.0, expected.abs().mean())
     else:
         assert_close(out, expected)
+
+
+def bfloat16(x):
+    return x.float().bfloat16().double()
+
+
+def round_and_decode(net: Net, ids):
+    """Weights and every layer's inputs rounded to bfloat16; the rest in float64."""
+    h = torch.tensor(hash_reference(net.coefficients, ids.tolist(), net.family)).reshape(len(ids), -1)
+    y = unit_reference(h, net.family)
+    for i, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
+        y = bfloat16(y) @ bfloat16(weight).T + bias.double()
+        y = ACTIVATE[net.last if i == len(net.weights) - 1 else net.activation](y)
+    return y
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dims", SHAPES)
+@pytest.mark.parametrize("n", [1, 23])
+def test_bfloat16(family, dims, n):
+    net = Net(dims, family, last="none")
+    ids = torch.randint(0, 2**33, (n,), generator=torch.Generator().manual_seed(1))
+    out = torch.full((n, dims[-1]), math.nan)
+    _C.dhe_bag(make_precise(net, "bfloat16"), ids, torch.arange(n), None, 0, False, -1, out, 1)
+    expected = round_and_decode(net, ids)
+    if (
+        len(dims) == 2 and family != "artifact_gaussian"
+    ):  # inputs are the same bits: float32's rounding is left
+        assert_close(out, expected)
+    else:  # an input between two bfloat16 numbers may be rounded either way
+        error, scale = (out - expected).abs(), 1 + expected.abs().amax()
+        assert error.amax() < 8e-3 * scale
+        assert error.mean() < 5e-4 * scale
+    assert (out - net.vectors(ids)).abs().amax() > 0  # the precision is in effect
 
 
 @pytest.mark.parametrize("dims", [*SHAPES, (7, 65, 3), (2100, 64, 4)])

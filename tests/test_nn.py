@@ -314,6 +314,70 @@ def test_serving_follows_every_way_to_change_a_decoder():
             before = out
 
 
+def test_one_module_follows_every_way_to_change_it():
+    module = DeepHashEmbeddingBag(8, DheConfig(32, (12,), last_activation="none"))
+    ids, offsets = torch.arange(5), torch.arange(5)
+
+    def swap_and_back():  # new storage might take the address of the old
+        for _ in range(2):
+            module.decoder[0].weight.data = torch.randn(12, 32)
+
+    def append():
+        module.config = DheConfig(32, (12, 8), last_activation="none")
+        module.decoder.append(torch.nn.Linear(8, 8))
+
+    def behind_the_counter():
+        module.decoder[1].weight.data.mul_(3)
+        ops.clear_decoders()
+
+    changes = [
+        lambda: None,
+        lambda: module.decoder[1].bias.add_(1),
+        lambda: module.coefficients.copy_(coefficients(32, seed=5)),
+        lambda: setattr(module.decoder[0], "weight", torch.nn.Parameter(torch.randn(12, 32))),
+        swap_and_back,
+        lambda: setattr(module, "config", DheConfig(32, (12,), last_activation="sigmoid")),
+        lambda: module.decoder.__setitem__(0, torch.nn.Linear(32, 12)),
+        append,
+        behind_the_counter,
+        lambda: torch.nn.utils.parametrizations.weight_norm(module.decoder[0]),
+        lambda: module.decoder[0].parametrizations.weight.original0.mul_(2),
+    ]
+    with torch.no_grad():
+        before = module(ids, offsets)
+        for number, change in enumerate(changes):
+            change()
+            c = module.config
+            expected = reference.dhe(ids, *module.stack(), c.family, c.activation, c.last_activation)
+            for _ in range(2):  # packed, then kept
+                out = module(ids, offsets)
+                torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(out, before) == (number == 0)
+            before = out
+            assert torch.equal(copy.deepcopy(module)(ids, offsets), out)
+
+
+def test_a_transposed_weight_is_another_weight():
+    hashes = coefficients(16)
+    weights, biases = [torch.randn(16, 16), torch.randn(16, 16)], [torch.zeros(16)] * 2
+    with torch.no_grad():
+        for pair in (weights, [weights[0], weights[1].t()], [weights[0].t(), weights[1]]):
+            out = ops.dhe_bag(torch.arange(3), torch.arange(3), hashes, pair, biases)
+            expected = reference.dhe(torch.arange(3), hashes, pair, biases, "universal", "relu", "sigmoid")
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_results_are_float32_whatever_the_default_dtype():
+    module, ids = DeepHashEmbeddingBag(8, DheConfig(32, (12,))), torch.arange(5)
+    with torch.no_grad():
+        expected = module(ids, ids)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(module(ids, ids), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def test_serving_decoders_made_in_inference_mode():
     with torch.inference_mode():
         collection = EmbeddingBagCollection(with_representation(FEATURES, "dhe", SMALL))

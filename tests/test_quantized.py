@@ -71,6 +71,7 @@ def test_tables_in_every_precision(precision, weighted):
     ("precision", "family", "bound"),
     [
         ("float16", "universal", 1e-3),
+        ("bfloat16", "universal", 1e-2),
         ("int8", "u7", 2e-2),
         ("int8", "universal", 2e-2),
         ("lut", "sign", 5e-2),

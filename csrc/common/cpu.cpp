@@ -45,6 +45,7 @@ const std::string& cpu_model() {
 
 bool can_run(Isa isa) {
   switch (isa) {
+    case Isa::avx512bf16: return cpu_features().avx512_vnni && cpu_features().avx512_bf16;
     case Isa::avx512vnni: return cpu_features().avx512_vnni;
     case Isa::avx512: return cpu_features().avx512;
     case Isa::avx2: return cpu_features().avx2;
@@ -54,6 +55,7 @@ bool can_run(Isa isa) {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512bf16: return "avx512bf16";
     case Isa::avx512vnni: return "avx512vnni";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
@@ -64,7 +66,9 @@ const char* isa_name(Isa isa) {
 Isa parse_isa(const std::string& name) {
   for (Isa isa : all_isas)
     if (name == isa_name(isa)) return isa;
-  throw std::invalid_argument(message("isa: '", name, "' is none of scalar, avx2, avx512, avx512vnni"));
+  std::string names;
+  for (Isa isa : all_isas) names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+  throw std::invalid_argument(message("isa: '", name, "' is none of ", names));
 }
 
 }  // namespace mprec

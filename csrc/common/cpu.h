@@ -4,9 +4,10 @@
 
 namespace mprec {
 
-// avx512: F, BW, DQ, VL. avx512vnni: those and VNNI.
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
-constexpr Isa all_isas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512vnni};  // slowest first
+// avx512: F, BW, DQ, VL. avx512vnni: those and VNNI. avx512bf16: those and BF16.
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3, avx512bf16 = 4 };
+constexpr Isa all_isas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512vnni,
+                            Isa::avx512bf16};  // slowest first
 
 struct CpuFeatures {
   bool avx2;    // AVX2, FMA, F16C, BMI2

@@ -86,6 +86,8 @@ Decoder::Decoder(Encoder encoder, const std::vector<LinearWeights>& layers, Acti
       if (!fits_float16(w))
         throw std::invalid_argument(message("weights[", l, "]: a value is beyond float16's 65504"));
       weights_.push_back(pack_float16(w));
+    } else if (precision == Precision::bfloat16) {
+      weights_.push_back(pack_bfloat16(w));
     } else if (l == 0 && precision == Precision::int8) {
       // The middle of a level's interval of hashes, for universal; the level itself, for u7.
       const float unit = family == HashFamily::u7 ? 1.0f / 127.0f : 1.0f / 128.0f;
@@ -112,7 +114,8 @@ int64_t Decoder::nbytes() const {
   int64_t bytes = encoder_.nbytes();
   for (const auto& w : weights_) bytes += w.size();
   for (const auto& b : biases_) bytes += b.size() * static_cast<int64_t>(sizeof(float));
-  if (precision_ >= Precision::int8) bytes += scales_[0].size() * static_cast<int64_t>(sizeof(float));
+  if (precision_ == Precision::int8 || precision_ == Precision::lut)
+    bytes += scales_[0].size() * static_cast<int64_t>(sizeof(float));
   return bytes;
 }
 

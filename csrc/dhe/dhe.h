@@ -28,17 +28,17 @@ struct EncoderView {
   }
 };
 
-// How weights are stored and multiplied. float16: float16 weights, float32 arithmetic. The others change the
-// first layer only, which has most of the weights. int8: int8.h; universal and u7 hashes. lut: lut.h; sign
-// hashes.
-enum class Precision : int { float32 = 0, float16 = 1, int8 = 2, lut = 3 };
+// How weights are stored and multiplied. float16: float16 weights, float32 arithmetic. bfloat16: bfloat16
+// weights and inputs of every layer, float32 sums (bf16.h). The others change the first layer only, which has
+// most of the weights. int8: int8.h; universal and u7 hashes. lut: lut.h; sign hashes.
+enum class Precision : int { float32 = 0, float16 = 1, int8 = 2, lut = 3, bfloat16 = 4 };
 
 // out = activation(weight in + bias).
 constexpr int panel_columns = 16;  // of float and int8 weights
 constexpr int lut_columns = 64;    // of look-up tables
 struct LayerView {
-  // Zero-padded panels. float: [outputs / 16][inputs][16]; int8: [outputs / 16][inputs / 4][16][4]; look-up
-  // tables: [outputs / 64][inputs / 4][16][64].
+  // Zero-padded panels. float: [outputs / 16][inputs][16]; bfloat16: [outputs / 16][inputs / 2][16][2]; int8:
+  // [outputs / 16][inputs / 4][16][4]; look-up tables: [outputs / 64][inputs / 4][16][64].
   const void* weights;
   const float* scale;  // int8 and look-up tables: what a sum is multiplied by
   const float* bias;   // as scale, padded with zeros to 64 columns
@@ -132,6 +132,9 @@ namespace avx512 {
 extern const DheKernels dhe_kernels;
 }
 namespace avx512vnni {
+extern const DheKernels dhe_kernels;
+}
+namespace avx512bf16 {
 extern const DheKernels dhe_kernels;
 }
 

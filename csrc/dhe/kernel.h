@@ -1,6 +1,7 @@
 // The kernels of dhe.h for the ISA of the including file.
 #pragma once
 #include "dhe/backward.h"
+#include "dhe/bf16.h"
 #include "dhe/dhe.h"
 #include "dhe/gemm.h"
 #include "dhe/hash.h"
@@ -51,21 +52,22 @@ static inline void hash(const EncoderView& e, const int64_t* ids, int64_t n, int
 }
 
 // Hashes never leave the cache: a block of them is made, multiplied and forgotten.
+// `encode_columns` returns where the inputs are.
 template <class Product, class Encode>
-inline void first_layer(const DecoderView& d, int n, typename Product::Input* hashes, float* out,
-                        int64_t block_stride, const Encode& encode_columns) {
+inline void first_layer(const DecoderView& d, int n, float* out, int64_t block_stride,
+                        const Encode& encode_columns) {
   for (int k0 = 0; k0 < d.encoder.k; k0 += Product::block) {
     const int count = d.encoder.k - k0 < Product::block ? d.encoder.k - k0 : Product::block;
-    encode_columns(k0, count);
-    multiply_block<Product>(d.layers[0], k0, count, hashes, n, out, block_stride);
+    multiply_block<Product>(d.layers[0], k0, count, encode_columns(k0, count), n, out, block_stride);
   }
 }
 
 template <class Product>
-inline void next_layer(const LayerView& layer, int n, const float* in, float* out, int64_t block_stride) {
+inline void next_layer(const LayerView& layer, int n, float* in, float* out, int64_t block_stride) {
   for (int k0 = 0; k0 < layer.inputs; k0 += block_columns) {
     const int count = layer.inputs - k0 < block_columns ? layer.inputs - k0 : block_columns;
-    multiply_block<Product>(layer, k0, count, in + k0 / block_columns * block_stride, n, out, block_stride);
+    const auto* block = Product::prepare(in + k0 / block_columns * block_stride, n, count);
+    multiply_block<Product>(layer, k0, count, block, n, out, block_stride);
   }
 }
 
@@ -76,21 +78,24 @@ static inline void forward(const DecoderView& d, const int64_t* ids, int n, floa
   float* from = scratch + block_stride;
   float* to = from + blocks_of(d.widest) * block_stride;
 
-  const auto units = [&](int k0, int count) {
-    encode_block(d.encoder, ids, n, k0, count, hashes, block_pitch);
+  const auto multiply_units = [&](auto product) {
+    using Product = decltype(product);
+    first_layer<Product>(d, n, to, block_stride, [&](int k0, int count) {
+      encode_block(d.encoder, ids, n, k0, count, hashes, block_pitch);
+      return Product::prepare(hashes, n, count);
+    });
   };
   switch (d.precision) {
-    case Precision::float32: first_layer<FloatProduct<float>>(d, n, hashes, to, block_stride, units); break;
-    case Precision::float16:
-      first_layer<FloatProduct<uint16_t>>(d, n, hashes, to, block_stride, units);
-      break;
-    case Precision::int8: {
-      auto* levels = reinterpret_cast<uint8_t*>(hashes);
-      first_layer<Int8Product>(d, n, levels, to, block_stride, [&](int k0, int count) {
+    case Precision::float32: multiply_units(FloatProduct<float>{}); break;
+    case Precision::float16: multiply_units(FloatProduct<uint16_t>{}); break;
+    case Precision::bfloat16: multiply_units(BFloatProduct{}); break;
+    case Precision::int8:
+      first_layer<Int8Product>(d, n, to, block_stride, [&](int k0, int count) {
+        auto* levels = reinterpret_cast<uint8_t*>(hashes);
         hash_universal(d.encoder, ids, n, k0, count, StoreLevels{levels, level_pitch});
+        return levels;
       });
       break;
-    }
     case Precision::lut: {
       const int64_t pitch = offset_pitch(d);
       auto* sums = reinterpret_cast<Words*>(to + blocks_of(d.widest) * block_stride);
@@ -104,10 +109,13 @@ static inline void forward(const DecoderView& d, const int64_t* ids, int n, floa
     float* swapped = from;
     from = to;
     to = swapped;
-    if (d.precision == Precision::float16)
-      next_layer<FloatProduct<uint16_t>>(d.layers[l], n, from, to, block_stride);
-    else
-      next_layer<FloatProduct<float>>(d.layers[l], n, from, to, block_stride);
+    switch (d.precision) {
+      case Precision::float16:
+        next_layer<FloatProduct<uint16_t>>(d.layers[l], n, from, to, block_stride);
+        break;
+      case Precision::bfloat16: next_layer<BFloatProduct>(d.layers[l], n, from, to, block_stride); break;
+      default: next_layer<FloatProduct<float>>(d.layers[l], n, from, to, block_stride);
+    }
   }
   for (int i = 0; i < n; ++i)
     for (int c = 0; c < d.dim; c += block_columns) {

@@ -5,26 +5,29 @@
 #include <limits>
 #include <vector>
 
+#include "common/vec16.h"
+
 namespace mprec {
 namespace {
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-// [outputs / 16][inputs][16] of T, zeros beyond the last output.
-template <class T>
-AlignedBuffer<char> pack_panels(const LinearWeights& w) {
-  AlignedBuffer<char> buffer(round_up(w.outputs, panel_columns) * w.inputs * static_cast<int64_t>(sizeof(T)));
+// [outputs / 16][inputs / group][16][group] of T, zeros beyond the last output and input.
+template <class T, int group = 1, class Convert>
+AlignedBuffer<char> pack_panels(const LinearWeights& w, const Convert& convert) {
+  const int64_t inputs = round_up(w.inputs, group);
+  AlignedBuffer<char> buffer(round_up(w.outputs, panel_columns) * inputs * static_cast<int64_t>(sizeof(T)));
   T* panels = reinterpret_cast<T*>(buffer.data());
   // A few inputs of 16 outputs at a time: the panel is written in order, and the rows are read in lines.
   constexpr int64_t strip = 16;
   for (int64_t o0 = 0; o0 < w.outputs; o0 += panel_columns) {
-    T* panel = panels + o0 * w.inputs;
+    T* panel = panels + o0 * inputs;
     const int64_t columns = std::min<int64_t>(panel_columns, w.outputs - o0);
     for (int64_t i0 = 0; i0 < w.inputs; i0 += strip)
       for (int64_t c = 0; c < columns; ++c) {
         const float* row = w.weight + (o0 + c) * w.output_stride;
         for (int64_t i = i0; i < std::min(i0 + strip, w.inputs); ++i)
-          panel[i * panel_columns + c] = static_cast<T>(row[i * w.input_stride]);
+          panel[(i / group * panel_columns + c) * group + i % group] = convert(row[i * w.input_stride]);
       }
   }
   return buffer;
@@ -43,9 +46,21 @@ float copy_row(const LinearWeights& w, int64_t output, std::vector<float>& row) 
 
 }  // namespace
 
-AlignedBuffer<char> pack_float32(const LinearWeights& w) { return pack_panels<float>(w); }
+AlignedBuffer<char> pack_float32(const LinearWeights& w) {
+  return pack_panels<float>(w, [](float x) { return x; });
+}
 
-AlignedBuffer<char> pack_float16(const LinearWeights& w) { return pack_panels<_Float16>(w); }
+AlignedBuffer<char> pack_float16(const LinearWeights& w) {
+  return pack_panels<_Float16>(w, [](float x) { return static_cast<_Float16>(x); });
+}
+
+AlignedBuffer<char> pack_bfloat16(const LinearWeights& w) {
+  return pack_panels<scalar::BFloat, 2>(w, [](float x) {
+    scalar::BFloat rounded;
+    scalar::narrow(x, &rounded);
+    return rounded;
+  });
+}
 
 bool fits_float16(const LinearWeights& w) {
   for (int64_t o = 0; o < w.outputs; ++o)

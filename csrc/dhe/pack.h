@@ -14,6 +14,9 @@ AlignedBuffer<char> pack_float32(const LinearWeights&);
 bool fits_float16(const LinearWeights&);  // no finite value becomes infinite
 AlignedBuffer<char> pack_float16(const LinearWeights&);
 
+// Rounded to nearest, ties to even; beyond bfloat16's largest value, infinite.
+AlignedBuffer<char> pack_bfloat16(const LinearWeights&);
+
 // For inputs u = (2 level - 127) unit, level 0 ... 127: the output is scale * sum q level + bias. Fills in
 // scale and adds to bias. An output with a weight that is not finite becomes NaN.
 AlignedBuffer<char> pack_int8(const LinearWeights&, float unit, float* scale, float* bias);

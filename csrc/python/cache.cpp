@@ -14,6 +14,7 @@
 #include "dhe/decoder.h"
 #include "python/bags.h"
 #include "python/tensor.h"
+#include "python/weight_watch.h"
 
 namespace py = pybind11;
 
@@ -136,46 +137,6 @@ void rows_by_code(const py::object& codes, const py::object& centroids, const py
     return true;
   });
 }
-
-// Notices when weights change: remembers of each tensor in a module's dict of parameters or buffers which it
-// was, where its storage was, and its version counter, which in-place operations raise.
-class WeightWatch {
- public:
-  explicit WeightWatch(const std::vector<std::pair<py::dict, py::str>>& places) {
-    for (const auto& [dict, key] : places) {
-      PyObject* tensor = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-      if (!tensor) throw py::key_error(message("places: no '", std::string(key), "' in the dict"));
-      seen_.push_back(
-          {dict, key, py::reinterpret_borrow<py::object>(tensor), address(tensor), version(tensor)});
-    }
-  }
-
-  bool changed() const {
-    for (const Seen& s : seen_) {
-      PyObject* tensor = PyDict_GetItemWithError(s.dict.ptr(), s.key.ptr());
-      if (tensor != s.tensor.ptr() || address(tensor) != s.address || version(tensor) != s.version)
-        return true;
-    }
-    return false;
-  }
-
- private:
-  struct Seen {
-    py::dict dict;
-    py::str key;
-    py::object tensor;
-    const void* address;
-    long version;
-  };
-  static const void* address(PyObject* tensor) { return view(tensor, "weights").data; }
-  static long version(PyObject* tensor) {
-    static PyObject* const name = PyUnicode_InternFromString("_version");
-    const auto v = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
-    if (!v) throw py::error_already_set();
-    return PyLong_AsLong(v.ptr());
-  }
-  std::vector<Seen> seen_;
-};
 
 // Decoders of some features of a batch, each with a cache or none. The caches' generations are those of the
 // moment when this was made: rows of these decoders are never mixed with those of others.
@@ -308,9 +269,6 @@ void bind_cache(py::module_& m) {
       .def("reset_stats", &RowCache::reset_stats);
   m.def("codebook_rows", &rows_by_code, py::arg("codes"), py::arg("centroids"), py::arg("ids"),
         py::arg("out"), "The rows of n IDs, each the sum of one centroid per stage, into out [n, dim].");
-  py::class_<WeightWatch>(m, "WeightWatch", "Notices when tensors in modules' dicts change.")
-      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&>(), py::arg("places"))
-      .def("changed", &WeightWatch::changed);
   py::class_<CachedDecoders>(m, "CachedDecoders",
                              "Decoders of a batch's features with row caches before them.")
       .def(

@@ -15,6 +15,7 @@
 #include "python/arguments.h"
 #include "python/bags.h"
 #include "python/tensor.h"
+#include "python/weight_watch.h"
 #include "registry.h"
 
 namespace py = pybind11;
@@ -33,10 +34,10 @@ Activation activation(int value, const char* name) {
 }
 
 Precision parse_precision(const std::string& name) {
-  static const char* const names[] = {"float32", "float16", "int8", "lut"};
-  for (int i = 0; i < 4; ++i)
+  static const char* const names[] = {"float32", "float16", "int8", "lut", "bfloat16"};
+  for (int i = 0; i < 5; ++i)
     if (name == names[i]) return static_cast<Precision>(i);
-  throw py::value_error(message("precision: '", name, "' is none of float32, float16, int8, lut"));
+  throw py::value_error(message("precision: '", name, "' is none of float32, float16, int8, lut, bfloat16"));
 }
 
 Tensor strided(PyObject* object, const char* name, DType dtype, int ndim) {
@@ -132,28 +133,95 @@ void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject
   dhe_bag_forward(r, thread_count);
 }
 
+// Bags of one feature.
+struct OneFeature {
+  DecoderView view;
+  int64_t column = 0;
+  DheBagRequest request{};
+
+  OneFeature(const Decoder& decoder, PyObject* indices, PyObject* offsets, PyObject* include_last_offset,
+             PyObject* padding_idx)
+      : view(decoder.view()) {
+    request.decoders = &view;
+    request.num_features = 1;
+    request.columns = &column;
+    request.indices = id_array(indices, "indices");
+    request.offsets = id_array(offsets, "offsets");
+    const int include_last = PyObject_IsTrue(include_last_offset);
+    if (include_last < 0) throw py::error_already_set();
+    if (include_last && request.offsets.size == 0)
+      throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
+    request.bags = request.offsets.size - include_last;
+    request.padding_idx = integer(padding_idx, "padding_idx");
+  }
+  OneFeature(const OneFeature&) = delete;  // `request` points into it
+};
+
 PyObject* dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
     static constexpr const char* names[] = {
         "decoder", "indices", "offsets", "per_sample_weights", "mode", "include_last_offset", "padding_idx",
         "out",     "threads", "dedupe"};
     const Arguments<10, 9> a("dhe_bag", names, args, count, keywords);
-    const DecoderView view = decoder_of(a[0], "decoder").view();
-    const int64_t column = 0;
-    DheBagRequest r{};
-    r.decoders = &view;
-    r.num_features = 1;
-    r.columns = &column;
-    r.indices = id_array(a[1], "indices");
-    r.offsets = id_array(a[2], "offsets");
-    const int include_last = PyObject_IsTrue(a[5]);
-    if (include_last < 0) throw py::error_already_set();
-    if (include_last && r.offsets.size == 0)
-      throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
-    r.bags = r.offsets.size - include_last;
-    r.padding_idx = integer(a[6], "padding_idx");
-    run(r, a[3], a[4], a[7], a[8], a[9]);
+    const OneFeature f(decoder_of(a[0], "decoder"), a[1], a[2], a[5], a[6]);
+    run(f.request, a[3], a[4], a[7], a[8], a[9]);
   });
+}
+
+// A module's packed decoder, and the places where its weights are.
+struct KeptDecoder {
+  const WeightWatch* watch;
+  const Decoder* decoder;
+  py::object owned_watch, owned_decoder;
+
+  KeptDecoder(const py::object& w, const py::object& d)
+      : watch(&w.cast<const WeightWatch&>()),
+        decoder(&d.cast<const Decoder&>()),
+        owned_watch(w),
+        owned_decoder(d) {}
+};
+
+// torch.empty(rows, columns), called from here: Python's own way to it costs as much as torch's.
+py::object empty_matrix(int64_t rows, int64_t columns) {
+  static PyObject* const empty = py::object(py::module_::import("torch").attr("empty")).release().ptr();
+  const py::int_ r(rows), c(columns);
+  PyObject* const sizes[] = {r.ptr(), c.ptr()};
+  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, sizes, 2, nullptr));
+  if (!made) throw py::error_already_set();
+  return made;
+}
+
+PyObject* dhe_bag_kept(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  PyObject* result = Py_None;
+  PyObject* const none = guarded([&] {
+    static constexpr const char* names[] = {
+        "kept",        "indices", "offsets", "per_sample_weights", "mode", "include_last_offset",
+        "padding_idx", "threads", "dedupe"};
+    const Arguments<9> a("dhe_bag_kept", names, args, count, keywords);
+    if (!py::isinstance<KeptDecoder>(a[0]))
+      throw py::type_error(message("kept: expected a KeptDecoder, got ", Py_TYPE(a[0])->tp_name));
+    const auto& kept = *py::handle(a[0]).cast<const KeptDecoder*>();
+    if (kept.watch->changed()) return;
+    const OneFeature f(*kept.decoder, a[1], a[2], a[5], a[6]);
+    py::object out = empty_matrix(f.request.bags, f.view.dim);
+    run(f.request, a[3], a[4], out.ptr(), a[7], a[8]);
+    result = out.release().ptr();
+  });
+  if (!none || result == Py_None) return none;
+  Py_DECREF(none);
+  return result;
+}
+
+PyObject* same_stack(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  bool same = false;
+  PyObject* const none = guarded([&] {
+    static constexpr const char* names[] = {"watch", "coefficients", "weights", "biases"};
+    const Arguments<4> a("same_stack", names, args, count, keywords);
+    same = py::handle(a[0]).cast<const StackWatch&>().matches(a[1], a[2], a[3]);
+  });
+  if (!none) return nullptr;
+  Py_DECREF(none);
+  return PyBool_FromLong(same);
 }
 
 PyObject* dhe_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
@@ -206,6 +274,12 @@ PyMethodDef methods[] = {
     {"dhe_bag_multi", fastcall<&dhe_bag_multi>(), METH_FASTCALL | METH_KEYWORDS,
      "dhe_bag_multi(decoders, indices, offsets, per_sample_weights, mode, padding_idx, out, out_columns, "
      "threads, dedupe=None)\n\nPools every feature's decoded IDs into its columns of out [B, total]."},
+    {"dhe_bag_kept", fastcall<&dhe_bag_kept>(), METH_FASTCALL | METH_KEYWORDS,
+     "dhe_bag_kept(kept, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, "
+     "threads, dedupe)\n\nThe pooled vectors, a new tensor [B, dim]; None, with nothing done, if weights "
+     "have changed."},
+    {"same_stack", fastcall<&same_stack>(), METH_FASTCALL | METH_KEYWORDS,
+     "same_stack(watch, coefficients, weights, biases)\n\nWhether these are the watched tensors, unchanged."},
     {nullptr, nullptr, 0, nullptr}};
 
 void backward(py::handle coefficients, const std::vector<py::object>& weights,
@@ -294,6 +368,16 @@ void bind_dhe(py::module_& m) {
                                return dims;
                              })
       .def_property_readonly("nbytes", &Decoder::nbytes);
+  py::class_<WeightWatch>(m, "WeightWatch", "Notices when tensors in modules' dicts change.")
+      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&>(), py::arg("places"))
+      .def("changed", &WeightWatch::changed)
+      .def_static("forget_all", &WeightWatch::forget_all,
+                  "Every watch reports a change from now on: for writes that raise no version counter.");
+  py::class_<StackWatch>(m, "StackWatch", "Knows one decoder's tensors again, unless they have changed.")
+      .def(py::init<py::handle, py::handle, py::handle>(), py::arg("coefficients"), py::arg("weights"),
+           py::arg("biases"));
+  py::class_<KeptDecoder>(m, "KeptDecoder", "A packed decoder and the watch of its weights.")
+      .def(py::init<const py::object&, const py::object&>(), py::arg("watch"), py::arg("decoder"));
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.def("dhe_backward", &backward, py::arg("coefficients"), py::arg("weights"), py::arg("biases"),
         py::arg("family"), py::arg("activation"), py::arg("last_activation"), py::arg("indices"),

@@ -35,12 +35,13 @@ PYBIND11_MODULE(_C, m) {
     return d;
   });
   m.def("isa", [] { return isa_name(kernels().isa); }, "Name of the ISA whose kernels are in use.");
-  m.def("runnable_isas", [] {
-    std::vector<std::string> names;
-    for (Isa isa : all_isas)
-      if (can_run(isa)) names.emplace_back(isa_name(isa));
-    return names;
-  });
+  std::vector<std::string> isas, runnable_isas;
+  for (Isa isa : all_isas) {
+    isas.emplace_back(isa_name(isa));
+    if (can_run(isa)) runnable_isas.emplace_back(isa_name(isa));
+  }
+  m.attr("isas") = isas;
+  m.def("runnable_isas", [runnable_isas] { return runnable_isas; });
   m.def(
       "use_isa", [](const std::string& name) { use_isa(parse_isa(name)); }, py::arg("name"),
       "Switch kernels; ValueError if the CPU cannot run them.");

@@ -48,7 +48,7 @@ def collect() -> dict:
         "cpu": native.cpu_model(),
         "cpu_features": native.cpu_features(),
         "isa": native.isa(),
-        "isa_compiled": ["scalar", "avx2", "avx512", "avx512vnni"],
+        "isa_compiled": native.isas,
         "isa_runnable": native.runnable_isas(),
         "compiler": native.compiler,
         "threads": {"torch": torch.get_num_threads(), "openmp": native.omp_max_threads()},

@@ -10,10 +10,9 @@ from mprec import ops
 from mprec.errors import IdOutOfRangeError
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
-from mprec.nn.config import DheConfig, Kernel, check_kernel, kernel_options
+from mprec.nn.config import DEFAULT_OPTIONS, DheConfig, Kernel, check_kernel, kernel_options
 from mprec.ops._common import direct, num_bags
-from mprec.ops._decoders import decoder
-from mprec.ops._dhe import run_dhe_bag
+from mprec.ops._decoders import ModuleDecoder
 
 
 class DeepHashEmbeddingBag(nn.Module):
@@ -73,6 +72,7 @@ class DeepHashEmbeddingBag(nn.Module):
             for inputs, outputs in itertools.pairwise(widths)
         )
         self.reset_parameters()
+        self._packed = ModuleDecoder()
 
     def reset_parameters(self) -> None:
         for layer in self.decoder:
@@ -99,8 +99,8 @@ class DeepHashEmbeddingBag(nn.Module):
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
-        if self.kernel is not None and offsets is not None and not torch.is_grad_enabled():
-            out = self._forward_by_kernel(input, offsets, per_sample_weights)
+        if offsets is not None and not torch.is_grad_enabled():
+            out = self._forward_direct(input, offsets, per_sample_weights)
             if out is not None:
                 return out
         include_last_offset = self.include_last_offset
@@ -129,25 +129,25 @@ class DeepHashEmbeddingBag(nn.Module):
             self.padding_idx,
         )
 
-    def _forward_by_kernel(self, input: Tensor, offsets: Tensor, per_sample_weights) -> Tensor | None:
-        """As :meth:`forward`, with the options that ``kernel`` chooses; None for what native code does not
-        take."""
+    def _forward_direct(self, input: Tensor, offsets: Tensor, per_sample_weights) -> Tensor | None:
+        """As :meth:`forward`, without the operator: one native call. None for what that does not take."""
         if not direct(input, offsets, per_sample_weights):
             return None
         if self.num_embeddings is not None:
             check_bound(input, self.num_embeddings)
-        c = self.config
         try:
-            options = kernel_options(self, num_bags(offsets, self.include_last_offset))
-            return run_dhe_bag(
-                decoder(*self.stack(), c.family, c.activation, c.last_activation),
+            options = DEFAULT_OPTIONS
+            if self.kernel is not None:
+                options = kernel_options(self, num_bags(offsets, self.include_last_offset))
+            return self._packed(
+                self,
                 input,
                 offsets,
-                MODES[self.mode],
                 per_sample_weights,
+                MODES[self.mode],
                 self.include_last_offset,
                 -1 if self.padding_idx is None else self.padding_idx,
-                options.threads,
+                options.threads or torch.get_num_threads(),
                 options.dedupe,
             )
         except IdOutOfRangeError:

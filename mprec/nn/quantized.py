@@ -14,7 +14,13 @@ from mprec.ops._tables import run_embedding_bag_multi
 
 TABLE_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
 #: Hash families that a decoder precision serves; None: all.
-DECODER_PRECISIONS = {"float32": None, "float16": None, "int8": ("u7", "universal"), "lut": ("sign",)}
+DECODER_PRECISIONS = {
+    "float32": None,
+    "float16": None,
+    "bfloat16": None,
+    "int8": ("u7", "universal"),
+    "lut": ("sign",),
+}
 
 _BITS = {"int8": 8, "int4": 4}
 
@@ -76,9 +82,9 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         collection: in float32 on the CPU; not changed, and not kept.
         tables: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, for all features or
             by name (features not named stay float32).
-        decoders: ``"float32"``, ``"float16"``, ``"int8"`` (hash families u7 and universal) or ``"lut"``
-            (sign), for all features or by name. Other layers than the first are float32 in ``"int8"`` and
-            ``"lut"``.
+        decoders: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int8"`` (hash families u7 and universal)
+            or ``"lut"`` (sign), for all features or by name. Other layers than the first are float32 in
+            ``"int8"`` and ``"lut"``; ``"bfloat16"`` rounds every layer's inputs too.
 
     Raises:
         ValueError: unknown precision or feature, or one that does not fit (odd dimension, hash family).

@@ -1,11 +1,13 @@
 """Packed native decoders, kept while their weights stay as they are.
 
-A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is kept per first
-weight tensor and precision, weakly, and used again if every tensor still has its storage address and its
-version counter. In-place operations raise the counter, optimizers' steps included; writes through
-``tensor.data`` or NumPy views do not: call :func:`clear_decoders` after those. Nothing is kept while grad
-mode is on (training changes the weights at every step), nor for tensors made under ``inference_mode``, which
-carry no counter.
+A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is used again if
+every tensor is still the same object, with the same storage, sizes and version counter. In-place operations
+raise the counter, optimizers' steps included; writes through ``tensor.data`` or NumPy views do not: call
+:func:`clear_decoders` after those. Nothing is kept while grad mode is on (training changes the weights at
+every step), nor for tensors made under ``inference_mode``, which carry no counter.
+
+Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`
+watches where one module keeps them, :func:`group_decoders` where several do.
 """
 
 import weakref
@@ -19,11 +21,9 @@ from mprec._native import _C
 from mprec.names import ACTIVATIONS, FAMILIES, code
 from mprec.ops._common import contiguous
 
-_address = Tensor.data_ptr
-_version = Tensor._version.__get__
 _LINEAR = ("weight", "bias")
 _groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
-_kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.Decoder"]] = {}
+_kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.StackWatch", "_C.Decoder"]] = {}
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
@@ -46,22 +46,63 @@ def decoder(
     precision: str = "float32",
 ) -> "_C.Decoder":
     """The native decoder of one feature: kept from an earlier call if grad mode is off, else packed now."""
-    tensors = (coefficients, *weights, *biases)
-    options = (len(weights), family, activation, last_activation, precision)
+    options = family, activation, last_activation, precision
     if torch.is_grad_enabled():
-        return _pack(tensors, *options)
+        return _pack(coefficients, weights, biases, *options)
     first = weights[0]
     key = id(first), precision
-    try:
-        stamp = (*options, *map(_address, tensors), *map(_version, tensors))
-    except RuntimeError:  # tensors made in inference mode
-        return _pack(tensors, *options)
     found = _kept.get(key)
-    if found is not None and found[1] == stamp and found[0]() is first:
-        return found[2]
-    handle = _pack(tensors, *options)
-    _kept[key] = (weakref.ref(first, lambda _: _kept.pop(key, None)), stamp, handle)
+    if (
+        found is not None
+        and found[0]() is first
+        and found[1] == options
+        and _C.same_stack(found[2], coefficients, weights, biases)
+    ):
+        return found[3]
+    try:
+        watch = _C.StackWatch(coefficients, weights, biases)  # before packing: no change may go unnoticed
+    except RuntimeError:  # tensors made in inference mode
+        watch = None
+    handle = _pack(coefficients, weights, biases, *options)
+    if watch is not None:
+        _kept[key] = weakref.ref(first, lambda _: _kept.pop(key, None)), options, watch, handle
     return handle
+
+
+class ModuleDecoder:
+    """The decoder of one module, with one native call between the module's input and its output.
+
+    The module has ``stack()``, a ``config`` and ``decoder`` layers.
+    """
+
+    def __init__(self) -> None:
+        self._kept = None  # (config, _C.KeptDecoder)
+
+    def __reduce__(self):  # copies and pickles of a module start without one
+        return ModuleDecoder, ()
+
+    def __call__(self, module: nn.Module, *arguments) -> Tensor | None:
+        """The module's output for ``_C.dhe_bag_kept``'s arguments; ``None`` if its tensors cannot be watched.
+
+        Only with grad mode off. Raises ``TypeError`` or ``ValueError`` for what the kernel does not take.
+        """
+        kept = self._kept
+        if kept is not None and kept[0] is module.config:
+            out = _C.dhe_bag_kept(kept[1], *arguments)
+            if out is not None:
+                return out
+        layers = module._modules["decoder"]._modules
+        places = [(module._buffers, "coefficients"), (module._modules, "decoder")]
+        places += [(layers, name) for name in layers]
+        places += [(layer._parameters, name) for layer in layers.values() for name in _LINEAR]
+        try:
+            watch = _C.WeightWatch(places)
+        except (RuntimeError, KeyError):  # tensors made in inference mode, parametrised layers
+            return None
+        c = module.config
+        handle = decoder(*module.stack(), c.family, c.activation, c.last_activation)
+        kept = self._kept = c, _C.KeptDecoder(watch, handle)
+        return _C.dhe_bag_kept(kept[1], *arguments)
 
 
 def group_decoders(
@@ -98,14 +139,14 @@ def clear_decoders() -> None:
     """Forget all packed decoders: needed only after changing weights through ``.data`` or a NumPy view."""
     _kept.clear()
     _groups.clear()
+    _C.WeightWatch.forget_all()
 
 
-def _pack(tensors, layers, family, activation, last_activation, precision):
-    coefficients, *rest = [contiguous(t.detach()) for t in tensors]
+def _pack(coefficients, weights, biases, family, activation, last_activation, precision):
     return _C.Decoder(
-        coefficients,
-        rest[:layers],
-        rest[layers:],
+        contiguous(coefficients.detach()),
+        [contiguous(t.detach()) for t in weights],
+        [contiguous(t.detach()) for t in biases],
         code(FAMILIES, family, "family"),
         code(ACTIVATIONS, activation, "activation"),
         code(ACTIVATIONS, last_activation, "last_activation"),

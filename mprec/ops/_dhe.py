@@ -111,7 +111,7 @@ def run_dhe_bag(
     dedupe=None,
 ):
     """The native kernel, for arguments that are checked: one packed decoder on the CPU."""
-    out = torch.empty(num_bags(offsets, include_last_offset), handle.dim)
+    out = torch.empty(num_bags(offsets, include_last_offset), handle.dim, dtype=torch.float32)
     _C.dhe_bag(
         handle,
         indices,
@@ -256,7 +256,7 @@ def _dhe_bag_multi(
     batch = _csr.batch_size(offsets, num_features)
     if indices.is_cpu and native(*weights):
         handles = [decoder(*stack, family, activation, last_activation) for stack in stacks]
-        out = torch.empty(batch, sum(handle.dim for handle in handles))
+        out = torch.empty(batch, sum(handle.dim for handle in handles), dtype=torch.float32)
         return run_dhe_bag_multi(
             handles, indices, offsets, mode, per_sample_weights, out, None, features, num_features
         )

@@ -242,6 +242,8 @@ class Network {
     double variance = 0;
     if (precision_ == Precision::float16) {
       for (int64_t i = 0; i < inputs; ++i) variance += std::pow(w[i] * 0x1p-10 * x[i].value, 2) / 12;
+    } else if (precision_ == Precision::bfloat16) {  // the input is rounded as the weight is
+      for (int64_t i = 0; i < inputs; ++i) variance += 2 * std::pow(w[i] * 0x1p-7 * x[i].value, 2) / 12;
     } else if (precision_ == Precision::int8 && l == 0) {
       float largest = 0;
       for (int64_t i = 0; i < inputs; ++i) largest = std::max(largest, std::fabs(w[i]));

@@ -130,6 +130,7 @@ void test_precisions(const std::string& isa) {
     HashFamily family;
   };
   for (const Kind& kind : {Kind{"float16", Precision::float16, HashFamily::universal},
+                           Kind{"bfloat16", Precision::bfloat16, HashFamily::universal},
                            Kind{"int8, u7", Precision::int8, HashFamily::u7},
                            Kind{"int8, universal", Precision::int8, HashFamily::universal},
                            Kind{"lut, sign", Precision::lut, HashFamily::sign}}) {

@@ -7,7 +7,7 @@ import pytest
 from conftest import run_command
 
 # Model: the best ISA that it can run.
-MODELS = {"spr": "avx512vnni", "icl": "avx512vnni", "skx": "avx512", "hsw": "avx2"}
+MODELS = {"spr": "avx512bf16", "icl": "avx512vnni", "skx": "avx512", "hsw": "avx2"}
 
 
 def report(done: subprocess.CompletedProcess) -> int:
@@ -35,7 +35,9 @@ def test_on_emulated_cpu(kernel_build, emulate, cpu):
         assert f"{MODELS[cpu]} {kernels}" in done.stdout
 
 
-@pytest.mark.parametrize(("cpu", "isa"), [("hsw", "avx512"), ("hsw", "avx512vnni"), ("skx", "avx512vnni")])
+@pytest.mark.parametrize(
+    ("cpu", "isa"), [("hsw", "avx512"), ("hsw", "avx512vnni"), ("skx", "avx512vnni"), ("icl", "avx512bf16")]
+)
 def test_an_isa_is_not_reached_without_it(kernel_build, emulate, cpu, isa):
     done = emulate(cpu, kernel_build / "kernel_test", isa)
     assert report(done) == 1  # dispatch alone

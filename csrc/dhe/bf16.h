@@ -1,0 +1,77 @@
+// Products of bfloat16 numbers, added up in float32: weights, and the inputs of every layer, rounded to
+// nearest.
+//
+// Weights are packed in pairs of inputs, [outputs / 16][inputs / 2][16][2], for the instruction that
+// multiplies pairs. An ISA without it multiplies the same rounded numbers in float32.
+#pragma once
+#include "common/vec16.h"
+#include "dhe/gemm.h"
+
+namespace mprec::MPREC_ISA {
+
+struct BFloatProduct {
+  using Weight = uint16_t;
+  using Sum = Vec;
+  static constexpr int group = 2, block = block_columns;
+  static constexpr int weight_pitch = 2 * panel_columns, step_pitch = 2;
+  static Vec zero() { return MPREC_ISA::zero(); }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec start(Vec before) { return before; }
+  static Vec finish(Vec sum, Vec, const float*) { return sum; }
+
+#if defined(__AVX512BF16__)
+  using Input = uint16_t;
+  static constexpr int row_pitch = 2 * block_pitch;
+  static constexpr bool unpacks = false;
+  static Vec broadcast_input(const uint16_t* p) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return from_bits(broadcast_int(pair));
+  }
+  static Vec load_weights(const uint16_t* p) { return from_bits(load(reinterpret_cast<const uint32_t*>(p))); }
+  static Vec multiply_add(Vec a, Vec w, Vec sum) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(w.v));
+    return sum;
+  }
+  // Rounds a block of float32 inputs in place: each row's numbers move to its first half. A pair's second
+  // number is 0 where there is none: past the inputs may be anything.
+  static const uint16_t* prepare(float* block, int rows, int inputs) {
+    for (int r = 0; r < rows; ++r) {
+      float* row = block + r * block_pitch;
+      auto* to = reinterpret_cast<BFloat*>(row);
+      for (int j = 0; j < inputs; j += Vec::width) store(to + j, load(row + j));
+      if (inputs % 2) to[inputs].bits = 0;
+    }
+    return reinterpret_cast<const uint16_t*>(block);
+  }
+#else
+  using Input = float;
+  static constexpr int row_pitch = block_pitch;
+  static constexpr bool unpacks = true;
+  static const float* prepare(float* block, int rows, int inputs) {
+    for (int r = 0; r < rows; ++r) {
+      float* row = block + r * block_pitch;
+      for (int j = 0; j < inputs; j += Vec::width) store(row + j, rounded(load(row + j)));
+      if (inputs % 2) row[inputs] = 0;
+    }
+    return block;
+  }
+  static Vec rounded(Vec a) {
+    BFloat one[Vec::width];
+    store(one, a);
+    return load(one);
+  }
+  // `vectors` vectors of columns of so many pairs of inputs, to [input][panel_columns].
+  static void unpack(const uint16_t* weights, int pairs, int vectors, float* out) {
+    for (int k = 0; k < pairs; ++k, weights += weight_pitch, out += 2 * panel_columns)
+      for (int v = 0; v < vectors; ++v) {
+        const Int two = load_pairs(weights + 2 * v * Vec::width);
+        store(out + v * Vec::width, from_bits(two << 16));
+        store(out + panel_columns + v * Vec::width, from_bits(two & broadcast_int(0xffff0000u)));
+      }
+  }
+  static Int load_pairs(const uint16_t* p) { return load(reinterpret_cast<const uint32_t*>(p)); }
+#endif
+};
+
+}  // namespace mprec::MPREC_ISA
