@@ -23,6 +23,7 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import numpy as np
@@ -114,7 +115,7 @@ WORKS = {
 
 
 def prediction_errors(paths, profile, draw, rng) -> list[float]:
-    errors = []
+    errors = []  # of each path at each batch size
     for size in OFF_GRID:
         inputs = [draw(size, rng) for _ in range(15)]
         for path in paths:
@@ -160,25 +161,48 @@ def geometric_mean(times) -> float:
     return float(np.exp(np.mean(np.log(times))))
 
 
-def regret(dispatcher: Dispatcher, sizes, taken) -> dict[str, float | str]:
+@dataclass(frozen=True)
+class Choices:
+    """Seconds of each batch of a stream: as the dispatcher chose, and of every candidate."""
+
+    chosen: list[float]
+    static: dict[str, list[float]]
+    decision_us: float
+
+    @property
+    def oracle(self) -> list[float]:
+        return [min(times) for times in zip(*self.static.values(), strict=True)]
+
+    def best_static(self, over=total) -> str:
+        """The candidate of the least total time (or geometric mean)."""
+        return min(self.static, key=lambda name: over(self.static[name]))
+
+    def row(self) -> dict[str, str | int]:
+        found = {"batches": len(self.chosen)}
+        for label, over in (("total", total), ("geomean", geometric_mean)):
+            best = self.best_static(over)
+            worst = max(over(times) for times in self.static.values())
+            chosen, static = over(self.chosen), over(self.static[best])
+            found |= {
+                f"{label}_regret": f"{chosen / over(self.oracle):.4f}",
+                f"{label}_best_static": best,
+                f"{label}_gain": f"{static / chosen:.4f}",
+                f"{label}_oracle_gain": f"{static / over(self.oracle):.4f}",
+                f"{label}_gain_over_worst": f"{worst / chosen:.4f}",
+            }
+        return found
+
+
+def choices(paths, profile, sizes, taken) -> Choices:
+    """The dispatcher among ``paths`` on a stream of which each candidate's times are known."""
+    dispatcher = Dispatcher(paths, profile, quantile="p50")
     chosen = []
     for size, times in zip(sizes, taken, strict=True):
         name = dispatcher.choose(size, 0.0).name
         dispatcher.observe(name, size, times[name])
         chosen.append(times[name])
-    oracle = [min(times.values()) for times in taken]
-    found = {"batches": len(sizes)}
-    for label, over in (("total", total), ("geomean", geometric_mean)):
-        static = {name: over([times[name] for times in taken]) for name in taken[0]}
-        best = min(static, key=static.get)
-        found |= {
-            f"{label}_regret": over(chosen) / over(oracle),
-            f"{label}_best_static": best,
-            f"{label}_gain": static[best] / over(chosen),
-            f"{label}_oracle_gain": static[best] / over(oracle),
-            f"{label}_gain_over_worst": max(static.values()) / over(chosen),
-        }
-    return found
+    static = {path.name: [times[path.name] for times in taken] for path in paths}
+    return Choices(chosen, static, decision_us(dispatcher))
 
 
 def decision_us(dispatcher: Dispatcher) -> float:
@@ -191,39 +215,46 @@ def decision_us(dispatcher: Dispatcher) -> float:
     return statistics.median(once() for _ in range(25))
 
 
-def measure(name: str, args) -> tuple[list[dict], list[dict]]:
-    """Rows of predictions, and of the stream."""
+def measure(name: str, seconds: float, batches: int) -> tuple[list[float], dict[str, Choices]]:
+    """Errors of predictions off the grid; choices among the kernels, then with the cache."""
     paths, draw = WORKS[name]()
     rng = np.random.default_rng(1)
-    profile = Profile.measure(paths, draw, seconds=args.seconds, conditions=("warm",), clock=clock)
-    sizes = stream_sizes(args.batches, rng)
+    profile = Profile.measure(paths, draw, seconds=seconds, conditions=("warm",), clock=clock)
+    sizes = stream_sizes(batches, rng)
     taken = stream(paths, draw, sizes, rng)
+    errors = [] if name == MIXED else prediction_errors(paths, profile, draw, rng)
+    kernels = [p for p in paths if "Cache" not in p.name]
+    subsets = {"kernels": kernels} if len(kernels) == len(paths) else {"kernels": kernels, "and cache": paths}
+    return errors, {label: choices(some, profile, sizes, taken) for label, some in subsets.items()}
+
+
+def rows(name: str, args) -> tuple[list[dict], list[dict]]:
+    """Rows of predictions, and of the stream."""
+    errors, found = measure(name, args.seconds, args.batches)
     predictions = []
-    if name != MIXED:
-        errors = prediction_errors(paths, profile, draw, rng)
+    if errors:
         predictions.append(
             {
                 "work": name,
                 "clock": args.clock,
                 "off_grid": " ".join(map(str, OFF_GRID)),
                 "cells": len(errors),
-                "error_median": f"{statistics.median(errors):.4f}",
+                "error_median": f"{np.median(errors):.4f}",
                 "error_p95": f"{np.quantile(errors, 0.95):.4f}",
                 "error_max": f"{max(errors):.4f}",
             }
         )
-    # Kernels alone first: then everything that answers equally.
-    kernels = [p for p in paths if "Cache" not in p.name]
-    subsets = {"kernels": kernels} if len(kernels) == len(paths) else {"kernels": kernels, "and cache": paths}
-    rows = []
-    for label, subset in subsets.items():
-        dispatcher = Dispatcher(subset, profile, quantile="p50")
-        names = {p.name for p in subset}
-        found = regret(dispatcher, sizes, [{n: t for n, t in b.items() if n in names} for b in taken])
-        found = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in found.items()}
-        cost = f"{decision_us(dispatcher):.3f}"
-        rows.append({"work": name, "candidates": label, "clock": args.clock, **found, "decision_us": cost})
-    return predictions, rows
+    regrets = [
+        {
+            "work": name,
+            "candidates": label,
+            "clock": args.clock,
+            **c.row(),
+            "decision_us": f"{c.decision_us:.3f}",
+        }
+        for label, c in found.items()
+    ]
+    return predictions, regrets
 
 
 def show(title: str, rows: list[dict]) -> None:
@@ -254,14 +285,14 @@ def main() -> None:
         works = [name for name in works if "MovieLens" not in name]
     if not works:
         parser.error(f"--only: nothing to run is called {args.only!r}")
-    found = [measure(name, args) for name in works]
-    predictions, rows = ([row for parts in found for row in parts[i]] for i in (0, 1))
+    found = [rows(name, args) for name in works]
+    predictions, regrets = ([row for parts in found for row in parts[i]] for i in (0, 1))
     if predictions:
         show(f"predictions, {args.threads} thread(s)", predictions)
-    show(f"choices, {args.threads} thread(s)", rows)
+    show(f"choices, {args.threads} thread(s)", regrets)
     if not args.no_csv:
         print(harness.append_csv("prediction", predictions))
-        print(harness.append_csv("regret", rows))
+        print(harness.append_csv("regret", regrets))
 
 
 if __name__ == "__main__":

@@ -88,10 +88,23 @@ def static_part(args) -> int:
             "triton": __import__("triton").__version__,
             "launches": rows,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"\nwritten: {path}")
+        with opened(path, "w") as file:
+            file.write(json.dumps(document, indent=1) + "\n")
     return 1 if failures else 0
+
+
+def opened(path: Path, mode: str):
+    """The file to write results to: `path`, or one in the temporary folder where that cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open(mode, newline="")
+    except OSError as error:
+        print(f"\n{path} cannot be written: {error}")
+        handle, name = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=path.suffix)
+        file = os.fdopen(handle, "w", newline="")
+        path = Path(name)
+    print(f"\nwriting {path}")
+    return file
 
 
 def line_of(name: str, facts: dict) -> str:
@@ -122,7 +135,11 @@ def timings(args) -> int:
         catalogue.FEATURES, catalogue.SHRINK = 2, 16
     ceilings = measure_ceilings(device)
     print(f"ceilings: {ceilings[0] / 1e12:.1f} TFLOP/s (bf16 product), {ceilings[1] / 1e9:.0f} GB/s (copy)\n")
-    rows = []
+    path = args.output or (Path(os.devnull) if args.interpret else RESULTS / "gpu.csv")
+    file = opened(path, "a")
+    writer = csv.DictWriter(file, FIELDS)
+    if not file.tell():
+        writer.writeheader()
     stamp = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": name,
@@ -136,21 +153,13 @@ def timings(args) -> int:
             if args.tune:
                 tune(case, samples, device)
             for row in case_rows(case, samples, device, ceilings):
-                rows.append({**stamp, "case": case.name, "samples": samples, **row})
+                writer.writerow({**stamp, "case": case.name, "samples": samples, **row})
+                file.flush()  # what is measured stays, whatever happens next
                 failures += row["note"].startswith("error")
                 print(f"{case.name:42} {samples:5} {row['candidate']:14} {row['mode']:6}"
                       f" {row['p50_us']:>10} us  roofline {row['roofline_share']:>6}"
                       f"  {row['note']}", flush=True)  # fmt: skip
-    path = args.output or (None if args.interpret else RESULTS / "gpu.csv")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if fresh:
-                writer.writeheader()
-            writer.writerows(rows)
-        print(f"\nwritten: {path}")
+    file.close()
     print(f"{failures} failures" if failures else "no failures")
     return 1 if failures else 0
 
@@ -246,13 +255,16 @@ def case_rows(case, samples: int, device, ceilings):
             candidates["torch"] = work.reference
             if device.type == "cuda":
                 candidates["torch.compile"] = torch.compile(work.reference)
-        if case.peer is not None and (peer := case.peer(device, samples)) is not None:
-            candidates["fbgemm"] = peer
         floor = max(work.flops / ceilings[0], work.bytes / ceilings[1])
         error = deviation(work)
     except Exception as failure:
         yield row_of("mprec", "call", note=f"error: {type(failure).__name__}: {str(failure)[:120]}")
         return
+    try:
+        if case.peer is not None and (peer := case.peer(device, samples)) is not None:
+            candidates["fbgemm"] = peer
+    except Exception as failure:  # a release that is made otherwise, say
+        yield row_of("fbgemm", "call", note=f"not possible: {type(failure).__name__}: {str(failure)[:120]}")
     clock = stopwatch(device)
     for candidate, call in candidates.items():
         for mode in ("call", "graph"):

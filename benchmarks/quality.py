@@ -1,4 +1,5 @@
-"""Quality of each representation: one model each, and all four in one multi-path model.
+"""Quality of each representation: one model each, and all four in one multi-path model; of tables also with
+rows of 8 and 4 bits.
 
     python benchmarks/quality.py --data movielens --seeds 3
 
@@ -13,17 +14,18 @@ import harness
 import torch
 
 from mprec import data
-from mprec.nn import DheConfig
-from mprec.training import MULTI_PATH, REPRESENTATIONS, TrainOptions, train_representations
+from mprec.nn import DheConfig, QuantizedEmbeddingBagCollection
+from mprec.training import MULTI_PATH, REPRESENTATIONS, TrainOptions, evaluate, train_representations
 
 
 def rows_of(dataset, name: str, seed: int, args: argparse.Namespace) -> list[dict]:
     options = TrainOptions(epochs=args.epochs, batch_size=args.batch_size, seed=seed)
     dhe = DheConfig(k=args.k, hidden=(128,), family=args.family, seed=seed)
-    metadata = train_representations(dataset, [name], options, split=args.split, dim=args.dim, dhe=dhe)[
-        name
-    ].metadata
+    trained = train_representations(dataset, [name], options, split=args.split, dim=args.dim, dhe=dhe)[name]
+    metadata = trained.metadata
     paths = metadata["paths"] if name == MULTI_PATH else {name: metadata["metrics"]}
+    if name == "table":
+        paths |= quantized(trained.model, dataset, args.split)
     return [
         {
             "data": dataset.name,
@@ -45,6 +47,18 @@ def rows_of(dataset, name: str, seed: int, args: argparse.Namespace) -> list[dic
         }
         for path, found in paths.items()
     ]
+
+
+def quantized(model, dataset, split: str | None) -> dict[str, dict]:
+    """Metrics of the trained model with its tables' rows in fewer bits."""
+    _, valid, test = dataset.split(by=split)
+    exact, found = model.embeddings, {}
+    for precision in ("int8", "int4"):
+        model.embeddings = QuantizedEmbeddingBagCollection(exact, tables=precision)
+        parts = {"valid": valid, "test": test}
+        found[f"table[{precision}]"] = {n: evaluate(model, part).to_dict() for n, part in parts.items()}
+    model.embeddings = exact
+    return found
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 The gradient of a table is a few rows. torch lays it out as a sparse tensor, coalesces it and then walks it
 again to update the rows; here one native pass sorts the IDs, sums each row's gradient in registers and
-updates the row (see ``csrc/gradient/README.md``). Nothing of the table's size is ever written.
+updates the row (see ``csrc/gradient/README.md``). Nothing of the table's size is ever written. Tables on
+CUDA: SGD and RowWiseAdagrad, by Triton kernels.
 
 An optimizer of this module takes over the tables that it is given: from then on ``loss.backward()`` updates
 them, their ``.grad`` stays ``None`` and ``step()`` has nothing left to do for them. So a backward pass is a
@@ -51,6 +52,8 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     _rule: str
     _states: tuple[str, ...] = ()
+    #: Its operator for CUDA tables, with the names of its hyperparameters; None: it has none.
+    _on_device: tuple[str, tuple[str, ...]] | None = None
 
     def __init__(self, params: Iterable, defaults: dict):
         for name in ("lr", "eps"):
@@ -65,11 +68,12 @@ class _TableOptimizer(torch.optim.Optimizer):
             self._init_state(weight, group)
             fused.attach(weight, self)
 
-    @staticmethod
-    def _check(weight: Tensor) -> None:
-        if weight.dim() != 2 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    @classmethod
+    def _check(cls, weight: Tensor) -> None:
+        devices = ("cpu",) if cls._on_device is None else ("cpu", "cuda")
+        if weight.dim() != 2 or weight.dtype != torch.float32 or weight.device.type not in devices:
             raise ValueError(
-                "params: expected float32 tables [rows, dim] on the CPU, got "
+                f"params: {cls.__name__} expects float32 tables [rows, dim] on {' or '.join(devices)}, got "
                 f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
             )
         if not weight.is_contiguous():
@@ -94,11 +98,14 @@ class _TableOptimizer(torch.optim.Optimizer):
         padding_idx: int,
         grad: Tensor,
         columns: Sequence[int] | None = None,
+        features: Sequence[int] = (0,),
+        num_features: int = 1,
     ) -> None:
         """Update `weights` with the gradient `grad` [B, total] of their pooled output.
 
         `indices`, `offsets` (T·B or T·B+1 of them), `per_sample_weights` [n] and `mode` are those of the
         forward pass; table t's gradient stands at columns ``columns[t]`` and on (side by side if None).
+        On CUDA the batch may hold other features too: those of the tables are `features` of `num_features`.
         Called by the backward pass of ``mprec.ops``. All tables must belong to one parameter group and have
         taken equally many steps; ``mprec.ops.fused`` sees to that.
         """
@@ -107,6 +114,17 @@ class _TableOptimizer(torch.optim.Optimizer):
         for state in states:
             state["step"] += 1
         lr, eps, beta1, beta2 = self._hyperparameters(group, int(states[0]["step"].item()))
+        if weights[0].is_cuda:
+            name, hyperparameters = self._on_device
+            if len(offsets) == num_features * len(grad):  # without the last one
+                offsets = torch.nn.functional.pad(offsets, (0, 1), value=len(indices))
+            getattr(torch.ops.mprec, name)(
+                weights, *([state[key] for state in states] for key in self._states), grad, indices, offsets,
+                mode, per_sample_weights, padding_idx, features, num_features, columns or [0],
+                *({"lr": lr, "eps": eps}[key] for key in hyperparameters),
+            )  # fmt: skip
+            torch.autograd.graph.increment_version(weights)
+            return
         _C.update_tables(
             list(weights),
             [state[self._states[0]] for state in states] if self._states else None,
@@ -157,8 +175,8 @@ class _TableOptimizer(torch.optim.Optimizer):
                 if weight.grad.is_sparse:
                     rows, values = weight.grad._indices()[0], weight.grad._values()
                 else:
-                    rows, values = torch.arange(len(weight)), weight.grad
-                each = torch.arange(len(rows))
+                    rows, values = torch.arange(len(weight), device=weight.device), weight.grad
+                each = torch.arange(len(rows), device=weight.device)
                 self.apply_bags([weight], rows.contiguous(), each, None, 0, -1, values.contiguous())
         return loss
 
@@ -167,6 +185,7 @@ class SGD(_TableOptimizer):
     """Stochastic gradient descent, ``w -= lr·g``; as ``torch.optim.SGD`` without momentum."""
 
     _rule = "sgd"
+    _on_device = "table_sgd_", ("lr",)
 
     def __init__(self, params: Iterable, lr: float = 1e-3):
         super().__init__(params, {"lr": lr})
@@ -216,13 +235,14 @@ class RowWiseAdagrad(_TableOptimizer):
 
     _rule = "rowwise_adagrad"
     _states = ("sum",)
+    _on_device = "table_rowwise_adagrad_", ("lr", "eps")
 
     def __init__(self, params: Iterable, lr: float = 1e-2, eps: float = 1e-8):
         super().__init__(params, {"lr": lr, "eps": eps})
 
     def _init_state(self, weight: Tensor, group: dict) -> None:
         self.state[weight]["step"] = torch.tensor(0.0)
-        self.state[weight]["sum"] = torch.zeros(len(weight), 1)
+        self.state[weight]["sum"] = torch.zeros(len(weight), 1, device=weight.device)
 
 
 class Adam(_TableOptimizer):

@@ -28,6 +28,17 @@ def test_static_part(tmp_path):
     assert kernels == {"lookup_kernel", "list_kernel"}
 
 
+def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    out = run("--interpret", "--no-tests", "--samples", 1, "--cases", "row_cache", "--output",
+              tmp_path / "file" / "gpu.csv")  # fmt: skip
+    assert "cannot be written" in out
+    written = Path(out.split("writing ")[1].split()[0])
+    rows = list(csv.DictReader(written.open()))
+    written.unlink()
+    assert {row["candidate"] for row in rows} == {"mprec", "torch"}
+
+
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     path = tmp_path / "gpu.csv"
@@ -36,8 +47,9 @@ def test_rehearsal(tmp_path):
     rows = list(csv.DictReader(path.open()))
     measured = {(row["case"], row["samples"], row["mode"]) for row in rows if row["candidate"] == "mprec"}
     assert len(measured) > 80
-    assert all(float(row["p50_us"]) > 0 for row in rows)
-    assert not any(row["note"] for row in rows)
+    own = [row for row in rows if row["candidate"] != "fbgemm"]  # which has not every dtype on every device
+    assert all(float(row["p50_us"]) > 0 for row in own)
+    assert not any(row["note"] for row in own)
 
 
 def test_committed_results_cover_the_catalogue():

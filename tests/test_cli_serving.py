@@ -87,8 +87,12 @@ def test_profile_writes_shows_and_draws(checkpoints, tmp_path, capsys):
     assert "samples" in text
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     content = call_json(capsys, "profile", "--show", file, "--png", picture)
-    assert {1, 8, 64} <= set(content["cells"]["dhe"]["warm"]["batch_sizes"])
-    assert content["prediction_error"]["batch_sizes"] == [4, 32]
+    measured = set(content["cells"]["dhe"]["warm"]["batch_sizes"])
+    assert {1, 8, 64} <= measured
+    # The error is told between grid points, unless latency was found crooked there and measured.
+    checked = set(content["prediction_error"]["batch_sizes"]) if content["prediction_error"] else set()
+    assert checked | (measured & {4, 32}) == {4, 32}
+    assert not checked & measured
 
 
 def test_profile_goes_to_the_cache_folder_by_default(checkpoints, capsys):
@@ -171,6 +175,20 @@ def test_plan_for_simulated_devices_says_so(tmp_path, capsys):
     assert call_json(capsys, "plan", *arguments)["simulated"] is True
     spread = call_json(capsys, "plan", *arguments, "--device", device, "--spread")
     assert len(spread["plans"]) == 1
+    assert spread["plans"]["G+G"][0]["simulated"] is True
+
+
+def test_plan_takes_precisions_and_shapes_by_vocabulary(tmp_path, capsys):
+    device = tmp_path / "small.json"
+    device.write_text(
+        json.dumps({"name": "S", "memory_bytes": 4e8, "flops_per_s": 1e13, "bytes_per_s": 1e12})
+    )
+    quality = "table=0.79,table[int4]=0.789,dhe:sized=0.78"
+    result = call_json(capsys, "plan", "--device", device, "--features", "kaggle", "--quality", quality)
+    best = result["plans"]["S"][0]
+    assert best["bytes"] <= 4e8
+    assert {row["choice"] for row in best["rows"]} == {"table", "table[int4]", "dhe:sized"}
+    assert {row["precision"] for row in best["rows"]} == {"float32", "int4"}
 
 
 @pytest.mark.parametrize(

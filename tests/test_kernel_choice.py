@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch
-from mprec.dispatch import kernel_candidates, tune_kernels
-from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, KernelOptions
+from mprec.dispatch import Profile, kernel_candidates, kernels, tune_kernels
+from mprec.errors import IdOutOfRangeError
+from mprec.nn import DeepHashEmbeddingBag, DheConfig, EmbeddingBagCollection, FeatureConfig, KernelOptions
 
 DHE = DheConfig(k=32, hidden=(16,))
 FEATURES = [
@@ -34,8 +36,42 @@ def test_candidates_are_data():
         "4 threads": KernelOptions(4),
         "6 threads": KernelOptions(6),
     }
+    assert kernel_candidates(True, 1, has_cache=True) == {
+        "1 thread, all IDs": KernelOptions(1, False, False),
+        "1 thread, equal IDs once": KernelOptions(1, True, False),
+        "1 thread, cache": KernelOptions(1, None, True),
+    }
     with pytest.raises(ValueError, match="threads"):
         kernel_candidates(True, 0)
+
+
+def test_a_cache_is_chosen_where_it_pays():
+    """By a clock on which looking up costs more than decoding, but for large batches."""
+    now = [0.0]
+
+    class Timed(CachedEmbeddingBagCollection):
+        def forward(self, indices, offsets, per_sample_weights=None):
+            size = (len(offsets) - 1) // len(FEATURES)
+            options = self.kernel(size)
+            now[0] += 1e-5 + 1e-6 * size if options.cache else 2e-6 * size
+            calls = self.stats().calls
+            out = super().forward(indices, offsets, per_sample_weights)
+            assert (self.stats().calls > calls) == options.cache
+            return out
+
+    collection = EmbeddingBagCollection(FEATURES)
+    cached = Timed(collection, 1 << 14)
+    clock = {"min_rounds": 1, "clock": lambda: now[0]}
+    tuned = tune_kernels(cached, draw, (1, 4, 16, 64), seconds=1e-3, threads=1, **clock)[""]
+    assert [tuned(size).cache for size in (1, 9, 11, 1000)] == [False, False, True, True]
+    batch = draw(20, np.random.default_rng(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            cached(batch.indices, batch.offsets),
+            collection(batch.indices, batch.offsets),
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 300])
@@ -56,17 +92,16 @@ def test_options_do_not_change_a_result(batch_size):
 def test_the_fastest_candidate_is_used_at_every_size():
     """By a clock on which one thread is fast for small batches and two for large ones."""
     now = [0.0]
-    collection = EmbeddingBagCollection(FEATURES)
-    real = EmbeddingBagCollection.forward
 
-    def timed(self, indices, offsets, per_sample_weights=None):
-        size = (len(offsets) - 1) // len(FEATURES)
-        options = self.kernel(size)
-        now[0] += (1e-5 if options.threads == 1 else 4e-5) + 1e-6 * size / options.threads
-        now[0] += 1e-6 if options.dedupe else 0.0
-        return real(self, indices, offsets, per_sample_weights)
+    class Timed(EmbeddingBagCollection):
+        def forward(self, indices, offsets, per_sample_weights=None):
+            size = (len(offsets) - 1) // len(FEATURES)
+            options = self.kernel(size)
+            now[0] += (1e-5 if options.threads == 1 else 4e-5) + 1e-6 * size / options.threads
+            now[0] += 1e-6 if options.dedupe else 0.0
+            return super().forward(indices, offsets, per_sample_weights)
 
-    collection.forward = timed.__get__(collection)
+    collection = Timed(FEATURES)
     tuned = tune_kernels(
         torch.nn.Sequential(collection),
         draw,
@@ -96,6 +131,92 @@ def test_a_failed_tuning_leaves_the_model_as_it_was():
     assert collection.kernel is None
     with pytest.raises(ValueError, match="EmbeddingBagCollection"):
         tune_kernels(torch.nn.Linear(1, 1), draw)
+
+
+BAG = {"mode": "mean", "include_last_offset": True, "num_embeddings": 1000}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda kernel: EmbeddingBagCollection(FEATURES, kernel=kernel),
+        lambda kernel: DeepHashEmbeddingBag(8, DHE, kernel=kernel, **BAG),
+        lambda kernel: DeepHashEmbeddingBag(8, DHE, kernel=kernel, padding_idx=3),
+    ],
+)
+def test_auto_measures_at_the_first_call_without_gradients_and_keeps_the_profile(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_AUTO_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "BATCH_SIZES", (1, 8))
+    torch.manual_seed(0)
+    module = make("auto")
+    torch.manual_seed(0)
+    plain = make(None)
+    count = len(getattr(module, "features", [0]))
+    ids, offsets = torch.randint(50, (count * 5,)) % 20, torch.arange(count * 5 + 1)
+    module(ids, offsets).sum().backward()
+    assert module.kernel == "auto"  # training measures nothing
+    assert not list(tmp_path.rglob("*.json"))
+    with torch.no_grad():
+        out, expected = module(ids, offsets), plain(ids, offsets)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    (file,) = tmp_path.rglob("profile-*.json")
+    assert len(module.kernel.choices) == 8
+
+    def measured_again(*args, **options):
+        raise AssertionError("a kept profile is not measured again")
+
+    monkeypatch.setattr(Profile, "measure", measured_again)
+    again = make("auto")
+    with torch.no_grad():
+        again(ids, offsets)
+        with pytest.raises(IdOutOfRangeError):
+            again(-1 - ids, offsets)
+    assert again.kernel.choices == module.kernel.choices
+    assert Profile.load(file).cells == module.kernel.profile.cells
+
+
+def test_auto_does_without_a_cache_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(kernels, "_AUTO_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "BATCH_SIZES", (1,))
+    collection = EmbeddingBagCollection(FEATURES, kernel="auto")
+    batch = draw(2, np.random.default_rng(0))
+    with torch.no_grad():
+        collection(batch.indices, batch.offsets)
+    assert len(collection.kernel.choices) == 1
+
+
+def test_what_is_no_kernel():
+    for make in (
+        lambda k: EmbeddingBagCollection(FEATURES, kernel=k),
+        lambda k: DeepHashEmbeddingBag(8, kernel=k),
+    ):
+        with pytest.raises(ValueError, match="kernel: expected"):
+            make("fast")
+
+
+def test_a_bag_runs_as_its_kernel_says():
+    asked = []
+    options = lambda samples: asked.append(samples) or KernelOptions(2, True)  # noqa: E731
+    bag = DeepHashEmbeddingBag(8, DHE, kernel=options)
+    with torch.no_grad():
+        bag(torch.tensor([1, 2, 1]), torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="per_sample_weights"):
+            bag(torch.tensor([1, 2]), torch.tensor([0, 1]), torch.ones(3))
+    assert asked == [2, 2]
+
+
+def test_batches_drawn_for_auto_are_zipf():
+    batch = kernels._zipf_batches([3, 1 << 20])(20_000, np.random.default_rng(0))
+    first, second = batch.indices.split(20_000)
+    assert first.min() >= 0
+    assert first.max() < 3
+    _, counts = torch.unique(second, return_counts=True)
+    shares = counts.sort(descending=True).values.double() / 20_000
+    weights = torch.arange(1, (1 << 20) + 1).double() ** -1.05
+    assert shares[:100].sum() == pytest.approx(float(weights[:100].sum() / weights.sum()), abs=0.05)
 
 
 def test_a_tuned_model_still_trains_exports_and_copies():

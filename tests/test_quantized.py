@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mprec import reference
-from mprec.errors import IdOutOfRangeError, InvalidOffsetsError
+from mprec.errors import DeviceError, IdOutOfRangeError, InvalidOffsetsError
 from mprec.names import MODES
 from mprec.nn import (
     DheConfig,
@@ -153,5 +153,5 @@ def test_bad_input():
         quantized(torch.tensor([1, 2, 1]), torch.tensor([0, 1, 3]))
     with pytest.raises(TypeError, match="expected int64 or int32"):
         quantized(torch.tensor([1.0, 2, 1]), torch.tensor([0, 1, 2, 3]))
-    with pytest.raises(NotImplementedError, match="on the CPU"):
+    with pytest.raises(DeviceError, match="indices is on meta"):
         quantized(torch.empty(3, dtype=torch.int64, device="meta"), torch.tensor([0, 1, 2, 3]))

@@ -5,10 +5,12 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from dispatch_fakes import fake_profile
 from rich.console import Console
 
 from mprec import report
 from mprec.cli import report as report_command
+from mprec.report import latency
 
 
 def _result() -> dict:
@@ -121,3 +123,16 @@ def test_command_refuses_what_is_no_result(tmp_path, content):
     report_command.add_arguments(parser)
     with pytest.raises((ValueError,), match=r"result\.json"):
         report_command.run(parser.parse_args([str(source)]))
+
+
+def test_chart_of_a_latency_that_falls_with_the_batch():
+    """As where a second thread sets in: the extremes are not the curve's ends."""
+    profile = fake_profile({"dhe": (1e-4, 1e-6)}, batch_sizes=(1, 8, 64))
+    cell = profile.cells["dhe"]["warm"]
+    for quantile in ("p50", "p95", "p99"):
+        cell[quantile] = [2e-4, 9e-4, 1e-4]
+    lines = latency.text_chart(profile, width=40, height=9).splitlines()
+    assert lines[0].startswith("    0.9 ms")
+    assert lines[8].startswith("    0.1 ms")
+    assert "a" in lines[0]
+    assert lines[8].endswith("a")

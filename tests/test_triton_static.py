@@ -4,6 +4,8 @@ import pytest
 import torch
 from mprec.triton_kernels import catalogue, static
 
+from mprec.ops import _cuda_dhe
+
 CPU = torch.device("cpu")
 CASES = {case.name: case for case in catalogue.CASES}
 # one of each kind in the quick run; the others take minutes
@@ -61,6 +63,20 @@ def test_hashes_cost_few_instructions():
     short, long = facts["slots_per_hash"]
     assert short <= 16
     assert long <= 24  # IDs of more than 30 bits
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_gates_of_one_feature(target):
+    """Whose tensors are arguments of the launch, and not in a table."""
+    weights, biases = [torch.zeros(128, 1024), torch.zeros(16, 128)], [torch.zeros(128), torch.zeros(16)]
+    stack = [[tensor.bfloat16() for tensor in part] for part in (weights, biases)]
+    bags = torch.zeros(4096, dtype=torch.int64), torch.arange(4096)
+    with static.recorded(target) as recorded:
+        hashes = torch.ones(4, 1024, dtype=torch.int32)
+        _cuda_dhe.dhe_bag(*bags, hashes, *stack, "universal", "relu", "sigmoid")
+    assert [launch.kernel for launch in recorded] == ["fused_kernel", "embedding_bag_kernel"]
+    for launch in recorded:
+        check(static.describe(launch, target))
 
 
 @pytest.mark.slow

@@ -36,7 +36,10 @@ def path_of(device: torch.device) -> Path:
 
 def key_of(count: int, k: int, widths: Sequence[int], dtype: torch.dtype, family: str) -> str:
     """What a measurement holds for: a decoder's shape, its type, and the count to the next power of two."""
-    return f"{1 << (count - 1).bit_length()} {'-'.join(map(str, [k, *widths]))} {str(dtype)[6:]} {family}"
+    bucket = 1
+    while bucket < count:  # by comparisons, which a count that is being traced can answer
+        bucket *= 2
+    return f"{bucket} {'-'.join(map(str, [k, *widths]))} {str(dtype)[6:]} {family}"
 
 
 def remembered(device: torch.device, key: str) -> Steps | None:
@@ -109,7 +112,10 @@ def tune(
 def _keep(path: Path, key: str, steps: Steps) -> None:
     entries = _load(path)
     entries[key] = steps
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(entries, indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(entries, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:  # this process has them all the same
+        warnings.warn(f"mprec: tuned tile sizes cannot be kept in {path}: {error}", stacklevel=3)

@@ -137,10 +137,14 @@ def embedding_bag_case(dim, dtype, kind=embedding_bag.FLOAT, pooling=1, rows=100
         try:
             from fbgemm_gpu import split_table_batched_embeddings_ops_common as common
             from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
+            from fbgemm_gpu.split_embedding_configs import SparseType
         except ImportError:
             return None
-        where = common.EmbeddingLocation.DEVICE, training.ComputeDevice.CUDA
-        precision = common.SparseType.from_dtype(dtype)
+        if device.type == "cuda":
+            where = common.EmbeddingLocation.DEVICE, training.ComputeDevice.CUDA
+        else:
+            where = common.EmbeddingLocation.HOST, training.ComputeDevice.CPU
+        precision = SparseType.from_dtype(dtype)
         bags = training.SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, dim, *where)] * FEATURES,
             weights_precision=precision,
@@ -217,6 +221,37 @@ def dhe_gradient_case(k, width, dtype) -> Case:
     return Case(f"dhe gradient {k}-{width} {str(dtype)[6:]}", make)
 
 
+def later_layer_gradient_case(k, width, dtype) -> Case:
+    """What a layer after the first costs on the way back: its inputs' gradient, its weights' and biases'."""
+
+    def make(device, samples):
+        return call(device, samples, k // SHRINK, width // SHRINK)
+
+    def call(device, samples, k, width):
+        generator = torch.Generator().manual_seed(0)
+        n, features = samples * FEATURES, list(range(FEATURES))
+        offsets = (torch.arange(FEATURES + 1) * samples).to(device)
+        inputs = torch.randn(n, k, generator=generator).to(dtype).to(device)
+        upstream = torch.randn(n, width, generator=generator).to(dtype).to(device)
+        weights = [torch.randn(width, k, generator=generator).to(dtype).to(device) for _ in features]
+        back = torch.empty_like(inputs)
+
+        def run():
+            dhe.layer_grouped(upstream, offsets, 1, features, weights, None, back)
+            return [back, *dhe_gradient.layer_gradients(
+                inputs, None, upstream, offsets, 1, features, "universal"
+            )]  # fmt: skip
+
+        def reference():
+            z, x = upstream.view(FEATURES, samples, width), inputs.view(FEATURES, samples, k)
+            return [torch.bmm(z, torch.stack(weights)).view(n, k), torch.bmm(z.mT, x), z.sum(1)]
+
+        moved = n * (2 * k + width) * dtype.itemsize
+        return Call(run, 4.0 * n * k * width, moved, reference)
+
+    return Case(f"layer gradient {k}-{width} {str(dtype)[6:]}", make)
+
+
 def row_cache_case(dim, dtype, hot_share=0.5) -> Case:
     def make(device, samples):
         generator = torch.Generator().manual_seed(0)
@@ -254,5 +289,6 @@ CASES: list[Case] = [
     embedding_bag_case(64, _F32, pooling=20),
     *(gradient_case(64, action) for action in (gradient.STORE, gradient.SGD, gradient.ROWWISE_ADAGRAD)),
     *(dhe_gradient_case(1024, 512, dtype) for dtype in (_BF16, _F32)),
+    *(later_layer_gradient_case(512, 256, dtype) for dtype in (_BF16, _F32)),
     row_cache_case(64, _F32),
 ]

@@ -35,9 +35,18 @@ def load_bias(bias, n, N: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight, n, k, N: tl.constexpr, K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr):
-    """[BK, BN]: the transposed tile (rows n, columns k) of a contiguous weight [N, K], zero outside."""
-    where = weight + n[None, :] * K + k[:, None]
+def load_weight(
+    weight, n, k, N: tl.constexpr, K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BACKWARD: tl.constexpr = False,
+):  # fmt: skip
+    """[BK, BN]: the transposed tile (rows n, columns k) of a contiguous weight [N, K], zero outside.
+
+    BACKWARD: the tile as it is (rows k, columns n) of a weight [K, N].
+    """
+    if BACKWARD:
+        where = weight + k[:, None] * N + n[None, :]
+    else:
+        where = weight + n[None, :] * K + k[:, None]
     if EVEN_N and EVEN_K:
         return tl.load(where)
     elif EVEN_N:

@@ -30,8 +30,9 @@ from mprec.names import ACTIVATIONS, FAMILIES
 
 from . import autotune
 from .dense import activate, dot_precision, load_bias, load_weight
-from .grouped import count_tiles, device_table, find_tile, lanes, pointer, programs
+from .grouped import address, count_tiles, device_table, find_tile, lanes, programs
 from .hashing import encode, is_narrow
+from .launching import launchable
 from .tuning import fused_config, layer_config, target_of, tile_width
 
 # Columns of a group's pointer table: feature, coefficients, then weight and bias of each layer.
@@ -42,7 +43,7 @@ _FIRST_WEIGHT = 2
 def _product(
     rows, source, weight, n, K: tl.constexpr, N: tl.constexpr, FAMILY: tl.constexpr, HASHED: tl.constexpr,
     WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BACKWARD: tl.constexpr = False,
 ):  # fmt: skip
     """left @ weight[n]^T in float32 [BM, BN], the left operand in the weight's type.
 
@@ -58,7 +59,7 @@ def _product(
             left = tl.load(source + rows * K + k[None, :])
         else:
             left = tl.load(source + rows * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-        tile = load_weight(weight, n, k, N, K, N % BN == 0, EVEN_K)
+        tile = load_weight(weight, n, k, N, K, N % BN == 0, EVEN_K, BACKWARD)
         accumulator = tl.dot(left, tile, accumulator, input_precision=PRECISION)
     return accumulator
 
@@ -94,22 +95,27 @@ def _two_or_three_layers(
 
 @triton.jit(do_not_specialize=["batch", "count"])
 def layer_kernel(
-    inputs, table, offsets, out, batch, count, stride_out: tl.constexpr,
+    inputs, table, hashes, w, b, offsets, out, batch, count, stride_out: tl.constexpr,
     T: tl.constexpr, LANES: tl.constexpr, STRIDE: tl.constexpr, COLUMN: tl.constexpr, DTYPE: tl.constexpr,
     K: tl.constexpr, N: tl.constexpr, FAMILY: tl.constexpr, HASHED: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """out[i, :N] = activation(left[i] @ weight^T + bias); left is hashed from inputs[i], or is inputs[i]."""
+    """out[i, :N] = activation(left[i] @ weight^T + bias); left is hashed from inputs[i], or is inputs[i].
+
+    BACKWARD: out[i, :N] = inputs[i] @ weight, the way gradients go; no bias.
+    The tensors of a group are in `table`; those of one feature alone are `hashes`, `w` and `b`.
+    """
     ACROSS: tl.constexpr = (N + BN - 1) // BN
     tiles = count_tiles(offsets, table, batch, count, T, STRIDE, LANES, BM) * ACROSS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         member, first, stop = find_tile(tile // ACROSS, offsets, table, batch, count, T, STRIDE, LANES, BM)
         m = first + tl.arange(0, BM)
         n = (tile % ACROSS) * BN + tl.arange(0, BN)
-        row = table + member * STRIDE
-        weight, bias = pointer(row, COLUMN, DTYPE), pointer(row, COLUMN + 1, DTYPE)
+        at = member * STRIDE
+        weight, bias = address(w, table, at + COLUMN, DTYPE), address(b, table, at + COLUMN + 1, DTYPE)
         if HASHED:
-            source = pointer(row, 1, tl.int32)
+            source = address(hashes, table, at + 1, tl.int32)
             x = tl.load(inputs + m, mask=m < stop, other=0).to(tl.int64)
             if is_narrow(x, FAMILY):
                 h = _product(
@@ -122,9 +128,12 @@ def layer_kernel(
         else:
             x = tl.minimum(m, stop - 1)  # rows beyond the end repeat the last one and are not stored
             h = _product(
-                x[:, None], inputs, weight, n, K, N, FAMILY, False, False, BM, BN, BK, STAGES, PRECISION
-            )
-        h = activate(h + load_bias(bias, n, N, N % BN == 0), ACTIVATION).to(out.dtype.element_ty)
+                x[:, None], inputs, weight, n, K, N, FAMILY, False, False, BM, BN, BK, STAGES, PRECISION,
+                BACKWARD,
+            )  # fmt: skip
+        if not BACKWARD:
+            h = activate(h + load_bias(bias, n, N, N % BN == 0), ACTIVATION)
+        h = h.to(out.dtype.element_ty)
         keep = (m < stop)[:, None]
         if N % BN != 0:
             keep = keep & (n < N)[None, :]
@@ -133,7 +142,7 @@ def layer_kernel(
 
 @triton.jit(do_not_specialize=["batch", "count"])
 def fused_kernel(
-    inputs, table, offsets, out, batch, count, stride_out: tl.constexpr,
+    inputs, table, hashes, w_1, b_1, w_2, b_2, w_3, b_3, offsets, out, batch, count, stride_out: tl.constexpr,
     T: tl.constexpr, LANES: tl.constexpr, STRIDE: tl.constexpr, COLUMN: tl.constexpr, DTYPE: tl.constexpr,
     K: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr, FAMILY: tl.constexpr,
     HASHED: tl.constexpr, ACTIVATION: tl.constexpr, LAST_ACTIVATION: tl.constexpr,
@@ -147,14 +156,14 @@ def fused_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         member, first, stop = find_tile(tile, offsets, table, batch, count, T, STRIDE, LANES, BM)
         m = first + tl.arange(0, BM)
-        row = table + member * STRIDE
-        w1, b1 = pointer(row, COLUMN, DTYPE), pointer(row, COLUMN + 1, DTYPE)
-        w2, b2 = pointer(row, COLUMN + 2, DTYPE), pointer(row, COLUMN + 3, DTYPE)
+        at = member * STRIDE
+        w1, b1 = address(w_1, table, at + COLUMN, DTYPE), address(b_1, table, at + COLUMN + 1, DTYPE)
+        w2, b2 = address(w_2, table, at + COLUMN + 2, DTYPE), address(b_2, table, at + COLUMN + 3, DTYPE)
         w3, b3 = w2, b2
         if H3 > 0:
-            w3, b3 = pointer(row, COLUMN + 4, DTYPE), pointer(row, COLUMN + 5, DTYPE)
+            w3, b3 = address(w_3, table, at + COLUMN + 4, DTYPE), address(b_3, table, at + COLUMN + 5, DTYPE)
         if HASHED:
-            source = pointer(row, 1, tl.int32)
+            source = address(hashes, table, at + 1, tl.int32)
             x = tl.load(inputs + m, mask=m < stop, other=0).to(tl.int64)
             if is_narrow(x, FAMILY):
                 h = _two_or_three_layers(
@@ -187,24 +196,24 @@ def decode_grouped(
 
     Args:
         offsets: [features * batch + 1] of the whole batch, or None for one feature with all IDs.
-        features: which feature of the offsets each decoder is for.
+        features: which feature of the offsets each decoder is for. One decoder that is for feature 0 has
+            its tensors passed as they are, and torch.compile sees them; a group's are in a table.
         coefficients, weights, biases: per decoder; contiguous, all decoders of equal shape and dtype.
         configs: tile sizes of each step in place of those by `tuning`.
     """
     dtype, device, count = weights[0][0].dtype, indices.device, indices.numel()
     if not count:
         return
-    table = device_table(
-        [
-            (feature, hashes, *(tensor for pair in zip(ws, bs, strict=True) for tensor in pair))
-            for feature, hashes, ws, bs in zip(features, coefficients, weights, biases, strict=True)
-        ],
-        device,
-    )
-    members, widths = len(features), [weight.shape[0] for weight in weights[0]]
-    group = {"T": members, "LANES": lanes(members), "STRIDE": table.shape[1], "DTYPE": _DTYPES[dtype]}
+    # int(): sizes that are compiled in; what torch.compile took for a variable is fixed here
+    members, widths = len(features), [int(weight.shape[0]) for weight in weights[0]]
+    table, alone = None, list(features) == [0]
+    if not alone:
+        rows = zip(features, coefficients, weights, biases, strict=True)
+        table = device_table([(f, hashes, *_paired(ws, bs)) for f, hashes, ws, bs in rows], device)
+    given = [coefficients[0], *_paired(weights[0], biases[0])] if alone else [None] * (2 * len(widths) + 1)
+    group = {"T": members, "LANES": lanes(members), "STRIDE": 2 * len(widths) + 2, "DTYPE": _DTYPES[dtype]}
     group |= {"FAMILY": FAMILIES[family], "PRECISION": dot_precision(target_of(device))}
-    inputs, k, layer = indices, coefficients[0].shape[1], 0
+    inputs, k, layer = indices, int(coefficients[0].shape[1]), 0
     if configs is None:
         key = autotune.key_of(count, k, widths, dtype, family)
         configs = autotune.remembered(device, key) or default_steps(
@@ -219,21 +228,51 @@ def decode_grouped(
         options = {"HASHED": hashed, "COLUMN": _FIRST_WEIGHT + 2 * layer, "K": k, "num_warps": config.warps}
         options |= {"BM": config.BM, "BN": config.BN, "BK": config.BK, "STAGES": config.STAGES}
         tiles = triton.cdiv(count, config.BM) + (0 if offsets is None else members)
+        own = given[2 * layer + 1 : 2 * (layer + layers) + 1]
         if layers == 1:
             grid = (programs(tiles * triton.cdiv(width, config.BN), config.warps, device),)
-            layer_kernel[grid](
-                inputs, table, offsets, result, batch, count, result.stride(0),
-                N=width, ACTIVATION=final, **group, **options,
+            launchable(layer_kernel)[grid](
+                inputs, table, given[0], *own, offsets, result, batch, count, int(result.stride(0)),
+                N=width, ACTIVATION=final, BACKWARD=False, **group, **options,
             )  # fmt: skip
         else:
             h1, h2, h3 = (*widths[layer : layer + layers], 0)[:3]
             grid = (programs(tiles, config.warps, device),)
-            fused_kernel[grid](
-                inputs, table, offsets, result, batch, count, result.stride(0), H1=h1, H2=h2, H3=h3,
-                BH2=tile_width(h2), BH3=tile_width(h3), ACTIVATION=ACTIVATIONS[activation],
-                LAST_ACTIVATION=final, **group, **options,
+            own += [None] * (6 - len(own))
+            launchable(fused_kernel)[grid](
+                inputs, table, given[0], *own, offsets, result, batch, count, int(result.stride(0)),
+                H1=h1, H2=h2, H3=h3, BH2=tile_width(h2), BH3=tile_width(h3),
+                ACTIVATION=ACTIVATIONS[activation], LAST_ACTIVATION=final, **group, **options,
             )  # fmt: skip
         inputs, k, layer = result, widths[layer + layers - 1], layer + layers
+
+
+def layer_grouped(inputs, offsets, batch, features, weights, biases, out) -> None:
+    """One layer of equal shape for each of `features`: out = inputs @ weight^T + bias, row by row.
+
+    Without biases the other way, as gradients go: out = inputs @ weight. Arguments as `decode_grouped`.
+    """
+    count, k, width, device = len(inputs), int(inputs.shape[1]), int(out.shape[1]), inputs.device
+    if not count:
+        return
+    members, backward, dtype = len(features), biases is None, weights[0].dtype
+    pairs = list(zip(weights, weights if backward else biases, strict=True))
+    alone = list(features) == [0]
+    table = None if alone else device_table([(f, *p) for f, p in zip(features, pairs, strict=True)], device)
+    config = layer_config(target_of(device), count, k, width, dtype, hashed=False)
+    tiles = triton.cdiv(count, config.BM) + (0 if offsets is None else members)
+    grid = (programs(tiles * triton.cdiv(width, config.BN), config.warps, device),)
+    launchable(layer_kernel)[grid](
+        inputs, table, None, *(pairs[0] if alone else (None, None)), offsets, out, batch, count,
+        int(out.stride(0)), T=members, LANES=lanes(members), STRIDE=3, COLUMN=1, DTYPE=_DTYPES[dtype],
+        K=k, N=width, FAMILY=0, HASHED=False, ACTIVATION=0, BM=config.BM, BN=config.BN, BK=config.BK,
+        STAGES=config.STAGES, PRECISION=dot_precision(target_of(device)), BACKWARD=backward,
+        num_warps=config.warps,
+    )  # fmt: skip
+
+
+def _paired(weights, biases):
+    return [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
 
 
 def default_steps(target, count, k, widths, dtype):

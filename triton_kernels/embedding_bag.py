@@ -19,7 +19,8 @@ import triton.language as tl
 
 from . import faults
 from .faults import count_faults
-from .grouped import bag_range, device_table, pointer
+from .grouped import address, bag_range, device_table
+from .launching import launchable
 
 #: Kinds of rows: the weight's own float type, or FBGEMM's fused bytes.
 FLOAT, INT8, INT4 = 0, 1, 2
@@ -73,24 +74,28 @@ def _accumulate(total, values, weight, keep, first, MODE: tl.constexpr, WEIGHTED
         return total + tl.where(keep[:, None], values, 0.0)
 
 
-@triton.jit(do_not_specialize=["batch", "count", "padding"])
+@triton.jit(do_not_specialize=["batch", "count", "padding", "own_rows", "own_dim", "own_stride"])
 def embedding_bag_kernel(
-    table, vectors, indices, offsets, sample_weights, out, fault_counter, batch, count, stride_out, padding,
+    table, own_weight, own_rows, own_dim, own_stride, vectors, indices, offsets, sample_weights, out,
+    fault_counter, batch, count, stride_out, padding,
     DTYPE: tl.constexpr, KIND: tl.constexpr, MODE: tl.constexpr,
     BB: tl.constexpr, LANES: tl.constexpr, ALIGN: tl.constexpr, STRIDE_ALIGN: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """BB bags of one table; with `vectors` entry i is row i of those, and indices only tell padding.
 
+    A table that is alone is described by the `own` arguments, those of a group by `table`.
     ALIGN divides dims, output strides and columns, STRIDE_ALIGN row strides: how wide accesses may be.
     """
     INDEXED: tl.constexpr = vectors is None
-    entry = table + tl.program_id(1) * _COLUMNS
-    feature = tl.load(entry)
-    weight = pointer(entry, 1, DTYPE) if INDEXED else vectors
-    rows, dim = tl.load(entry + 2), tl.multiple_of(tl.load(entry + 3).to(tl.int32), ALIGN)
-    stride = tl.multiple_of(tl.load(entry + 4), STRIDE_ALIGN)
-    column = tl.multiple_of(tl.load(entry + 5), ALIGN)
+    feature, rows, dim, stride, column = tl.program_id(1), own_rows, own_dim, own_stride, tl.program_id(1)
+    if table is not None:
+        entry = table + tl.program_id(1) * _COLUMNS
+        feature, rows, column = tl.load(entry), tl.load(entry + 2), tl.load(entry + 5)
+        dim, stride = tl.load(entry + 3).to(tl.int32), tl.load(entry + 4)
+    weight = address(own_weight, table, tl.program_id(1) * _COLUMNS + 1, DTYPE) if INDEXED else vectors
+    dim, column = tl.multiple_of(dim, ALIGN), tl.multiple_of(column, ALIGN)
+    stride = tl.multiple_of(stride, STRIDE_ALIGN)
     bag = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
     present = bag < batch
     begin, end = bag_range(offsets, feature * batch + tl.minimum(bag, batch - 1), count)
@@ -214,22 +219,27 @@ def _launch(
 ):  # fmt: skip
     if not batch or not dims:
         return
-    device = out.device
-    rows = [
-        (feature, weight, length, dim, stride, column)
-        for feature, (weight, length, stride), dim, column in zip(
-            features, entries, dims, columns, strict=True
-        )
-    ]
+    device, counter = out.device, faults.counter(out.device)
+    # int(): sizes that are compiled in; what torch.compile took for a variable is fixed here
+    dims, stride_out = [int(dim) for dim in dims], int(out.stride(0))
+    entries = [(weight, rows, int(stride)) for weight, rows, stride in entries]
+    alone = list(features) == list(columns) == [0]
+    if alone:
+        (weight, rows, stride), table = entries[0], None
+        own = (weight if vectors is None else None, rows, dims[0], stride)
+    else:
+        together = zip(features, entries, dims, columns, strict=True)
+        rows = [(feature, *entry[:2], dim, entry[2], column) for feature, entry, dim, column in together]
+        table, own = device_table(rows, device), (None, 0, 0, 0)
     lanes = triton.next_power_of_2(max(dims)) // (2 if kind == INT4 else 1)
     bags, warps = tile_shape(lanes, dtype.itemsize)
-    embedding_bag_kernel[(triton.cdiv(batch, bags), len(dims))](
-        device_table(rows, device), vectors, indices, offsets, sample_weights, out, faults.counter(device),
-        batch, len(indices), out.stride(0), padding, _DTYPES[dtype], kind, mode, bags, lanes,
-        math.gcd(16, out.stride(0), *dims, *columns), math.gcd(16, *(stride for *_, stride in entries)), 4,
+    launchable(embedding_bag_kernel)[(triton.cdiv(batch, bags), len(dims))](
+        table, *own, vectors, indices, offsets, sample_weights, out, counter, batch, len(indices),
+        stride_out, padding, _DTYPES[dtype], kind, mode, bags, lanes,
+        math.gcd(16, stride_out, *dims, *columns), math.gcd(16, *(stride for *_, stride in entries)), 4,
         num_warps=warps,
     )  # fmt: skip
-    faults.after_launch(device)
+    faults.after_launch(counter, out)
 
 
 def tile_shape(lanes: int, element_size: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from mprec.errors import IdOutOfRangeError
+from mprec.ops._common import traced
 
 _FIELDS = 4  # how many; then of the first one found: feature, position among the indices, ID
 
@@ -25,16 +26,35 @@ _counters: dict[torch.device, _Counter] = {}
 
 
 def counter(device: torch.device) -> torch.Tensor:
-    """The device's counter, for a kernel that is about to be launched. Raises for earlier launches."""
+    """A counter for a kernel that is about to be launched. Raises for earlier launches.
+
+    The device's own; in a graph that torch.compile traces, a fresh one, which `after_launch` adds to that.
+    """
+    if traced():
+        return torch.zeros(_FIELDS, dtype=torch.int64, device=device)
+    return _state(device).device_copy
+
+
+def _state(device: torch.device) -> _Counter:
     state = _counters.get(device)
     if state is None:
         state = _counters[device] = _Counter(device)
     _raise_if_arrived(state)
-    return state.device_copy
+    return state
 
 
-def after_launch(device: torch.device) -> None:
-    """Start copying the counter to the host, unless a CUDA graph is being captured or a copy is under way."""
+def after_launch(counter: torch.Tensor, out: torch.Tensor) -> None:
+    """Start copying the counter to the host, unless a CUDA graph is being captured or a copy is under way.
+
+    `out` is what the launch wrote: in a traced graph it holds the report in place.
+    """
+    if traced():
+        torch.ops.mprec.report_faults(out, counter)
+    else:
+        _start_copy(counter.device)
+
+
+def _start_copy(device: torch.device) -> None:
     state = _counters[device]
     if device.type == "cuda":
         if state.pending or torch.cuda.is_current_stream_capturing():
@@ -72,6 +92,29 @@ def _report(state: _Counter) -> None:
             f"indices: {count} IDs out of range in an earlier call on {state.device_copy.device} were left "
             f"out; one of them is {value}, of table {feature}, at position {position}"
         )
+
+
+@triton.jit
+def _add_kernel(faults, total):
+    found, before = tl.load(faults), tl.load(total)
+    tl.store(total, before + found)
+    if (found > 0) & (before == 0):
+        for field in tl.static_range(1, 4):
+            tl.store(total + field, tl.load(faults + field))
+
+
+# Said to change `out`, so that a compiler neither drops it nor moves it before the launch.
+_library = torch.library.Library("mprec", "FRAGMENT")
+_library.define("report_faults(Tensor(a!) out, Tensor faults) -> ()")
+
+
+def _report_faults(out, faults):
+    _add_kernel[(1,)](faults, _state(faults.device).device_copy)
+    _start_copy(faults.device)
+
+
+_library.impl("report_faults", _report_faults, "CompositeExplicitAutograd")
+torch.library.register_fake("mprec::report_faults", lambda out, faults: None, lib=_library)
 
 
 @triton.jit

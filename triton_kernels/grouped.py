@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tuning import multiprocessors
+
 _CAPACITY = 256
 _tables: collections.OrderedDict = collections.OrderedDict()
 
@@ -46,6 +48,15 @@ def pointer(table, column, dtype: tl.constexpr):
 
 
 @triton.jit
+def address(given, table, column, dtype: tl.constexpr):
+    """The tensor `given` to the launch, or, where a group's tensors are in a table, what stands there."""
+    if given is None:
+        return pointer(table, column, dtype)
+    else:
+        return given
+
+
+@triton.jit
 def bag_range(offsets, bag, count):
     """[begin, end) of a bag's IDs (int64), whatever the offsets say: within 0 .. count, never reversed."""
     begin = tl.minimum(tl.maximum(tl.load(offsets + bag).to(tl.int64), 0), count)
@@ -64,7 +75,9 @@ def id_ranges(offsets, table, batch, count, T: tl.constexpr, STRIDE: tl.constexp
         begin = tl.zeros((LANES,), tl.int64)
         end = tl.where(t == 0, begin + count, 0)
     else:
-        feature = tl.load(table + t * STRIDE, mask=t < T, other=0)
+        feature = tl.zeros((LANES,), tl.int64)  # of one that comes without a table
+        if table is not None:
+            feature = tl.load(table + t * STRIDE, mask=t < T, other=0)
         begin = tl.load(offsets + feature * batch, mask=t < T, other=0).to(tl.int64)
         end = tl.load(offsets + (feature + 1) * batch, mask=t < T, other=0).to(tl.int64)
         begin = tl.minimum(tl.maximum(begin, 0), count)
@@ -103,5 +116,4 @@ def programs(tiles: int, warps: int, device: torch.device) -> int:
     """How many persistent programs to launch for at most `tiles` tiles: what fits on the device at once."""
     if device.type != "cuda":
         return min(tiles, 3)  # the interpreter: few enough that each takes several tiles
-    resident = max(1, 8 // warps) * torch.cuda.get_device_properties(device).multi_processor_count
-    return min(tiles, resident)
+    return torch.sym_min(tiles, max(1, 8 // warps) * multiprocessors(device))

@@ -107,6 +107,18 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
+def absent_device(target: str):
+    """Inside, Triton compiles for `target`, and tile sizes are those for it."""
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_AbsentDevice(target))
+    try:
+        with tuning.pretend(target):
+            yield
+    finally:
+        triton.runtime.driver._active = active
+
+
+@contextlib.contextmanager
 def recorded(target: str):
     """Inside, launches with CPU tensors compile for `target` and do not run; yields the list of `Launch`es.
 
@@ -114,7 +126,7 @@ def recorded(target: str):
     `tuning` chooses for `target`.
     """
     launches: list[Launch] = []
-    active, run = triton.runtime.driver._active, JITFunction.run
+    run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
         compiled = run(self, *args, grid=grid, warmup=True, enable_fp_fusion=True, **options)
@@ -124,14 +136,12 @@ def recorded(target: str):
         launches.append(Launch(self.__name__, compiled, constants))
         return compiled
 
-    triton.runtime.driver.set_active(_AbsentDevice(target))
     JITFunction.run = compile_only
     try:
-        with tuning.pretend(target):
+        with absent_device(target):
             yield launches
     finally:
         JITFunction.run = run
-        triton.runtime.driver._active = active
 
 
 def inspect(compiled, target: str) -> Report:

@@ -23,6 +23,7 @@ from mprec.planner import (
     fit_effects,
     plan,
     plan_paths,
+    sized,
 )
 from mprec.planner.tables import FEATURE_SETS, feature_set
 from mprec.report.terminal import format_bytes
@@ -31,7 +32,7 @@ HELP = "choose a representation per feature within a memory budget"
 
 
 def qualities(text: str) -> list[Measurement]:
-    """``table=0.785,dhe=0.789`` -> measurements of whole models."""
+    """``table=0.785,dhe=0.789,table[int8]=0.784`` -> measurements of whole models."""
     try:
         pairs = [part.split("=") for part in text.split(",")]
         return [Measurement(label.strip(), float(value)) for label, value in pairs]
@@ -66,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=qualities,
         default=[],
         metavar="LABEL=Q,...",
-        help="measured qualities of whole models, e.g. table=0.785,dhe=0.789,hybrid=0.790",
+        help="measured qualities of whole models, e.g. table=0.785,table[int8]=0.784,dhe=0.789;"
+        " dhe:sized and hybrid:sized have shapes by vocabulary (see --dhe-k)",
     )
     what.add_argument("--metric", choices=("auc", "accuracy"), default="auc", help="of checkpoints (auc)")
     what.add_argument("--dim", type=int, default=16, help="with --data alone: embedding dimension (16)")
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--memory or --device is needed")
     features, dhe, measurements, counts = _inputs(args)
     effects = fit_effects(features, measurements, counts)
-    options = default_options(features, dhe, effects)
+    options = default_options(features, {"": dhe, "sized": sized(dhe, features)}, effects)
     devices = [] if args.memory is None else [Device("here", args.memory, MeasuredCosts(args.batch_size))]
     for file in args.device:
         name, nbytes, costs = RooflineCosts.load(file, args.batch_size)

@@ -12,7 +12,7 @@ quality within a latency target) and among kernels (equal quality, so the fastes
 
 from mprec.dispatch.dispatcher import Dispatcher, Explanation
 from mprec.dispatch.fingerprint import fingerprint
-from mprec.dispatch.kernels import kernel_candidates, tune_kernels
+from mprec.dispatch.kernels import auto_kernels, kernel_candidates, tune_kernels
 from mprec.dispatch.microbenchmark import Samples, microbenchmark
 from mprec.dispatch.paths import Path, paths_from_checkpoints, sampler, unique_share, with_cache
 from mprec.dispatch.profile import BATCH_SIZES, Curve, Profile, ProfileError, ProfileMismatchError
@@ -27,6 +27,7 @@ __all__ = [
     "ProfileError",
     "ProfileMismatchError",
     "Samples",
+    "auto_kernels",
     "fingerprint",
     "kernel_candidates",
     "microbenchmark",

@@ -1,35 +1,55 @@
-"""Kernel choice inside a model: threads, and computing equal IDs once, by batch size, as measured here.
+"""Kernel choice inside a model: threads, computing equal IDs once, looking into the cache, by batch size, as
+measured here.
 
 The candidates give the same numbers, so the choice is a dispatcher's with one quality for all: the fastest.
+:func:`tune_kernels` measures with batches of the caller's; :func:`auto_kernels` draws its own.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from mprec.data import Batch
 from mprec.dispatch.dispatcher import Dispatcher
 from mprec.dispatch.paths import Path, shape_digest
 from mprec.dispatch.profile import BATCH_SIZES, Profile
-from mprec.nn import EmbeddingBagCollection, KernelOptions
+from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection, KernelOptions
 
-__all__ = ["TunedKernels", "kernel_candidates", "tune_kernels"]
+__all__ = ["TunedKernels", "auto_kernels", "kernel_candidates", "tune_kernels"]
+
+#: Of IDs where nobody has said how often they repeat.
+_ZIPF = 1.05
+_AUTO_SECONDS = 1.0
+_auto_lock = threading.Lock()
 
 
-def kernel_candidates(has_dhe: bool, threads: int | None = None) -> dict[str, KernelOptions]:
+def kernel_candidates(
+    has_dhe: bool, threads: int | None = None, has_cache: bool = False
+) -> dict[str, KernelOptions]:
     """What can be chosen, by name, with at most ``threads`` threads (torch's number)."""
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     counts = sorted({1, threads} | {n for n in (2, 4, 8, 16, 32, 64) if n < threads})
-    ways = {"": None} if not has_dhe else {"all IDs": False, "equal IDs once": True}
+    past = False if has_cache else None
+    ways = {"": KernelOptions()}
+    if has_dhe:
+        ways = {
+            "all IDs": KernelOptions(None, False, past),
+            "equal IDs once": KernelOptions(None, True, past),
+        }
+    if has_cache:
+        ways["cache"] = KernelOptions(cache=True)
     return {
-        ", ".join(filter(None, (f"{count} thread{'s'[: count > 1]}", way))): KernelOptions(count, dedupe)
-        for count, (way, dedupe) in itertools.product(counts, ways.items())
+        ", ".join(filter(None, (f"{count} thread{'s'[: count > 1]}", name))): way._replace(threads=count)
+        for count, (name, way) in itertools.product(counts, ways.items())
     }
 
 
@@ -39,9 +59,10 @@ class TunedKernels:
     """
 
     def __init__(
-        self, candidates: dict[str, KernelOptions], dispatcher: Dispatcher, profile: Profile, largest: int
+        self, candidates: dict[str, KernelOptions], paths: Sequence[Path], profile: Profile, largest: int
     ) -> None:
         self.profile = profile
+        dispatcher = Dispatcher(paths, profile, quantile="p50")
         self.choices = [dispatcher.choose(size, 0.0).name for size in range(1, largest + 1)]
         self._options = [candidates[name] for name in (self.choices[0], *self.choices)]
         self._last = largest
@@ -69,34 +90,78 @@ def tune_kernels(
     found = {n: m for n, m in model.named_modules() if isinstance(m, EmbeddingBagCollection)}
     if not found:
         raise ValueError("model: has no EmbeddingBagCollection whose kernels could be chosen")
+    options = {"conditions": ("warm",), "seconds": seconds / len(found), **options}
     tuned = {}
     for name, collection in found.items():
-        candidates = kernel_candidates(any(f.has_dhe for f in collection.features), threads)
-        shape = shape_digest([feature.to_dict() for feature in collection.features])
-        paths = [Path(n, "kernel", 0.0, _with(collection, o), shape) for n, o in candidates.items()]
-        before, collection.kernel = collection.kernel, None
-        try:
-            profile = Profile.measure(
-                paths,
-                make_input,
-                batch_sizes,
-                seconds=seconds / len(found),
-                **{"conditions": ("warm",), **options},
-            )
-        except BaseException:
-            collection.kernel = before
-            raise
-        dispatcher = Dispatcher(paths, profile, quantile="p50")
-        collection.kernel = tuned[name] = TunedKernels(candidates, dispatcher, profile, max(batch_sizes))
+        candidates, paths = _paths(collection, threads)
+        profile = Profile.measure(paths, make_input, batch_sizes, **options)
+        tuned[name] = TunedKernels(candidates, paths, profile, max(batch_sizes))
+    for name, collection in found.items():
+        collection.kernel = tuned[name]
     return tuned
 
 
-def _with(collection: EmbeddingBagCollection, options: KernelOptions) -> Callable[[Any], torch.Tensor]:
-    """A path that embeds a batch with these options."""
+def auto_kernels(module: EmbeddingBagCollection | DeepHashEmbeddingBag) -> TunedKernels:
+    """What ``kernel="auto"`` of a module becomes at its first call without gradients: its candidates measured
+    on Zipf(1.05) IDs, one for each bag, which takes some seconds, or such a profile that the user's cache
+    folder has of this machine and these shapes.
+    """
+    with _auto_lock:  # threads that come together measure once
+        if isinstance(module.kernel, TunedKernels):
+            return module.kernel
+        candidates, paths = _paths(module)
+        make_input = _zipf_batches(_vocabularies(module))
+        profile = Profile.load_or_measure(
+            paths, make_input, BATCH_SIZES, seconds=_AUTO_SECONDS, conditions=("warm",)
+        )
+        return TunedKernels(candidates, paths, profile, BATCH_SIZES[-1])
+
+
+def _paths(module, threads: int | None = None) -> tuple[dict[str, KernelOptions], list[Path]]:
+    """The module's candidates, and a path for each: a twin that shares its weights and runs with these."""
+    has_cache = False
+    if isinstance(module, EmbeddingBagCollection):
+        has_dhe, has_cache = any(f.has_dhe for f in module.features), module.has_cache
+        parts = [feature.to_dict() for feature in module.features]
+        precisions = [getattr(module, f"{kind}_precision", None) for kind in ("table", "decoder")]
+    else:
+        has_dhe, parts, precisions = True, [module.config.to_dict(), module.embedding_dim, module.mode], []
+    shape = shape_digest([parts, precisions])
+    candidates = kernel_candidates(has_dhe, threads, has_cache)
+    return candidates, [Path(n, "kernel", 0.0, _with(module, o), shape) for n, o in candidates.items()]
+
+
+def _with(module, options: KernelOptions | None) -> Callable[[Any], torch.Tensor]:
+    """A path that embeds a batch with these options; the module itself stays as it is."""
+    twin = copy.copy(module)
+    twin.kernel = None if options is None else lambda samples: options
+    last = None if getattr(module, "include_last_offset", True) else -1
 
     @torch.inference_mode()
     def run(batch: Any) -> torch.Tensor:
-        collection.kernel = lambda samples: options
-        return collection(batch.indices, batch.offsets)
+        return twin(batch.indices, batch.offsets[:last])
 
     return run
+
+
+def _vocabularies(module) -> list[int]:
+    if isinstance(module, EmbeddingBagCollection):
+        return [feature.num_embeddings for feature in module.features]
+    return [module.num_embeddings or 1 << 20]
+
+
+def _zipf_batches(vocabularies: Sequence[int]) -> Callable[[int, np.random.Generator], Batch]:
+    """Batches of one ID for each feature, whose frequency falls as (about) rank ** -1.05."""
+
+    def draw(batch_size: int, rng: np.random.Generator) -> Batch:
+        ids = []
+        for size in vocabularies:  # the continuous distribution's quantiles, rounded down
+            u = rng.random(batch_size)
+            rank = (1 - u * (1 - (size + 1.0) ** (1 - _ZIPF))) ** (1 / (1 - _ZIPF)) - 1
+            # Neighbours in rank are none in memory.
+            ids.append(np.minimum(rank.astype(np.int64), size - 1) * 2_654_435_761 % size)
+        offsets = torch.arange(len(vocabularies) * batch_size + 1)
+        none = torch.zeros(batch_size, 0)
+        return Batch(none, torch.from_numpy(np.concatenate(ids)), offsets, torch.zeros(batch_size))
+
+    return draw

@@ -245,9 +245,10 @@ class Profile:
         **options: Any,
     ) -> Profile:
         """The profile in ``file`` (default: the user's cache folder) if it can be trusted, else a new one,
-        saved there. ``report`` is told why a file that exists was not used.
+        saved there. ``report`` is told why a file that exists was not used, and if the cache folder cannot be
+        written to; ``OSError`` if that is so of a ``file`` that was given.
         """
-        file = FilePath(file) if file is not None else default_file(paths)
+        given, file = file is not None, FilePath(file) if file is not None else default_file(paths)
         if file.exists():
             try:
                 profile = cls.load(file, paths)
@@ -258,7 +259,12 @@ class Profile:
             except (ProfileError, KeyError) as error:
                 report(f"{error}; measuring again")
         profile = cls.measure(paths, make_input, batch_sizes, **options)
-        profile.save(file)
+        try:
+            profile.save(file)
+        except OSError as error:
+            if given:
+                raise
+            report(f"the profile could not be kept: {error}")
         return profile
 
 

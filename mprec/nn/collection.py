@@ -1,6 +1,6 @@
 """All categorical features of a model in one module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from mprec import ops
 from mprec._native import _C
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
-from mprec.nn.config import FeatureConfig, KernelOptions
+from mprec.nn.config import DEFAULT_OPTIONS, FeatureConfig, Kernel, check_kernel, kernel_options
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.ops._common import buffer, check_ids, eager, into
@@ -19,7 +19,6 @@ from mprec.ops._decoders import group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
 from mprec.ops._tables import run_embedding_bag_multi
 
-_DEFAULT = KernelOptions()
 _Parameter = nn.Parameter
 
 
@@ -47,6 +46,9 @@ class EmbeddingBagCollection(nn.Module):
         features: in the order of the batch and of the output.
         sparse: gradients of tables are sparse tensors (for ``torch.optim.SparseAdam`` and the like).
         device, dtype: of tables and decoders.
+        kernel: how native calls without gradients run: ``"auto"`` measures at the first one what is fastest
+            on this machine by batch size (:func:`mprec.dispatch.auto_kernels`), None leaves it to rules; or a
+            function from the number of samples to :class:`KernelOptions`. Never changes a result.
 
     Shape: ``indices`` ``[n]`` and ``offsets`` ``[F * B + 1]``: bag b of feature f is
     ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]``. Output ``[B, sum(output_dims)]``.
@@ -56,16 +58,21 @@ class EmbeddingBagCollection(nn.Module):
         output_dims: columns of each feature: its ``embedding_dim``, twice that for *hybrid* (table first).
         tables: ``tables.{name}.weight``, uniform in +-1/sqrt(num_embeddings) at first.
         dhe: ``dhe.{name}.coefficients`` and ``dhe.{name}.decoder.{layer}.weight|bias``.
-        kernel: None, or a function from the number of samples to the :class:`KernelOptions` of native calls
-            without gradients (:func:`mprec.dispatch.tune_kernels` sets one from measurements).
+        kernel: as given, or what was measured (:func:`mprec.dispatch.tune_kernels` does, with your batches).
     """
 
-    kernel: Callable[[int], KernelOptions] | None = None
+    has_cache = False  # of rows before the decoders
 
     def __init__(
-        self, features: Sequence[FeatureConfig], sparse: bool = False, device=None, dtype=None
+        self,
+        features: Sequence[FeatureConfig],
+        sparse: bool = False,
+        device=None,
+        dtype=None,
+        kernel: Kernel = None,
     ) -> None:
         super().__init__()
+        self.kernel = check_kernel(kernel)
         self.features = tuple(features)
         self.sparse = sparse
         if not self.features:
@@ -180,7 +187,7 @@ class EmbeddingBagCollection(nn.Module):
     def _forward_direct(self, indices, offsets, per_sample_weights, out=None) -> Tensor:
         """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code."""
         samples = batch_size(offsets, len(self.features))
-        options = _DEFAULT if self.kernel is None else self.kernel(samples)
+        options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, samples)
         out = buffer(out, samples, self._width, self._dtype())
         for group in self._table_groups:
             self._run_tables(group, indices, offsets, per_sample_weights, out, options)
@@ -234,16 +241,7 @@ class EmbeddingBagCollection(nn.Module):
             )
         count, parts = len(self.features), {}
         for group in self._table_groups:
-            out = ops.embedding_bag_multi(
-                self._weights(group),
-                indices,
-                offsets,
-                group.mode,
-                per_sample_weights,
-                features=None if group.whole else group.features,
-                num_features=count,
-                sparse=self.sparse,
-            )
+            out = self._embed_tables(group, indices, offsets, per_sample_weights)
             parts.update(self._by_column(group, out))
         for group in self._dhe_groups:
             modules = self._decoders(group)
@@ -265,6 +263,19 @@ class EmbeddingBagCollection(nn.Module):
         if len(self._table_groups) + len(self._dhe_groups) == 1:
             return out
         return torch.cat([parts[column] for column in sorted(parts)], dim=1)
+
+    def _embed_tables(self, group: _Group, indices, offsets, per_sample_weights) -> Tensor:
+        """One group's pooled rows by its operator."""
+        return ops.embedding_bag_multi(
+            self._weights(group),
+            indices,
+            offsets,
+            group.mode,
+            per_sample_weights,
+            features=None if group.whole else group.features,
+            num_features=len(self.features),
+            sparse=self.sparse,
+        )
 
     def _weights(self, group: _Group) -> list[Tensor]:
         modules = self.tables._modules

@@ -10,7 +10,10 @@ from mprec import ops
 from mprec.errors import IdOutOfRangeError
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
-from mprec.nn.config import DheConfig
+from mprec.nn.config import DheConfig, Kernel, check_kernel, kernel_options
+from mprec.ops._common import direct, num_bags
+from mprec.ops._decoders import decoder
+from mprec.ops._dhe import run_dhe_bag
 
 
 class DeepHashEmbeddingBag(nn.Module):
@@ -26,6 +29,7 @@ class DeepHashEmbeddingBag(nn.Module):
         padding_idx: entries with this ID are left out.
         num_embeddings: refuse IDs not below this; ``None`` takes any.
         device, dtype: of the decoder.
+        kernel: how native calls without gradients run, as for :class:`EmbeddingBagCollection`.
 
     Shape: ``input`` ``[n]`` with ``offsets`` ``[B]``, or ``[B, L]``; output ``[B, D]``.
 
@@ -46,8 +50,10 @@ class DeepHashEmbeddingBag(nn.Module):
         num_embeddings: int | None = None,
         device=None,
         dtype=None,
+        kernel: Kernel = None,
     ) -> None:
         super().__init__()
+        self.kernel = check_kernel(kernel)
         code(MODES, mode, "mode")
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
@@ -93,6 +99,10 @@ class DeepHashEmbeddingBag(nn.Module):
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
+        if self.kernel is not None and offsets is not None and not torch.is_grad_enabled():
+            out = self._forward_by_kernel(input, offsets, per_sample_weights)
+            if out is not None:
+                return out
         include_last_offset = self.include_last_offset
         if input.dim() == 2:
             if offsets is not None:
@@ -118,6 +128,32 @@ class DeepHashEmbeddingBag(nn.Module):
             include_last_offset,
             self.padding_idx,
         )
+
+    def _forward_by_kernel(self, input: Tensor, offsets: Tensor, per_sample_weights) -> Tensor | None:
+        """As :meth:`forward`, with the options that ``kernel`` chooses; None for what native code does not
+        take."""
+        if not direct(input, offsets, per_sample_weights):
+            return None
+        if self.num_embeddings is not None:
+            check_bound(input, self.num_embeddings)
+        c = self.config
+        try:
+            options = kernel_options(self, num_bags(offsets, self.include_last_offset))
+            return run_dhe_bag(
+                decoder(*self.stack(), c.family, c.activation, c.last_activation),
+                input,
+                offsets,
+                MODES[self.mode],
+                per_sample_weights,
+                self.include_last_offset,
+                -1 if self.padding_idx is None else self.padding_idx,
+                options.threads,
+                options.dedupe,
+            )
+        except IdOutOfRangeError:
+            raise
+        except (TypeError, ValueError, IndexError):
+            return None  # the operator takes it, or says what is wrong
 
     @torch.no_grad()
     def materialize(self, num_embeddings: int | None = None, chunk: int = 16384) -> Tensor:

@@ -1,4 +1,4 @@
-"""Collections in fewer bytes, for serving on the CPU."""
+"""Collections in fewer bytes, for serving."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mprec._native import _C
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.ops._common import check_bags, ids
+from mprec.ops._common import check_bags, check_same_device, ids
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import decoder, group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
@@ -68,8 +68,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     results.
 
     Takes the same calls as ``collection`` and stands in for it. It holds a converted copy of the tables, and
-    shares the decoders' modules, whose packed copies have the chosen precision. CPU only; results carry no
-    gradients::
+    shares the decoders' modules, whose packed copies have the chosen precision. On CUDA tables are served in
+    any precision, decoders in float32. Results carry no gradients::
 
         model.embeddings = QuantizedEmbeddingBagCollection(model.embeddings, tables="int8")
 
@@ -111,10 +111,14 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
 
     def _apply(self, fn, recurse=True):
         converted = fn(torch.empty(0))
-        if converted.dtype != torch.float32 or not converted.is_cpu:
+        if converted.dtype != torch.float32 or converted.device.type not in ("cpu", "cuda"):
             raise TypeError(
-                "a quantised collection keeps its precisions, on the CPU: convert the collection it came from"
+                "a quantised collection keeps its precisions, on the CPU or CUDA: convert the collection it "
+                "came from"
             )
+        low = sorted({p for p in self.decoder_precision.values() if p != "float32"})
+        if low and not converted.is_cpu:
+            raise TypeError(f"decoders in {', '.join(low)} are for the CPU, not for {converted.device}")
         return super()._apply(fn, recurse)
 
     @torch.compiler.disable
@@ -167,17 +171,29 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             dedupe=options.dedupe,
         )
 
+    def _embed_tables(self, group, indices, offsets, per_sample_weights) -> Tensor:
+        tables = [self.tables._modules[name] for name in group.names]
+        return torch.ops.mprec.quantized_embedding_bag_multi(
+            [table.rows for table in tables],
+            [table.bits for table in tables],
+            indices,
+            offsets,
+            group.mode_code,
+            per_sample_weights,
+            None if group.whole else group.features,
+            len(self.features),
+        )
+
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
         """Where the kernels refused: inputs in another form, or something to raise an exception about."""
         for name, tensor in (("indices", indices), ("offsets", offsets)):
-            if not tensor.is_cpu:
-                raise NotImplementedError(
-                    f"{name}: a quantised collection serves on the CPU, got {tensor.device}"
-                )
             if tensor.dim() != 1:
                 raise ValueError(f"{name} has to be a 1D Tensor, but got Tensor of dimension {tensor.dim()}")
         indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
+        check_same_device(module=next(self.buffers()), indices=indices, offsets=offsets)
         batch_size(offsets, len(self.features))
+        if indices.is_cuda:
+            return super()._forward_ops(indices, offsets, per_sample_weights)
         check_bags(offsets, len(indices), True)
         if per_sample_weights is not None:
             per_sample_weights = per_sample_weights.detach().to(torch.float32).contiguous()

@@ -9,7 +9,9 @@ raise the exceptions of :mod:`mprec.errors`, ``ValueError`` or ``TypeError``.
 CUDA: Triton kernels that do not wait for the device; bad IDs are left out and reported by a later call.
 """
 
+from mprec.ops import _cached_dhe as _cached_dhe  # the operators without a function of their own
 from mprec.ops import _cuda as _cuda  # registers the kernels for GPUs
+from mprec.ops import _updates as _updates
 from mprec.ops._decoders import clear_decoders
 from mprec.ops._functional import dhe_bag, dhe_bag_multi, embedding_bag, embedding_bag_multi, hash_encode
 

@@ -36,6 +36,11 @@ def eager() -> bool:
     )
 
 
+def traced() -> bool:
+    """True while a compiler traces: tensors have no addresses, and no state outlives the call."""
+    return _dispatch_modes() > 0
+
+
 def direct(*tensors: Tensor | None) -> bool:
     """True if :func:`eager`, and all these are exact tensors of which none needs a gradient.
 

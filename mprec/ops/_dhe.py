@@ -99,7 +99,17 @@ def _forward_rows(indices, coefficients, weights, biases, family, activation, la
 # -------------------------------------------------------------------------------------------- one decoder
 
 
-def run_dhe_bag(handle, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx):
+def run_dhe_bag(
+    handle,
+    indices,
+    offsets,
+    mode,
+    per_sample_weights,
+    include_last_offset,
+    padding_idx,
+    threads=None,
+    dedupe=None,
+):
     """The native kernel, for arguments that are checked: one packed decoder on the CPU."""
     out = torch.empty(num_bags(offsets, include_last_offset), handle.dim)
     _C.dhe_bag(
@@ -111,7 +121,8 @@ def run_dhe_bag(handle, indices, offsets, mode, per_sample_weights, include_last
         include_last_offset,
         padding_idx,
         out,
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
+        dedupe,
     )
     return out
 

@@ -396,8 +396,8 @@ def _backward_of_multi(ctx, grad):
     else:
         grads, grad_psw = [None] * len(weights), None
     if any(owners):
-        csr = _csr.select(_csr.Csr(indices, offsets, psw), features, num_features)
-        fused.apply(weights, owners, csr, mode, -1, grad)
+        csr = _csr.Csr(indices, offsets, psw)
+        fused.apply(weights, owners, csr, mode, -1, grad, features, num_features)
         grads = [None if owner else g for owner, g in zip(owners, grads, strict=True)]
     grad_psw = grad_psw if need_psw else None
     return passed_only(ctx, grads, None, None, None, grad_psw, None, None, None)

@@ -35,8 +35,11 @@ class Owner(Protocol):
         padding_idx: int,
         grad: Tensor,
         columns: Sequence[int] | None,
+        features: Sequence[int],
+        num_features: int,
     ) -> None:
-        """Update the tables with the gradient of their pooled output."""
+        """Update the tables with the gradient of their pooled output. The batch holds only their features,
+        or is on CUDA and holds others too."""
 
 
 # Weak on both sides: an optimizer that is gone gives its tables back.
@@ -63,11 +66,13 @@ def apply(
     mode: int,
     padding_idx: int,
     grad: Tensor,
+    features: Sequence[int] = (0,),
+    num_features: int = 1,
 ) -> None:
     """Hand the gradient ``grad`` ``[B, sum of dims]`` of pooled tables to the optimizers that own them.
 
-    ``csr`` holds the bags of these tables in their order; tables without an owner are left alone. One call
-    serves all tables of one optimizer and parameter group.
+    ``csr`` holds the bags of ``num_features`` features, of which table t serves ``features[t]``; tables
+    without an owner are left alone. One call serves all tables of one optimizer and parameter group.
     """
     if mode == MODES["max"]:
         raise NotImplementedError("mode: max is not for tables that an optimizer of mprec owns")
@@ -83,7 +88,16 @@ def apply(
         if owner is not None:
             groups.setdefault((id(owner), owner.group_key(weight)), []).append(t)
     for tables in groups.values():
-        part = csr if len(weights) == 1 else _csr.select(csr, tables, len(weights))
+        served, part = [features[t] for t in tables], csr
+        if not grad.is_cuda and num_features > 1:
+            part = _csr.select(csr, served, num_features)
         owners[tables[0]].apply_bags(
-            [weights[t] for t in tables], *part, mode, padding_idx, grad, [columns[t] for t in tables]
+            [weights[t] for t in tables],
+            *part,
+            mode,
+            padding_idx,
+            grad,
+            [columns[t] for t in tables],
+            served,
+            num_features,
         )

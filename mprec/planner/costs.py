@@ -18,8 +18,8 @@ import torch
 
 from mprec.dispatch import Path as DispatchPath
 from mprec.dispatch import microbenchmark
-from mprec.nn import EmbeddingBagCollection, FeatureConfig
-from mprec.planner.options import Option
+from mprec.nn import EmbeddingBagCollection, FeatureConfig, QuantizedEmbeddingBagCollection
+from mprec.planner.options import PRECISIONS, Option
 
 __all__ = ["MeasuredCosts", "RooflineCosts"]
 
@@ -30,7 +30,7 @@ _MAX_TABLE_BYTES = 64 << 20  # of each; larger tables are as far out of cache al
 class MeasuredCosts:
     """Times measured on this machine with mprec's own kernels, for batches of ``batch_size`` samples with
     one ID per feature. Measured on demand and kept: tables by size (interpolated between powers of 16
-    rows), decoders by shape; a hybrid is a table and a DHE.
+    rows) and precision, decoders by shape; a hybrid is a table and a DHE.
     """
 
     simulated = False
@@ -39,35 +39,33 @@ class MeasuredCosts:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size, self.seconds = batch_size, seconds
-        self._known: dict[FeatureConfig, float] = {}
+        self._known: dict[tuple[FeatureConfig, str], float] = {}
 
     def feature_seconds(self, option: Option) -> float:
         """Median seconds per batch for one feature, as one of several in a call."""
         config = option.config
-        if option.precision != "float32":
-            raise ValueError(
-                f"option {option.label!r}: times of {option.precision} rows are not measured here"
-            )
         total = 0.0
         if config.has_table:
-            total += self._table(config.num_embeddings, config.embedding_dim)
+            total += self._table(config.num_embeddings, config.embedding_dim, option.precision)
         if config.has_dhe:
             total += self._measure(FeatureConfig("f", 1 << 30, config.embedding_dim, "dhe", config.dhe))
         return total
 
-    def _table(self, rows: int, dim: int) -> float:
+    def _table(self, rows: int, dim: int, precision: str) -> float:
         rows = min(rows, _MAX_TABLE_BYTES // (4 * dim))
         step = math.log(rows, 16)
         low, high = 16 ** math.floor(step), 16 ** math.ceil(step)
-        times = [self._measure(FeatureConfig("f", size, dim)) for size in (low, high)]
+        times = [self._measure(FeatureConfig("f", size, dim), precision) for size in (low, high)]
         share = 0.0 if low == high else (math.log(rows, 16) - math.floor(step))
         return times[0] ** (1 - share) * times[1] ** share
 
-    def _measure(self, config: FeatureConfig) -> float:
-        if config not in self._known:
+    def _measure(self, config: FeatureConfig, precision: str = "float32") -> float:
+        if (config, precision) not in self._known:
             alike = [dataclasses.replace(config, name=f"f{i}") for i in range(_FEATURES)]
             with torch.no_grad():
                 model = EmbeddingBagCollection(alike)
+            if precision != "float32":
+                model = QuantizedEmbeddingBagCollection(model, tables=precision)
 
             def run(item):
                 with torch.inference_mode():
@@ -77,8 +75,9 @@ class MeasuredCosts:
             samples = microbenchmark(
                 [path], lambda size, rng: _ids(config, size, rng), [self.batch_size], seconds=self.seconds
             )
-            self._known[config] = float(np.median(samples["feature", self.batch_size])) / _FEATURES
-        return self._known[config]
+            median = float(np.median(samples["feature", self.batch_size]))
+            self._known[config, precision] = median / _FEATURES
+        return self._known[config, precision]
 
 
 def _ids(config: FeatureConfig, batch_size: int, rng: np.random.Generator):
@@ -107,7 +106,9 @@ class RooflineCosts:
 
     def feature_seconds(self, option: Option) -> float:
         config = option.config
-        rows = self.batch_size * config.output_dim * 4
+        dim = config.embedding_dim
+        rows = self.batch_size * PRECISIONS[option.precision](dim) * config.has_table
+        rows += self.batch_size * 4 * dim * config.has_dhe  # written
         weights = 4 * config.dhe.num_parameters(config.embedding_dim) if config.has_dhe else 0
         compute = self.batch_size * option.flops / self.flops_per_s
         return self.feature_overhead_s + max(compute, (rows + weights) / self.bytes_per_s)

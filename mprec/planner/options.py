@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mprec.nn import DheConfig, FeatureConfig
+from mprec.nn.config import REPRESENTATIONS
 from mprec.planner.quality import Effects
 
-__all__ = ["PRECISIONS", "Option", "default_options", "flops", "nbytes"]
+__all__ = ["PRECISIONS", "Option", "Shape", "default_options", "flops", "nbytes", "sized"]
+
+#: A decoder's shape, or one for each feature.
+Shape = DheConfig | Callable[[FeatureConfig], DheConfig]
 
 # Bytes of a row of d numbers. The quantised layouts are FBGEMM's fused rows: values, then scale and bias
 # (two float32 for int8, two float16 for int4).
@@ -63,35 +69,64 @@ def flops(config: FeatureConfig) -> int:
     return total
 
 
+def sized(largest: DheConfig, features: Sequence[FeatureConfig]) -> Callable[[FeatureConfig], DheConfig]:
+    """Shapes by vocabulary: ``largest`` for the largest of ``features``; for others the number of hashes and
+    hidden widths fall as log2 of the vocabulary does, in steps of 16. The information that tells a feature's
+    IDs apart grows no faster.
+    """
+    most = max(f.num_embeddings for f in features)
+
+    def shape(feature: FeatureConfig) -> DheConfig:
+        share = math.log2(1 + min(feature.num_embeddings, most)) / math.log2(1 + most)
+        width = lambda full: min(full, 16 * math.ceil(full * share / 16))  # noqa: E731
+        return dataclasses.replace(largest, k=width(largest.k), hidden=tuple(map(width, largest.hidden)))
+
+    return shape
+
+
 def default_options(
     features: Sequence[FeatureConfig],
-    dhe: DheConfig | Mapping[str, DheConfig],
+    dhe: Shape | Mapping[str, Shape],
     effects: Effects,
-    labels: Sequence[str] = ("table", "dhe", "hybrid"),
+    labels: Sequence[str] | None = None,
 ) -> list[list[Option]]:
-    """Per feature, its form under each of the ``labels`` that a measured quality is known for.
+    """Per feature, its form under each of the ``labels`` (default: all) that a measured quality is known for.
 
     A label is a representation, with the name of a shape behind a colon where ``dhe`` names several
-    (``dhe:small``), and the rows' precision in brackets where it is not float32 (``table[int8]``).
+    (``dhe:small``), and the rows' precision in brackets where it is not float32 (``table[int8]``,
+    ``hybrid:small[int8]``). ``ValueError`` for one that is not so made.
     """
     out = []
     for feature in features:
         options = []
-        for label in labels:
+        for label in effects.labels(feature.name) if labels is None else labels:
             try:
                 quality = effects.effect(feature.name, label)
             except KeyError:
                 continue
-            kind, _, precision = label.rstrip("]").partition("[")
-            representation, _, shape = kind.partition(":")
-            shapes = {"": dhe} if isinstance(dhe, DheConfig) else dhe
-            if representation != "table" and shape not in shapes:
-                raise ValueError(f"option {label!r}: no DHE shape is called {shape!r}")
-            config = dataclasses.replace(
-                feature,
-                representation=representation,
-                dhe=None if representation == "table" else shapes[shape],
-            )
-            options.append(Option(label, config, quality, precision or "float32"))
+            representation, shape, precision = _parts(label)
+            config = None
+            if representation != "table":
+                shapes = dhe if isinstance(dhe, Mapping) else {"": dhe}
+                if shape not in shapes:
+                    raise ValueError(f"option {label!r}: no DHE shape is called {shape!r}")
+                config = shapes[shape] if isinstance(shapes[shape], DheConfig) else shapes[shape](feature)
+            made = dataclasses.replace(feature, representation=representation, dhe=config)
+            options.append(Option(label, made, quality, precision))
         out.append(options)
     return out
+
+
+def _parts(label: str) -> tuple[str, str, str]:
+    """(representation, name of the shape, precision) of a label."""
+    found = re.fullmatch(r"(\w+)(?::([^\[\]]+))?(?:\[(\w+)\])?", label)
+    if not found or found[1] not in REPRESENTATIONS:
+        raise ValueError(
+            f"option {label!r}: expected {', '.join(REPRESENTATIONS)}, then :SHAPE or [PRECISION]"
+        )
+    representation, shape, precision = found.groups()
+    if shape and representation == "table":
+        raise ValueError(f"option {label!r}: a table has no DHE shape")
+    if precision and representation == "dhe":
+        raise ValueError(f"option {label!r}: a precision is that of a table's rows")
+    return representation, shape or "", precision or "float32"

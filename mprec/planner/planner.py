@@ -77,6 +77,10 @@ class Plan:
         """The configurations that build this plan's embeddings."""
         return [p.option.config for p in self.placements]
 
+    def table_precisions(self) -> dict[str, str]:
+        """For :class:`mprec.nn.QuantizedEmbeddingBagCollection`: the rows' precision of each table."""
+        return {p.feature: p.option.precision for p in self.placements if p.option.config.has_table}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with every feature's configuration."""
         return {
@@ -92,6 +96,7 @@ class Plan:
                     "feature": p.feature,
                     "vocabulary": p.vocabulary,
                     "choice": p.option.label,
+                    "precision": p.option.precision,
                     "device": p.device,
                     "bytes": p.option.nbytes,
                     "flops": p.option.flops,

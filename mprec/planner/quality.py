@@ -47,6 +47,10 @@ class Effects:
     of: Mapping[str, Mapping[str, float]]
     residual: float  # largest gap between a measured quality and this model's
 
+    def labels(self, feature: str) -> list[str]:
+        """The options that a quality is known for, the baseline first."""
+        return [BASELINE, *self.of[feature]]
+
     def effect(self, feature: str, label: str) -> float:
         """``KeyError`` for an option that no measurement contains."""
         if label == BASELINE:

@@ -71,8 +71,9 @@ def text_chart(profile: Profile, width: int = 72, height: int = 18) -> str:
     curves = {name: profile.curve(name) for name in profile.paths}
     low = min(c.batch_sizes[0] for c in curves.values())
     high = max(c.batch_sizes[-1] for c in curves.values())
-    bottom = min(c.seconds[0] for c in curves.values())
-    top = max(c.seconds[-1] for c in curves.values())
+    # Not the ends of the curves: where a second thread sets in, latency falls with the batch.
+    bottom = min(min(c.seconds) for c in curves.values())
+    top = max(max(c.seconds) for c in curves.values())
     columns = np.geomspace(low, high, width)
     span = math.log(top / bottom) or 1.0
     canvas = [[" "] * width for _ in range(height)]

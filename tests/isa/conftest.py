@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).with_name("emulator")
-BUILD = ROOT / "build" / "kernel_test"
+BUILD = ROOT / "build"
 
 
 def run_command(command: list, **options) -> subprocess.CompletedProcess:
@@ -24,14 +24,29 @@ def checked(command: list) -> str:
     return done.stdout
 
 
+def built_with_the_wheel() -> Path | None:
+    """The folder in which an editable install left the test program beside the wheel's own objects, unless a
+    source is newer (pip install -C cmake.define.MPREC_KERNEL_TEST=ON -e .).
+    """
+    sources = [ROOT / "CMakeLists.txt"]
+    for folder in ("csrc", "tests/isa"):
+        sources += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".cpp", ".h")]
+    newest = max(path.stat().st_mtime for path in sources)
+    programs = [path for path in BUILD.glob("cp*/kernel_test") if path.stat().st_mtime > newest]
+    return max(programs, key=lambda path: path.stat().st_mtime).parent if programs else None
+
+
 @pytest.fixture(scope="session")
 def kernel_build() -> Path:
-    """Build folder of the static kernel test. Kept between runs: only what changed is compiled again."""
+    """Build folder of the static kernel test: the install's, or one that is kept between runs."""
+    if found := built_with_the_wheel():
+        return found
+    build = BUILD / "kernel_test"
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert cmake, "cmake is not installed: pip install mprec[test]"
-    checked([cmake, "-S", ROOT, "-B", BUILD, "-DMPREC_PYTHON=OFF", "-DMPREC_KERNEL_TEST=ON"])
-    checked([cmake, "--build", BUILD, "--parallel", "2"])
-    return BUILD
+    checked([cmake, "-S", ROOT, "-B", build, "-DMPREC_PYTHON=OFF", "-DMPREC_KERNEL_TEST=ON"])
+    checked([cmake, "--build", build, "--parallel", "2"])
+    return build
 
 
 @pytest.fixture(scope="session")

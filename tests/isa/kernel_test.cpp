@@ -64,7 +64,10 @@ int main(int argc, char** argv) {
     const Kernels& table = kernels();
     if (tested.insert(table.embedding_bag).second) test::embedding_bag_suite(isa_name(isa), threads);
     if (tested.insert(table.gradient).second) test::gradient_suite(isa_name(isa), threads);
-    if (tested.insert(table.dhe).second) test::dhe_suite(isa_name(isa), threads);
+    if (tested.insert(table.dhe).second) {
+      test::dhe_suite(isa_name(isa), threads);
+      test::cache_suite(isa_name(isa), threads);
+    }
   }
   return test::finish();
 }

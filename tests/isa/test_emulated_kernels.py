@@ -31,7 +31,7 @@ def test_on_this_cpu(kernel_build, threads):
 def test_on_emulated_cpu(kernel_build, emulate, cpu):
     done = emulate(cpu, kernel_build / "kernel_test", MODELS[cpu])
     assert report(done) > 10
-    for kernels in ("embedding_bag", "gradient", "dhe"):
+    for kernels in ("embedding_bag", "gradient", "dhe", "cached dhe"):
         assert f"{MODELS[cpu]} {kernels}" in done.stdout
 
 

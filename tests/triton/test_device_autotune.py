@@ -42,6 +42,19 @@ def test_tune_and_use(cache, device):
     torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5)
 
 
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, cache, monkeypatch):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "tuned.json"
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        autotune._keep(path, "key", [])
+    assert autotune._load(path) == {"key": []}
+
+
+def test_another_version_has_another_file(cache, device, monkeypatch):
+    monkeypatch.setattr(autotune.triton, "__version__", "0.0.1")
+    assert autotune.path_of(device) != cache
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", '{"key": [[[1, 2], 1]]}'])
 def test_a_damaged_file_is_reported_and_ignored(content, cache, device):
     cache.write_text(content)

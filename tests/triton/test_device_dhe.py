@@ -74,8 +74,14 @@ def group_of(shapes, family, dtype, device):
     return [list(column) for column in zip(*stacks, strict=True)]
 
 
-@pytest.mark.parametrize("counts", [[0], [1], [63, 0, 65], [0, 64, 0], [5, 130, 1]], ids=str)
-@pytest.mark.parametrize("steps", [[2], [1, 1], [3], [1, 2], [2, 1]], ids=str)
+@pytest.mark.parametrize(
+    ("steps", "counts"),
+    [
+        *(([2], counts) for counts in ([0], [1], [63, 0, 65], [0, 64, 0])),
+        *((steps, [5, 130, 1]) for steps in ([2], [1, 1], [3], [1, 2], [2, 1])),
+    ],
+    ids=str,
+)
 def test_groups_write_their_rows_and_nothing_else(steps, counts, device):
     """Outputs start as NaN in a larger buffer of NaN; the last feature of the batch is not in the group."""
     k, widths, batch = 96, (72, 40, 20)[: sum(steps)], 1

@@ -29,7 +29,7 @@ def exact_gradients(weights, indices, offsets, batch, mode, psw, columns, upstre
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("hot", [0, 63, 64, 65, 200])
+@pytest.mark.parametrize("hot", [0, 64, 200])
 def test_dense_gradients(hot, weighted, mode, device):
     rows, dims, batch = [9, 4, 30], (8, 5, 16), 6
     indices, offsets, weights, columns, upstream = setup(rows, dims, batch, device, hot=hot)

@@ -1,0 +1,254 @@
+"""Row caches before decoders: what both cached modules are made of."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mprec._native import _C
+from mprec.cache.budget import Counts, hottest
+from mprec.cache.codebook import Codebook
+from mprec.nn import DeepHashEmbeddingBag
+from mprec.ops._decoders import decoder
+
+__all__ = ["CacheStats", "Cached", "RowStats", "Rows"]
+
+_COUNTERS = ("calls", "coded", "decoded", "lookup_ns", "decode_ns")
+_CHUNK = 1 << 14  # IDs decoded at a time when a cache is filled
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """One feature's cache. ``hits`` and ``misses`` count IDs asked for, repeated ones each time."""
+
+    hits: int
+    misses: int
+    admissions: int  #: rows stored
+    evictions: int  #: of those, in place of another
+    rejections: int  #: rows turned away: seen too rarely
+    rows: int  #: held now
+    capacity: int  #: in rows
+    nbytes: int  #: everything counted
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of IDs found; NaN before the first."""
+        return self.hits / total if (total := self.hits + self.misses) else float("nan")
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """All features of a cache, and where its time went."""
+
+    features: Mapping[str, RowStats]
+    calls: int = 0
+    coded: int = 0  #: misses answered by a codebook
+    decoded: int = 0  #: IDs that went through a decoder
+    lookup_s: float = 0.0
+    decode_s: float = 0.0  #: decoding, and storing what was decoded
+
+    @property
+    def nbytes(self) -> int:
+        return sum(feature.nbytes for feature in self.features.values())
+
+    @property
+    def hit_rate(self) -> float:
+        hits = sum(feature.hits for feature in self.features.values())
+        total = hits + sum(feature.misses for feature in self.features.values())
+        return hits / total if total else float("nan")
+
+
+class Rows:
+    """The row caches of some decoders that one native call reads.
+
+    The caches belong to a generation of weights. When a watched weight has changed, the next call forgets all
+    rows (in constant time) and packs the decoders anew; rows that another thread still computes with the old
+    weights stay invisible to the new generation.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, DeepHashEmbeddingBag],
+        budgets: Mapping[str, int],
+        positions: Sequence[int],
+        columns: Sequence[int],
+        num_features: int,
+        admit: bool,
+        watch: bool,
+        codebooks: Mapping[str, Codebook],
+    ) -> None:
+        self.modules = modules
+        self.admit = admit
+        self._codebooks = codebooks
+        self.caches = {
+            name: _C.RowCache(module.embedding_dim, budgets[name]) if budgets.get(name) else None
+            for name, module in modules.items()
+        }
+        self._layout = list(positions), list(columns), num_features
+        self._watches = watch
+        self._lock = threading.Lock()
+        self._native: _C.CachedDecoders | None = None  # while it is made
+        self._past = dict.fromkeys(_COUNTERS, 0)
+        self._bind(None)  # codebooks are those of the weights as they are now
+
+    def forward(
+        self,
+        indices,
+        offsets,
+        per_sample_weights,
+        mode,
+        include_last_offset,
+        padding_idx,
+        out,
+        threads=None,
+    ):
+        arguments = (
+            indices,
+            offsets,
+            per_sample_weights,
+            mode,
+            include_last_offset,
+            padding_idx,
+            out,
+            self.admit,
+            threads or torch.get_num_threads(),
+        )
+        native = self._native
+        while not native.forward(*arguments):
+            native = self._bind(native)
+        return out
+
+    def _bind(self, stale) -> "_C.CachedDecoders":
+        """Packs the decoders as they are now, under a new generation."""
+        with self._lock:
+            if self._native is not stale:
+                return self._native  # another thread did
+            # The watch first: a change while the decoders are packed must not be missed.
+            watch = _C.WeightWatch(_places(self.modules.values())) if self._watches else None
+            handles = []
+            with torch.no_grad():
+                for module in self.modules.values():
+                    kind = module.config
+                    handles.append(
+                        decoder(*module.stack(), kind.family, kind.activation, kind.last_activation)
+                    )
+            for cache in self.caches.values():
+                if cache is not None:
+                    cache.invalidate()
+            if stale is not None:
+                for key, value in stale.stats().items():
+                    self._past[key] += value
+            if stale is not None:
+                self._codebooks = {}  # of past weights
+            books = [self._codebooks.get(name) for name in self.modules]
+            self._native = _C.CachedDecoders(
+                handles,
+                list(self.caches.values()),
+                *self._layout,
+                watch,
+                [None if book is None else (book.codes, book.centroids) for book in books],
+            )
+            self._handles = dict(zip(self.modules, handles, strict=True))
+            return self._native
+
+    def invalidate(self) -> None:
+        self._bind(self._native)
+
+    def fill(self, name: str, ids: Tensor) -> int:
+        """Decodes and stores IDs, the hottest first, while there is room; returns how many are held."""
+        cache = self.caches[name]
+        if cache is None:
+            return 0
+        handle, generation = self._handles[name], cache.generation
+        ids = ids[: cache.capacity].to(torch.int64).contiguous()
+        for part in ids.split(_CHUNK):
+            rows = torch.empty(len(part), cache.dim)
+            starts = torch.arange(len(part))
+            _C.dhe_bag(handle, part, starts, None, 0, False, -1, rows, torch.get_num_threads())
+            cache.fill(part, rows, generation)
+        return len(cache)
+
+    def held(self, name: str) -> Tensor:
+        cache = self.caches[name]
+        out = torch.empty(0 if cache is None else cache.capacity, dtype=torch.int64)
+        return out if cache is None else out[: cache.ids(out)]
+
+    def stats(self) -> dict[str, RowStats]:
+        return {
+            name: RowStats(**cache.stats(), rows=len(cache), capacity=cache.capacity, nbytes=cache.nbytes)
+            for name, cache in self.caches.items()
+            if cache is not None
+        }
+
+    def times(self) -> dict[str, int]:
+        now = self._native.stats()
+        return {key: past + now[key] for key, past in self._past.items()}
+
+
+def _places(modules) -> list[tuple[dict, str]]:
+    """Where modules keep what their decoders are made of."""
+    places = []
+    for module in modules:
+        places.append((module._buffers, "coefficients"))
+        for layer in module.decoder:
+            places += [(layer._parameters, "weight"), (layer._parameters, "bias")]
+    return places
+
+
+class Cached:
+    """What both cached modules offer; ``_rows`` are their parts."""
+
+    _rows: list[Rows]
+
+    def invalidate(self) -> None:
+        """Forget all rows, in constant time. Changed weights do this by themselves, except changes through
+        NumPy views, and any change if ``watch=False``."""
+        for rows in self._rows:
+            rows.invalidate()
+
+    def refresh(self) -> int:
+        """Decode the rows held now with the weights as they are now; returns how many are held then."""
+        held = [(rows, name, rows.held(name)) for rows in self._rows for name in rows.modules]
+        self.invalidate()
+        return sum(rows.fill(name, ids) for rows, name, ids in held)
+
+    def _fill(self, counts: Mapping[str, Counts]) -> dict[str, int]:
+        names = {name: rows for rows in self._rows for name in rows.modules}
+        for name in counts:
+            if name not in names:
+                raise ValueError(f"counts: no deep hash embedding {name!r}; there are {', '.join(names)}")
+        return {
+            name: names[name].fill(name, hottest(counted, f"counts[{name!r}]").ids)
+            for name, counted in counts.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all row caches, everything counted."""
+        return sum(c.nbytes for rows in self._rows for c in rows.caches.values() if c is not None)
+
+    def stats(self) -> CacheStats:
+        """Counters since the start or :meth:`reset_stats`."""
+        features: dict[str, RowStats] = {}
+        times = dict.fromkeys(_COUNTERS, 0)
+        for rows in self._rows:
+            features |= rows.stats()
+            for key, value in rows.times().items():
+                times[key] += value
+        return CacheStats(
+            features,
+            times["calls"],
+            times["coded"],
+            times["decoded"],
+            times["lookup_ns"] / 1e9,
+            times["decode_ns"] / 1e9,
+        )
+
+    def reset_stats(self) -> None:
+        """Set the counters of hits, misses, admissions, evictions and rejections to 0."""
+        for rows in self._rows:
+            for cache in rows.caches.values():
+                if cache is not None:
+                    cache.reset_stats()
