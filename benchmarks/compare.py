@@ -52,8 +52,8 @@ def _sources() -> Iterator[tuple[str, ModuleType]]:
 
 
 def _line(*cells: str) -> str:
-    widths = (58, 31, 10, 10, 6, 6, 5)
-    return "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+    forms = ("<70", "<31", ">10", ">10", ">6", ">6", ">5")
+    return "  ".join(f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True))
 
 
 def _print(row: Row) -> None:

@@ -69,9 +69,7 @@ def _adagrad(seconds: float, batch: int = 2048, dim: int = 16, most_rows: int = 
     fbgemm = or_none(FbgemmTraining, sizes, dim, batch, lr)
     if fbgemm is not None:
         candidates["FBGEMM"] = fbgemm
-    t = harness.interleaved(
-        candidates, lambda: Batch(sizes, batch, 1), seconds=seconds * 2, own_inputs=True
-    )
+    t = harness.interleaved(candidates, lambda: Batch(sizes, batch, 1), seconds=seconds * 2, own_inputs=True)
     us = {name: timing.p50 * 1e6 for name, timing in t.items()}
     note = f"forward, backward and update; tables <= {most_rows:,} rows, {len(optimizer.state)} of them"
     if fbgemm is not None:

@@ -1,8 +1,8 @@
 """Timing that can be trusted on a shared machine: interleaved rounds in one process, medians, fresh inputs.
 
-Candidates that do the same work take turns of some milliseconds (A B C, A B C, …) so that a change of clock or
-a noisy neighbour hits all of them alike; every call has a new random input. Results are appended to CSV files in
-``benchmarks/results/``, whose rows name the command that wrote them.
+Candidates that do the same work take turns of some milliseconds (A B C, A B C, …) so that a change of clock
+or a noisy neighbour hits all of them alike; every call has a new random input. Results are appended to CSV
+files in ``benchmarks/results/``, whose rows name the command that wrote them.
 """
 
 import csv

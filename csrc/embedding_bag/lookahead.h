@@ -59,7 +59,9 @@ struct Prefetch {
 
 class Lookahead {
  public:
-  Lookahead(const BagRequest& r, const Cut& from, const Cut& to) : request_(r), walk_(r, from, to) { enter(); }
+  Lookahead(const BagRequest& r, const Cut& from, const Cut& to) : request_(r), walk_(r, from, to) {
+    enter();
+  }
 
   // What the pooling of the next `count` rows, from index `begin` on, is to prefetch: as many rows further
   // ahead. One for each row that is pooled, because a burst of prefetches blocks the queue to memory. False
