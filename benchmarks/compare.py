@@ -1,9 +1,10 @@
 """mprec against its peers and the machine's limits: one table, a row for each kind of work.
 
-``python benchmarks/compare.py [--only SUBSTRING] [--seconds S] [--no-csv]``
+``python benchmarks/compare.py [--only SUBSTRING] [--seconds S] [--no-csv] [--list]``
 
 Rows come from the ``compare_*.py`` files beside this one: each has ``rows(seconds, only)``, a generator of
-`Row` (`only`: skip work whose name does not contain it). Every row names the target it is held to, so that
+`Row` (`only`: skip work whose name does not contain it), printed as they come, and may have ``names()``, the
+list of its work. Every row names the target it is held to, so that
 the table says *pass* or *short*. Peers that are not installed are left out, and the row says so.
 """
 
@@ -11,18 +12,17 @@ import argparse
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ceilings
 import harness
 
-MODULES = ("compare_embedding_bag", "compare_dhe", "compare_dispatch", "compare_cache")
+MODULES = ("compare_embedding_bag", "compare_optimizers", "compare_dhe", "compare_dispatch", "compare_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,32 +45,47 @@ class Row:
         return "pass" if self.ratio >= self.target else "short"
 
 
-def _sources() -> Iterator[tuple[str, Callable]]:
+def _sources() -> Iterator[tuple[str, ModuleType]]:
     for name in MODULES:
         if Path(__file__).with_name(f"{name}.py").exists():
-            yield name, importlib.import_module(name).rows
+            yield name, importlib.import_module(name)
+
+
+def _line(*cells: str) -> str:
+    forms = ("<70", "<31", ">10", ">10", ">6", ">6", ">5")
+    return "  ".join(f"{cell:{form}}" for cell, form in zip(cells, forms, strict=True))
+
+
+def _print(row: Row) -> None:
+    numbers = f"{row.mprec_us:.2f}", f"{row.peer_us:.2f}", f"{row.ratio:.2f}", f"{row.target:g}"
+    print(_line(row.work, row.peer, *numbers, row.verdict), row.note, sep="  ", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows whose source or work contains this text")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each comparison")
+    parser.add_argument("--list", action="store_true", help="print the names of the work, measure nothing")
     parser.add_argument(
         "--no-csv", action="store_true", help="do not append to benchmarks/results/compare.csv"
     )
     args = parser.parse_args()
+    if args.list:
+        for source, module in _sources():
+            print(source)
+            for name in getattr(module, "names", list)():
+                print(f"  {name}")
+        return 0
 
     torch.set_num_threads(1)  # rows that compare threads set their own
-    console = Console(width=160 if not sys.stdout.isatty() else None)
     peak = ceilings.fma_peak()
-    console.print(f"one core: {peak / 1e9:.0f} GFLOP/s float32, reads {_bandwidths()}")
-    table = Table("work", "peer", "mprec µs", "peer µs", "ratio", "target", "", "note", box=None)
+    print(f"one core: {peak / 1e9:.0f} GFLOP/s float32, reads {_bandwidths()}", flush=True)
+    print(_line("work", "peer", "mprec us", "peer us", "ratio", "target", ""))
     written = []
     with torch.inference_mode():
-        for source, rows in _sources():
-            for row in rows(args.seconds, args.only if args.only not in source else ""):
-                cells = (f"{row.mprec_us:.2f}", f"{row.peer_us:.2f}", f"{row.ratio:.2f}", f"{row.target:g}")
-                table.add_row(row.work, row.peer, *cells, row.verdict, row.note)
+        for source, module in _sources():
+            for row in module.rows(args.seconds, args.only if args.only not in source else ""):
+                _print(row)
                 written.append(
                     {
                         "work": row.work,
@@ -83,9 +98,8 @@ def main() -> int:
                         "note": row.note,
                     }
                 )
-    console.print(table)
     if written and not args.no_csv:
-        console.print(f"appended to {harness.append_csv('compare', written)}")
+        print(f"appended to {harness.append_csv('compare', written)}")
     return 0
 
 

@@ -21,12 +21,27 @@ def capped(sizes: Sequence[int], most: int) -> list[int]:
     return [min(size, most) for size in sizes]
 
 
-class Batch:
-    """Uniform IDs for every table: one tensor feature-major, in both integer types, and one per table."""
+def draw_ids(sizes: Sequence[int], n: int, zipf: float = 0.0) -> Tensor:
+    """``n`` IDs of each vocabulary, int64 ``[T * n]``: uniform, or Zipf of exponent ``zipf`` (not 1).
 
-    def __init__(self, sizes: Sequence[int], batch: int, pooling: int) -> None:
-        parts = [torch.randint(0, size, (batch * pooling,)) for size in sizes]
-        self.ids = torch.cat(parts)
+    Zipf ranks come from the inverse of the continuous distribution, and are spread over the vocabulary: hot
+    rows are no neighbours.
+    """
+    size = torch.tensor(sizes, dtype=torch.float64)[:, None]
+    u = torch.rand(len(sizes), n, dtype=torch.float64)
+    if not zipf:
+        return (u * size).long().flatten()
+    end = (size + 1) ** (1 - zipf) - 1
+    rank = ((u * end + 1) ** (1 / (1 - zipf))).long() - 1
+    size = size.long()
+    return (rank.clamp_(max=size - 1) * 2_654_435_761 % size).flatten()
+
+
+class Batch:
+    """IDs for every table: one tensor feature-major, in both integer types, and one per table."""
+
+    def __init__(self, sizes: Sequence[int], batch: int, pooling: int, zipf: float = 0.0) -> None:
+        self.ids = draw_ids(sizes, batch * pooling, zipf)
         self.narrow = self.ids.int()
         self.parts = self.ids.split(batch * pooling)
 
@@ -98,8 +113,40 @@ class Fbgemm:
         return self.module(batch.narrow, self.offsets)
 
 
-def fbgemm_or_none(*arguments) -> Fbgemm | None:
+class FbgemmTraining:
+    """FBGEMM's table-batched training embedding with its exact row-wise Adagrad: a call is a whole step.
+
+    ``ImportError`` if ``fbgemm-gpu-cpu`` is not installed.
+    """
+
+    def __init__(self, sizes: Sequence[int], dim: int, batch: int, lr: float) -> None:
+        logging.disable(logging.CRITICAL)
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+
+        self.module = SplitTableBatchedEmbeddingBagsCodegen(
+            [(size, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for size in sizes],
+            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            learning_rate=lr,
+            device="cpu",
+            bounds_check_mode=BoundsCheckMode.NONE,
+        )
+        self.module.init_embedding_weights_uniform(-0.01, 0.01)
+        logging.disable(logging.NOTSET)
+        self.offsets = torch.arange(len(sizes) * batch + 1)
+        self.grad = torch.ones(batch, len(sizes) * dim)
+
+    def __call__(self, batch: Batch) -> None:
+        self.module(batch.ids, self.offsets).backward(self.grad)
+
+
+def or_none(peer, *arguments):
+    """The peer, or ``None`` where its package is not installed."""
     try:
-        return Fbgemm(*arguments)
+        return peer(*arguments)
     except ImportError:
         return None

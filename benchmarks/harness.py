@@ -1,8 +1,8 @@
 """Timing that can be trusted on a shared machine: interleaved rounds in one process, medians, fresh inputs.
 
-Candidates that do the same work are called in turn (A B C, A B C, …) so that a change of clock or a noisy
-neighbour hits all of them alike; each round draws new random inputs. Results are appended to CSV files in
-``benchmarks/results/``, whose rows name the command that wrote them.
+Candidates that do the same work take turns of some milliseconds (A B C, A B C, …) so that a change of clock
+or a noisy neighbour hits all of them alike; every call has a new random input. Results are appended to CSV
+files in ``benchmarks/results/``, whose rows name the command that wrote them.
 """
 
 import csv
@@ -41,32 +41,47 @@ def interleaved(
     *,
     seconds: float = 1.0,
     min_rounds: int = 15,
-    target_call_s: float = 200e-6,
+    turn_s: float = 4e-3,
+    own_inputs: bool = False,
+    prepare: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> dict[str, Timing]:
-    """Time `candidates` on equal inputs, in turn, for about `seconds` in total.
+    """Time `candidates` in turn, for about `seconds` in total.
 
-    Each round draws as many inputs from `make_input` as it takes for the fastest candidate to run about
-    `target_call_s`, and every candidate runs over all of them; a round's figure is the mean per call.
+    A turn is as many calls of one candidate, back to back, as the fastest of them makes in `turn_s` (200 at
+    most), each on a fresh draw of `make_input`; a round is a turn of each, and its figures are the means per
+    call. A turn must be long: the first calls meet caches, address translations and branch predictors that
+    the others have filled, which in service nobody does. So one more call before each turn is not timed
+    (unless one call fills the turn).
+
+    `own_inputs`: draws for each candidate, for work out of cache: rows that one has read would be in cache
+    for the next. `prepare`: by candidate, a step from the draw to the call's argument that is not timed.
     Returns one `Timing` per name. The garbage collector is off meanwhile.
     """
-    probe = make_input()
+    ready = {name: (prepare or {}).get(name, lambda item: item) for name in candidates}
     fastest = float("inf")
-    for call in candidates.values():
-        for _ in range(3):
+    for name, call in candidates.items():
+        for item in [ready[name](make_input()) for _ in range(4)]:
             start = time.perf_counter()
-            call(probe)
+            call(item)
             fastest = min(fastest, time.perf_counter() - start)
-    repeats = max(1, min(2000, round(target_call_s / max(fastest, 1e-9))))
+    repeats = max(1, min(200, round(turn_s / max(fastest, 1e-9))))
+    before = int(repeats > 1)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     deadline = time.perf_counter() + seconds
     rounds = 0
     with _no_gc():
         while rounds < min_rounds or time.perf_counter() < deadline:
-            inputs = [make_input() for _ in range(repeats)]
+            draws = None
             names.append(names.pop(0))  # no candidate always follows the same one
             for name in names:
+                if own_inputs or draws is None:
+                    draws = [make_input() for _ in range(before + repeats)]
+                inputs = [ready[name](draw) for draw in draws]
                 call = candidates[name]
+                for item in inputs[:before]:
+                    call(item)
+                inputs = inputs[before:]
                 start = time.perf_counter()
                 for item in inputs:
                     call(item)

@@ -126,6 +126,35 @@ def test_unaligned_and_strided(name, dim):
 
 
 @each_isa
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_samples_are_pooled_in_blocks(name, threads):
+    """Rows of results of 2 KB to 9 KB: blocks of 32 to 64 samples, cut anywhere between threads."""
+    g = torch.Generator().manual_seed(threads)
+    for dims, bags, longest in (((16, 3, 490), 333, 1), ((64, 1000, 24, 1100), 200, 3), ((600,), 97, 40)):
+        weights = [torch.randn(50 + 7 * t, dim, generator=g) for t, dim in enumerate(dims)]
+        lengths = torch.randint(0 if longest > 1 else 1, longest + 1, (len(dims) * bags,), generator=g)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        indices = torch.randint(0, 50, (int(offsets[-1]),), generator=g)
+        out = torch.full((bags, sum(dims)), torch.nan)
+        with isa(name):
+            _C.embedding_bag_multi(weights, indices, offsets, None, SUM, -1, out, None, threads)
+        parts = [
+            torch.nn.functional.embedding_bag(
+                indices[offsets[t * bags] : offsets[(t + 1) * bags]],
+                weight.double(),
+                offsets[t * bags : (t + 1) * bags] - offsets[t * bags],
+                mode="sum",
+            )
+            for t, weight in enumerate(weights)
+        ]
+        torch.testing.assert_close(out.double(), torch.cat(parts, 1), rtol=1e-5, atol=1e-5)
+        bad = indices.clone()
+        bad[int(offsets[2 * bags // 3])] = 10**6
+        with isa(name), pytest.raises(IdOutOfRangeError, match="is 1000000"):
+            _C.embedding_bag_multi(weights, bad, offsets, None, SUM, -1, out, None, threads)
+
+
+@each_isa
 def test_threads_do_not_change_bits(name):
     g = torch.Generator().manual_seed(0)
     weights = [torch.randn(1000, d, generator=g) for d in (16, 8, 100)]

@@ -27,7 +27,8 @@ EDGES = [0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, INT64.max 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8,
           torch.uint8, torch.bool, torch.complex64, torch.int16]  # fmt: skip
 # What a Python function may raise for bad arguments. Not SystemError: that is a bug in a C extension.
-ALLOWED = (TypeError, ValueError, IndexError, RuntimeError, OverflowError, MemoryError, BufferError)
+ALLOWED = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError, MemoryError,
+           BufferError)  # fmt: skip
 
 CANARY = 0x5A
 
@@ -418,6 +419,17 @@ def weight_watch(guard: Guard):
     return st.just({"places": [({"weight": torch.zeros(3)}, "weight")]})
 
 
+@st.composite
+def tensors_of(draw, guard: Guard):
+    return {
+        "modules": {name: torch.nn.Linear(2, 3) for name in "abc"},
+        "names": tuple(draw(st.lists(st.sampled_from("abcd"), max_size=9))),
+        "owner": "_parameters",
+        "key": draw(st.sampled_from(["weight", "bias"])),
+        "type": torch.nn.Parameter,
+    }
+
+
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "embedding_bag_multi": (_C.embedding_bag_multi, embedding_bag_multi),
     "embedding_bag": (_C.embedding_bag, embedding_bag),
@@ -439,6 +451,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dhe_backward": (_C.dhe_backward, dhe_backward),
     "select_features": (_C.select_features, select_features),
     "WeightWatch": (_C.WeightWatch, weight_watch),
+    "tensors_of": (_C.tensors_of, tensors_of),
 }
 # They take no argument, or a name only.
 WITHOUT_ARRAYS = {"cpu_features", "cpu_model", "isa", "omp_max_threads", "runnable_isas", "use_isa"}

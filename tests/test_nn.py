@@ -378,6 +378,70 @@ def test_results_are_float32_whatever_the_default_dtype():
             torch.set_default_dtype(torch.float32)
 
 
+def test_serving_follows_every_way_to_change_a_table():
+    collection = EmbeddingBagCollection(FEATURES)
+    indices, offsets = batch(FEATURES, 6)
+
+    def served():
+        with torch.no_grad():
+            out = collection(indices, offsets)
+        expected = expected_output(collection, indices, offsets)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+        return out
+
+    def changed(step):
+        before = served()
+        step()
+        assert not torch.equal(served(), before)
+
+    def fresh(name="user"):
+        return torch.randn_like(collection.tables[name].weight)
+
+    table = collection.tables["user"]
+    copied = copy.deepcopy(collection)
+    first = served()
+    changed(lambda: setattr(table.weight, "data", fresh()))
+    changed(lambda: collection.load_state_dict({"tables.user.weight": fresh()}, strict=False, assign=True))
+    changed(lambda: setattr(table, "weight", torch.nn.Parameter(fresh())))
+    changed(lambda: collection.tables.update({"user": EmbeddingBag(50, 4, mode="sum")}))
+    changed(lambda: collection.tables._modules.update(keys=EmbeddingBag(11, 4, mode="max")))
+    with torch.no_grad():
+        assert torch.equal(copied(indices, offsets), first)
+    changed(lambda: collection.to(torch.bfloat16).to(torch.float32))
+    collection.tables["user"].to(torch.float64)
+    with pytest.raises(TypeError, match="expected"):
+        served()
+
+
+def test_results_into_a_given_tensor():
+    indices, offsets = batch(FEATURES, 6)
+    for kind in KINDS:
+        collection = EmbeddingBagCollection(with_representation(FEATURES, kind, dhe=SMALL))
+        expected = collection(indices, offsets).detach()
+        out = torch.full_like(expected, torch.nan)
+        with torch.no_grad():
+            assert collection(indices, offsets, out=out) is out
+            assert torch.equal(out, expected)
+            for like, error in ((out[1:], ValueError), (out[:, 1:], ValueError), (out.half(), TypeError)):
+                with pytest.raises(error, match="out: expected"):
+                    collection(indices, offsets, out=like)
+        with pytest.raises(RuntimeError, match="out: does not support gradients"):
+            collection(indices, offsets, out=out)
+    bag = EmbeddingBag(90, 5, mode="sum")
+    ids, starts = torch.tensor([1, 89, 3]), torch.tensor([0, 2])
+    out = torch.empty(2, 5)
+    with torch.no_grad():
+        assert bag(ids, starts, out=out) is out
+        assert torch.equal(out, bag(ids, starts))
+        assert bag(ids[None], out=out[:1]).data_ptr() == out.data_ptr()
+        assert torch.equal(out[:1], bag(ids[None]))
+        assert ops.embedding_bag_multi([bag.weight], ids, torch.tensor([0, 1, 3]), out=out) is out
+        with pytest.raises(ValueError, match=r"out: expected shape \(2, 5\), got \(3, 5\)"):
+            bag(ids, starts, out=torch.empty(3, 5))
+    with pytest.raises(RuntimeError, match="out: does not support gradients"):
+        bag(ids, starts, out=out)
+
+
 def test_serving_decoders_made_in_inference_mode():
     with torch.inference_mode():
         collection = EmbeddingBagCollection(with_representation(FEATURES, "dhe", SMALL))

@@ -22,30 +22,68 @@ int64_t clamped_begin(const BagRequest& r, int64_t bag) {
 
 int64_t row_cost(const Feature& f) { return row_size(f.format, f.dim) / 64 + 1; }
 
-// Cost of the first `bags` bags of a feature.
-int64_t cost(const BagRequest& r, const Feature& f, int64_t bags) {
-  const int64_t indices = clamped_begin(r, f.first_bag + bags) - clamped_begin(r, f.first_bag);
-  return std::max<int64_t>(indices, 0) * row_cost(f) + bags * bag_cost;
+// Cost of a feature's bags [begin, end).
+int64_t cost(const BagRequest& r, const Feature& f, int64_t begin, int64_t end) {
+  const int64_t indices = clamped_begin(r, end) - clamped_begin(r, begin);
+  return std::max<int64_t>(indices, 0) * row_cost(f) + (end - begin) * bag_cost;
 }
 
-int64_t cost(const BagRequest& r, const Feature& f) { return cost(r, f, (&f)[1].first_bag - f.first_bag); }
+// Blocks of samples: a row of results holds every table's, so that one table's results lie pages apart. The
+// results of a block keep to few pages and to the second-level cache until all tables have filled them.
+constexpr int64_t block_bytes = 128 << 10, least_block_bags = 32;
 
-// The bag at which a fraction part / parts of the total cost is reached.
-int64_t split(const BagRequest& r, int64_t total, int64_t part, int64_t parts) {
-  int64_t target = static_cast<int64_t>(static_cast<double>(total) * part / parts);
-  const Feature* f = r.features;
-  for (const Feature* end = f + r.num_features; f != end; target -= cost(r, *f), ++f)
-    if (target < cost(r, *f)) break;
-  if (f->first_bag == r.num_bags) return r.num_bags;
-  int64_t low = 0, high = f[1].first_bag - f->first_bag;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (cost(r, *f, middle) < target)
-      low = middle + 1;
+int64_t most_bags(const BagRequest& r) {
+  int64_t bags = 0;
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
+    bags = std::max(bags, f[1].first_bag - f->first_bag);
+  return bags;
+}
+
+int64_t chosen_block_bags(const BagRequest& r) {
+  const Feature& f = r.features[0];
+  const int64_t result_bytes = f.out_stride * (f.out_format == Format::f32 ? 4 : 2);
+  const bool apart = f.out_stride != f.dim;
+  return apart ? std::max(least_block_bags, block_bytes / std::max<int64_t>(result_bytes, 1))
+               : all_in_one_block;
+}
+
+// Cost of all bags before a block.
+int64_t cost_before(const BagRequest& r, int64_t block) {
+  int64_t total = 0;
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
+    total += cost(r, *f, f->first_bag, r.block_begin(*f, block));
+  return total;
+}
+
+// The cut before which lies a cost of about `target`.
+Cut cut(const BagRequest& r, int64_t target) {
+  int64_t block = 0, last = most_bags(r) / r.block_bags;
+  while (block < last) {
+    const int64_t middle = (block + last + 1) / 2;
+    if (cost_before(r, middle) <= target)
+      block = middle;
     else
-      high = middle;
+      last = middle - 1;
   }
-  return f->first_bag + low;
+  target -= cost_before(r, block);
+  for (int64_t t = 0; t < r.num_features; ++t) {
+    const Feature& f = r.features[t];
+    const int64_t begin = r.block_begin(f, block), end = r.block_begin(f, block + 1);
+    const int64_t all = cost(r, f, begin, end);
+    if (target < all) {
+      int64_t low = begin, high = end;
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (cost(r, f, begin, middle) < target)
+          low = middle + 1;
+        else
+          high = middle;
+      }
+      return {block, t, low};
+    }
+    target -= all;
+  }
+  return {block + 1, 0, 0};
 }
 
 // Floats of scratch that a kernel needs to pool in float32 what it stores in 16 bits.
@@ -90,11 +128,14 @@ void throw_first_error(const BagRequest& r) {
 
 int64_t embedding_bag_cost(const BagRequest& r) {
   int64_t total = 0;
-  for (const Feature* f = r.features; f != r.features + r.num_features; ++f) total += cost(r, *f);
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
+    total += cost(r, *f, f->first_bag, f[1].first_bag);
   return total;
 }
 
-void embedding_bag_forward(const BagRequest& r, int threads) {
+void embedding_bag_forward(const BagRequest& request, int threads) {
+  BagRequest r = request;
+  r.block_bags = chosen_block_bags(r);
   const auto forward = kernels().embedding_bag->forward;
   bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
   if (valid) {
@@ -102,13 +143,18 @@ void embedding_bag_forward(const BagRequest& r, int threads) {
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total / lines_per_thread));
     const int64_t scratch = scratch_size(r);
     const auto buffer = scratch ? std::make_unique<float[]>(scratch * parts) : nullptr;
+    const Cut start{0, 0, 0}, finish{most_bags(r) / r.block_bags + 1, 0, 0};
     if (parts == 1) {
-      valid = forward(r, 0, r.num_bags, buffer.get());
+      valid = forward(r, start, finish, buffer.get());
     } else {
+      const auto part_begin = [&](int64_t part) {
+        if (part == 0) return start;
+        if (part == parts) return finish;
+        return cut(r, static_cast<int64_t>(static_cast<double>(total) * part / parts));
+      };
       std::atomic<bool> all_valid{true};
       parallel_ranges(parts, static_cast<int>(parts), [&](int64_t first, int64_t last) {
-        const int64_t end = last == parts ? r.num_bags : split(r, total, last, parts);
-        if (!forward(r, split(r, total, first, parts), end, buffer.get() + first * scratch))
+        if (!forward(r, part_begin(first), part_begin(last), buffer.get() + first * scratch))
           all_valid = false;
       });
       valid = all_valid;

@@ -58,6 +58,9 @@ inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_
     const bool masked = tail && v == vectors - 1;
     acc[v] = count == 0 ? zero() : masked ? load(out + v * width, mask) : load(out + v * width);
   }
+  constexpr int pairs = Row::paired ? vectors / 2 : 0;
+#pragma GCC unroll 4
+  for (int v = 0; v < pairs; ++v) split_columns(acc[2 * v], acc[2 * v + 1]);
 
   for (int64_t i = begin; i < end; ++i) {
     const int64_t id = s.ids[i];
@@ -76,18 +79,29 @@ inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_
       term = broadcast(row.bias);
       bias += weight * row.bias;
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      const bool masked = tail && v == vectors - 1;
-      const Vec x = masked ? row.at(column + v * width, mask) : row.at(column + v * width);
+    const auto add = [&](Vec& a, Vec x) {
       if (pool == Pool::max) {
         const Vec value = Row::quantised ? fma(factor, x, term) : x;
-        acc[v] = count == 0 ? value : greater(value, acc[v]);
+        a = count == 0 ? value : greater(value, a);
       } else if (pool == Pool::weighted || Row::quantised) {
-        acc[v] = fma(factor, x, acc[v]);
+        a = fma(factor, x, a);
       } else {
-        acc[v] = acc[v] + x;
+        a = a + x;
       }
+    };
+    if constexpr (Row::paired) {
+#pragma GCC unroll 4
+      for (int v = 0; v < pairs; ++v) {
+        const bool masked = tail && 2 * v + 2 == vectors;
+        const Pair x = masked ? row.pair(column + 2 * v * width, mask) : row.pair(column + 2 * v * width);
+        add(acc[2 * v], x.even);
+        add(acc[2 * v + 1], x.odd);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 2 * pairs; v < vectors; ++v) {
+      const bool masked = tail && v == vectors - 1;
+      add(acc[v], masked ? row.at(column + v * width, mask) : row.at(column + v * width));
     }
     ++count;
   }
@@ -103,6 +117,8 @@ inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_
       for (int v = 0; v < vectors; ++v) acc[v] = acc[v] / divisor;
     }
   }
+#pragma GCC unroll 4
+  for (int v = 0; v < pairs; ++v) join_columns(acc[2 * v], acc[2 * v + 1]);
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) {
     if (tail && v == vectors - 1)
@@ -121,7 +137,7 @@ __attribute__((noinline)) bool pool_long(const Source& s, int64_t begin, int64_t
   do {
     const int64_t stop = least(end, begin + ahead.stride());
     Prefetch next;
-    if (!ahead.next(begin, stop, next)) return false;
+    if (!ahead.next(begin, stop - begin, next)) return false;
     for (int64_t column = 0; column < last_column; column += max_vectors * Vec::width)
       pool_columns<Row, pool, max_vectors, false>(s, begin, stop, column, mask, next, out, progress,
                                                   stop == end);
@@ -145,14 +161,17 @@ inline void store_result(const float* from, float* to, Format format, int64_t di
   if (format == Format::bf16) copy(from, reinterpret_cast<BFloat*>(to), dim);
 }
 
-// Pools bags [begin, end) of one feature, into float32 `scratch` first if given. False at an invalid offset
-// or ID, before anything is read by it.
+// Pools a segment's bags, into float32 `scratch` first if given. False at an invalid offset or ID, before
+// anything is read by it.
 template <class Row, Pool pool, int vectors, bool tail>
-bool pool_bags(const BagRequest& r, const Feature& f, int64_t begin, int64_t end, Lookahead& ahead,
-               float* scratch) {
+bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, float* scratch) {
   constexpr int64_t block = max_vectors * Vec::width, most_bags = 32, most_rows = 64;
+  const Feature& f = *segment.feature;
   const int64_t last_column = f.dim > block ? (f.dim - 1) / block * block : 0;
-  const int64_t limit = ahead.limit(&f), stride = ahead.stride();
+  int64_t begin = segment.begin;
+  const int64_t end = segment.end;
+  // No bag may reach beyond: the indices there are validated for another segment.
+  const int64_t limit = clamped_begin(r, end);
   const Source source(r, f);
   const Mask mask(f.dim - last_column - (vectors - 1) * Vec::width);
   const int64_t out_bytes = f.out_stride * (f.out_format == Format::f32 ? 4 : 2);
@@ -168,6 +187,7 @@ bool pool_bags(const BagRequest& r, const Feature& f, int64_t begin, int64_t end
   if (from < 0) return false;
   while (begin < end) {
     // The ends of the next bags, of about `stride` rows together.
+    const int64_t stride = ahead.stride();
     int64_t ends[most_bags], bags = 0, before = from, longest = 0;
     do {
       const int64_t to = r.bag_begin(++begin);
@@ -178,7 +198,7 @@ bool pool_bags(const BagRequest& r, const Feature& f, int64_t begin, int64_t end
 
     const bool brief = last_column == 0 && before - from <= most_rows;
     Prefetch next{};
-    if (brief && !ahead.next(from, before, next)) return false;
+    if (brief && !ahead.next(from, before - from, next)) return false;
     const bool single = brief && !scratch && longest == 1 && before - from == bags;
     if (single) {  // one row in each: no loop over rows, no division
       for (int64_t i = from; i < before; ++i, result += out_bytes) {
@@ -204,7 +224,7 @@ bool pool_bags(const BagRequest& r, const Feature& f, int64_t begin, int64_t end
   return true;
 }
 
-using PoolBags = bool (*)(const BagRequest&, const Feature&, int64_t, int64_t, Lookahead&, float*);
+using PoolBags = bool (*)(const BagRequest&, const Segment&, Lookahead&, float*);
 
 template <class Row, Pool pool, int vectors = 1>
 PoolBags for_dim(int64_t dim) {
@@ -236,20 +256,17 @@ inline PoolBags for_format(const BagRequest& r, Format format, int64_t dim) {
   }
 }
 
-inline bool forward(const BagRequest& r, int64_t begin, int64_t end, float* scratch) {
-  if (begin >= end) return true;
-  const Feature* f = r.features;
-  while (f[1].first_bag <= begin) ++f;
-  Lookahead ahead(r, f, begin, end);
+inline bool forward(const BagRequest& r, const Cut& begin, const Cut& end, float* scratch) {
+  Walk walk(r, begin, end);
+  Lookahead ahead(r, begin, end);
   PoolBags pool = nullptr;
   const Feature* chosen_for = nullptr;
-  for (; begin < end; ++f) {
+  for (Segment s; walk.next(s);) {
+    const Feature* f = s.feature;
     if (!chosen_for || f->dim != chosen_for->dim || f->format != chosen_for->format)
       pool = for_format(r, f->format, f->dim);
     chosen_for = f;
-    const int64_t stop = least(end, f[1].first_bag);
-    if (!pool(r, *f, begin, stop, ahead, f->out_format == Format::f32 ? nullptr : scratch)) return false;
-    begin = stop;
+    if (!pool(r, s, ahead, f->out_format == Format::f32 ? nullptr : scratch)) return false;
   }
   return true;
 }

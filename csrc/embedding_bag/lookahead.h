@@ -1,4 +1,5 @@
-// A cursor that runs ahead of the pooling: validates each ID once, and says which row to prefetch when.
+// Two walks over the same bags: the pooling's, and a cursor that runs ahead of it, validates each ID once and
+// says which row to prefetch when.
 #pragma once
 #include "common/vec.h"
 #include "embedding_bag/embedding_bag.h"
@@ -7,6 +8,44 @@ namespace mprec::MPREC_ISA {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A feature's bags [begin, end) in one block.
+struct Segment {
+  const Feature* feature;
+  int64_t begin, end;
+};
+
+// The segments between two cuts.
+class Walk {
+ public:
+  Walk(const BagRequest& r, const Cut& from, const Cut& to)
+      : request_(r), block_(from.block), feature_(from.feature), begin_(from.bag), to_(to) {}
+
+  // The next segment with any bags; false after the last.
+  bool next(Segment& s) {
+    do {
+      if (feature_ == request_.num_features) feature_ = 0, ++block_;
+      if (block_ > to_.block || (block_ == to_.block && feature_ > to_.feature)) return false;
+      s.feature = request_.features + feature_;
+      s.begin = most(begin_, request_.block_begin(*s.feature, block_));
+      s.end = request_.block_begin(*s.feature, block_ + 1);
+      if (block_ == to_.block && feature_ == to_.feature) s.end = least(s.end, to_.bag);
+      begin_ = 0;
+      ++feature_;
+    } while (s.begin >= s.end);
+    return true;
+  }
+
+ private:
+  const BagRequest& request_;
+  int64_t block_, feature_, begin_;  // begin_: of the very first segment
+  Cut to_;
+};
+
+// The index at which a bag begins, or the nearest there is: offsets are not validated yet.
+inline int64_t clamped_begin(const BagRequest& r, int64_t bag) {
+  return most(0, least(r.bag_begin(bag), r.indices.size));
+}
 
 // While row i is pooled, the ID at i + shift is to be validated and its row prefetched. Where there is
 // nothing to look ahead for, that is row i itself, which is valid.
@@ -20,23 +59,21 @@ struct Prefetch {
 
 class Lookahead {
  public:
-  // Over the indices of bags [begin, end), the first of which belongs to `feature`.
-  Lookahead(const BagRequest& r, const Feature* feature, int64_t begin, int64_t end)
-      : request_(r), end_bag_(end) {
-    cursor_ = clamped(begin);
-    end_ = clamped(end);
-    enter(feature);
+  Lookahead(const BagRequest& r, const Cut& from, const Cut& to) : request_(r), walk_(r, from, to) {
+    enter();
   }
 
-  // What the pooling of the indices [begin, stop) is to prefetch: as many rows further ahead. One for each
-  // row that is pooled, because a burst of prefetches blocks the queue to memory. False at an invalid ID.
-  bool next(int64_t begin, int64_t stop, Prefetch& prefetch) {
-    if (cursor_ < least(most(begin + distance_, stop), end_) && !burst(most(begin + distance_, stop)))
-      return false;
-    const int64_t count = stop - begin;
-    if (cursor_ + count > feature_end_) {  // a feature's last rows, or the last of all
+  // What the pooling of the next `count` rows, from index `begin` on, is to prefetch: as many rows further
+  // ahead. One for each row that is pooled, because a burst of prefetches blocks the queue to memory. False
+  // at an invalid ID.
+  bool next(int64_t begin, int64_t count, Prefetch& prefetch) {
+    const int64_t wanted = most(distance_, count);
+    if (lead_ < wanted && (!burst(wanted) || lead_ < count)) return false;
+    if (cursor_ + count > end_) {  // the rows of several segments, or the last of all
       prefetch = {0, rows_, UINT64_MAX, 0, 0};
-      return burst(stop + distance_);
+      if (!burst(count + distance_)) return false;
+      lead_ -= count;
+      return true;
     }
     prefetch = {cursor_ - begin, rows_, static_cast<uint64_t>(num_rows_), row_bytes_,
                 straddles_ ? size_ - 1 : 0};
@@ -44,37 +81,35 @@ class Lookahead {
     return true;
   }
 
-  // Rows to pool between two calls of `next`.
-  int64_t stride() const { return 32; }
-
-  // Where the indices of a feature end, as far as this range of bags goes. No bag may reach beyond: the
-  // indices there are validated for the next feature's table.
-  int64_t limit(const Feature* f) const { return clamped(least(f[1].first_bag, end_bag_)); }
+  // Rows to pool between two calls of `next`: no more than the cursor's segment has left, so that it need
+  // not burst.
+  int64_t stride() {
+    if (cursor_ == end_) enter();
+    return cursor_ < end_ ? least(32, end_ - cursor_) : 32;
+  }
 
  private:
-  int64_t clamped(int64_t bag) const {  // offsets are not validated yet
-    return most(0, least(request_.bag_begin(bag), request_.indices.size));
+  // The next segment with any indices, if there is one.
+  void enter() {
+    for (Segment s; cursor_ >= end_ && walk_.next(s);) {
+      cursor_ = clamped_begin(request_, s.begin);
+      end_ = most(cursor_, clamped_begin(request_, s.end));
+      const Feature& f = *s.feature;
+      rows_ = f.rows;
+      num_rows_ = f.num_rows;
+      row_bytes_ = f.row_bytes;
+      size_ = row_size(f.format, f.dim);
+      straddles_ = row_bytes_ % 64 != 0 || reinterpret_cast<uintptr_t>(rows_) % 64 != 0;
+      distance_ = most(8, least(64, 8192 / (size_ + 1)));
+    }
   }
-  void enter(const Feature* f) {
-    feature_ = f;
-    feature_end_ = limit(f);
-    rows_ = f->rows;
-    num_rows_ = f->num_rows;
-    row_bytes_ = f->row_bytes;
-    size_ = row_size(f->format, f->dim);
-    straddles_ = row_bytes_ % 64 != 0 || reinterpret_cast<uintptr_t>(rows_) % 64 != 0;
-    distance_ = most(8, least(64, 8192 / (size_ + 1)));
-  }
-  // Validates and prefetches up to `target`, across features.
+  // Validates and prefetches until `target` rows lie ahead, across segments.
   __attribute__((noinline)) bool burst(int64_t target) {
-    target = least(target, end_);
-    while (cursor_ < target) {
-      if (cursor_ >= feature_end_) {
-        if (feature_[1].first_bag >= end_bag_) return false;
-        enter(feature_ + 1);
-        continue;
-      }
-      const int64_t stop = least(target, feature_end_);
+    while (lead_ < target) {
+      if (cursor_ == end_) enter();
+      const int64_t stop = least(end_, cursor_ + target - lead_);
+      if (cursor_ == stop) return true;  // that was the last
+      lead_ += stop - cursor_;
       for (; cursor_ < stop; ++cursor_) {
         const int64_t id = request_.indices[cursor_];
         if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(num_rows_)) return false;
@@ -87,11 +122,12 @@ class Lookahead {
   }
 
   const BagRequest& request_;
-  int64_t end_bag_, cursor_, end_, feature_end_;
-  const Feature* feature_;
-  const char* rows_;
-  int64_t num_rows_, row_bytes_, size_, distance_;
-  bool straddles_;
+  Walk walk_;
+  int64_t cursor_ = 0, end_ = 0;  // indices of the cursor's segment
+  int64_t lead_ = 0;              // rows validated and not yet pooled
+  const char* rows_ = nullptr;
+  int64_t num_rows_ = 0, row_bytes_ = 0, size_ = 0, distance_ = 8;
+  bool straddles_ = false;
 };
 
 }  // namespace mprec::MPREC_ISA

@@ -6,9 +6,46 @@
 
 namespace mprec::MPREC_ISA {
 
+// Twice a register's columns, as they come out of bytes with two columns each.
+struct Pair {
+  Vec even, odd;
+};
+
+#if defined(__AVX512F__)
+// Columns of two registers, in order, into (even, odd) ones, and back.
+inline void split_columns(Vec& a, Vec& b) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512 low = a.v, high = b.v;
+  a.v = _mm512_permutex2var_ps(low, even, high);
+  b.v = _mm512_permutex2var_ps(low, odd, high);
+}
+inline void join_columns(Vec& even, Vec& odd) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 a = even.v, b = odd.v;
+  even.v = _mm512_permutex2var_ps(a, low, b);
+  odd.v = _mm512_permutex2var_ps(a, high, b);
+}
+#elif defined(__AVX2__)
+inline void split_columns(Vec& a, Vec& b) {
+  const __m256 low = _mm256_permute2f128_ps(a.v, b.v, 0x20), high = _mm256_permute2f128_ps(a.v, b.v, 0x31);
+  a.v = _mm256_shuffle_ps(low, high, 0x88);
+  b.v = _mm256_shuffle_ps(low, high, 0xDD);
+}
+inline void join_columns(Vec& even, Vec& odd) {
+  const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+  even.v = _mm256_permute2f128_ps(low, high, 0x20);
+  odd.v = _mm256_permute2f128_ps(low, high, 0x31);
+}
+#else
+inline void split_columns(Vec&, Vec&) {}
+inline void join_columns(Vec&, Vec&) {}
+#endif
+
 template <class T>
 struct PlainRow {
-  static constexpr bool quantised = false;
+  static constexpr bool quantised = false, paired = false;
   static constexpr int bits = 8 * sizeof(T);
   const T* values;
   PlainRow(const char* row, int64_t) : values(reinterpret_cast<const T*>(row)) {}
@@ -18,7 +55,7 @@ struct PlainRow {
 
 // dim bytes, then scale and bias as float32 (FBGEMM's fused 8-bit row).
 struct Int8Row {
-  static constexpr bool quantised = true;
+  static constexpr bool quantised = true, paired = false;
   static constexpr int bits = 8;
   const uint8_t* values;
   float scale, bias;
@@ -47,7 +84,7 @@ struct Int8Row {
 // dim / 2 bytes, the even column in the low four bits, then scale and bias as float16 (FBGEMM's fused 4-bit
 // row).
 struct Int4Row {
-  static constexpr bool quantised = true;
+  static constexpr bool quantised = true, paired = true;
   static constexpr int bits = 4;
   const uint8_t* values;
   float scale, bias;
@@ -74,15 +111,37 @@ struct Int4Row {
     const __m128i bytes = _mm_maskz_loadu_epi8(half, values + column / 2);
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(unpack(bytes)))};
   }
+  static Pair separate(__m128i bytes) {
+    const __m512i x = _mm512_cvtepu8_epi32(bytes);
+    return {{_mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)))},
+            {_mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4))}};
+  }
+  Pair pair(int64_t column) const {
+    return separate(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + column / 2)));
+  }
+  // `mask`: of the pair's second register.
+  Pair pair(int64_t column, Mask mask) const {
+    const auto bytes = static_cast<__mmask16>(_pext_u32(mask.m, 0x5555) << 8 | 0xFF);
+    return separate(_mm_maskz_loadu_epi8(bytes, values + column / 2));
+  }
 #elif defined(__AVX2__)
   Vec at(int64_t column) const {
     const __m128i bytes = _mm_loadu_si32(values + column / 2);
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(unpack(bytes)))};
   }
   Vec at(int64_t column, Mask) const { return at(column); }  // the 4 bytes of scale and bias follow
+  Pair pair(int64_t column) const {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + column / 2));
+    const __m256i x = _mm256_cvtepu8_epi32(bytes);
+    return {{_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)))},
+            {_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4))}};
+  }
+  Pair pair(int64_t column, Mask) const { return pair(column); }  // 5 bytes or more, and those 4
 #else
   Vec at(int64_t column) const { return {static_cast<float>(values[column / 2] >> column % 2 * 4 & 15)}; }
   Vec at(int64_t column, Mask mask) const { return mask.m ? at(column) : zero(); }
+  Pair pair(int64_t column) const { return {at(column), at(column + 1)}; }
+  Pair pair(int64_t column, Mask) const { return pair(column); }
 #endif
 };
 

@@ -15,6 +15,7 @@ void bind_gradient(py::module_&);       // gradient.cpp
 void bind_dhe(py::module_&);            // dhe.cpp
 void bind_cache(py::module_&);          // cache.cpp
 void bind_csr(py::module_&);            // csr.cpp
+void bind_modules(py::module_&);        // modules.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -51,4 +52,5 @@ PYBIND11_MODULE(_C, m) {
   python::bind_dhe(m);
   python::bind_cache(m);
   python::bind_csr(m);
+  python::bind_modules(m);
 }

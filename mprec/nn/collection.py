@@ -7,25 +7,29 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
+from mprec._native import _C
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
 from mprec.nn.config import DEFAULT_OPTIONS, FeatureConfig, Kernel, check_kernel, kernel_options
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
-from mprec.ops._common import check_ids, eager
+from mprec.ops._common import buffer, check_ids, eager, into
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
 from mprec.ops._tables import run_embedding_bag_multi
 
+_Parameter = nn.Parameter
+
 
 class _Group(NamedTuple):
     """Parts of one kind that one operator call serves."""
 
-    names: list[str]
+    names: tuple[str, ...]
     features: list[int]  # their positions in the collection
     columns: list[int]  # first output column of each
     whole: bool  # all features, in order
+    alone: bool  # all columns, side by side
     mode: str
     mode_code: int
     decoder: tuple[str, str, str]  # family, activation, last_activation; empty strings for tables
@@ -131,20 +135,29 @@ class EmbeddingBagCollection(nn.Module):
             made = []
             for key, parts in found.items():
                 positions, columns = [i for i, _ in parts], [column for _, column in parts]
-                names = [self.features[i].name for i in positions]
-                whole = len(parts) == len(self.features)
-                made.append(_Group(names, positions, columns, whole, key[0], MODES[key[0]], key[1]))
+                names = tuple(self.features[i].name for i in positions)
+                whole, alone = len(parts) == len(self.features), len(tables) + len(decoders) == 1
+                made.append(_Group(names, positions, columns, whole, alone, key[0], MODES[key[0]], key[1]))
             return made
 
         return groups(tables), groups(decoders)
 
-    def forward(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Embed and pool a batch.
 
         Args:
             indices: int64 or int32 ``[n]``, feature after feature.
             offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
             per_sample_weights: one factor per index (features of modes sum and mean only).
+            out: where to write the result, and what to return: a buffer of its shape and dtype that is used
+                again costs neither an allocation nor its page faults. Not with gradients.
 
         Returns:
             ``[B, sum(output_dims)]``.
@@ -160,21 +173,22 @@ class EmbeddingBagCollection(nn.Module):
                 and not torch.is_grad_enabled()
                 and type(indices) is type(offsets) is Tensor
                 and (per_sample_weights is None or type(per_sample_weights) is Tensor)
+                and (out is None or type(out) is Tensor)
             ):
                 try:
-                    return self._forward_direct(indices, offsets, per_sample_weights)
+                    return self._forward_direct(indices, offsets, per_sample_weights, out)
                 except (TypeError, ValueError, KeyError):
                     pass  # the operators take it, or say what is wrong
-            return self._forward_ops(indices, offsets, per_sample_weights)
+            return into(out, self._forward_ops(indices, offsets, per_sample_weights))
         except IdOutOfRangeError as error:
             self._name_feature(indices, offsets, error)
             raise
 
-    def _forward_direct(self, indices, offsets, per_sample_weights) -> Tensor:
+    def _forward_direct(self, indices, offsets, per_sample_weights, out=None) -> Tensor:
         """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code."""
         samples = batch_size(offsets, len(self.features))
         options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, samples)
-        out = torch.empty(samples, self._width, dtype=self._dtype())
+        out = buffer(out, samples, self._width, self._dtype())
         for group in self._table_groups:
             self._run_tables(group, indices, offsets, per_sample_weights, out, options)
         for group in self._dhe_groups:
@@ -189,18 +203,14 @@ class EmbeddingBagCollection(nn.Module):
 
     def _run_tables(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> None:
         """One group's pooled rows into its columns of ``out``."""
-        modules = self._modules["tables"]._modules
-        weights = [modules[name]._parameters["weight"] for name in group.names]
-        if any(type(weight) is not nn.Parameter for weight in weights):
-            raise TypeError("tables: not plain parameters")
         run_embedding_bag_multi(
-            weights,
+            _C.tensors_of(self._modules["tables"]._modules, group.names, "_parameters", "weight", _Parameter),
             indices,
             offsets,
             group.mode_code,
             per_sample_weights,
             out,
-            group.columns,
+            None if group.alone else group.columns,
             None if group.whole else group.features,
             len(self.features),
             threads=options.threads,

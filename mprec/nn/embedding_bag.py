@@ -73,8 +73,14 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         return text
 
     def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
+        """As torch's; ``out`` takes the result, if given (not with gradients)."""
         return ops.embedding_bag(
             input,
             self.weight,
@@ -87,6 +93,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
             per_sample_weights,
             self.include_last_offset,
             self.padding_idx,
+            out=out,
         )
 
 

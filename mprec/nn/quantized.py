@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mprec._native import _C
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.ops._common import check_bags, check_same_device, ids
 from mprec.ops._csr import batch_size
@@ -128,27 +129,33 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def forward(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """As :meth:`EmbeddingBagCollection.forward`; float32 results without gradients."""
-        return super().forward(indices, offsets, per_sample_weights)
+        return super().forward(indices, offsets, per_sample_weights, out=out)
 
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
     def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> None:
         modules = self._modules["tables"]._modules
-        tables = [modules[name] for name in group.names]
         run_embedding_bag_multi(
-            [table._buffers["rows"] for table in tables],
+            _C.tensors_of(modules, group.names, "_buffers", "rows", Tensor),
             indices,
             offsets,
             group.mode_code,
             per_sample_weights,
             out,
-            group.columns,
+            None if group.alone else group.columns,
             None if group.whole else group.features,
             len(self.features),
-            [table.bits for table in tables],
+            [modules[name].bits for name in group.names],
             threads=options.threads,
         )
 

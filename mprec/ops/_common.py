@@ -74,6 +74,32 @@ def ids(tensor: Tensor, name: str) -> Tensor:
     return tensor.to(torch.int64)
 
 
+def buffer(out: Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A CPU matrix to be written: ``out`` if given and of this form (else ``ValueError``), or a new one."""
+    if out is None:
+        return torch.empty(rows, columns, dtype=dtype)
+    if out.dtype is not dtype or out.shape != (rows, columns):
+        raise ValueError("out")  # into() says what is wrong
+    return out
+
+
+def into(out: Tensor | None, result: Tensor) -> Tensor:
+    """``result``; or ``out`` with it written there, if given.
+
+    Raises ``RuntimeError`` if gradients are wanted, ``ValueError`` and ``DtypeError`` if ``out`` is not like
+    ``result``.
+    """
+    if out is None:
+        return result
+    if result.requires_grad or out.requires_grad:
+        raise RuntimeError("out: does not support gradients, and one of the tensors requires them")
+    if out.dtype != result.dtype:
+        raise DtypeError(f"out: expected {result.dtype}, got {out.dtype}")
+    if out.shape != result.shape:
+        raise ValueError(f"out: expected shape {tuple(result.shape)}, got {tuple(out.shape)}")
+    return out.copy_(result)
+
+
 def check_same_device(**tensors: Tensor | Sequence[Tensor] | None) -> None:
     """``DeviceError`` naming the first tensor that is not where the first one is."""
     first = None

@@ -11,6 +11,7 @@ from mprec.names import MODES
 from mprec.ops import _backward, _csr, fused
 from mprec.ops._common import (
     NATIVE_TABLES,
+    buffer,
     check_bags,
     check_ids,
     check_per_sample_weights,
@@ -53,9 +54,11 @@ library.define(
 # ---------------------------------------------------------------------------------------------- one table
 
 
-def run_embedding_bag(weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx):
+def run_embedding_bag(
+    weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx, out=None
+):
     """The native kernel: one table on the CPU of a dtype in ``NATIVE_TABLES``; weights in float32."""
-    out = torch.empty(num_bags(offsets, include_last_offset), weight.shape[1], dtype=weight.dtype)
+    out = buffer(out, num_bags(offsets, include_last_offset), weight.shape[1], weight.dtype)
     _C.embedding_bag(
         weight,
         indices,

@@ -1,0 +1,60 @@
+// Tensors out of torch modules, without a Python step for each.
+#include <pybind11/pybind11.h>
+
+#include "python/arguments.h"
+
+namespace py = pybind11;
+
+namespace mprec::python {
+namespace {
+
+// dict[key], borrowed. KeyError as Python raises it.
+PyObject* item_of(PyObject* dict, PyObject* key) {
+  if (!PyDict_Check(dict))
+    throw py::type_error(message("modules: expected a dict, got ", Py_TYPE(dict)->tp_name));
+  PyObject* const item = PyDict_GetItemWithError(dict, key);
+  if (!item && !PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
+  if (!item) throw py::error_already_set();
+  return item;
+}
+
+// Read at each call, so that whatever replaced a module or a tensor is seen.
+PyObject* tensors_of(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  py::object found;
+  PyObject* const none = guarded([&] {
+    static constexpr const char* names[] = {"modules", "names", "owner", "key", "type"};
+    const Arguments<5> a("tensors_of", names, args, count, keywords);
+    if (!PyTuple_Check(a[1])) throw py::type_error("names: expected a tuple");
+    const Py_ssize_t modules = PyTuple_GET_SIZE(a[1]);
+    found = py::reinterpret_steal<py::object>(PyTuple_New(modules));
+    if (!found) throw py::error_already_set();
+    for (Py_ssize_t i = 0; i < modules; ++i) {
+      PyObject* const module = item_of(a[0], PyTuple_GET_ITEM(a[1], i));
+      const auto owner = py::reinterpret_steal<py::object>(PyObject_GenericGetAttr(module, a[2]));
+      if (!owner) throw py::error_already_set();
+      PyObject* const tensor = item_of(owner.ptr(), a[3]);
+      if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != a[4])
+        throw py::type_error(message("modules: expected a plain tensor, got ", Py_TYPE(tensor)->tp_name));
+      PyTuple_SET_ITEM(found.ptr(), i, Py_NewRef(tensor));
+    }
+  });
+  if (!none) return nullptr;
+  Py_DECREF(none);
+  return found.release().ptr();
+}
+
+PyMethodDef methods[] = {
+    {"tensors_of", fastcall<&tensors_of>(), METH_FASTCALL | METH_KEYWORDS,
+     "tensors_of(modules, names, owner, key, type)\n\n"
+     "tuple(getattr(modules[name], owner)[key] for name in names): say, owner \"_parameters\" and key "
+     "\"weight\".\n"
+     "KeyError or AttributeError if there is none, TypeError if one is not exactly of `type`."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void bind_modules(py::module_& m) {
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+}
+
+}  // namespace mprec::python
