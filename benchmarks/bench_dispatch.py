@@ -12,10 +12,10 @@ weights over MovieLens-100k's held-out rows where that is installed. Candidates 
 calls among calls of other sizes and paths, as in the profile. (Sixteen calls of one size in a row get faster
 and faster, as caches fill and the allocator has memory at hand: eight tables at batch 1900 by a third.)
 
-*Regret*: a stream of batches of 1...2048 samples, half of log-uniform size, half lognormal (median 64, sigma 1,
-as of recommendation queries); every candidate runs every batch three times, in turn, and its time is
-the least. The dispatcher is compared with the oracle, which takes the fastest candidate of each batch, and
-with the best single candidate, by total time and by the geometric mean over batches. *Oracle gain*, the
+*Regret*: a stream of batches of 1...2048 samples, half of log-uniform size, half lognormal (median 64,
+sigma 1, as of recommendation queries); every candidate runs every batch three times, in turn, and its time
+is the least. The dispatcher is compared with the oracle, which takes the fastest candidate of each batch,
+and with the best single candidate, by total time and by the geometric mean over batches. *Oracle gain*, the
 oracle over the best single candidate, is the most that any choice among these candidates could gain.
 
 On a machine that others use, take one thread (OpenMP's regions wait for the slowest core) and
