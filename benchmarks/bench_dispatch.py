@@ -8,11 +8,14 @@ former also over a stream of which every other batch, at random, is uniform, and
 weights over MovieLens-100k's held-out rows where that is installed. Candidates give equal results: kernels
 (threads, equal IDs once or not) and MP-Cache with 1 % of the IDs.
 
-*Prediction error*: profiled median at batch sizes off the grid against what is then observed, median of 15
-calls. *Regret*: a stream of batches of 1...2048 samples, half of log-uniform size, half lognormal (median 64,
-sigma 1, as of recommendation queries); every candidate runs every batch three times, in turn, and its time is
-the least. The dispatcher is compared with the oracle, which takes the fastest candidate of each batch, and
-with the best single candidate, by total time and by the geometric mean over batches. *Oracle gain*, the
+*Prediction error*: profiled median at batch sizes off the grid against the median that is then observed, of
+calls among calls of other sizes and paths, as in the profile. (Sixteen calls of one size in a row get faster
+and faster, as caches fill and the allocator has memory at hand: eight tables at batch 1900 by a third.)
+
+*Regret*: a stream of batches of 1...2048 samples, half of log-uniform size, half lognormal (median 64,
+sigma 1, as of recommendation queries); every candidate runs every batch three times, in turn, and its time
+is the least. The dispatcher is compared with the oracle, which takes the fastest candidate of each batch,
+and with the best single candidate, by total time and by the geometric mean over batches. *Oracle gain*, the
 oracle over the best single candidate, is the most that any choice among these candidates could gain.
 
 On a machine that others use, take one thread (OpenMP's regions wait for the slowest core) and
@@ -37,7 +40,7 @@ import harness
 from mprec import data
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch
-from mprec.dispatch import Dispatcher, Path, Profile, kernel_candidates, sampler
+from mprec.dispatch import Dispatcher, Path, Profile, kernel_candidates, microbenchmark, sampler
 from mprec.dispatch.kernels import _with
 from mprec.models import DLRM
 from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, with_representation
@@ -114,15 +117,13 @@ WORKS = {
 }
 
 
-def prediction_errors(paths, profile, draw, rng) -> list[float]:
-    errors = []  # of each path at each batch size
-    for size in OFF_GRID:
-        inputs = [draw(size, rng) for _ in range(15)]
-        for path in paths:
-            path.model(inputs[0])
-            seen = statistics.median(_times(path, inputs))
-            errors.append(abs(profile.curve(path.name).at(size) / seen - 1))
-    return errors
+def prediction_errors(paths, profile, draw, seconds: float) -> list[float]:
+    """Of each path at each batch size off the grid, against calls made as the profile's were."""
+    samples = microbenchmark(paths, draw, OFF_GRID, seconds=seconds, seed=1, clock=clock)
+    return [
+        abs(profile.curve(name).at(size) / float(np.median(seen)) - 1)
+        for (name, size), seen in samples.items()
+    ]
 
 
 def _times(path: Path, inputs) -> list[float]:
@@ -222,7 +223,7 @@ def measure(name: str, seconds: float, batches: int) -> tuple[list[float], dict[
     profile = Profile.measure(paths, draw, seconds=seconds, conditions=("warm",), clock=clock)
     sizes = stream_sizes(batches, rng)
     taken = stream(paths, draw, sizes, rng)
-    errors = [] if name == MIXED else prediction_errors(paths, profile, draw, rng)
+    errors = [] if name == MIXED else prediction_errors(paths, profile, draw, seconds / 4)
     kernels = [p for p in paths if "Cache" not in p.name]
     subsets = {"kernels": kernels} if len(kernels) == len(paths) else {"kernels": kernels, "and cache": paths}
     return errors, {label: choices(some, profile, sizes, taken) for label, some in subsets.items()}

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_microbenchmark_measures_what_the_paths_cost_within_its_budget():
 
 
 def test_microbenchmark_keeps_to_rounds_and_calls():
-    assert {len(v) for v in bench(seconds=0.0, min_rounds=3)[0].values()} == {3 * 9, 3 * 5, 3 * 5} & {27, 15}
+    assert {len(v) for v in bench(seconds=0.0, min_rounds=3)[0].values()} == {3 * 16, 3 * 15}
     assert max(len(v) for v in bench(seconds=100.0, max_calls=20)[0].values()) < 40
 
 
@@ -111,6 +112,18 @@ def test_microbenchmark_prepares_every_call():
     calls = []
     samples, _ = bench(seconds=0.0, before_call=lambda: calls.append(1))
     assert len(calls) == sum(len(v) for v in samples.values())
+
+
+def test_microbenchmark_gives_each_path_inputs_of_its_own_and_does_not_time_the_first():
+    seen, clock = {"a": [], "b": []}, Clock()
+    paths = [fake_path(n, 0.0, 1, 0, clock) for n in "ab"]
+    for path in paths:
+        object.__setattr__(path, "model", lambda i, n=path.name: (seen[n].append(i), clock.advance(0.9e-3)))
+    inputs = itertools.count()
+    found = microbenchmark(paths, lambda *_: next(inputs), (1,), seconds=0, min_rounds=2, clock=clock)
+    assert sorted(seen["a"] + seen["b"]) == list(range(next(inputs)))
+    assert [len(found[n, 1]) for n in "ab"] == [2 * 3, 2 * 3]
+    assert [len(calls) for calls in seen.values()] == [2 + 2 * 4, 2 + 2 * 4]  # the warm-up, then the rounds
 
 
 def test_microbenchmark_alternates_who_is_first():

@@ -260,6 +260,18 @@ struct RowCache::Lock {
   }
 };
 
+// False only if store() would find no place for it. Most newcomers to a full cache are turned away, and this
+// look takes no lock and writes no cache line.
+inline bool RowCache::may_enter(const Group& g, int64_t id, uint32_t generation, uint64_t candidate) const {
+  if (generation_of(g.state.load(std::memory_order_relaxed)) != generation) return true;
+  const uint64_t frequency = g.frequency.load(std::memory_order_relaxed);
+  for (int way = 0; way < ways; ++way) {
+    const int64_t key = g.keys[way].load(std::memory_order_relaxed);
+    if (key == empty || key == id || candidate > (frequency >> (8 * way) & 255)) return true;
+  }
+  return false;
+}
+
 RowCache::Outcome RowCache::store(int64_t id, uint32_t generation, const float* values, bool hot) {
   const uint64_t hash = mix(id);
   Group* groups[2] = {&group(first_half(hash)), &group(second_half(hash))};
@@ -267,6 +279,10 @@ RowCache::Outcome RowCache::store(int64_t id, uint32_t generation, const float* 
   const int count = groups[0] == groups[1] ? 1 : 2;
   // Read before the locks are taken: whoever spins meanwhile should not wait for memory.
   const uint64_t candidate = hot ? max_frequency : static_cast<uint64_t>(sketch_.estimate(hash));
+
+  if (!hot && !may_enter(*groups[0], id, generation, candidate) &&
+      !may_enter(*groups[1], id, generation, candidate))
+    return Outcome::rejected;
 
   Lock first(*groups[0]);
   std::optional<Lock> second;

@@ -78,6 +78,7 @@ class RowCache {
   Place find(int64_t id, uint64_t hash, uint32_t generation) const;
   bool take(const Place& place, float* out) const;
   enum class Outcome { rejected, stored, replaced, present };
+  bool may_enter(const Group& g, int64_t id, uint32_t generation, uint64_t candidate) const;
   Outcome store(int64_t id, uint32_t generation, const float* row, bool hot);
   int64_t store_all(const int64_t* ids, int64_t n, uint32_t generation, const float* rows, int64_t stride,
                     bool hot);

@@ -1,8 +1,11 @@
 """Times paths over batch sizes so that the figures can be compared: in interleaved rounds, in one process.
 
-In every round each path runs at each batch size, the paths in turn, all on the same fresh inputs: a change
-of clock or a busy neighbour hits all of them alike. Every call is timed by itself, because what matters is
-the tail. Small batches are called more often per round than large ones, as they cost less.
+In every round each path runs at each batch size, the paths in turn: a change of clock or a busy neighbour
+hits all of them alike. Every call is timed by itself, because what matters is the tail. Small batches are
+called more often per round than large ones, as they cost less.
+
+Each path gets fresh inputs of its own: on those of another it would find that one's rows in the CPU's caches.
+Of several calls in a row the first is not timed: drawing inputs has filled the caches with other things.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ __all__ = ["Evict", "Samples", "microbenchmark"]
 
 Samples = dict[tuple[str, int], list[float]]  # (path's name, batch size) -> seconds of each call
 
-_ROUND_S = 1e-3  # a path is called for about this long per batch size and round ...
+_ROUND_S = 3e-3  # a path is called for about this long per batch size and round ...
 _MAX_CALLS = 16  # ... but not more often than this, and at least once
 
 
@@ -71,9 +74,12 @@ def microbenchmark(
         while rounds < min_rounds or clock() - start < seconds:
             for size, able in cells.items():
                 if able and len(samples[able[0].name, size]) < max_calls:
-                    inputs = [make_input(size, rng) for _ in range(repeats[size])]
+                    settle = repeats[size] > 1 and before_call is None
                     # Rotated, so that no path always follows the same one.
                     for path in able[rounds % len(able) :] + able[: rounds % len(able)]:
+                        inputs = [make_input(size, rng) for _ in range(repeats[size] + settle)]
+                        if settle:
+                            path.model(inputs.pop())
                         _time(path.model, inputs, before_call, clock, samples[path.name, size])
             rounds += 1
             if progress is not None:
