@@ -57,7 +57,9 @@ def test_committed_results_cover_the_catalogue():
 
     document = json.loads((SCRIPT.parent / "results" / "gpu_static.json").read_text())
     seen = {(launch["case"], launch["target"]) for launch in document["launches"]}
-    assert seen == {(case.name, target) for case in catalogue.CASES for target in static.TARGETS}
+    assert seen == {
+        (case.name, target) for case in catalogue.CASES for target in static.TARGETS if case.serves(target)
+    }
     for launch in document["launches"]:
         assert "error" not in launch, launch
         assert launch["shared"] <= static.SHARED_LIMIT[launch["target"]]

@@ -258,7 +258,8 @@ def describe(launch: Launch, target: str) -> dict:
     c = launch.constants
     tile = {name: c[name] for name in ("BM", "BN", "BK", "BI", "STAGES", "BB", "LANES", "BL") if name in c}
     warps = launch.compiled.metadata.num_warps
-    facts = {"kernel": launch.kernel, "target": target, "tile": tile, "warps": warps}
+    facts = {"kernel": launch.kernel, "target": target, "dtype": c.get("DTYPE", ""), "tile": tile}
+    facts["warps"] = warps
     if target.startswith("gfx"):
         text = launch.compiled.asm["amdgcn"]
         names = ("vgpr_count", "vgpr_spill_count")
