@@ -64,7 +64,7 @@ def static_part(args) -> int:
     rows, failures = [], 0
     for target in args.targets or static.TARGETS:
         for case in catalogue.CASES:
-            if args.cases not in case.name:
+            if args.cases not in case.name or not case.serves(target):
                 continue
             try:
                 call = case.make(torch.device("cpu"), case.samples)
@@ -125,7 +125,7 @@ def line_of(name: str, facts: dict) -> str:
 def timings(args) -> int:
     import torch
     import triton
-    from mprec.triton_kernels import catalogue
+    from mprec.triton_kernels import catalogue, tuning
 
     device = torch.device("cpu" if args.interpret else "cuda")
     name = "interpreter" if args.interpret else torch.cuda.get_device_name()
@@ -147,7 +147,7 @@ def timings(args) -> int:
         "triton": triton.__version__,
     }
     for case in catalogue.CASES:
-        if args.cases not in case.name:
+        if args.cases not in case.name or not case.serves(tuning.target_of(device)):
             continue
         for samples in args.samples or ([1, 3] if args.interpret else [1, 128, 2048]):
             if args.tune:

@@ -14,6 +14,9 @@ from torch import Tensor
 from mprec.hashing import ARTIFACT_BUCKETS, ARTIFACT_PRIME, PRIME
 from mprec.names import MODES
 
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = 448.0
+
 __all__ = [
     "activate",
     "bag_ids",
@@ -24,6 +27,7 @@ __all__ = [
     "embedding_bag",
     "embedding_bag_multi",
     "encode",
+    "float8",
     "hash_values",
     "pool",
 ]
@@ -62,13 +66,26 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return {"none": lambda x: x, "relu": F.relu, "sigmoid": torch.sigmoid, "mish": F.mish}[activation](x)
 
 
+def float8(x: Tensor) -> Tensor:
+    """``float8_e4m3fn``, rounded to nearest even; beyond its largest number comes that; NaN stays."""
+    # by way of float32, as the kernels round; torch makes NaN of large numbers
+    return x.to(torch.float32).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
+
+
 def decode(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str, last_activation: str
 ) -> Tensor:
-    """The MLP: ``[n, k]`` to ``[n, D]``; layer weights ``[out, in]`` as in ``torch.nn.Linear``."""
+    """The MLP: ``[n, k]`` to ``[n, D]``; layer weights ``[out, in]`` as in ``torch.nn.Linear``.
+
+    Weights in float8 multiply inputs in float8; their "biases" are ``[2, out]``, the outputs' scales first.
+    """
     last = len(weights) - 1
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+        bias = bias.to(x.dtype)
+        if weight.dtype == FLOAT8:
+            x = F.linear(float8(x).to(x.dtype), weight.to(x.dtype)) * bias[0] + bias[1]
+        else:
+            x = F.linear(x, weight.to(x.dtype), bias)
         x = activate(x, last_activation if layer == last else activation)
     return x
 

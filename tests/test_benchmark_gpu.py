@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mprec.triton_kernels import catalogue, static
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
@@ -42,22 +43,23 @@ def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path):
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     path = tmp_path / "gpu.csv"
-    out = run("--interpret", "--samples", 1, 3, "--output", path)
+    out = run("--interpret", "--samples", 3, "--output", path)
     assert "no failures" in out
     rows = list(csv.DictReader(path.open()))
     measured = {(row["case"], row["samples"], row["mode"]) for row in rows if row["candidate"] == "mprec"}
-    assert len(measured) > 80
+    assert {mode for _, _, mode in measured} == {"call", "graph"}
+    assert {case for case, _, _ in measured} == {case.name for case in catalogue.CASES}
     own = [row for row in rows if row["candidate"] != "fbgemm"]  # which has not every dtype on every device
     assert all(float(row["p50_us"]) > 0 for row in own)
     assert not any(row["note"] for row in own)
 
 
 def test_committed_results_cover_the_catalogue():
-    from mprec.triton_kernels import catalogue, static
-
     document = json.loads((SCRIPT.parent / "results" / "gpu_static.json").read_text())
     seen = {(launch["case"], launch["target"]) for launch in document["launches"]}
-    assert seen == {(case.name, target) for case in catalogue.CASES for target in static.TARGETS}
+    assert seen == {
+        (case.name, target) for case in catalogue.CASES for target in static.TARGETS if case.serves(target)
+    }
     for launch in document["launches"]:
         assert "error" not in launch, launch
         assert launch["shared"] <= static.SHARED_LIMIT[launch["target"]]

@@ -95,6 +95,45 @@ def test_decoders_in_every_precision(precision, family, bound, kind):
         assert quantized.nbytes < QuantizedEmbeddingBagCollection(collection, "float32").nbytes
 
 
+@pytest.mark.parametrize("kind", ["dhe", "hybrid", "select"])
+def test_decoders_in_float8(kind):
+    collection = EmbeddingBagCollection(with_representation(FEATURES, kind, DheConfig(k=128, hidden=(32,))))
+    quantized = QuantizedEmbeddingBagCollection(collection, tables="float32", decoders="float8")
+    call = batch(6)
+    with torch.no_grad():
+        exact, out = collection(*call), quantized(*call)
+        assert not torch.equal(out, exact)
+        torch.testing.assert_close(out, exact, rtol=0, atol=0.02 * 3)  # bags of up to 3, outputs below 1
+        for f in quantized.features:
+            if not f.has_dhe:
+                continue
+            _, weights, affines = quantized.dhe[f.name].stack()
+            for layer, weight, affine in zip(collection.dhe[f.name].decoder, weights, affines, strict=True):
+                stored, largest = weight.float() * affine[0, :, None], layer.weight.abs().amax(1)
+                assert weight.dtype == torch.float8_e4m3fn
+                assert torch.equal(weight.float().abs().amax(1), torch.full((len(weight),), 448.0))
+                assert torch.equal(affine[1], layer.bias)
+                assert ((stored - layer.weight).abs() <= largest[:, None] * 2**-4).all()
+    state = quantized.state_dict()
+    assert {state[name].dtype for name in state if ".weight" in name} == {torch.float8_e4m3fn}
+    other = QuantizedEmbeddingBagCollection(
+        EmbeddingBagCollection(collection.features), tables="float32", decoders="float8"
+    )
+    other.load_state_dict(copy.deepcopy(state))
+    assert torch.equal(other(*call), out)
+    assert quantized.nbytes < 0.4 * QuantizedEmbeddingBagCollection(collection, "float32").nbytes
+
+
+def test_float8_beside_other_precisions():
+    """Each precision is a call of its own; every vector arrives in its columns."""
+    collection = EmbeddingBagCollection(with_representation(FEATURES, "dhe", DheConfig(k=64, hidden=(32,))))
+    choice, call = {"user": "float8", "item": "float8", "day": "float16"}, batch(6)
+    out = QuantizedEmbeddingBagCollection(collection, decoders=choice)(*call).split([8, 4, 6], 1)
+    for i, f in enumerate(FEATURES):
+        alone = QuantizedEmbeddingBagCollection(collection, decoders={f.name: choice[f.name]})(*call)
+        assert torch.equal(out[i], alone.split([8, 4, 6], 1)[i])
+
+
 def test_precision_by_feature():
     collection = EmbeddingBagCollection(
         with_representation(FEATURES, "select", DheConfig(k=32), select_largest=1)

@@ -14,7 +14,8 @@ from mprec.nn import FeatureConfig
 from mprec.ops import _cuda_dhe, _cuda_tables
 
 FORWARD = ["embedding_bag", "embedding_bag_multi", "dhe_bag", "dhe_bag_multi"]
-OTHERS = ["quantized_embedding_bag_multi", "table_sgd_", "table_rowwise_adagrad_", "cached_dhe_bag"]
+OTHERS = ["quantized_embedding_bag_multi", "table_sgd_", "table_rowwise_adagrad_", "cached_dhe_bag",
+          "quantized_dhe_bag_multi"]  # fmt: skip
 OPERATORS = [*FORWARD, *(f"{name}_backward" for name in FORWARD), *OTHERS]
 
 
@@ -138,3 +139,24 @@ def test_the_cuda_implementation_launches_the_kernels():
         _cuda_tables.embedding_bag_multi([torch.zeros(10, 16)] * 4, indices, starts)
     kernels = [launch.kernel for launch in launches]
     assert kernels == [FUSED, POOL, BAG]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_float8_decoders_run_where_there_are_float8_products(target):
+    dhe = mprec.nn.DheConfig(k=64, hidden=(32,))
+    features = [FeatureConfig("a", 100, 16, "dhe", dhe=dhe), FeatureConfig("b", 100, 16, "hybrid", dhe=dhe)]
+    quantized = mprec.nn.QuantizedEmbeddingBagCollection(
+        mprec.nn.EmbeddingBagCollection(features), decoders="float8"
+    )
+    stacks = quantized._stacks(quantized._dhe_groups[0])
+    bags = torch.zeros(300, dtype=torch.int64), torch.arange(0, 301, 30)
+    with static.recorded(target) as launches:
+        arguments = (*bags, *stacks, "universal", "relu", "sigmoid")
+        if target == "sm_80":
+            with pytest.raises(TypeError, match=r"weights: float8_e4m3fn needs .* 9\.0 .* served as sm_80"):
+                _cuda_dhe.quantized_dhe_bag_multi(*arguments)
+        else:
+            out = _cuda_dhe.quantized_dhe_bag_multi(*arguments)
+            assert (out.shape, out.dtype) == ((5, 32), torch.float32)
+            assert [launch.kernel for launch in launches] == [FUSED, POOL]
+            assert launches[0].constants["DTYPE"] == "fp8e4nv"

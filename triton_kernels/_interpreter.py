@@ -1,6 +1,6 @@
-"""Corrections to Triton's CPU interpreter (TRITON_INTERPRET=1), which holds bfloat16 as raw 16-bit patterns.
+"""Corrections to Triton's CPU interpreter (TRITON_INTERPRET=1), which holds bfloat16 and float8 as raw bits.
 
-Kernels here compute in float32, so that only conversions and `tl.dot` meet bfloat16.
+Kernels here compute in float32, so that only conversions and `tl.dot` meet them.
 """
 
 import numpy as np
@@ -11,31 +11,43 @@ from triton.runtime import interpreter
 _HANDLE, _BUILDER = interpreter.TensorHandle, interpreter.InterpreterBuilder
 
 
+_STORED = {tl.bfloat16: (torch.bfloat16, np.uint16), tl.float8e4nv: (torch.float8_e4m3fn, np.uint8)}
+
+
 def _float32(handle):
-    if handle.dtype.scalar != tl.bfloat16:
+    if handle.dtype.scalar not in _STORED:
         return handle
-    return _HANDLE((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    dtype, _ = _STORED[handle.dtype.scalar]
+    bits = torch.from_numpy(np.array(handle.data, ndmin=1)).view(dtype)
+    return _HANDLE(bits.float().numpy().reshape(handle.data.shape), tl.float32)
 
 
-def _bfloat16(values: np.ndarray):
-    bits = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).bfloat16().view(torch.int16)
-    return _HANDLE(bits.numpy().view(np.uint16), tl.bfloat16)
+def _rounded(values: np.ndarray, target):
+    """To nearest even; float8 saturates as the hardware's conversion does, and keeps NaN."""
+    dtype, stored = _STORED[target]
+    numbers = torch.from_numpy(np.array(values, dtype=np.float32, ndmin=1))
+    if target == tl.float8e4nv:
+        numbers = numbers.clamp(-448, 448)
+    bits = numbers.to(dtype).view(getattr(torch, stored.__name__)).numpy()
+    return _HANDLE(bits.reshape(np.shape(values)), target)
 
 
 def install() -> None:
-    """Make bfloat16 casts round to nearest even and bfloat16 matrix products right. Idempotent."""
+    """Make casts to bfloat16 and float8 round to nearest even, and their products right. Idempotent."""
     if getattr(_BUILDER, "_mprec_installed", False):
         return
     cast, fp_to_fp, dot = _BUILDER.cast_impl, _BUILDER.create_fp_to_fp, _BUILDER.create_dot
 
     def cast_impl(self, source, target):
-        if target.scalar == tl.bfloat16 and source.dtype.scalar != tl.bfloat16:
-            return _bfloat16(source.data)
+        if target.scalar in _STORED and source.dtype.scalar != target.scalar:
+            return _rounded(_float32(source).data, target.scalar)
         return cast(self, _float32(source), target)
 
     def create_fp_to_fp(self, source, target, rounding):
-        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
-            return _bfloat16(source.data)
+        if target.scalar in _STORED:
+            return _rounded(_float32(source).data, target.scalar)
+        if source.dtype.scalar in _STORED:
+            return cast(self, _float32(source), target)
         return fp_to_fp(self, source, target, rounding)
 
     def create_dot(self, a, b, c, precision, imprecise):

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from mprec.reference import FLOAT8
+
 from . import autotune, dhe, dhe_gradient, embedding_bag, gradient, row_cache
 
 FEATURES = 26  # as in Criteo's logs
@@ -29,12 +31,17 @@ class Case(NamedTuple):
     """A named call for a number of samples: make(device, samples) -> Call.
 
     peer(device, samples) gives the same work by another library, or None where that is not installed.
+    targets: the tuning targets that have it (None: all).
     """
 
     name: str
     make: Callable[[torch.device, int], Call]
     samples: int = 2048
     peer: Callable[[torch.device, int], Callable[[], object] | None] | None = None
+    targets: tuple[str, ...] | None = None
+
+    def serves(self, target: str) -> bool:
+        return self.targets is None or target in self.targets
 
 
 def dhe_case(k, widths, dtype, family="universal", samples=2048) -> Case:
@@ -58,8 +65,12 @@ def dhe_case(k, widths, dtype, family="universal", samples=2048) -> Case:
                     for o, i in zip(widths, fan_in, strict=True)
                 ]
             )
-            biases.append([torch.zeros(o, dtype=dtype, device=device) for o in widths])
-        out = torch.empty(n, widths[-1], dtype=dtype, device=device)
+            if dtype == FLOAT8:
+                biases.append([torch.tensor([[1.0], [0.0]], device=device).repeat(1, o) for o in widths])
+            else:
+                biases.append([torch.zeros(o, dtype=dtype, device=device) for o in widths])
+        result = torch.float32 if dtype == FLOAT8 else dtype
+        out = torch.empty(n, widths[-1], dtype=result, device=device)
 
         def run(steps=None):
             dhe.decode_grouped(
@@ -74,7 +85,7 @@ def dhe_case(k, widths, dtype, family="universal", samples=2048) -> Case:
             parts = [
                 reference.dhe(
                     ids[t * samples : (t + 1) * samples], coefficients[t], weights[t], biases[t],
-                    family, "relu", "sigmoid", dtype=dtype,
+                    family, "relu", "sigmoid", dtype=result,
                 )
                 for t in range(FEATURES)
             ]  # fmt: skip
@@ -85,10 +96,11 @@ def dhe_case(k, widths, dtype, family="universal", samples=2048) -> Case:
 
         flops = 2.0 * n * sum(i * o for i, o in zip([k, *widths[:-1]], widths, strict=True))
         parameters = sum(w.numel() for stack in weights for w in stack) * dtype.itemsize
-        return Call(run, flops, parameters + n * (8 + widths[-1] * dtype.itemsize), reference, tune)
+        return Call(run, flops, parameters + n * (8 + widths[-1] * result.itemsize), reference, tune)
 
     shape = "-".join(map(str, [k, *widths]))
-    return Case(f"dhe {shape} {family} {str(dtype)[6:]}", make, samples)
+    targets = dhe.FLOAT8_TARGETS if dtype == FLOAT8 else None
+    return Case(f"dhe {shape} {family} {str(dtype)[6:]}", make, samples, targets=targets)
 
 
 def _bags(device, samples, rows, pooling):
@@ -280,6 +292,7 @@ _BF16, _F16, _F32 = torch.bfloat16, torch.float16, torch.float32
 CASES: list[Case] = [
     *(dhe_case(1024, [128, 16], dtype) for dtype in (_BF16, _F16, _F32)),
     *(dhe_case(1024, [512, 256, 64], dtype) for dtype in (_BF16, _F16, _F32)),
+    *(dhe_case(1024, widths, FLOAT8) for widths in ([128, 16], [512, 256, 64])),
     *(dhe_case(1024, [512, 256, 64], _BF16, family) for family in ("sign", "u7", "artifact")),
     dhe_case(1024, [128, 16], _F32, "artifact_gaussian"),
     *(embedding_bag_case(dim, _F32) for dim in (16, 64, 128)),

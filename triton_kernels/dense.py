@@ -1,4 +1,4 @@
-"""Dense layers on the device: activations, tiles of `nn.Linear` weights, and a layer or two as one kernel."""
+"""Dense layers on the device: activations, tiles of `nn.Linear` weights, and how their products are made."""
 
 import torch
 import triton
@@ -7,6 +7,12 @@ import triton.language as tl
 _RELU: tl.constexpr = tl.constexpr(1)
 _SIGMOID: tl.constexpr = tl.constexpr(2)
 _MISH: tl.constexpr = tl.constexpr(3)
+
+
+@triton.constexpr_function
+def is_float8(dtype) -> bool:
+    """Whether weights are in float8: then outputs have scales, and biases are float32."""
+    return dtype == tl.float8e4nv
 
 
 @triton.jit
@@ -26,12 +32,33 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def load_bias(bias, n, N: tl.constexpr, EVEN: tl.constexpr):
-    """float32 [1, BN]: entries n of a bias [N], zero beyond N."""
+def _load_row(row, n, N: tl.constexpr, EVEN: tl.constexpr):
+    """float32 [1, BN]: entries n of a row [N], zero beyond N."""
     if EVEN:
-        return tl.load(bias + n).to(tl.float32)[None, :]
+        return tl.load(row + n).to(tl.float32)[None, :]
     else:
-        return tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        return tl.load(row + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def add_bias(x, bias, n, N: tl.constexpr, EVEN: tl.constexpr, SCALED: tl.constexpr):
+    """x + bias, columns n of [N]; SCALED: x * scale + bias, of [2, N] with the scales first."""
+    if SCALED:
+        return x * _load_row(bias, n, N, EVEN) + _load_row(bias + N, n, N, EVEN)
+    else:
+        return x + _load_row(bias, n, N, EVEN)
+
+
+@triton.jit
+def multiply_add(left, tile, accumulator, PRECISION: tl.constexpr):
+    """accumulator + left @ tile, in float32.
+
+    sm_90's float8 products keep 14 bits of a sum: those of a tile are added to the others outside them.
+    """
+    if is_float8(left.dtype):
+        return accumulator + tl.dot(left, tile)
+    else:
+        return tl.dot(left, tile, accumulator, input_precision=PRECISION)
 
 
 @triton.jit

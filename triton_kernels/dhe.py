@@ -29,7 +29,7 @@ import triton.language as tl
 from mprec.names import ACTIVATIONS, FAMILIES
 
 from . import autotune
-from .dense import activate, dot_precision, load_bias, load_weight
+from .dense import activate, add_bias, dot_precision, is_float8, load_weight, multiply_add
 from .grouped import address, count_tiles, device_table, find_tile, lanes, programs
 from .hashing import encode, is_narrow
 from .launching import launchable
@@ -60,7 +60,7 @@ def _product(
         else:
             left = tl.load(source + rows * K + k[None, :], mask=(k < K)[None, :], other=0.0)
         tile = load_weight(weight, n, k, N, K, N % BN == 0, EVEN_K, BACKWARD)
-        accumulator = tl.dot(left, tile, accumulator, input_precision=PRECISION)
+        accumulator = multiply_add(left, tile, accumulator, PRECISION)
     return accumulator
 
 
@@ -73,24 +73,25 @@ def _two_or_three_layers(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Two layers (H3 = 0) or three of a tile of rows, float32 [BM, BH2 or BH3]."""
+    SCALED: tl.constexpr = is_float8(w1.dtype.element_ty)
     n2 = tl.arange(0, BH2)
     accumulator = tl.zeros((BM, BH2), tl.float32)
     for n0 in tl.range(0, H1, BN, num_stages=1):
         n = n0 + tl.arange(0, BN)
         h = _product(rows, source, w1, n, K, H1, FAMILY, HASHED, WIDE, BM, BN, BK, STAGES, PRECISION)
         # columns beyond H1 hold activation(0), which may not be zero: load_weight's zeros silence them
-        h = activate(h + load_bias(b1, n, H1, H1 % BN == 0), ACTIVATION).to(w2.dtype.element_ty)
+        h = activate(add_bias(h, b1, n, H1, H1 % BN == 0, SCALED), ACTIVATION).to(w2.dtype.element_ty)
         tile = load_weight(w2, n2, n, H2, H1, H2 == BH2, H1 % BN == 0)
-        accumulator = tl.dot(h, tile, accumulator, input_precision=PRECISION)
-    accumulator += load_bias(b2, n2, H2, H2 == BH2)
+        accumulator = multiply_add(h, tile, accumulator, PRECISION)
+    accumulator = add_bias(accumulator, b2, n2, H2, H2 == BH2, SCALED)
     if H3 == 0:
         return activate(accumulator, LAST_ACTIVATION)
     else:
         n3 = tl.arange(0, BH3)
         h = activate(accumulator, ACTIVATION).to(w3.dtype.element_ty)
         tile = load_weight(w3, n3, n2, H3, H2, H3 == BH3, H2 == BH2)
-        last = tl.dot(h, tile, input_precision=PRECISION) + load_bias(b3, n3, H3, H3 == BH3)
-        return activate(last, LAST_ACTIVATION)
+        last = multiply_add(h, tile, tl.zeros((BM, BH3), tl.float32), PRECISION)
+        return activate(add_bias(last, b3, n3, H3, H3 == BH3, SCALED), LAST_ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["batch", "count"])
@@ -106,6 +107,8 @@ def layer_kernel(
     BACKWARD: out[i, :N] = inputs[i] @ weight, the way gradients go; no bias.
     The tensors of a group are in `table`; those of one feature alone are `hashes`, `w` and `b`.
     """
+    SCALED: tl.constexpr = is_float8(DTYPE)
+    BIAS: tl.constexpr = tl.float32 if SCALED else DTYPE
     ACROSS: tl.constexpr = (N + BN - 1) // BN
     tiles = count_tiles(offsets, table, batch, count, T, STRIDE, LANES, BM) * ACROSS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -113,7 +116,7 @@ def layer_kernel(
         m = first + tl.arange(0, BM)
         n = (tile % ACROSS) * BN + tl.arange(0, BN)
         at = member * STRIDE
-        weight, bias = address(w, table, at + COLUMN, DTYPE), address(b, table, at + COLUMN + 1, DTYPE)
+        weight, bias = address(w, table, at + COLUMN, DTYPE), address(b, table, at + COLUMN + 1, BIAS)
         if HASHED:
             source = address(hashes, table, at + 1, tl.int32)
             x = tl.load(inputs + m, mask=m < stop, other=0).to(tl.int64)
@@ -132,7 +135,7 @@ def layer_kernel(
                 BACKWARD,
             )  # fmt: skip
         if not BACKWARD:
-            h = activate(h + load_bias(bias, n, N, N % BN == 0), ACTIVATION)
+            h = activate(add_bias(h, bias, n, N, N % BN == 0, SCALED), ACTIVATION)
         h = h.to(out.dtype.element_ty)
         keep = (m < stop)[:, None]
         if N % BN != 0:
@@ -150,6 +153,7 @@ def fused_kernel(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[i, :H2 or :H3] = two layers (H3 = 0) or three of left[i], as in `layer_kernel`."""
+    BIAS: tl.constexpr = tl.float32 if is_float8(DTYPE) else DTYPE
     tiles = count_tiles(offsets, table, batch, count, T, STRIDE, LANES, BM)
     D: tl.constexpr = H3 if H3 > 0 else H2
     n = tl.arange(0, BH3 if H3 > 0 else BH2)
@@ -157,11 +161,11 @@ def fused_kernel(
         member, first, stop = find_tile(tile, offsets, table, batch, count, T, STRIDE, LANES, BM)
         m = first + tl.arange(0, BM)
         at = member * STRIDE
-        w1, b1 = address(w_1, table, at + COLUMN, DTYPE), address(b_1, table, at + COLUMN + 1, DTYPE)
-        w2, b2 = address(w_2, table, at + COLUMN + 2, DTYPE), address(b_2, table, at + COLUMN + 3, DTYPE)
+        w1, b1 = address(w_1, table, at + COLUMN, DTYPE), address(b_1, table, at + COLUMN + 1, BIAS)
+        w2, b2 = address(w_2, table, at + COLUMN + 2, DTYPE), address(b_2, table, at + COLUMN + 3, BIAS)
         w3, b3 = w2, b2
         if H3 > 0:
-            w3, b3 = address(w_3, table, at + COLUMN + 4, DTYPE), address(b_3, table, at + COLUMN + 5, DTYPE)
+            w3, b3 = address(w_3, table, at + COLUMN + 4, DTYPE), address(b_3, table, at + COLUMN + 5, BIAS)
         if HASHED:
             source = address(hashes, table, at + 1, tl.int32)
             x = tl.load(inputs + m, mask=m < stop, other=0).to(tl.int64)
@@ -185,7 +189,14 @@ def fused_kernel(
         tl.store(out + m[:, None] * stride_out + n[None, :], h.to(out.dtype.element_ty), mask=keep)
 
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# whose matrix units multiply float8_e4m3fn, as Triton names it
+FLOAT8_TARGETS = ("sm_90", "sm_100")
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
 
 
 def decode_grouped(
@@ -199,9 +210,16 @@ def decode_grouped(
         features: which feature of the offsets each decoder is for. One decoder that is for feature 0 has
             its tensors passed as they are, and torch.compile sees them; a group's are in a table.
         coefficients, weights, biases: per decoder; contiguous, all decoders of equal shape and dtype.
+            Weights in float8_e4m3fn have float32 "biases" [2, out]: what their outputs are multiplied by,
+            then what is added; encodings and hidden layers are rounded to float8, within +-448.
         configs: tile sizes of each step in place of those by `tuning`.
     """
     dtype, device, count = weights[0][0].dtype, indices.device, indices.numel()
+    if dtype == torch.float8_e4m3fn and target_of(device) not in FLOAT8_TARGETS:
+        raise TypeError(
+            "weights: float8_e4m3fn needs a GPU of compute capability 9.0 or more, and this one is served as "
+            f"{target_of(device)}"
+        )
     if not count:
         return
     # int(): sizes that are compiled in; what torch.compile took for a variable is fixed here

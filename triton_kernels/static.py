@@ -258,7 +258,8 @@ def describe(launch: Launch, target: str) -> dict:
     c = launch.constants
     tile = {name: c[name] for name in ("BM", "BN", "BK", "BI", "STAGES", "BB", "LANES", "BL") if name in c}
     warps = launch.compiled.metadata.num_warps
-    facts = {"kernel": launch.kernel, "target": target, "tile": tile, "warps": warps}
+    facts = {"kernel": launch.kernel, "target": target, "dtype": c.get("DTYPE", ""), "tile": tile}
+    facts["warps"] = warps
     if target.startswith("gfx"):
         text = launch.compiled.asm["amdgcn"]
         names = ("vgpr_count", "vgpr_spill_count")
@@ -282,7 +283,8 @@ def describe(launch: Launch, target: str) -> dict:
     if report.mma and "BK" in c:
         ratio = useful_mma_ratio(report, c)
         facts["mma_per_useful"] = None if ratio is None else round(ratio, 3)
-        if c.get("HASHED", "BI" in c):
+        # tcgen05 is issued by one thread, in loops of its own: which one hashes cannot be told
+        if c.get("HASHED", "BI" in c) and not report.mma.startswith("UTC"):
             facts["slots_per_hash"] = issue_slots_per_hash(report, c)
     elif not report.mma:
         facts["row_load_ratio"] = round(row_load_ratio(launch.compiled), 3)

@@ -24,7 +24,8 @@ class Config(NamedTuple):
 class _Budget(NamedTuple):
     """What compiles without spills: float32 accumulators a thread (by bytes per weight), shared memory, BK.
 
-    The rest of the 255 registers holds hashes and addresses; tf32x3 also holds both halves of its operands.
+    The rest of the 255 registers holds hashes and addresses; tf32x3 also holds both halves of its operands,
+    and sm_90's float8 holds each product before it is added to the others (`dense.multiply_add`).
     """
 
     accumulators: dict[int, int]
@@ -33,9 +34,9 @@ class _Budget(NamedTuple):
 
 
 _BUDGETS = {
-    "sm_80": _Budget({2: 72, 4: 40}, 160 * 1024, 64),
-    "sm_90": _Budget({2: 144, 4: 80}, 224 * 1024, 128),
-    "sm_100": _Budget({2: 144, 4: 80}, 224 * 1024, 128),
+    "sm_80": _Budget({1: 72, 2: 72, 4: 40}, 160 * 1024, 64),
+    "sm_90": _Budget({1: 80, 2: 144, 4: 80}, 224 * 1024, 128),
+    "sm_100": _Budget({1: 96, 2: 144, 4: 80}, 224 * 1024, 128),
     "gfx942": _Budget({2: 128, 4: 80}, 64 * 1024, 128),
 }
 
@@ -166,7 +167,7 @@ def fused_config(
     """
     if not 2 <= len(widths) <= 3:
         return None
-    narrowest = min(128 if dtype.itemsize == 2 else 64, tile_width(widths[0]))
+    narrowest = min(64 if dtype.itemsize == 4 else 128, tile_width(widths[0]))
     for config in _candidates(target, count, widths, k, dtype, True, hashed):
         if narrowest <= config.BN or config.BM == 256:
             return config

@@ -239,26 +239,12 @@ class EmbeddingBagCollection(nn.Module):
             raise ValueError(
                 f"expected indices and offsets of 1 dimension, got {indices.dim()} and {offsets.dim()}"
             )
-        count, parts = len(self.features), {}
+        parts = {}
         for group in self._table_groups:
             out = self._embed_tables(group, indices, offsets, per_sample_weights)
             parts.update(self._by_column(group, out))
         for group in self._dhe_groups:
-            modules = self._decoders(group)
-            stacks = [m.stack() for m in modules]
-            out = ops.dhe_bag_multi(
-                indices,
-                offsets,
-                [hashes for hashes, _, _ in stacks],
-                [weight for _, weights, _ in stacks for weight in weights],
-                [bias for _, _, biases in stacks for bias in biases],
-                [len(weights) for _, weights, _ in stacks],
-                *group.decoder,
-                mode=group.mode,
-                per_sample_weights=per_sample_weights,
-                features=None if group.whole else group.features,
-                num_features=count,
-            )
+            out = self._embed_decoders(group, indices, offsets, per_sample_weights)
             parts.update(self._by_column(group, out))
         if len(self._table_groups) + len(self._dhe_groups) == 1:
             return out
@@ -277,13 +263,32 @@ class EmbeddingBagCollection(nn.Module):
             sparse=self.sparse,
         )
 
+    def _embed_decoders(self, group: _Group, indices, offsets, per_sample_weights) -> Tensor:
+        """One group's pooled vectors by its operator."""
+        return ops.dhe_bag_multi(
+            indices,
+            offsets,
+            *self._stacks(group),
+            *group.decoder,
+            mode=group.mode,
+            per_sample_weights=per_sample_weights,
+            features=None if group.whole else group.features,
+            num_features=len(self.features),
+        )
+
     def _weights(self, group: _Group) -> list[Tensor]:
         modules = self.tables._modules
         return [modules[name].weight for name in group.names]
 
-    def _decoders(self, group: _Group) -> list[DeepHashEmbeddingBag]:
-        modules = self.dhe._modules
-        return [modules[name] for name in group.names]
+    def _stacks(self, group: _Group) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+        """Coefficients, weights, biases and numbers of layers: what operators take."""
+        stacks = [self.dhe._modules[name].stack() for name in group.names]
+        return (
+            [hashes for hashes, _, _ in stacks],
+            [weight for _, weights, _ in stacks for weight in weights],
+            [bias for _, _, biases in stacks for bias in biases],
+            [len(weights) for _, weights, _ in stacks],
+        )
 
     def _by_column(self, group: _Group, out: Tensor):
         dims = [self.features[i].embedding_dim for i in group.features]
@@ -311,7 +316,8 @@ class EmbeddingBagCollection(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for feature in self.features:
-            has_table = f"{prefix}tables.{feature.name}.weight" in state_dict
+            table = f"{prefix}tables.{feature.name}"
+            has_table = f"{table}.weight" in state_dict or f"{table}.rows" in state_dict  # rows: quantised
             has_dhe = f"{prefix}dhe.{feature.name}.coefficients" in state_dict
             if (has_table or has_dhe) and (has_table, has_dhe) != (feature.has_table, feature.has_dhe):
                 saved = "hybrid" if has_table and has_dhe else "table" if has_table else "dhe"

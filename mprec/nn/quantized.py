@@ -5,8 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mprec import reference
 from mprec._native import _C
 from mprec.nn.collection import EmbeddingBagCollection
+from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.ops._common import check_bags, check_same_device, ids
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import decoder, group_decoders
@@ -19,9 +21,11 @@ DECODER_PRECISIONS = {
     "float32": None,
     "float16": None,
     "bfloat16": None,
+    "float8": None,
     "int8": ("u7", "universal"),
     "lut": ("sign",),
 }
+ON_CUDA = ("float32", "float8")
 
 _BITS = {"int8": 8, "int4": 4}
 
@@ -69,13 +73,44 @@ class QuantizedTable(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.precision}, {self.nbytes:,} bytes"
 
 
+class QuantizedDecoder(nn.Module):
+    """The decoder of a deep hash embedding in float8 (e4m3), each output of a layer with its own scale.
+
+    Buffers: ``coefficients``, and for each layer ``weight{layer}`` ``[out, in]`` and ``affine{layer}``,
+    float32 ``[2, out]``: what the layer's outputs are multiplied by, and what is added.
+    """
+
+    def __init__(self, decoder: DeepHashEmbeddingBag) -> None:
+        super().__init__()
+        coefficients, weights, biases = decoder.stack()
+        self.layers = len(weights)
+        self.register_buffer("coefficients", coefficients.clone())
+        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            weight, bias = weight.detach().to(torch.float32), bias.detach().to(torch.float32)
+            scale = weight.abs().amax(1) / reference.FLOAT8_MAX
+            scale = torch.where(scale > 0, scale, 1)
+            self.register_buffer(f"weight{layer}", reference.float8(weight / scale[:, None]))
+            self.register_buffer(f"affine{layer}", torch.stack([scale, bias]))
+
+    def stack(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Coefficients, weights, affines: what the operator takes."""
+        buffers, layers = self._buffers, range(self.layers)
+        weights = [buffers[f"weight{layer}"] for layer in layers]
+        return buffers["coefficients"], weights, [buffers[f"affine{layer}"] for layer in layers]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
 class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     """An :class:`EmbeddingBagCollection` for serving: tables and decoders in chosen precisions, float32
     results.
 
-    Takes the same calls as ``collection`` and stands in for it. It holds a converted copy of the tables, and
-    shares the decoders' modules, whose packed copies have the chosen precision. On CUDA tables are served in
-    any precision, decoders in float32. Results carry no gradients::
+    Takes the same calls as ``collection`` and stands in for it. It holds a converted copy of the tables and
+    of decoders in float8, and shares the modules of other decoders, whose packed copies have the chosen
+    precision. On CUDA tables are served in any precision, decoders in float32 or float8. Results carry no
+    gradients::
 
         model.embeddings = QuantizedEmbeddingBagCollection(model.embeddings, tables="int8")
 
@@ -83,9 +118,11 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         collection: in float32 on the CPU; not changed, and not kept.
         tables: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, for all features or
             by name (features not named stay float32).
-        decoders: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int8"`` (hash families u7 and universal)
-            or ``"lut"`` (sign), for all features or by name. Other layers than the first are float32 in
-            ``"int8"`` and ``"lut"``; ``"bfloat16"`` rounds every layer's inputs too.
+        decoders: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"float8"``, ``"int8"`` (hash families u7 and
+            universal) or ``"lut"`` (sign), for all features or by name. Other layers than the first are
+            float32 in ``"int8"`` and ``"lut"``; ``"bfloat16"`` rounds every layer's inputs too. ``"float8"``
+            is for CUDA (compute capability 9.0 or more): encodings and hidden layers are rounded to float8
+            too, sums are float32; a CPU computes the same, slowly.
 
     Raises:
         ValueError: unknown precision or feature, or one that does not fit (odd dimension, hash family).
@@ -100,12 +137,16 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         super().__init__(collection.features, device="meta")
         with_tables = [f.name for f in self.features if f.has_table]
         with_decoders = [f.name for f in self.features if f.has_dhe]
-        self.dhe = collection.dhe
         self.table_precision = _by_name(tables, with_tables, "tables")
         self.decoder_precision = _by_name(decoders, with_decoders, "decoders")
         for f in self.features:
             if f.has_dhe:
                 _check_decoder_precision(f, self.decoder_precision[f.name])
+        self.dhe = nn.ModuleDict()
+        for name in with_decoders:
+            shared = collection.dhe._modules[name]
+            self.dhe._modules[name] = QuantizedDecoder(shared) if self._in_float8(name) else shared
+        self._dhe_groups = [part for group in self._dhe_groups for part in self._split_group(group)]
         self.tables = nn.ModuleDict()
         for name in with_tables:
             weight = collection.tables._modules[name].weight
@@ -122,7 +163,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
                 "a quantised collection keeps its precisions, on the CPU or CUDA: convert the collection it "
                 "came from"
             )
-        low = sorted({p for p in self.decoder_precision.values() if p != "float32"})
+        low = sorted({p for p in self.decoder_precision.values() if p not in ON_CUDA})
         if low and not converted.is_cpu:
             raise TypeError(f"decoders in {', '.join(low)} are for the CPU, not for {converted.device}")
         return super()._apply(fn, recurse)
@@ -159,7 +200,26 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             threads=options.threads,
         )
 
+    def _in_float8(self, name: str) -> bool:
+        return self.decoder_precision[name] == "float8"
+
+    def _split_group(self, group):
+        """Those in float8, which an operator of their own serves, and the others."""
+        for float8 in (False, True):
+            at = [i for i, name in enumerate(group.names) if self._in_float8(name) == float8]
+            if at:
+                lists = {
+                    field: [getattr(group, field)[i] for i in at]
+                    for field in ("names", "features", "columns")
+                }
+                yield group._replace(**lists, whole=group.whole and len(at) == len(group.names))
+
     def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
+        if self._in_float8(group.names[0]):
+            vectors = self._embed_decoders(group, indices, offsets, per_sample_weights)
+            for column, part in self._by_column(group, vectors):
+                out[:, column : column + part.shape[1]] = part
+            return
         modules = self._modules["dhe"]._modules
         members = [modules[name] for name in group.names]
         precisions = [self.decoder_precision[name] for name in group.names]
@@ -190,6 +250,20 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             len(self.features),
         )
 
+    def _embed_decoders(self, group, indices, offsets, per_sample_weights) -> Tensor:
+        if not self._in_float8(group.names[0]):
+            return super()._embed_decoders(group, indices, offsets, per_sample_weights)
+        return torch.ops.mprec.quantized_dhe_bag_multi(
+            indices,
+            offsets,
+            *self._stacks(group),
+            *group.decoder,
+            group.mode_code,
+            per_sample_weights,
+            None if group.whole else group.features,
+            len(self.features),
+        )
+
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
         """Where the kernels refused: inputs in another form, or something to raise an exception about."""
         for name, tensor in (("indices", indices), ("offsets", offsets)):
@@ -214,6 +288,9 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         with torch.no_grad():
             for group in self._dhe_groups:
                 for name in group.names:
+                    if self._in_float8(name):
+                        total += self.dhe._modules[name].nbytes
+                        continue
                     stack = self.dhe._modules[name].stack()
                     total += decoder(*stack, *group.decoder, self.decoder_precision[name]).nbytes
         return total

@@ -31,6 +31,7 @@ for _operator in (
     _cuda_dhe.dhe_bag_backward,
     _cuda_dhe.dhe_bag_multi,
     _cuda_dhe.dhe_bag_multi_backward,
+    _cuda_dhe.quantized_dhe_bag_multi,
 ):
     library.impl(_operator.__name__, _operator, "CUDA")
 

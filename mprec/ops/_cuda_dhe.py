@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mprec import reference
 from mprec.names import MODES
-from mprec.ops import _csr, _dhe, _dhe_gradient
+from mprec.ops import _csr, _dhe, _dhe_gradient, _quantized
 from mprec.ops._common import check_per_sample_weights, check_same_device, contiguous, ids, num_bags
 from mprec.ops._cuda_common import KERNEL_DTYPES, aligned, columns_of, rounds, with_last_offset
 
@@ -94,6 +94,28 @@ def dhe_bag_multi(
     return _pooled(indices, offsets, batch, features, stacks, options, mode, per_sample_weights, -1)
 
 
+def quantized_dhe_bag_multi(
+    indices, offsets, coefficients, weights, affines, layers, family, activation, last_activation, mode=0,
+    per_sample_weights=None, features=None, num_features=None,
+):  # fmt: skip
+    """Weights in float8, sums in float32."""
+    options = (family, activation, last_activation)
+    stacks = _quantized.float8_stacks(coefficients, weights, affines, layers, options)
+    check_same_device(
+        indices=indices,
+        offsets=offsets,
+        coefficients=coefficients,
+        weights=weights,
+        affines=affines,
+        per_sample_weights=per_sample_weights,
+    )
+    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
+    check_per_sample_weights(per_sample_weights, affines[0], indices)
+    batch = _csr.batch_size(offsets, len(layers) if num_features is None else num_features)
+    features = list(range(len(layers))) if features is None else list(features)
+    return _pooled(indices, offsets, batch, features, stacks, options, mode, per_sample_weights, -1)
+
+
 def _pooled(indices, offsets, batch, features, stacks, options, mode, per_sample_weights, padding_idx):
     """Decode every ID, a launch per shape of decoder, then pool all features in one."""
     from mprec.triton_kernels import dhe
@@ -104,7 +126,7 @@ def _pooled(indices, offsets, batch, features, stacks, options, mode, per_sample
     columns, psw = columns_of(dims), contiguous(per_sample_weights)
     # float32, so that bags of half-precision vectors are summed before they are rounded
     vectors = torch.empty(len(indices), -(-max(dims) // 4) * 4, dtype=torch.float32, device=first.device)
-    out = first.new_empty(batch, sum(dims))
+    out = stacks[0][2][0].new_empty(batch, sum(dims))  # biases: float32 where weights are in float8
     for parts in rounds(features):
         for members in _of_equal_shape(parts, stacks):
             served = [features[t] for t in members]

@@ -46,8 +46,12 @@ def check_decoder(
     activation: str,
     last_activation: str,
     name: str = "",
+    scaled: bool = False,
 ) -> None:
-    """``ValueError`` or ``DtypeError`` if these do not make a decoder. ``name`` precedes arguments' names."""
+    """``ValueError`` or ``DtypeError`` if these do not make a decoder. ``name`` precedes arguments' names.
+
+    ``scaled``: weights in float8, with float32 scales and biases ``[2, out]`` in place of biases.
+    """
     rows = coefficient_rows(family)
     code(ACTIVATIONS, activation, f"{name}activation")
     code(ACTIVATIONS, last_activation, f"{name}last_activation")
@@ -64,16 +68,23 @@ def check_decoder(
         )
     inputs = coefficients.shape[1]
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check_weights(weight, f"{name}weights[{layer}]")
-        if weight.dtype != weights[0].dtype or bias.dtype != weights[0].dtype:
+        if not scaled:
+            check_weights(weight, f"{name}weights[{layer}]")
+        of_weight = reference.FLOAT8 if scaled else weights[0].dtype
+        of_bias = torch.float32 if scaled else of_weight
+        if weight.dtype != of_weight or bias.dtype != of_bias:
             raise TypeError(
-                f"{name}layer {layer}: expected {weights[0].dtype} as weights[0], "
-                f"got weight {weight.dtype}, bias {bias.dtype}"
+                f"{name}layer {layer}: expected weight {of_weight} and bias {of_bias}, "
+                f"got {weight.dtype} and {bias.dtype}"
             )
-        if weight.dim() != 2 or weight.shape[1] != inputs or bias.shape != weight.shape[:1]:
+        if (
+            weight.dim() != 2
+            or weight.shape[1] != inputs
+            or bias.shape != ((2, weight.shape[0]) if scaled else weight.shape[:1])
+        ):
             raise ValueError(
-                f"{name}layer {layer}: expected weight [out, {inputs}] and bias [out], "
-                f"got {list(weight.shape)} and {list(bias.shape)}"
+                f"{name}layer {layer}: expected weight [out, {inputs}] and bias "
+                f"{'[2, out]' if scaled else '[out]'}, got {list(weight.shape)} and {list(bias.shape)}"
             )
         inputs = weight.shape[0]
 

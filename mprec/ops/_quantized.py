@@ -1,16 +1,35 @@
-"""``torch.ops.mprec.quantized_embedding_bag_multi``: tables in few bytes, float32 results."""
+"""``torch.ops.mprec.quantized_embedding_bag_multi`` and ``quantized_dhe_bag_multi``: tables and decoders in
+few bytes, float32 results.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mprec import reference
 from mprec.ops import _csr
-from mprec.ops._common import NATIVE_TABLES, check_same_device, contiguous, ids, library
+from mprec.ops._common import (
+    NATIVE_TABLES,
+    check_bags,
+    check_ids,
+    check_per_sample_weights,
+    check_same_device,
+    contiguous,
+    ids,
+    library,
+)
+from mprec.ops._dhe import _split, check_decoder
 from mprec.ops._tables import run_embedding_bag_multi
 
 library.define(
     "quantized_embedding_bag_multi(Tensor[] rows, int[] bits, Tensor indices, Tensor offsets, int mode=0, "
+    "Tensor? per_sample_weights=None, int[]? features=None, int? num_features=None) -> Tensor"
+)
+# affines: float32 [2, out] of each layer, the scales of its outputs and their biases
+library.define(
+    "quantized_dhe_bag_multi(Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] weights, "
+    "Tensor[] affines, int[] layers, str family, str activation, str last_activation, int mode=0, "
     "Tensor? per_sample_weights=None, int[]? features=None, int? num_features=None) -> Tensor"
 )
 
@@ -74,3 +93,67 @@ library.impl("quantized_embedding_bag_multi", _quantized_embedding_bag_multi, "C
 torch.library.register_fake(
     "mprec::quantized_embedding_bag_multi", _quantized_embedding_bag_multi_fake, lib=library
 )
+
+
+def float8_stacks(coefficients, weights, affines, layers, options) -> list[tuple[Tensor, list, list]]:
+    """(coefficients, weights, affines) of each decoder. ``TypeError``, ``ValueError`` if they do not fit."""
+    if not len(coefficients) == len(layers) or not sum(layers) == len(weights) == len(affines):
+        raise ValueError(
+            f"layers: {list(layers)} do not describe {len(coefficients)} coefficients, {len(weights)} "
+            f"weights and {len(affines)} affines"
+        )
+    stacks = list(zip(coefficients, _split(layers, weights), _split(layers, affines), strict=True))
+    for t, stack in enumerate(stacks):
+        check_decoder(*stack, *options, f"decoder {t}: ", scaled=True)
+    return stacks
+
+
+def _quantized_dhe_bag_multi(
+    indices: Tensor,
+    offsets: Tensor,
+    coefficients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    affines: Sequence[Tensor],
+    layers: Sequence[int],
+    family: str,
+    activation: str,
+    last_activation: str,
+    mode: int = 0,
+    per_sample_weights: Tensor | None = None,
+    features: Sequence[int] | None = None,
+    num_features: int | None = None,
+) -> Tensor:
+    """The formula, in float64: CPUs have no float8 products. On CUDA there is a kernel."""
+    options = (family, activation, last_activation)
+    float8_stacks(coefficients, weights, affines, layers, options)
+    check_same_device(
+        indices=indices,
+        offsets=offsets,
+        coefficients=coefficients,
+        weights=weights,
+        affines=affines,
+        per_sample_weights=per_sample_weights,
+    )
+    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
+    check_per_sample_weights(per_sample_weights, affines[0], indices)
+    _csr.batch_size(offsets, len(layers) if num_features is None else num_features)
+    check_bags(offsets, len(indices), True)
+    check_ids(indices, None)
+    out = reference.dhe_bag_multi(
+        indices, offsets, coefficients, weights, affines, layers, *options, mode, per_sample_weights,
+        features, num_features,
+    )  # fmt: skip
+    return out.to(torch.float32)
+
+
+def _quantized_dhe_bag_multi_fake(
+    indices, offsets, coefficients, weights, affines, layers, family, activation, last_activation, mode=0,
+    per_sample_weights=None, features=None, num_features=None,
+):  # fmt: skip
+    batch = (offsets.shape[0] - 1) // (len(layers) if num_features is None else num_features)
+    dims = [stack[-1].shape[0] for stack in _split(layers, weights)]
+    return affines[0].new_empty(batch, sum(dims))
+
+
+library.impl("quantized_dhe_bag_multi", _quantized_dhe_bag_multi, "CPU")
+torch.library.register_fake("mprec::quantized_dhe_bag_multi", _quantized_dhe_bag_multi_fake, lib=library)

@@ -7,6 +7,8 @@ from mprec.triton_kernels.dhe import dhe_forward
 from mprec.triton_kernels.hashing import hash_encode
 from test_device_hashing import coefficients_of
 
+from mprec import reference
+
 ACTIVATIONS = {
     "none": lambda x: x,
     "relu": torch.relu,
@@ -32,6 +34,23 @@ def expected(ids, c, weights, biases, family, activation, last_activation):
         x = x.to(weight.dtype).double() @ weight.double().T + bias.double()
         x = ACTIVATIONS[last_activation if layer == len(weights) - 1 else activation](x)
     return x
+
+
+def decoder_in_float8(k, widths, device):
+    """Weights in float8, and [scales, biases] of each layer."""
+    weights, affines = [], []
+    for out in widths:
+        weights.append(reference.float8(torch.randn(out, k) * 60).to(device))
+        affines.append(torch.stack([(1 + torch.rand(out)) / 120 / k**0.5, torch.randn(out) / 10]).to(device))
+        k = out
+    return weights, affines
+
+
+def assert_close_but_for_steps(got, want):
+    """A hidden value differs where float32 and float64 fall on two sides of a step between float8 numbers."""
+    error = (got.double().cpu() - want.double().cpu()).abs()
+    assert (error <= 1e-5).double().mean() > 0.9
+    assert error.max() < 0.05
 
 
 def ids_of(n, device, wide=False):
@@ -104,6 +123,47 @@ def test_groups_write_their_rows_and_nothing_else(steps, counts, device):
         )
         assert_close(buffer[rows, : widths[-1]], want, torch.float32)
     assert buffer[~written].isnan().all()
+
+
+@pytest.mark.parametrize("family", ["universal", "artifact_gaussian", "sign"])
+@pytest.mark.parametrize("steps", [[1], [2], [1, 1], [3], [1, 2], [2, 1]], ids=str)
+def test_float8(steps, family, device):
+    """Two decoders of a group; outputs are float32, and hidden layers in memory float8."""
+    if device.type == "cuda" and tuning.target_of(device) not in dhe.FLOAT8_TARGETS:
+        pytest.skip("this GPU has no float8 products")
+    k, widths = 70, (72, 40, 20)[: sum(steps)]
+    coefficients = [coefficients_of(family, k, t).to(device) for t in range(2)]
+    weights, affines = zip(*(decoder_in_float8(k, widths, device) for _ in range(2)), strict=True)
+    ids, out = (
+        ids_of(75, device, wide=family != "artifact_gaussian"),
+        torch.full((75, widths[-1]), torch.nan, device=device),
+    )
+    configs = [(tuning.Config(64, 32, 32, 2, 4), layers) for layers in steps]
+    options = (family, "relu", "none")
+    offsets = torch.tensor([0, 70, 75], device=device)
+    dhe.decode_grouped(ids, offsets, 1, [0, 1], coefficients, weights, affines, *options, out, configs)
+    for t, rows in enumerate((slice(0, 70), slice(70, 75))):
+        encodings = hash_encode(ids[rows], coefficients[t], family)
+        want = reference.decode(encodings.double(), weights[t], affines[t], "relu", "none")
+        assert want.abs().max() > 0.1
+        assert_close_but_for_steps(out[rows], want)
+
+
+def test_float8_saturates_and_keeps_nan(device):
+    if device.type == "cuda" and tuning.target_of(device) not in dhe.FLOAT8_TARGETS:
+        pytest.skip("this GPU has no float8 products")
+    c = coefficients_of("universal", 32).to(device)
+    weights, affines = decoder_in_float8(32, (16, 16), device)
+    affines[0][1] = torch.tensor([1e9, -1e9, *[0.0] * 14])
+    weights[1] = torch.eye(16).to(torch.float8_e4m3fn).to(device)
+    affines[1] = torch.tensor([[1.0], [0.0]]).repeat(1, 16).to(device)
+    ids, out = ids_of(3, device), torch.empty(3, 16, device=device)
+    arguments = (None, 1, [0], [c], [weights], [affines], "universal", "none", "none", out)
+    dhe.decode_grouped(ids, *arguments)
+    assert out[:, :2].tolist() == [[448.0, -448.0]] * 3
+    affines[0][1, 0] = torch.nan
+    dhe.decode_grouped(ids, *arguments)
+    assert out[:, 0].isnan().all()
 
 
 def test_offsets_beyond_the_ids_are_not_followed(device):

@@ -1,11 +1,15 @@
 """What torch.ops.mprec.* runs on a GPU, against the same operators' native CPU kernels."""
 
+import sys
+
 import pytest
 import torch
-from mprec.triton_kernels import faults, row_cache
-from test_device_dhe import decoder, group_of
+from mprec.triton_kernels import dhe, faults, row_cache, tuning
+from test_device_dhe import assert_close_but_for_steps, decoder, decoder_in_float8, group_of
 from test_device_embedding_bag import batch_of
 from test_device_hashing import coefficients_of
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mprec.ops
 from mprec import reference
@@ -194,6 +198,27 @@ def test_quantized_embedding_bag_multi(mode, device):
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_quantized_dhe_bag_multi(mode, device):
+    if device.type == "cuda" and tuning.target_of(device) not in dhe.FLOAT8_TARGETS:
+        pytest.skip("this GPU has no float8 products")
+    indices, offsets = batch_of([2**40] * 4, 5, torch.device("cpu"))
+    shapes = [(48, (24, 6)), (32, (16, 20, 9)), (48, (24, 6))]
+    coefficients = [coefficients_of("universal", k, t) for t, (k, _) in enumerate(shapes)]
+    stacks = [decoder_in_float8(*shape, "cpu") for shape in shapes]
+    flat = [w for ws, _ in stacks for w in ws], [a for _, affines in stacks for a in affines]
+    psw = None if mode == 2 else torch.rand(len(indices))
+    arguments = (indices, offsets, coefficients, *flat)
+    options = ([2, 3, 2], "universal", "relu", "sigmoid", mode)
+    want = torch.ops.mprec.quantized_dhe_bag_multi(*arguments, *options, psw, [3, 1, 0], 4)
+    got = _cuda_dhe.quantized_dhe_bag_multi(*on(device, *arguments), *options, *on(device, psw), [3, 1, 0], 4)
+    assert got.dtype == torch.float32
+    assert_close_but_for_steps(got, want)
+    wrong = [*flat[0][:2], flat[0][2].float(), *flat[0][3:]]
+    with pytest.raises(TypeError, match=r"decoder 1: layer 0: expected weight torch\.float8_e4m3fn"):
+        _cuda_dhe.quantized_dhe_bag_multi(indices, offsets, coefficients, wrong, flat[1], *options)
+
+
 @pytest.mark.parametrize("name", ["table_sgd_", "table_rowwise_adagrad_"])
 def test_fused_optimizers(name, device):
     indices, offsets = batch_of([9, 4, 30], 6, torch.device("cpu"))
@@ -236,12 +261,43 @@ def test_modules_have_the_same_values_here(device):
     assert_same(bag.to(device)(indices.to(device), offsets.to(device)), want)
 
 
-class NoLooking(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails where a value of a tensor would decide what the host does next."""
+class NoValues(TorchDispatchMode):
+    """Fails on operators whose result, or its shape, the host must wait for."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal.default")
+        waiting = (
+            "_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal.default",
+            "repeat_interleave.Tensor",
+        )  # fmt: skip
+        masked = func is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        assert not masked, "a mask as an index waits for the device"
         assert not any(name in str(func) for name in waiting), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class NoLooking(TorchFunctionMode):
+    """Fails where Python asks a tensor for its values: `tolist` and `cpu` reach no operator here."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        looks = (
+            "item",
+            "tolist",
+            "cpu",
+            "numpy",
+            "__array__",
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+        )
+        if getattr(func, "__name__", "") in looks:
+            # Triton's interpreter is made of NumPy: what it does on the host, a device does by itself;
+            # faults looks at a copy on the host once it has arrived
+            asker = sys._getframe(1).f_globals["__name__"]
+            allowed = asker.startswith("triton.") or asker == "mprec.triton_kernels.faults"
+            assert allowed, f"{asker}: {func.__name__} waits for the device"
         return func(*args, **(kwargs or {}))
 
 
@@ -261,7 +317,7 @@ def test_no_operator_waits_for_the_device(device, monkeypatch):
     faults.counter(device)
     faults.check(device)
     options, bags = ("universal", "relu", "sigmoid"), (indices, offsets)
-    with NoLooking():
+    with NoLooking(), NoValues():
         mode = 1
         _cuda_tables.embedding_bag_multi(tables, *bags, mode)
         _cuda_tables.embedding_bag_multi_backward(grad, tables, *bags, mode, None, [0, 1], 2, False, False)
@@ -276,3 +332,24 @@ def test_no_operator_waits_for_the_device(device, monkeypatch):
         _cuda_dhe.dhe_bag(*one)
         _cuda_dhe.dhe_bag_backward(grad[:1, :6].expand(10, 6), *one, False, 3, False)
         _cuda_dhe.cached_dhe_bag(cache.keys, cache.rows, cache.probes, *one)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda offsets: offsets[-1].item(),
+        lambda offsets: offsets.tolist(),
+        lambda offsets: int(offsets[0]),
+        lambda offsets: bool(offsets.any()),
+        lambda offsets: torch.arange(8, device=offsets.device)[offsets > 1],
+        lambda offsets: torch.equal(offsets, offsets + 1),
+        lambda offsets: offsets.repeat_interleave(offsets),
+        lambda offsets: offsets.unique(),
+        lambda offsets: offsets.cpu(),
+    ],
+)
+def test_waiting_would_be_noticed(look, device):
+    """An operator that did one of these would fail the test above."""
+    offsets = torch.arange(8, device=device)
+    with NoLooking(), NoValues(), pytest.raises(AssertionError, match="waits for the device"):
+        look(offsets)
