@@ -28,6 +28,7 @@ def candidates(shape: str, batch: int):
         "module": lambda: module_call(universal, batch),
         "float32": lambda: native_call(pack(universal), batch),
         "float16": lambda: native_call(pack(universal, "float16"), batch),
+        "bfloat16": lambda: native_call(pack(universal, "bfloat16"), batch),
         "int8": lambda: native_call(pack(universal, "int8"), batch),
         "lut": lambda: native_call(pack(make_module(shape, "sign"), "lut"), batch),
         "torch": lambda: GoodTorch(universal),

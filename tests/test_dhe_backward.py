@@ -23,19 +23,7 @@ def each_isa(request):
 def backward(net: Net, ids, grad, threads=1):
     grad_weights = [torch.full_like(w, math.nan) for w in net.weights]
     grad_biases = [torch.full_like(b, math.nan) for b in net.biases]
-    _C.dhe_backward(
-        net.coefficients,
-        net.weights,
-        net.biases,
-        FAMILIES[net.family],
-        ACTIVATIONS[net.activation],
-        ACTIVATIONS[net.last],
-        ids,
-        grad,
-        grad_weights,
-        grad_biases,
-        threads,
-    )
+    _C.dhe_backward(net.handle, net.weights, ids, grad, grad_weights, grad_biases, threads)
     return grad_weights + grad_biases
 
 

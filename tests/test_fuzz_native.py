@@ -243,6 +243,34 @@ def dhe_bag(draw, guard: Guard):
     }
 
 
+@st.composite
+def stack_watch(draw, guard: Guard):
+    arguments = decoder_arguments([16, draw(st.integers(1, 20)), 9])
+    return {name: arguments[name] for name in ("coefficients", "weights", "biases")}
+
+
+@st.composite
+def same_stack(draw, guard: Guard):
+    arguments = draw(stack_watch(guard))
+    return arguments | {"watch": _C.StackWatch(**arguments)}
+
+
+@st.composite
+def kept_decoder(draw, guard: Guard):
+    weight = torch.zeros(draw(st.integers(1, 100)))
+    return {
+        "watch": _C.WeightWatch([({"weight": weight}, "weight")]),
+        "decoder": _C.Decoder(**decoder_arguments([16, 5, 9])),
+    }
+
+
+@st.composite
+def dhe_bag_kept(draw, guard: Guard):
+    arguments = draw(dhe_bag(guard))
+    del arguments["decoder"], arguments["out"]
+    return arguments | {"kept": _C.KeptDecoder(**draw(kept_decoder(guard))), "dedupe": None}
+
+
 def hashing(dtype: str):
     @st.composite
     def arguments(draw, guard: Guard):
@@ -387,12 +415,15 @@ def codebook_rows(draw, guard: Guard):
 @st.composite
 def dhe_backward(draw, guard: Guard):
     arguments = decoder_arguments([16, 5, 3], draw(st.integers(0, 4)))
+    weights, biases = arguments["weights"], arguments["biases"]
     n = draw(st.integers(0, 6))
-    return arguments | {
+    return {
+        "decoder": _C.Decoder(**arguments),
+        "weights": weights,
         "indices": torch.randint(0, 1000, (n,)),
         "grad": torch.randn(n, 3),
-        "grad_weights": [guard.array(tuple(w.shape)) for w in arguments["weights"]],
-        "grad_biases": [guard.array(tuple(b.shape)) for b in arguments["biases"]],
+        "grad_weights": [guard.array(tuple(w.shape)) for w in weights],
+        "grad_biases": [guard.array(tuple(b.shape)) for b in biases],
         "threads": draw(st.integers(1, 4)),
     }
 
@@ -438,6 +469,10 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "Decoder": (_C.Decoder, decoder),
     "dhe_bag_multi": (_C.dhe_bag_multi, dhe_bag_multi),
     "dhe_bag": (_C.dhe_bag, dhe_bag),
+    "dhe_bag_kept": (_C.dhe_bag_kept, dhe_bag_kept),
+    "KeptDecoder": (_C.KeptDecoder, kept_decoder),
+    "StackWatch": (_C.StackWatch, stack_watch),
+    "same_stack": (_C.same_stack, same_stack),
     "hash_encode": (_C.hash_encode, hashing("f4")),
     "hash_values": (_C.hash_values, hashing("i8")),
     "RowCache": (_C.RowCache, row_cache),

@@ -40,11 +40,14 @@ struct OuterProduct : FloatProduct<float> {
   static constexpr int row_pitch = 1, step_pitch = block_pitch, weight_pitch = block_pitch;
 };
 
-// Adds dz^T y to dW for `inputs` columns of y from `first_input` on; dz in blocks, y in one.
+// Sums dz^T y in dW for `inputs` columns of y from `first_input` on; dz in blocks, y in one.
 inline void add_outer_product(const float* dz, int outputs, const float* y, int first_input, int inputs,
                               int n, int64_t block_stride, const WeightGradient& to) {
   constexpr int columns = tile_vectors * Vec::width;
+  alignas(64) static constexpr float zeros[columns] = {};
   TileArguments<OuterProduct> t{};
+  t.bias = to.fresh ? zeros : nullptr;
+  t.far = true;
   t.panel_stride = panel_columns;
   t.steps = n;
   t.out_pitch = to.pitch;
@@ -101,6 +104,8 @@ static inline void backward(const DecoderView& d, const LayerView* transposed, c
       dz[c / block_columns * block_stride + i * block_pitch + c % block_columns] = grad[i * grad_stride + c];
   for (int l = d.num_layers - 1; l >= 0; --l) {
     const LayerView& layer = d.layers[l];
+    if (to[l].fresh)
+      for (int c = 0; c < layer.outputs; ++c) to[l].bias[c] = 0.0f;
     for (int c = 0; c < layer.outputs; c += block_columns) {
       const int count = block_count(layer.outputs, c);
       float* block = dz + c / block_columns * block_stride;

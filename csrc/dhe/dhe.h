@@ -82,11 +82,12 @@ inline int64_t scratch_floats(const DecoderView& d) {
   return int64_t{max_ids} * block_pitch * (1 + 2 * blocks_of(d.widest)) + look_up + 64;
 }
 
-// Sums of one layer's gradients: weight [outputs rounded up to 16][pitch], bias [outputs].
+// Sums of one layer's gradients: weight [outputs][pitch], bias [outputs].
 struct WeightGradient {
   float* weight;
-  int64_t pitch;  // inputs, rounded up to a tile's columns
+  int64_t pitch;  // at least inputs rounded up to a tile's columns
   float* bias;
+  bool fresh;  // the sums are what this call gives; else it adds to them
 };
 
 // Floats of scratch for the gradients: a block of hashes, two layers' gradients, every layer's sums and
@@ -113,7 +114,7 @@ struct DheKernels {
   void (*hash)(const EncoderView&, const int64_t* ids, int64_t n, int64_t* out);
   // The vectors of n <= max_ids IDs into out[i * stride + j], j < dim.
   void (*forward)(const DecoderView&, const int64_t* ids, int n, float* out, int64_t stride, float* scratch);
-  // Adds the gradients that the vectors of n <= max_ids IDs pass on to `to[l]`, for every layer l. Row i of
+  // Sums the gradients that the vectors of n <= max_ids IDs pass on in `to[l]`, for every layer l. Row i of
   // the vectors' gradient is grad[i * stride]. float32 weights; transposed[l] (l > 0) has the layer's weights
   // packed as outputs to inputs, with a zero bias and no activation.
   void (*backward)(const DecoderView&, const LayerView* transposed, const int64_t* ids, int n,

@@ -102,6 +102,7 @@ struct TileArguments {
   int64_t out_pitch;
   const float* bias;  // of the tile's columns, for the first block of inputs; null: add what `out` holds
   bool relu;          // after the last block
+  bool far = false;   // rows of the output are pages apart, which no hardware fetches ahead
 };
 
 template <class Product, int rows, int vectors>
@@ -184,6 +185,8 @@ inline void run_tiles(int rows, int64_t row_pitch, TileArguments<Product> t) {
     const int begin = rows * i / tiles, end = rows * (i + 1) / tiles;
     t.in = in + begin * row_pitch;
     t.out = out + begin * t.out_pitch;
+    if (t.far)
+      for (int r = end; r < end + tile_rows && r < rows; ++r) prefetch_to_write(out + r * t.out_pitch);
     run_tile<Product, tile_rows, vectors>(end - begin, t);
   }
 }

@@ -1,6 +1,7 @@
 #include "dhe/gradient.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "common/aligned.h"
 #include "common/error.h"
@@ -36,64 +37,91 @@ struct Transposed {
   }
 };
 
+void check_weights(const DecoderView& view, const std::vector<LinearWeights>& linear) {
+  if (view.precision != Precision::float32)
+    throw std::invalid_argument("decoder: gradients need one of precision float32");
+  if (static_cast<int>(linear.size()) != view.num_layers)
+    throw std::invalid_argument(
+        message("weights: expected the decoder's ", view.num_layers, ", got ", linear.size()));
+  for (int l = 0; l < view.num_layers; ++l)
+    if (linear[l].outputs != view.layers[l].outputs || linear[l].inputs != view.layers[l].inputs)
+      throw std::invalid_argument(message("weights[", l, "]: expected the decoder's shape [",
+                                          view.layers[l].outputs, ", ", view.layers[l].inputs, "], got [",
+                                          linear[l].outputs, ", ", linear[l].inputs, "]"));
+}
+
 }  // namespace
 
-void dhe_backward(Encoder encoder, const std::vector<LinearWeights>& linear, Activation activation,
-                  Activation last, const int64_t* ids, int64_t n, const float* grad,
-                  const std::vector<LayerGradient>& to, int threads) {
-  const Decoder decoder(std::move(encoder), linear, activation, last);
-  const DecoderView view = decoder.view();
+void dhe_backward(const DecoderView& view, const std::vector<LinearWeights>& linear, const int64_t* ids,
+                  int64_t n, const float* grad, const std::vector<LayerGradient>& to, int threads) {
+  check_weights(view, linear);
   const Transposed transposed(linear);
   for (int64_t i = 0; i < n; ++i)
     if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
+  if (n == 0) {
+    for (size_t l = 0; l < linear.size(); ++l) {
+      std::fill_n(to[l].weight, linear[l].outputs * linear[l].inputs, 0.0f);
+      std::fill_n(to[l].bias, linear[l].outputs, 0.0f);
+    }
+    return;
+  }
 
   const int64_t blocks = (n + max_ids - 1) / max_ids;
   threads = static_cast<int>(
       std::max<int64_t>(1, std::min<int64_t>({int64_t{threads}, blocks,
                                               3 * n * view.multiply_adds() / multiply_adds_per_thread})));
-  // Every thread's sums, zero at first, then every thread's scratch. Kept by the calling thread: fresh pages
-  // would cost more than a small batch.
+  // The first thread sums where the gradients go, if its tiles fit there; the others, and it if not, in
+  // memory that the calling thread keeps: fresh pages would cost more than a small batch. Then scratch.
   int64_t sums = 0;
   std::vector<int64_t> weight_at, bias_at, pitch;
   for (const LinearWeights& w : linear) {
     pitch.push_back(round_up(w.inputs, tile_columns));
     weight_at.push_back(sums);
-    bias_at.push_back(sums += round_up(w.outputs, panel_columns) * pitch.back());
+    bias_at.push_back(sums += w.outputs * pitch.back());
     sums += round_up(w.outputs, panel_columns);
   }
   const int64_t scratch = backward_scratch_floats(view);
   thread_local AlignedBuffer<float> own_memory;
   float* const memory = own_memory.reserve(threads * (sums + scratch));
-  std::vector<WeightGradient> gradients(threads * linear.size());
+  std::vector<WeightGradient> gradients;
+  for (int part = 0; part < threads; ++part)
+    for (size_t l = 0; l < linear.size(); ++l) {
+      float* own = memory + part * sums;
+      if (part == 0 && pitch[l] == linear[l].inputs)
+        gradients.push_back({to[l].weight, pitch[l], to[l].bias, true});
+      else
+        gradients.push_back({own + weight_at[l], pitch[l], own + bias_at[l], true});
+    }
 
   const auto* kernel = kernels().dhe;
   parallel_ranges(threads, threads, [&](int64_t first, int64_t end) {
     for (int64_t part = first; part < end; ++part) {
-      float* own = memory + part * sums;
-      std::fill_n(own, sums, 0.0f);
-      WeightGradient* own_sums = &gradients[part * linear.size()];
-      for (size_t l = 0; l < linear.size(); ++l)
-        own_sums[l] = {own + weight_at[l], pitch[l], own + bias_at[l]};
+      WeightGradient* own = &gradients[part * linear.size()];
       float* own_scratch = memory + threads * sums + part * scratch;
       for (int64_t b = blocks * part / threads; b < blocks * (part + 1) / threads; ++b) {
         const int64_t begin = n * b / blocks, count = n * (b + 1) / blocks - begin;
         kernel->backward(view, transposed.layers.data(), ids + begin, static_cast<int>(count),
-                         grad + begin * view.dim, view.dim, own_sums, own_scratch);
+                         grad + begin * view.dim, view.dim, own, own_scratch);
+        for (size_t l = 0; l < linear.size(); ++l) own[l].fresh = false;
       }
     }
   });
 
   for (size_t l = 0; l < linear.size(); ++l) {
     const LinearWeights& w = linear[l];
+    const auto part = [&](int i) -> const WeightGradient& { return gradients[i * linear.size() + l]; };
+    if (threads == 1 && part(0).weight == to[l].weight) continue;
     parallel_ranges(w.outputs, threads, [&](int64_t first, int64_t end) {
       for (int64_t o = first; o < end; ++o) {
         float* row = to[l].weight + o * w.inputs;
-        to[l].bias[o] = memory[bias_at[l] + o];
-        std::copy_n(memory + weight_at[l] + o * pitch[l], w.inputs, row);
-        for (int part = 1; part < threads; ++part) {
-          const float* own = memory + part * sums;
-          for (int64_t i = 0; i < w.inputs; ++i) row[i] += own[weight_at[l] + o * pitch[l] + i];
-          to[l].bias[o] += own[bias_at[l] + o];
+        if (part(0).weight != to[l].weight) {
+          std::copy_n(part(0).weight + o * pitch[l], w.inputs, row);
+          to[l].bias[o] = part(0).bias[o];
+        }
+        for (int p = 1; p < threads; ++p) {
+          const float* own = part(p).weight + o * pitch[l];
+          for (int64_t i = 0; i < w.inputs; ++i) row[i] += own[i];
+          to[l].bias[o] += part(p).bias[o];
         }
       }
     });

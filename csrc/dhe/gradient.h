@@ -12,11 +12,11 @@ struct LayerGradient {
   float *weight, *bias;
 };
 
-// `grad` [n, dim] is the gradient of the vectors of `ids` [n], none negative (IdError). Sums run over the IDs
-// in order within each thread's share, and over the threads in order: for a fixed number of threads the
-// result is the same at every call. std::invalid_argument as Decoder's.
-void dhe_backward(Encoder, const std::vector<LinearWeights>&, Activation activation, Activation last,
-                  const int64_t* ids, int64_t n, const float* grad, const std::vector<LayerGradient>& to,
-                  int threads);
+// `grad` [n, dim] is the gradient of the vectors of `ids` [n], none negative (IdError). `linear` are the
+// weights that the decoder was made of; std::invalid_argument if they have other sizes, or it is not float32.
+// Sums run over the IDs in order within each thread's share, and over the threads in order: for a fixed
+// number of threads the result is the same at every call.
+void dhe_backward(const DecoderView&, const std::vector<LinearWeights>& linear, const int64_t* ids, int64_t n,
+                  const float* grad, const std::vector<LayerGradient>& to, int threads);
 
 }  // namespace mprec

@@ -13,6 +13,7 @@ namespace mprec::MPREC_ISA {
 
 constexpr int lut_block = 32;   // groups whose tables (32 KiB) stay in the L1 cache while IDs pass
 constexpr int lut_few = 12;     // IDs that do not need most of a block
+constexpr int lut_ahead = 24;   // groups for which their lines are fetched ahead
 constexpr int lut_flush = 256;  // groups that 16 bits hold
 constexpr int lut_line = lut_columns;
 
@@ -65,6 +66,26 @@ inline void add_sums(Words even, Words odd, const float* scale, const float* bia
   }
 }
 
+// Adds the lines of `count` groups to an ID's sums. `fetch`: of the `left` groups that the columns still
+// have, fetches the line that is `lut_ahead` groups ahead.
+template <bool fetch>
+inline void add_lines(const uint8_t* table, const uint16_t* offset, int count, int left, Words& even_sum,
+                      Words& odd_sum) {
+  Words even = even_sum, odd = odd_sum;
+  for (int g = 0; g < count; ++g, table += 16 * lut_line) {
+    if (fetch && g + lut_ahead < left) prefetch(table + lut_ahead * 16 * lut_line + offset[g + lut_ahead]);
+    const auto* line = reinterpret_cast<const WordVector*>(table + offset[g]);
+#pragma GCC unroll 4
+    for (int v = 0; v < line_vectors; ++v) {
+      const WordVector words = line[v];
+      even.v[v] += words;
+      odd.v[v] += words >> 8;
+    }
+  }
+  even_sum = even;
+  odd_sum = odd;
+}
+
 // `offsets` [rows][stride] to the first layer's outputs.
 inline void look_up(const LayerView& layer, const uint16_t* offsets, int64_t stride, int rows, Words* sums,
                     float* out, int64_t block_stride) {
@@ -77,26 +98,19 @@ inline void look_up(const LayerView& layer, const uint16_t* offsets, int64_t str
       for (int r = 0; r < 2 * rows; ++r) sums[r] = Words{};
       for (int g0 = first; g0 < end; g0 += lut_block) {
         const int count = end - g0 < lut_block ? end - g0 : lut_block;
-        // The next block's tables are fetched meanwhile, if these IDs are enough to need most of them.
-        const uint8_t* table0 = tables + int64_t{g0} * 16 * lut_line;
-        const uint8_t* next = table0 + lut_block * 16 * lut_line;
-        const int ahead = rows < lut_few ? 0 : lut_block * 16 / rows + 1;
+        const uint8_t* table = tables + int64_t{g0} * 16 * lut_line;
+        if (rows < lut_few) {
+          for (int r = 0; r < rows; ++r)
+            add_lines<true>(table, offsets + r * stride + g0, count, groups - g0, sums[2 * r],
+                            sums[2 * r + 1]);
+          continue;
+        }
+        // The next block's tables are fetched meanwhile: these IDs are enough to need most of them.
+        const uint8_t* next = table + lut_block * 16 * lut_line;
+        const int ahead = lut_block * 16 / rows + 1;
         for (int r = 0; r < rows; ++r) {
           for (int i = 0; i < ahead; ++i) prefetch(next + (r * ahead + i) * lut_line);
-          Words even = sums[2 * r], odd = sums[2 * r + 1];
-          const uint8_t* table = table0;
-          const uint16_t* offset = offsets + r * stride + g0;
-          for (int g = 0; g < count; ++g, table += 16 * lut_line) {
-            const auto* line = reinterpret_cast<const WordVector*>(table + offset[g]);
-#pragma GCC unroll 4
-            for (int v = 0; v < line_vectors; ++v) {
-              const WordVector words = line[v];
-              even.v[v] += words;
-              odd.v[v] += words >> 8;
-            }
-          }
-          sums[2 * r] = even;
-          sums[2 * r + 1] = odd;
+          add_lines<false>(table, offsets + r * stride + g0, count, 0, sums[2 * r], sums[2 * r + 1]);
         }
       }
       float* to = out + column / block_columns * block_stride + column % block_columns;

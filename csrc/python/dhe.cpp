@@ -54,20 +54,29 @@ Encoder encoder(py::handle coefficients, int family) {
   return Encoder({c.ptr<int32_t>(), c.shape[0], c.shape[1], c.strides[0], c.strides[1]}, hash_family(family));
 }
 
+// Without biases.
+std::vector<LinearWeights> matrices(const std::vector<py::object>& weights) {
+  std::vector<LinearWeights> layers;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor w = strided(weights[l].ptr(), message("weights[", l, "]").c_str(), DType::f32, 2);
+    layers.push_back({w.ptr<float>(), w.shape[0], w.shape[1], w.strides[0], w.strides[1], nullptr, 0});
+  }
+  return layers;
+}
+
 std::vector<LinearWeights> linear_layers(const std::vector<py::object>& weights,
                                          const std::vector<py::object>& biases) {
   if (weights.size() != biases.size())
     throw py::value_error(
         message("biases: expected one for each of the ", weights.size(), " weights, got ", biases.size()));
-  std::vector<LinearWeights> layers;
-  for (size_t l = 0; l < weights.size(); ++l) {
-    const std::string weight_name = message("weights[", l, "]"), bias_name = message("biases[", l, "]");
-    const Tensor w = strided(weights[l].ptr(), weight_name.c_str(), DType::f32, 2);
-    const Tensor b = strided(biases[l].ptr(), bias_name.c_str(), DType::f32, 1);
-    if (b.shape[0] != w.shape[0])
-      throw py::value_error(message("biases[", l, "]: expected ", w.shape[0], " values, got ", b.shape[0]));
-    layers.push_back(
-        {w.ptr<float>(), w.shape[0], w.shape[1], w.strides[0], w.strides[1], b.ptr<float>(), b.strides[0]});
+  std::vector<LinearWeights> layers = matrices(weights);
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Tensor b = strided(biases[l].ptr(), message("biases[", l, "]").c_str(), DType::f32, 1);
+    if (b.shape[0] != layers[l].outputs)
+      throw py::value_error(
+          message("biases[", l, "]: expected ", layers[l].outputs, " values, got ", b.shape[0]));
+    layers[l].bias = b.ptr<float>();
+    layers[l].bias_stride = b.strides[0];
   }
   return layers;
 }
@@ -282,11 +291,10 @@ PyMethodDef methods[] = {
      "same_stack(watch, coefficients, weights, biases)\n\nWhether these are the watched tensors, unchanged."},
     {nullptr, nullptr, 0, nullptr}};
 
-void backward(py::handle coefficients, const std::vector<py::object>& weights,
-              const std::vector<py::object>& biases, int family, int between, int last, py::handle indices,
+void backward(const Decoder& decoder, const std::vector<py::object>& weights, py::handle indices,
               py::handle grad, const std::vector<py::object>& grad_weights,
               const std::vector<py::object>& grad_biases, int threads) {
-  const std::vector<LinearWeights> layers = linear_layers(weights, biases);
+  const std::vector<LinearWeights> layers = matrices(weights);
   if (layers.empty()) throw py::value_error("weights: expected at least one layer");
   checked_threads(threads);
   const Tensor ids = view(indices.ptr(), "indices", DType::i64, 1);
@@ -309,10 +317,8 @@ void backward(py::handle coefficients, const std::vector<py::object>& weights,
     check_output(b, bias_name.c_str());
     to.push_back({w.ptr<float>(), b.ptr<float>()});
   }
-  Encoder e = encoder(coefficients, family);
   py::gil_scoped_release release;
-  dhe_backward(std::move(e), layers, activation(between, "activation"), activation(last, "last_activation"),
-               ids.ptr<int64_t>(), ids.shape[0], g.ptr<float>(), to, threads);
+  dhe_backward(decoder.view(), layers, ids.ptr<int64_t>(), ids.shape[0], g.ptr<float>(), to, threads);
 }
 
 // IDs for the two encoding functions below: int64, none negative.
@@ -379,8 +385,7 @@ void bind_dhe(py::module_& m) {
   py::class_<KeptDecoder>(m, "KeptDecoder", "A packed decoder and the watch of its weights.")
       .def(py::init<const py::object&, const py::object&>(), py::arg("watch"), py::arg("decoder"));
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
-  m.def("dhe_backward", &backward, py::arg("coefficients"), py::arg("weights"), py::arg("biases"),
-        py::arg("family"), py::arg("activation"), py::arg("last_activation"), py::arg("indices"),
+  m.def("dhe_backward", &backward, py::arg("decoder"), py::arg("weights"), py::arg("indices"),
         py::arg("grad"), py::arg("grad_weights"), py::arg("grad_biases"), py::arg("threads"),
         "Gradients of the weights and biases, overwritten, from that of the IDs' vectors, grad [n, dim].");
   m.def("hash_encode", &hash_encode, py::arg("coefficients"), py::arg("indices"), py::arg("family"),

@@ -15,11 +15,15 @@ namespace mprec::python {
 // storage is kept: no other can take its address meanwhile.
 class TensorMark {
  public:
-  // RuntimeError for a tensor made in inference mode, which has no counter.
-  explicit TensorMark(PyObject* tensor)
-      : tensor_(tensor), view_(view(tensor, "weights")), version_(version(tensor)) {
+  // TypeError for what is no torch tensor on the CPU, RuntimeError for one made in inference mode, which has
+  // no counter.
+  explicit TensorMark(PyObject* tensor) : tensor_(tensor), view_(view(tensor, "weights")) {
+    if (!is_torch(tensor))
+      throw pybind11::type_error(message("weights: expected torch tensors, got ", Py_TYPE(tensor)->tp_name));
+    version_ = version(tensor);
     storage_ = pybind11::handle(tensor).attr("detach")();
   }
+  static bool is_torch(PyObject* object) { return pybind11::hasattr(object, "__dlpack_c_exchange_api__"); }
   // The counters of torch's own tensors only rise, so the object may be compared by address.
   bool matches(PyObject* tensor) const {
     if (tensor != tensor_) return false;
@@ -53,7 +57,7 @@ class WeightWatch {
       PyObject* object = PyDict_GetItemWithError(dict.ptr(), key.ptr());
       if (!object) throw pybind11::key_error(message("places: no '", std::string(key), "' in the dict"));
       Place place{dict, key, pybind11::reinterpret_borrow<pybind11::object>(object), dict.size(), {}};
-      if (pybind11::hasattr(object, "__dlpack_c_exchange_api__")) place.mark.emplace_back(object);
+      if (TensorMark::is_torch(object)) place.mark.emplace_back(object);
       places_.push_back(std::move(place));
     }
   }

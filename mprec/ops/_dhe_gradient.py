@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mprec import reference
 from mprec._native import _C
-from mprec.names import ACTIVATIONS, FAMILIES, code
+from mprec.names import FAMILIES, code
 from mprec.ops import _backward, _csr
 from mprec.ops._common import contiguous, library, native, needs_grad, passed_only
 from mprec.ops._decoders import decoder
@@ -75,21 +75,21 @@ def _dhe_bag_backward(
 def _native_chain(ids, coefficients, weights, biases, family, activation, last_activation, need_rows):
     """The IDs' vectors, if needed, and a function from their gradient to the parameters'. In the kernel:
     encodings and activations are made again block by block, never stored."""
-    rows = None
-    if need_rows:
-        handle = decoder(coefficients, weights, biases, family, activation, last_activation)
-        rows = run_dhe_bag(handle, ids, torch.arange(len(ids)), 0, None, False, -1)
+    handle = decoder(coefficients, weights, biases, family, activation, last_activation)
+    rows = run_dhe_bag(handle, ids, torch.arange(len(ids)), 0, None, False, -1) if need_rows else None
 
     def backward(grad_rows):
-        stack = [[t.detach() for t in tensors] for tensors in (weights, biases)]
-        grads = [[torch.empty_like(t, memory_format=torch.contiguous_format) for t in s] for s in stack]
-        codes = (
-            code(FAMILIES, family, "family"),
-            code(ACTIVATIONS, activation, "activation"),
-            code(ACTIVATIONS, last_activation, "last_activation"),
-        )
+        grads = [
+            [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+            for tensors in (weights, biases)
+        ]
         _C.dhe_backward(
-            coefficients, *stack, *codes, ids.long(), contiguous(grad_rows), *grads, torch.get_num_threads()
+            handle,
+            [w.detach() for w in weights],
+            ids.long(),
+            contiguous(grad_rows),
+            *grads,
+            torch.get_num_threads(),
         )
         return grads
 
