@@ -68,9 +68,10 @@ def test_gates(name, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_gates_of_every_default_tile(target):
     """Each choice of `tuning` over batch sizes, shapes and types, by the first shape that gets it."""
+    large, small = [512, 256, 64], [128, 16]
+    shapes = [(2048, large), (2048, small), (80, large), (80, small), (1, small), (1, [64])]
     seen = set()
-    grid = itertools.product((2048, 80, 1), ([512, 256, 64], [128, 16], [64]), DTYPES[target])
-    for samples, widths, dtype in grid:
+    for (samples, widths), dtype in itertools.product(shapes, DTYPES[target]):
         case = catalogue.dhe_case(1024, widths, dtype)
         steps = dhe.default_steps(target, samples * catalogue.FEATURES, 1024, widths, dtype)
         chosen = {(*step, first == 0, dtype) for first, step in enumerate(steps)}

@@ -114,7 +114,8 @@ def _candidates(target: str, count: int, widths: list[int], k: int, dtype: torch
     many = target == "sm_80" and hashed and count > 4096 and dtype.itemsize == 2
     if many and widths[0] > 32 and max(second, third) <= 16:
         yield Config(256, 64, 16, 3, 4)
-    for columns in (256, 128, 64, 32, 16):
+    # few rows: the widest tile would leave multiprocessors idle, and spills on sm_90
+    for columns in (256, 128, 64, 32, 16)[rows < 128 :]:
         config = Config(rows, columns, depth, 3, rows // 16)
         if (
             columns <= tile_width(widths[0])
