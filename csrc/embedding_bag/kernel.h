@@ -161,6 +161,54 @@ inline void store_result(const float* from, float* to, Format format, int64_t di
   if (format == Format::bf16) copy(from, reinterpret_cast<BFloat*>(to), dim);
 }
 
+// Whether the next `count` bags hold one index each: their ends are from + 1, from + 2, ...
+template <class Offset>
+inline bool single(const void* ends, int64_t count, int64_t from) {
+  bool all = true;  // no early exit: a vector loop
+  for (int64_t b = 0; b < count; ++b)
+    all &= static_cast<const Offset*>(ends)[b] == static_cast<Offset>(from + b + 1);
+  return all;
+}
+
+inline bool single_bags(const BagRequest& r, int64_t bag, int64_t count, int64_t from) {
+  if (bag + count >= r.offsets.size) return false;  // the last offset may be missing
+  return r.offsets.wide ? single<int64_t>(static_cast<const int64_t*>(r.offsets.data) + bag + 1, count, from)
+                        : single<int32_t>(static_cast<const int32_t*>(r.offsets.data) + bag + 1, count, from);
+}
+
+// Plain sums of one row each, from index `from` on. All that a row needs stays in registers: a call of
+// pool_columns for each costs twice the time of a row in cache. False at an invalid ID.
+template <class Row, int vectors, bool tail, class Index>
+bool pool_singles(const void* indices, int64_t from, int64_t count, const Feature& f, Mask mask,
+                  const Prefetch& next, char* result, int64_t out_bytes, int64_t results_ahead) {
+  constexpr int64_t width = Vec::width, row_bytes = vectors * width * Row::bits / 8;
+  const Index* id = static_cast<const Index*>(indices) + from;
+  const auto [shift, next_rows, next_num_rows, next_row_bytes, last_byte] = next;
+  const char* const rows = f.rows;
+  const int64_t stride = f.row_bytes;
+  for (const Index* const end = id + count; id != end; ++id, result += out_bytes) {
+    const int64_t next_id = id[shift];
+    if (__builtin_expect(static_cast<uint64_t>(next_id) >= next_num_rows, 0)) return false;
+    const char* const next_row = next_rows + next_id * next_row_bytes;
+#pragma GCC unroll 8
+    for (int64_t byte = 0; byte < row_bytes; byte += 64) {
+      prefetch(next_row + byte);
+      prefetch_to_write(result + results_ahead + byte * 32 / Row::bits);
+    }
+    if (last_byte) prefetch(next_row + last_byte);
+    const Row row(rows + *id * stride, 0);
+    float* const out = reinterpret_cast<float*>(result);
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {  // zero: a sum is never -0
+      if (tail && v == vectors - 1)
+        store(out + v * width, zero() + row.at(v * width, mask), mask);
+      else
+        store(out + v * width, zero() + row.at(v * width));
+    }
+  }
+  return true;
+}
+
 // Pools a segment's bags, into float32 `scratch` first if given. False at an invalid offset or ID, before
 // anything is read by it.
 template <class Row, Pool pool, int vectors, bool tail>
@@ -188,29 +236,32 @@ bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, fl
   while (begin < end) {
     // The ends of the next bags, of about `stride` rows together.
     const int64_t stride = ahead.stride();
-    int64_t ends[most_bags], bags = 0, before = from, longest = 0;
+    if constexpr (pool == Pool::sum && !Row::quantised) {
+      const int64_t count = least(least(stride, most_bags), end - begin);
+      if (last_column == 0 && !scratch && from + count <= limit && single_bags(r, begin, count, from)) {
+        Prefetch next{};
+        if (!ahead.next(from, count, next)) return false;
+        const auto pool_them = r.indices.wide ? pool_singles<Row, vectors, tail, int64_t>
+                                              : pool_singles<Row, vectors, tail, int32_t>;
+        if (!pool_them(r.indices.data, from, count, f, mask, next, result, out_bytes,
+                       results_ahead * out_bytes))
+          return false;
+        begin += count;
+        from += count;
+        result += count * out_bytes;
+        continue;
+      }
+    }
+    int64_t ends[most_bags], bags = 0, before = from;
     do {
       const int64_t to = r.bag_begin(++begin);
       if (before > to || to > limit) return false;
-      longest = most(longest, to - before);
       ends[bags++] = before = to;
     } while (begin < end && bags < most_bags && before - from < stride);
 
     const bool brief = last_column == 0 && before - from <= most_rows;
     Prefetch next{};
     if (brief && !ahead.next(from, before - from, next)) return false;
-    const bool single = brief && !scratch && longest == 1 && before - from == bags;
-    if (single) {  // one row in each: no loop over rows, no division
-      for (int64_t i = from; i < before; ++i, result += out_bytes) {
-        own(result + results_ahead * out_bytes);
-        if (!pool_columns<Row, pool, vectors, tail>(source, i, i + 1, 0, mask, next,
-                                                    reinterpret_cast<float*>(result), {}, true)
-                 .valid)
-          return false;
-      }
-      from = before;
-      continue;
-    }
     for (int64_t b = 0; b < bags; from = ends[b++], result += out_bytes) {
       own(result + results_ahead * out_bytes);
       float* out = scratch ? scratch : reinterpret_cast<float*>(result);
