@@ -75,7 +75,7 @@ def check_decoder(
         if weight.dtype != of_weight or bias.dtype != of_bias:
             raise TypeError(
                 f"{name}layer {layer}: expected weight {of_weight} and bias {of_bias}, "
-                f"got {weight.dtype} and {bias.dtype}"
+                f"got weight {weight.dtype}, bias {bias.dtype}"
             )
         if (
             weight.dim() != 2
