@@ -8,6 +8,7 @@ files in ``benchmarks/results/``, whose rows name the command that wrote them.
 import csv
 import datetime
 import gc
+import random
 import shlex
 import statistics
 import sys
@@ -50,8 +51,8 @@ def interleaved(
     A turn is as many calls of one candidate, back to back, as the fastest of them makes in `turn_s` (200 at
     most), each on a fresh draw of `make_input`; a round is a turn of each, and its figures are the means per
     call. A turn must be long: the first calls meet caches, address translations and branch predictors that
-    the others have filled, which in service nobody does. So one more call before each turn is not timed
-    (unless one call fills the turn).
+    the others have filled, which in service nobody does. So one more call before each turn is not timed,
+    and the order of the turns is drawn for each round: no candidate always finds what the same other left.
 
     `own_inputs`: draws for each candidate, for work out of cache: rows that one has read would be in cache
     for the next. `prepare`: by candidate, a step from the draw to the call's argument that is not timed.
@@ -65,25 +66,22 @@ def interleaved(
             call(item)
             fastest = min(fastest, time.perf_counter() - start)
     repeats = max(1, min(200, round(turn_s / max(fastest, 1e-9))))
-    before = int(repeats > 1)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
+    names, order = list(candidates), random.Random(0)
     deadline = time.perf_counter() + seconds
     rounds = 0
     with _no_gc():
         while rounds < min_rounds or time.perf_counter() < deadline:
             draws = None
-            names.append(names.pop(0))  # no candidate always follows the same one
+            order.shuffle(names)
             for name in names:
                 if own_inputs or draws is None:
-                    draws = [make_input() for _ in range(before + repeats)]
+                    draws = [make_input() for _ in range(1 + repeats)]
                 inputs = [ready[name](draw) for draw in draws]
                 call = candidates[name]
-                for item in inputs[:before]:
-                    call(item)
-                inputs = inputs[before:]
+                call(inputs[0])
                 start = time.perf_counter()
-                for item in inputs:
+                for item in inputs[1:]:
                     call(item)
                 samples[name].append((time.perf_counter() - start) / repeats)
             rounds += 1
