@@ -197,3 +197,28 @@ def test_version_counter_sees_the_update():
     del optimizer  # gives the table back
     ops.embedding_bag(torch.tensor([[2]]), weight, mode="sum").sum().backward()
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize("mode", ("sum", "mean"))
+@pytest.mark.parametrize("multi", (False, True))
+def test_backward_passes_after_an_update_of_the_table(mode, multi):
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = optim.SGD([weight], lr=1.0)
+    ids, offsets = torch.tensor([2, 3]), torch.tensor([0, 1, 2])
+    if multi:
+        outs = [ops.embedding_bag_multi([weight], ids, offsets, mode) for _ in range(2)]
+    else:
+        outs = [ops.embedding_bag(ids[:, None], weight, mode=mode) for _ in range(2)]
+    for out in outs:
+        out.sum().backward()  # the first updates the table that the second came from
+    assert torch.equal(weight, torch.tensor([1.0, 1, -1, -1])[:, None].expand(4, 3))
+    del optimizer
+
+
+def test_a_maximum_of_a_table_updated_since_has_no_gradient():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    out = ops.embedding_bag(torch.tensor([[2, 3]]), weight, mode="max")
+    with torch.no_grad():
+        weight[2] += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

@@ -186,14 +186,27 @@ def _embedding_bag_backward_fake(
     return grad_weight, grad.new_empty(indices.shape if need_per_sample_weights else 0)
 
 
+def _save(ctx, tables: Sequence[Tensor], indices: Tensor, offsets: Tensor, psw: Tensor | None, mode: int):
+    """For `_saved`. Only a maximum's gradient, and that of weights per sample, read the tables: others go
+    through after a table was updated in place, as torch's do."""
+    reads_tables = mode == MODES["max"] or (psw is not None and psw.requires_grad)
+    ctx.tables = None if reads_tables else tables
+    ctx.save_for_backward(indices, offsets, psw, *(tables if reads_tables else ()))
+
+
+def _saved(ctx) -> tuple[Sequence[Tensor], Tensor, Tensor, Tensor | None]:
+    indices, offsets, psw, *tables = ctx.saved_tensors
+    return tables if ctx.tables is None else ctx.tables, indices, offsets, psw
+
+
 def _setup(ctx, inputs, output):
     weight, indices, offsets, mode, psw, include_last, padding_idx, by_freq, sparse = inputs
-    ctx.save_for_backward(weight, indices, offsets, psw)
+    _save(ctx, [weight], indices, offsets, psw, mode)
     ctx.options = mode, include_last, padding_idx, by_freq, sparse
 
 
 def _backward_of_embedding_bag(ctx, grad):
-    weight, indices, offsets, psw = ctx.saved_tensors
+    (weight,), indices, offsets, psw = _saved(ctx)
     mode, include_last, padding_idx, by_freq, sparse = ctx.options
     need_weight, need_psw = needs_grad(ctx, 0), needs_grad(ctx, 4)
     owner = fused.attached(weight) if need_weight else None
@@ -378,14 +391,13 @@ def _embedding_bag_multi_backward_fake(
 
 def _setup_multi(ctx, inputs, output):
     weights, indices, offsets, mode, psw, features, num_features, sparse = inputs
-    ctx.num_weights = len(weights)
-    ctx.save_for_backward(*weights, indices, offsets, psw)
+    _save(ctx, weights, indices, offsets, psw, mode)
     features = list(range(len(weights))) if features is None else list(features)
     ctx.options = features, len(weights) if num_features is None else num_features, mode, sparse
 
 
 def _backward_of_multi(ctx, grad):
-    *weights, indices, offsets, psw = ctx.saved_tensors
+    weights, indices, offsets, psw = _saved(ctx)
     features, num_features, mode, sparse = ctx.options
     need_psw = needs_grad(ctx, 4)
     owners = [fused.attached(weight) for weight in weights]
