@@ -211,20 +211,22 @@ def _backward_of_embedding_bag(ctx, grad):
     need_weight, need_psw = needs_grad(ctx, 0), needs_grad(ctx, 4)
     owner = fused.attached(weight) if need_weight else None
     need_weight = need_weight and owner is None
-    grad_weight, grad_psw = torch.ops.mprec.embedding_bag_backward(
-        grad,
-        weight,
-        indices,
-        offsets,
-        mode,
-        psw,
-        include_last,
-        padding_idx,
-        by_freq,
-        sparse,
-        need_weight,
-        need_psw,
-    )
+    grad_weight = grad_psw = None
+    if need_weight or need_psw:
+        grad_weight, grad_psw = torch.ops.mprec.embedding_bag_backward(
+            grad,
+            weight,
+            indices,
+            offsets,
+            mode,
+            psw,
+            include_last,
+            padding_idx,
+            by_freq,
+            sparse,
+            need_weight,
+            need_psw,
+        )
     if owner is not None:
         if by_freq:
             raise NotImplementedError("scale_grad_by_freq: not for tables that an optimizer of mprec owns")
