@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_embedding_bag_kernels import MAX, MEAN, SUM, each_isa, ragged, reference
 
 from mprec import _C
@@ -47,6 +49,37 @@ def test_every_dim(name, form, mode, weighted):
                 out = pooled(rows, bits, dim, indices, offsets, mode, psw, padding)
                 expected = reference(values, indices, offsets, mode, psw, padding)
                 torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-5, msg=f"dim {dim}")
+
+
+@each_isa
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape(name, data):
+    """Tables of any formats and widths, bags of any lengths, in one call."""
+    draw = data.draw
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    bags, mode = draw(st.integers(0, 40)), draw(st.sampled_from([SUM, MEAN, MAX]))
+    tables, parts, dims = [], [], []
+    for form in draw(st.lists(st.sampled_from(["float32", *FORMATS]), min_size=1, max_size=4)):
+        num_rows, dim = draw(st.integers(1, 40)), draw(st.integers(1, 140))
+        dims.append(dim + dim % 2 if form == "int4" else dim)
+        tables.append(stored(torch.randn(num_rows, dims[-1], generator=g), form))
+        parts.append(ragged(g, num_rows, bags, draw(st.sampled_from([1, 3, 70]))))
+    types = st.sampled_from([torch.int32, torch.int64])
+    indices = torch.cat([ids for ids, _ in parts]).to(draw(types))
+    ends = torch.cat([offsets.diff() for _, offsets in parts]).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends]).to(draw(types))
+    weighted = mode != MAX and draw(st.booleans())
+    psw = torch.randn(len(indices), generator=g) if weighted else None
+    out = torch.full((bags, sum(dims)), torch.nan)
+    rows, bits = [t[0] for t in tables], [t[1] or 0 for t in tables]
+    with isa(name):
+        _C.embedding_bag_multi(
+            rows, indices, offsets, psw, mode, -1, out, None, draw(st.integers(1, 3)), bits
+        )
+    psw = [None] * len(parts) if psw is None else psw.split([len(ids) for ids, _ in parts])
+    for got, (_, _, values), (ids, off), p in zip(out.split(dims, dim=1), tables, parts, psw, strict=True):
+        torch.testing.assert_close(got.double(), reference(values, ids, off, mode, p), rtol=1e-4, atol=2e-4)
 
 
 @each_isa

@@ -199,8 +199,8 @@ def test_version_counter_sees_the_update():
     assert weight.grad is not None
 
 
-@pytest.mark.parametrize("mode", ("sum", "mean"))
-@pytest.mark.parametrize("multi", (False, True))
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("multi", [False, True])
 def test_backward_passes_after_an_update_of_the_table(mode, multi):
     weight = torch.nn.Parameter(torch.ones(4, 3))
     optimizer = optim.SGD([weight], lr=1.0)
