@@ -43,15 +43,14 @@ struct OuterProduct : FloatProduct<float> {
 // Sums dz^T y in dW for `inputs` columns of y from `first_input` on; dz in blocks, y in one.
 inline void add_outer_product(const float* dz, int outputs, const float* y, int first_input, int inputs,
                               int n, int64_t block_stride, const WeightGradient& to) {
-  constexpr int columns = tile_vectors * Vec::width;
-  alignas(64) static constexpr float zeros[columns] = {};
+  alignas(64) static constexpr float zeros[tile_columns] = {};
   TileArguments<OuterProduct> t{};
   t.bias = to.fresh ? zeros : nullptr;
   t.far = true;
   t.panel_stride = panel_columns;
   t.steps = n;
   t.out_pitch = to.pitch;
-  for (int column = 0; column < inputs; column += columns) {
+  for (int column = 0; column < inputs; column += tile_columns) {
     t.weights = y + column;
     for (int o = 0; o < outputs; o += block_columns) {
       const int rows = outputs - o < block_columns ? outputs - o : block_columns;

@@ -211,13 +211,16 @@ inline void run_unpacked(int rows, const TileArguments<Product>& t) {
   run_tiles<FloatProduct<float>, vectors>(rows, FloatProduct<float>::row_pitch, u);
 }
 
-// Inputs `in` [rows x inputs] of one block times the layer's weights from `first_input` on, into the blocks
-// at `out`. Sums start from the bias; the activation follows the last inputs.
+constexpr int tile_columns = tile_vectors * Vec::width;
+
+// Inputs `in` [rows x inputs] of one block times the layer's weights from `first_input` on, into a tile's
+// columns from `column` on of the blocks at `out`. Sums start from the bias; ReLU follows the last inputs.
 template <class Product>
-inline void multiply_block(const LayerView& layer, int first_input, int inputs,
-                           const typename Product::Input* in, int rows, float* out, int64_t block_stride) {
+inline void multiply_columns(const LayerView& layer, int first_input, int inputs,
+                             const typename Product::Input* in, int rows, int column, float* out,
+                             int64_t block_stride) {
   const bool last = first_input + inputs == layer.inputs;
-  constexpr int group = Product::group, columns = tile_vectors * Vec::width;
+  constexpr int group = Product::group;
   TileArguments<Product> t;
   t.in = in;
   t.steps = (inputs + group - 1) / group;
@@ -231,18 +234,49 @@ inline void multiply_block(const LayerView& layer, int first_input, int inputs,
       run_tiles<Product, vectors>(rows, Product::row_pitch, t);
   };
   const auto* weights = static_cast<const typename Product::Weight*>(layer.weights);
-  for (int column = 0; column < layer.outputs; column += columns) {
-    t.weights = weights + column / panel_columns * t.panel_stride + int64_t{first_input} * panel_columns +
-                column % panel_columns * group;
-    t.scale = layer.scale + column;
-    t.bias = first_input == 0 ? layer.bias + column : nullptr;
-    t.out = out + column / block_columns * block_stride + column % block_columns;
-    if (columns > panel_columns && column + panel_columns >= layer.outputs)
-      run(Constant<panel_columns / Vec::width>{});
-    else
-      run(Constant<tile_vectors>{});
+  t.weights = weights + column / panel_columns * t.panel_stride + int64_t{first_input} * panel_columns +
+              column % panel_columns * group;
+  t.scale = layer.scale + column;
+  t.bias = first_input == 0 ? layer.bias + column : nullptr;
+  t.out = out + column / block_columns * block_stride + column % block_columns;
+  if (tile_columns > panel_columns && column + panel_columns >= layer.outputs)
+    run(Constant<panel_columns / Vec::width>{});
+  else
+    run(Constant<tile_vectors>{});
+}
+
+// The activation that tiles leave to be done.
+inline void finish_layer(const LayerView& layer, int rows, float* out, int64_t block_stride) {
+  if (layer.activation != Activation::relu) activate_layer(layer, rows, out, block_stride);
+}
+
+// As multiply_columns, for all columns, and with the activation.
+template <class Product>
+inline void multiply_block(const LayerView& layer, int first_input, int inputs,
+                           const typename Product::Input* in, int rows, float* out, int64_t block_stride) {
+  for (int column = 0; column < layer.outputs; column += tile_columns)
+    multiply_columns<Product>(layer, first_input, inputs, in, rows, column, out, block_stride);
+  if (first_input + inputs == layer.inputs) finish_layer(layer, rows, out, block_stride);
+}
+
+// Rows so few that their time is that of reading the weights.
+constexpr int few_rows = 4;
+
+// A whole layer for few rows; its blocks of inputs lie `in_rows` rows apart. Reads each column's weights to
+// the end before the next, and the columns from the last to the first if `backwards`: a call in one direction
+// after a call in the other finds in the cache what that has read last, even of weights that do not fit.
+template <class Product>
+inline void multiply_few(const LayerView& layer, const typename Product::Input* in, int in_rows, int rows,
+                         bool backwards, float* out, int64_t block_stride) {
+  const int tiles = (layer.outputs + tile_columns - 1) / tile_columns;
+  for (int i = 0; i < tiles; ++i) {
+    const int column = (backwards ? tiles - 1 - i : i) * tile_columns;
+    for (int k0 = 0; k0 < layer.inputs; k0 += Product::block)
+      multiply_columns<Product>(
+          layer, k0, layer.inputs - k0 < Product::block ? layer.inputs - k0 : Product::block,
+          in + int64_t{k0} / Product::block * in_rows * Product::row_pitch, rows, column, out, block_stride);
   }
-  if (last && !t.relu) activate_layer(layer, rows, out, block_stride);
+  finish_layer(layer, rows, out, block_stride);
 }
 
 }  // namespace mprec::MPREC_ISA
