@@ -213,9 +213,9 @@ PyObject* dhe_bag_kept(PyObject*, PyObject* const* args, Py_ssize_t count, PyObj
     if (kept.watch->changed()) return;
     OneFeature f(*kept.decoder, a[1], a[2], a[5], a[6]);
     if (a[7] != Py_None) {
-      f.request.bound = integer(a[7], "bound");
-      if (f.request.bound < 1)
-        throw py::value_error(message("bound: expected at least 1, got ", f.request.bound));
+      const long long bound = integer(a[7], "bound");
+      if (bound < 1) throw py::value_error(message("bound: expected at least 1, got ", bound));
+      f.request.largest_id = bound - 1;
     }
     py::object out = empty_matrix(f.request.bags, f.view.dim);
     run(f.request, a[3], a[4], out.ptr(), a[8], a[9]);

@@ -3,8 +3,8 @@
 A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is used again if
 every tensor is still the same object, with the same storage, sizes and version counter. In-place operations
 raise the counter, optimizers' steps included; writes through ``tensor.data`` or NumPy views do not: call
-:func:`clear_decoders` after those. Nothing is kept while grad mode is on (training changes the weights at
-every step), nor for tensors made under ``inference_mode``, which carry no counter.
+:func:`clear_decoders` after those, in training too, where a step's backward pass uses the decoder that its
+forward pass packed. Nothing is kept for tensors made under ``inference_mode``, which carry no counter.
 
 Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`
 watches where one module keeps them, :func:`group_decoders` where several do.
