@@ -6,8 +6,10 @@
 import ctypes
 import functools
 import shutil
+import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +55,26 @@ def fma_peak(rounds: int = 30) -> float:
     return best
 
 
+def threads_gain(count: int, milliseconds: float = 10, rounds: int = 15) -> float:
+    """How many times faster `count` threads do the multiply-adds of one, in registers.
+
+    The median of `rounds`. What threads can give at all where CPUs share a core, or their host is busy.
+    """
+    flops = fma_peak() * milliseconds * 1e-3
+
+    def run(parts: int) -> float:
+        others = [threading.Thread(target=multiply_add, args=(flops / parts,)) for _ in range(parts - 1)]
+        start = time.perf_counter()
+        for thread in others:
+            thread.start()
+        multiply_add(flops / parts)
+        for thread in others:
+            thread.join()
+        return time.perf_counter() - start
+
+    return statistics.median(run(1) / run(count) for _ in range(rounds))
+
+
 def read_bandwidth(nbytes: int, rounds: int = 10) -> float:
     """Bytes per second that one core reads from a buffer of `nbytes`, best of `rounds`."""
     data, sink = torch.zeros(nbytes // 256 * 64), torch.zeros(16)
@@ -80,6 +102,7 @@ def gather(table: torch.Tensor, ids: torch.Tensor, bag: int, out: torch.Tensor, 
 
 if __name__ == "__main__":
     print(f"FMA peak         {fma_peak() / 1e9:8.1f} GFLOP/s")
+    print(f"two threads      {threads_gain(2):8.2f} times that")
     for name, size in (
         ("32 KiB", 32 << 10),
         ("512 KiB", 512 << 10),

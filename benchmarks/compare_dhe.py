@@ -206,6 +206,8 @@ def _gradients(measure: Rows) -> Iterator[Row]:
 def _two_threads(measure: Rows) -> Iterator[Row]:
     for shape, module in _modules("universal").items():
         handle = pack(module)
+        wanted = any(measure.only in f"dhe 2 threads {shape} batch {batch}" for batch in BATCHES)
+        ceiling = f"multiply-adds in registers: {ceilings.threads_gain(2):.2f}" if wanted else ""
         for batch, target in ((1, 1), (16, 1), (128, 1.8), (2048, 1.8)):
             yield from measure.compare(
                 f"dhe 2 threads {shape} batch {batch}",
@@ -214,4 +216,5 @@ def _two_threads(measure: Rows) -> Iterator[Row]:
                 native_call(handle, batch, 1),
                 uniform(batch),
                 target,
+                ceiling,
             )

@@ -268,7 +268,8 @@ def kept_decoder(draw, guard: Guard):
 def dhe_bag_kept(draw, guard: Guard):
     arguments = draw(dhe_bag(guard))
     del arguments["decoder"], arguments["out"]
-    return arguments | {"kept": _C.KeptDecoder(**draw(kept_decoder(guard))), "dedupe": None}
+    kept = _C.KeptDecoder(**draw(kept_decoder(guard)))
+    return arguments | {"kept": kept, "bound": draw(st.sampled_from([None, 2**63 - 1])), "dedupe": None}
 
 
 def hashing(dtype: str):

@@ -133,6 +133,37 @@ def test_deep_hash_bag_bound():
         bag(torch.tensor([1, 10]), torch.tensor([0]))
 
 
+@torch.no_grad()
+def test_deep_hash_bag_bound_on_the_direct_path():
+    bag, offsets = DeepHashEmbeddingBag(4, SMALL, num_embeddings=10), torch.tensor([0])
+    bag(torch.tensor([0, 9], dtype=torch.int32), offsets)
+    for bad, message in (
+        ([1, 10], r"indices\[1\]: ID 10 is not in \[0, 10\)"),
+        ([2**63 - 1], r"indices\[0\]: ID 9223372036854775807 is not in \[0, 10\)"),
+        ([9, -1], r"indices\[1\] is -1, expected >= 0"),
+        ([-(2**63)], r"indices\[0\] is -9223372036854775808, expected >= 0"),
+    ):
+        with pytest.raises(IdOutOfRangeError, match=message):
+            bag(torch.tensor(bad), offsets)
+    bag.num_embeddings = None
+    bag(torch.tensor([2**63 - 1]), offsets)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_deep_hash_bag_of_rows_is_that_with_offsets(mode):
+    bag, ids = DeepHashEmbeddingBag(4, SMALL, mode=mode), torch.arange(6).reshape(3, 2)
+    weights = None if mode == "max" else torch.rand(3, 2)
+    flat = None if weights is None else weights.reshape(-1)
+    expected = bag(ids.reshape(-1), torch.tensor([0, 2, 4]), flat)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(bag(ids, None, weights), expected)
+            with pytest.raises(ValueError, match="offsets has to be None"):
+                bag(ids, torch.tensor([0]))
+            with pytest.raises(ValueError, match="offsets has to be a 1D Tensor"):
+                bag(ids.reshape(-1))
+
+
 def test_materialized_table_is_the_deep_hash_embedding():
     bag = DeepHashEmbeddingBag(4, SMALL, num_embeddings=100)
     table = bag.materialize(chunk=33)

@@ -40,29 +40,31 @@ struct OuterProduct : FloatProduct<float> {
   static constexpr int row_pitch = 1, step_pitch = block_pitch, weight_pitch = block_pitch;
 };
 
+// Rows of dW that are summed along their whole length before the next: their pages stay at hand, and the
+// part of dz that makes them stays in the L1 cache.
+constexpr int outer_rows = 64;
+
 // Sums dz^T y in dW for `inputs` columns of y from `first_input` on; dz in blocks, y in one.
 inline void add_outer_product(const float* dz, int outputs, const float* y, int first_input, int inputs,
                               int n, int64_t block_stride, const WeightGradient& to) {
-  constexpr int columns = tile_vectors * Vec::width;
-  alignas(64) static constexpr float zeros[columns] = {};
+  alignas(64) static constexpr float zeros[tile_columns] = {};
   TileArguments<OuterProduct> t{};
   t.bias = to.fresh ? zeros : nullptr;
-  t.far = true;
   t.panel_stride = panel_columns;
   t.steps = n;
   t.out_pitch = to.pitch;
-  for (int column = 0; column < inputs; column += columns) {
-    t.weights = y + column;
-    for (int o = 0; o < outputs; o += block_columns) {
-      const int rows = outputs - o < block_columns ? outputs - o : block_columns;
-      t.in = dz + o / block_columns * block_stride;
+  for (int o = 0; o < outputs; o += outer_rows) {
+    const int rows = outputs - o < outer_rows ? outputs - o : outer_rows;
+    t.in = dz + o / block_columns * block_stride + o % block_columns;
+    for (int column = 0; column < inputs; column += tile_columns) {
+      t.weights = y + column;
       t.out = to.weight + o * to.pitch + first_input + column;
       run_tiles<OuterProduct, tile_vectors>(rows, OuterProduct::row_pitch, t);
     }
   }
 }
 
-// Blocks of a layer's sums z and values y, and what of `scratch` they take.
+// Blocks of a layer's sums z and values y. One and the same if the values tell the slopes.
 struct LayerBlocks {
   float *z, *y;
 };
@@ -78,7 +80,9 @@ static inline void backward(const DecoderView& d, const LayerView* transposed, c
   const auto blocks = [&](int l) {  // of layer l
     float* z = kept;
     for (int i = 0; i < l; ++i) z += 2 * blocks_of(d.layers[i].outputs) * block_stride;
-    return LayerBlocks{z, z + blocks_of(d.layers[l].outputs) * block_stride};
+    const Activation f = d.layers[l].activation;
+    const bool one = f == Activation::none || f == Activation::relu;
+    return LayerBlocks{z, one ? z : z + blocks_of(d.layers[l].outputs) * block_stride};
   };
   const auto block_count = [](int columns, int first) {
     return columns - first < block_columns ? columns - first : block_columns;
@@ -87,14 +91,14 @@ static inline void backward(const DecoderView& d, const LayerView* transposed, c
   for (int l = 0; l < d.num_layers; ++l) {
     const LayerBlocks b = blocks(l);
     LayerView layer = d.layers[l];
-    layer.activation = Activation::none;
+    if (b.z != b.y) layer.activation = Activation::none;
     for (int k0 = 0; k0 < layer.inputs; k0 += block_columns) {
       const int count = block_count(layer.inputs, k0);
       if (l == 0) encode_block(d.encoder, ids, n, k0, count, hashes, block_pitch);
       const float* in = l == 0 ? hashes : blocks(l - 1).y + k0 / block_columns * block_stride;
       multiply_block<FloatProduct<float>>(layer, k0, count, in, n, b.z, block_stride);
     }
-    if (l + 1 == d.num_layers) break;  // its values are not needed
+    if (b.z == b.y || l + 1 == d.num_layers) continue;  // the last layer's values are not needed
     for (int64_t j = 0; j < blocks_of(layer.outputs) * block_stride; ++j) b.y[j] = b.z[j];
     activate_layer(d.layers[l], n, b.y, block_stride);
   }

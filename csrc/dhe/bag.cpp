@@ -167,19 +167,24 @@ void check_offsets(const DheBagRequest& r) {
     throw OffsetsError(message("offsets end at ", previous, ", expected the number of indices, ", n));
 }
 
-// The IDs as int64; IdError for a negative one.
-const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage) {
+const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage, int64_t largest) {
   const int64_t* ids = static_cast<const int64_t*>(indices.data);
   if (!indices.is_int64) {
     storage.resize(indices.size);
     for (int64_t i = 0; i < indices.size; ++i) storage[i] = indices[i];
     ids = storage.data();
   }
-  int64_t signs = 0;
-  for (int64_t i = 0; i < indices.size; ++i) signs |= ids[i];
-  if (signs < 0)
-    for (int64_t i = 0; i < indices.size; ++i)
+  uint64_t signs = 0;  // the highest bit: of any ID, or of any difference to the largest allowed
+  for (int64_t i = 0; i < indices.size; ++i) {
+    const uint64_t id = static_cast<uint64_t>(ids[i]);
+    signs |= id | (static_cast<uint64_t>(largest) - id);
+  }
+  if (static_cast<int64_t>(signs) < 0)
+    for (int64_t i = 0; i < indices.size; ++i) {
       if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
+      if (ids[i] > largest)
+        throw IdError(message("indices[", i, "]: ID ", ids[i], " is not in [0, ", largest + 1, ")"));
+    }
   return ids;
 }
 
@@ -205,7 +210,7 @@ void dhe_decode(const std::vector<DecodeWork>& features, int threads) {
 void dhe_bag_forward(const DheBagRequest& r, int threads) {
   Workspace& w = own_workspace;  // the same object in every thread of the region below
   check_offsets(r);
-  plan_features(r, checked_ids(r.indices, w.ids), w);
+  plan_features(r, checked_ids(r.indices, w.ids, r.largest_id), w);
   const Team team = plan_team(w.features, threads, w);
 
   const auto pool = [&](int64_t bag) {

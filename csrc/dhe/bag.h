@@ -32,20 +32,22 @@ struct DheBagRequest {
   int64_t out_stride;
   const int64_t* columns;
   Dedupe dedupe;
+  int64_t largest_id = INT64_MAX;  // that is allowed
 
   int64_t bag_begin(int64_t bag) const { return bag < offsets.size ? offsets[bag] : indices.size; }
   // Whether each bag of the feature holds one ID: its vector then needs no pooling.
   bool one_id_per_bag(int64_t feature) const;
 };
 
-// OffsetsError or IdError (a negative ID) before anything is written. Results do not depend on the number of
-// threads.
+// OffsetsError or IdError (an ID that is negative or too large) before anything is written. Results
+// do not depend on the number of threads.
 void dhe_bag_forward(const DheBagRequest&, int threads);
 
 // The two checks, for callers that pool by themselves.
 void check_offsets(const DheBagRequest&);
 // The IDs as int64, in `storage` if they come as int32.
-const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage);
+const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage,
+                           int64_t largest = INT64_MAX);
 
 // One feature's IDs, all >= 0, and where their vectors go: vectors[i * stride] and on.
 struct DecodeWork {

@@ -22,7 +22,7 @@ struct BFloatProduct {
 #if defined(__AVX512BF16__)
   using Input = uint16_t;
   static constexpr int row_pitch = 2 * block_pitch;
-  static constexpr bool unpacks = false;
+  static constexpr int unpack_rows = never;
   static Vec broadcast_input(const uint16_t* p) {
     uint32_t pair;
     __builtin_memcpy(&pair, p, 4);
@@ -47,7 +47,7 @@ struct BFloatProduct {
 #else
   using Input = float;
   static constexpr int row_pitch = block_pitch;
-  static constexpr bool unpacks = true;
+  static constexpr int unpack_rows = 0;
   static const float* prepare(float* block, int rows, int inputs) {
     for (int r = 0; r < rows; ++r) {
       float* row = block + r * block_pitch;

@@ -39,7 +39,7 @@ struct Int8Product {
   static constexpr int group = 4, block = level_columns;
   static constexpr int row_pitch = level_pitch, step_pitch = 4;
   static constexpr int weight_pitch = panel_columns * 4;
-  static constexpr bool unpacks = false;
+  static constexpr int unpack_rows = never;
   static Int zero() { return broadcast_int(0); }
   static Int broadcast_input(const uint8_t* p) {
     uint32_t four;

@@ -51,24 +51,34 @@ static inline void hash(const EncoderView& e, const int64_t* ids, int64_t n, int
   }
 }
 
-// Hashes never leave the cache: a block of them is made, multiplied and forgotten.
-// `encode_columns` returns where the inputs are.
+// `encode_columns(k0, count, to)` makes a block of inputs at `to`, and returns that as what it is.
+// Hashes never leave the cache: a block of them is made, multiplied and forgotten; all of them, of few IDs.
 template <class Product, class Encode>
-inline void first_layer(const DecoderView& d, int n, float* out, int64_t block_stride,
-                        const Encode& encode_columns) {
-  for (int k0 = 0; k0 < d.encoder.k; k0 += Product::block) {
-    const int count = d.encoder.k - k0 < Product::block ? d.encoder.k - k0 : Product::block;
-    multiply_block<Product>(d.layers[0], k0, count, encode_columns(k0, count), n, out, block_stride);
+inline void first_layer(const DecoderView& d, int n, bool backwards, float* hashes, float* out,
+                        int64_t block_stride, const Encode& encode_columns) {
+  const int k = d.encoder.k, block = Product::block;
+  const bool whole = n <= few_rows && n * ((k + block - 1) / block) <= max_ids;
+  const typename Product::Input* first = nullptr;
+  for (int k0 = 0; k0 < k; k0 += block) {
+    const int count = k - k0 < block ? k - k0 : block;
+    const auto* in = encode_columns(k0, count, hashes + (whole ? k0 / block * n * block_pitch : 0));
+    if (k0 == 0) first = in;
+    if (!whole) multiply_block<Product>(d.layers[0], k0, count, in, n, out, block_stride);
   }
+  if (whole) multiply_few<Product>(d.layers[0], first, n, n, backwards, out, block_stride);
 }
 
 template <class Product>
-inline void next_layer(const LayerView& layer, int n, float* in, float* out, int64_t block_stride) {
+inline void next_layer(const LayerView& layer, int n, bool backwards, float* in, float* out,
+                       int64_t block_stride) {
+  const typename Product::Input* first = nullptr;
   for (int k0 = 0; k0 < layer.inputs; k0 += block_columns) {
     const int count = layer.inputs - k0 < block_columns ? layer.inputs - k0 : block_columns;
     const auto* block = Product::prepare(in + k0 / block_columns * block_stride, n, count);
-    multiply_block<Product>(layer, k0, count, block, n, out, block_stride);
+    if (k0 == 0) first = block;
+    if (n > few_rows) multiply_block<Product>(layer, k0, count, block, n, out, block_stride);
   }
+  if (n <= few_rows) multiply_few<Product>(layer, first, max_ids, n, backwards, out, block_stride);
 }
 
 static inline void forward(const DecoderView& d, const int64_t* ids, int n, float* out, int64_t stride,
@@ -77,12 +87,14 @@ static inline void forward(const DecoderView& d, const int64_t* ids, int n, floa
   float* hashes = scratch;
   float* from = scratch + block_stride;
   float* to = from + blocks_of(d.widest) * block_stride;
+  static thread_local bool backwards;  // every second call
+  backwards = !backwards;
 
   const auto multiply_units = [&](auto product) {
     using Product = decltype(product);
-    first_layer<Product>(d, n, to, block_stride, [&](int k0, int count) {
-      encode_block(d.encoder, ids, n, k0, count, hashes, block_pitch);
-      return Product::prepare(hashes, n, count);
+    first_layer<Product>(d, n, backwards, hashes, to, block_stride, [&](int k0, int count, float* block) {
+      encode_block(d.encoder, ids, n, k0, count, block, block_pitch);
+      return Product::prepare(block, n, count);
     });
   };
   switch (d.precision) {
@@ -90,11 +102,12 @@ static inline void forward(const DecoderView& d, const int64_t* ids, int n, floa
     case Precision::float16: multiply_units(FloatProduct<uint16_t>{}); break;
     case Precision::bfloat16: multiply_units(BFloatProduct{}); break;
     case Precision::int8:
-      first_layer<Int8Product>(d, n, to, block_stride, [&](int k0, int count) {
-        auto* levels = reinterpret_cast<uint8_t*>(hashes);
-        hash_universal(d.encoder, ids, n, k0, count, StoreLevels{levels, level_pitch});
-        return levels;
-      });
+      first_layer<Int8Product>(
+          d, n, backwards, hashes, to, block_stride, [&](int k0, int count, float* block) {
+            auto* levels = reinterpret_cast<uint8_t*>(block);
+            hash_universal(d.encoder, ids, n, k0, count, StoreLevels{levels, level_pitch});
+            return levels;
+          });
       break;
     case Precision::lut: {
       const int64_t pitch = offset_pitch(d);
@@ -111,10 +124,12 @@ static inline void forward(const DecoderView& d, const int64_t* ids, int n, floa
     to = swapped;
     switch (d.precision) {
       case Precision::float16:
-        next_layer<FloatProduct<uint16_t>>(d.layers[l], n, from, to, block_stride);
+        next_layer<FloatProduct<uint16_t>>(d.layers[l], n, backwards, from, to, block_stride);
         break;
-      case Precision::bfloat16: next_layer<BFloatProduct>(d.layers[l], n, from, to, block_stride); break;
-      default: next_layer<FloatProduct<float>>(d.layers[l], n, from, to, block_stride);
+      case Precision::bfloat16:
+        next_layer<BFloatProduct>(d.layers[l], n, backwards, from, to, block_stride);
+        break;
+      default: next_layer<FloatProduct<float>>(d.layers[l], n, backwards, from, to, block_stride);
     }
   }
   for (int i = 0; i < n; ++i)

@@ -204,16 +204,21 @@ PyObject* dhe_bag_kept(PyObject*, PyObject* const* args, Py_ssize_t count, PyObj
   PyObject* result = Py_None;
   PyObject* const none = guarded([&] {
     static constexpr const char* names[] = {
-        "kept",        "indices", "offsets", "per_sample_weights", "mode", "include_last_offset",
-        "padding_idx", "threads", "dedupe"};
-    const Arguments<9> a("dhe_bag_kept", names, args, count, keywords);
+        "kept",  "indices", "offsets", "per_sample_weights", "mode", "include_last_offset", "padding_idx",
+        "bound", "threads", "dedupe"};
+    const Arguments<10> a("dhe_bag_kept", names, args, count, keywords);
     if (!py::isinstance<KeptDecoder>(a[0]))
       throw py::type_error(message("kept: expected a KeptDecoder, got ", Py_TYPE(a[0])->tp_name));
     const auto& kept = *py::handle(a[0]).cast<const KeptDecoder*>();
     if (kept.watch->changed()) return;
-    const OneFeature f(*kept.decoder, a[1], a[2], a[5], a[6]);
+    OneFeature f(*kept.decoder, a[1], a[2], a[5], a[6]);
+    if (a[7] != Py_None) {
+      const long long bound = integer(a[7], "bound");
+      if (bound < 1) throw py::value_error(message("bound: expected at least 1, got ", bound));
+      f.request.largest_id = bound - 1;
+    }
     py::object out = empty_matrix(f.request.bags, f.view.dim);
-    run(f.request, a[3], a[4], out.ptr(), a[7], a[8]);
+    run(f.request, a[3], a[4], out.ptr(), a[8], a[9]);
     result = out.release().ptr();
   });
   if (!none || result == Py_None) return none;
@@ -285,8 +290,8 @@ PyMethodDef methods[] = {
      "threads, dedupe=None)\n\nPools every feature's decoded IDs into its columns of out [B, total]."},
     {"dhe_bag_kept", fastcall<&dhe_bag_kept>(), METH_FASTCALL | METH_KEYWORDS,
      "dhe_bag_kept(kept, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, "
-     "threads, dedupe)\n\nThe pooled vectors, a new tensor [B, dim]; None, with nothing done, if weights "
-     "have changed."},
+     "bound, threads, dedupe)\n\nThe pooled vectors, a new tensor [B, dim]; None, with nothing done, if "
+     "weights have changed. bound: refuse IDs not below this (None: any)."},
     {"same_stack", fastcall<&same_stack>(), METH_FASTCALL | METH_KEYWORDS,
      "same_stack(watch, coefficients, weights, biases)\n\nWhether these are the watched tensors, unchanged."},
     {nullptr, nullptr, 0, nullptr}};

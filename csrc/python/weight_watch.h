@@ -35,9 +35,17 @@ class TensorMark {
   }
 
  private:
+  // The getter itself: looking it up by name costs more than what it does.
   static long version(PyObject* tensor) {
-    static PyObject* const name = PyUnicode_InternFromString("_version");
-    const auto v = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor, name));
+    static const auto* const getter = [] {
+      const auto tensors = pybind11::module_::import("torch").attr("Tensor");
+      return reinterpret_cast<PyGetSetDescrObject*>(
+          pybind11::object(tensors.attr("_version")).release().ptr());
+    }();
+    if (!PyObject_TypeCheck(tensor, getter->d_common.d_type))
+      throw pybind11::type_error(message("weights: expected torch tensors, got ", Py_TYPE(tensor)->tp_name));
+    const auto v = pybind11::reinterpret_steal<pybind11::object>(
+        getter->d_getset->get(tensor, getter->d_getset->closure));
     if (!v) throw pybind11::error_already_set();
     return PyLong_AsLong(v.ptr());
   }

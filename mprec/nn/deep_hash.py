@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
+from mprec._native import _C
 from mprec.errors import IdOutOfRangeError
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
@@ -99,21 +100,16 @@ class DeepHashEmbeddingBag(nn.Module):
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
-        if offsets is not None and not torch.is_grad_enabled():
-            out = self._forward_direct(input, offsets, per_sample_weights)
+        include_last_offset = self.include_last_offset
+        if offsets is None:
+            input, offsets, per_sample_weights = rows_as_bags(input, per_sample_weights)
+            include_last_offset = True
+        if not torch.is_grad_enabled() and direct(input, offsets, per_sample_weights):
+            out = self._forward_direct(input, offsets, per_sample_weights, include_last_offset)
             if out is not None:
                 return out
-        include_last_offset = self.include_last_offset
         if input.dim() == 2:
-            if offsets is not None:
-                raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
-            offsets = torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
-            include_last_offset = True
-            input = input.reshape(-1)
-            if per_sample_weights is not None:
-                per_sample_weights = per_sample_weights.reshape(-1)
-        elif offsets is None:
-            raise ValueError("offsets has to be a 1D Tensor but got None")
+            raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
         if self.num_embeddings is not None:
             check_bound(input, self.num_embeddings)
         return ops.dhe_bag(
@@ -129,31 +125,35 @@ class DeepHashEmbeddingBag(nn.Module):
             self.padding_idx,
         )
 
-    def _forward_direct(self, input: Tensor, offsets: Tensor, per_sample_weights) -> Tensor | None:
+    def _forward_direct(self, input, offsets, per_sample_weights, include_last_offset) -> Tensor | None:
         """As :meth:`forward`, without the operator: one native call. None for what that does not take."""
-        if not direct(input, offsets, per_sample_weights):
-            return None
-        if self.num_embeddings is not None:
-            check_bound(input, self.num_embeddings)
+        padding_idx, packed = self.padding_idx, self._packed
         try:
             options = DEFAULT_OPTIONS
             if self.kernel is not None:
-                options = kernel_options(self, num_bags(offsets, self.include_last_offset))
-            return self._packed(
-                self,
-                input,
-                offsets,
-                per_sample_weights,
-                MODES[self.mode],
-                self.include_last_offset,
-                -1 if self.padding_idx is None else self.padding_idx,
-                options.threads or torch.get_num_threads(),
-                options.dedupe,
-            )
+                options = kernel_options(self, num_bags(offsets, include_last_offset))
+            kept = packed.kept if packed.config is self.config else packed.pack(self)
+            while kept is not None:
+                out = _C.dhe_bag_kept(
+                    kept,
+                    input,
+                    offsets,
+                    per_sample_weights,
+                    MODES[self.mode],
+                    include_last_offset,
+                    -1 if padding_idx is None else padding_idx,
+                    self.num_embeddings,
+                    options.threads or torch.get_num_threads(),
+                    options.dedupe,
+                )
+                if out is not None:
+                    return out
+                kept = packed.pack(self)
         except IdOutOfRangeError:
             raise
         except (TypeError, ValueError, IndexError):
-            return None  # the operator takes it, or says what is wrong
+            pass  # the operator takes it, or says what is wrong
+        return None
 
     @torch.no_grad()
     def materialize(self, num_embeddings: int | None = None, chunk: int = 16384) -> Tensor:
@@ -184,6 +184,15 @@ class DeepHashEmbeddingBag(nn.Module):
             f"{c.k} {c.family} hashes, {'-'.join(map(str, c.widths(self.embedding_dim)))}, {c.activation}, "
             f"last {c.last_activation}, mode={self.mode!r}{bound}{padding}"
         )
+
+
+def rows_as_bags(input: Tensor, per_sample_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """IDs ``[B * L]``, offsets ``[B + 1]`` and weights of bags that are the rows of ``input`` ``[B, L]``."""
+    if input.dim() != 2:
+        raise ValueError("offsets has to be a 1D Tensor but got None")
+    offsets = torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
+    weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
+    return input.reshape(-1), offsets, weights
 
 
 def check_bound(indices: Tensor, bound: int) -> None:

@@ -3,8 +3,8 @@
 A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is used again if
 every tensor is still the same object, with the same storage, sizes and version counter. In-place operations
 raise the counter, optimizers' steps included; writes through ``tensor.data`` or NumPy views do not: call
-:func:`clear_decoders` after those. Nothing is kept while grad mode is on (training changes the weights at
-every step), nor for tensors made under ``inference_mode``, which carry no counter.
+:func:`clear_decoders` after those, in training too, where a step's backward pass uses the decoder that its
+forward pass packed. Nothing is kept for tensors made under ``inference_mode``, which carry no counter.
 
 Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`
 watches where one module keeps them, :func:`group_decoders` where several do.
@@ -70,27 +70,27 @@ def decoder(
 
 
 class ModuleDecoder:
-    """The decoder of one module, with one native call between the module's input and its output.
+    """The decoder of one module, for one native call between the module's input and its output.
 
     The module has ``stack()``, a ``config`` and ``decoder`` layers.
+
+    Attributes:
+        config: the module's when ``kept`` was made.
+        kept: for ``_C.dhe_bag_kept``, which gives ``None`` once the weights have changed.
     """
 
     def __init__(self) -> None:
-        self._kept = None  # (config, _C.KeptDecoder)
+        self.config = self.kept = None
 
     def __reduce__(self):  # copies and pickles of a module start without one
         return ModuleDecoder, ()
 
-    def __call__(self, module: nn.Module, *arguments) -> Tensor | None:
-        """The module's output for ``_C.dhe_bag_kept``'s arguments; ``None`` if its tensors cannot be watched.
+    def pack(self, module: nn.Module) -> "_C.KeptDecoder | None":
+        """``kept``, made anew; ``None`` if the module's tensors cannot be watched. Only with grad mode off.
 
-        Only with grad mode off. Raises ``TypeError`` or ``ValueError`` for what the kernel does not take.
+        Raises ``TypeError`` or ``ValueError`` for what kernels do not take.
         """
-        kept = self._kept
-        if kept is not None and kept[0] is module.config:
-            out = _C.dhe_bag_kept(kept[1], *arguments)
-            if out is not None:
-                return out
+        self.config = self.kept = None
         layers = module._modules["decoder"]._modules
         places = [(module._buffers, "coefficients"), (module._modules, "decoder")]
         places += [(layers, name) for name in layers]
@@ -101,8 +101,8 @@ class ModuleDecoder:
             return None
         c = module.config
         handle = decoder(*module.stack(), c.family, c.activation, c.last_activation)
-        kept = self._kept = c, _C.KeptDecoder(watch, handle)
-        return _C.dhe_bag_kept(kept[1], *arguments)
+        self.config, self.kept = c, _C.KeptDecoder(watch, handle)
+        return self.kept
 
 
 def group_decoders(
