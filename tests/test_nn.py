@@ -317,7 +317,6 @@ def test_serving_follows_every_way_to_change_a_decoder():
 
     def behind_the_counter():
         collection.dhe["item"].decoder[1].weight.data.mul_(3)
-        ops.clear_decoders()
 
     changes = [
         lambda: None,
@@ -359,6 +358,9 @@ def test_one_module_follows_every_way_to_change_it():
 
     def behind_the_counter():
         module.decoder[1].weight.data.mul_(3)
+
+    def one_value_behind_the_counter():
+        module.decoder[0].bias.data[1] += 1
         ops.clear_decoders()
 
     changes = [
@@ -371,6 +373,7 @@ def test_one_module_follows_every_way_to_change_it():
         lambda: module.decoder.__setitem__(0, torch.nn.Linear(32, 12)),
         append,
         behind_the_counter,
+        one_value_behind_the_counter,
         lambda: torch.nn.utils.parametrizations.weight_norm(module.decoder[0]),
         lambda: module.decoder[0].parametrizations.weight.original0.mul_(2),
     ]

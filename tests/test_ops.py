@@ -323,6 +323,10 @@ def test_packed_decoders_follow_the_weights():
         weights[0].set_(torch.randn(8, 32))
         check()
         weights[0].data.add_(1)  # behind the version counter's back
+        check()
+        weights[0].numpy()[:] *= 2
+        check()
+        weights[0].data[1, 1] += 1  # and where no sample is taken
         ops.clear_decoders()
         check()
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,13 +12,37 @@
 
 namespace mprec::python {
 
-// Which tensor it was, its view of its storage, and its version counter, which in-place operations raise. The
-// storage is kept: no other can take its address meanwhile.
+// The bits of some elements, spread over a tensor: writes that raise no counter (through .data, NumPy,
+// DLPack) show in them where they change a tensor as a whole, as optimizers' steps, averages and copies do.
+class Sample {
+ public:
+  Sample() = default;
+  explicit Sample(const Tensor& t) {
+    const int64_t n = t.numel();
+    for (int i = 0; n > 0 && i < size; ++i) {
+      int64_t element = (n - 1) * i / (size - 1), offset = 0;
+      for (int d = t.ndim - 1; d >= 0; --d) {
+        offset += element % t.shape[d] * t.strides[d];
+        element /= t.shape[d];
+      }
+      if (t.dtype == DType::f32) bits_[i] = t.ptr<uint32_t>()[offset];
+      if (t.dtype == DType::i64) bits_[i] = t.ptr<uint64_t>()[offset];
+    }
+  }
+  bool operator==(const Sample& other) const { return bits_ == other.bits_; }
+
+ private:
+  static constexpr int size = 4;
+  std::array<uint64_t, size> bits_{};  // zeros of types that no decoder is made of
+};
+
+// Which tensor it was, its view of its storage, its version counter, which in-place operations raise, and a
+// sample of its elements. The storage is kept: no other can take its address meanwhile.
 class TensorMark {
  public:
   // TypeError for what is no torch tensor on the CPU, RuntimeError for one made in inference mode, which has
   // no counter.
-  explicit TensorMark(PyObject* tensor) : tensor_(tensor), view_(view(tensor, "weights")) {
+  explicit TensorMark(PyObject* tensor) : tensor_(tensor), view_(view(tensor, "weights")), sample_(view_) {
     if (!is_torch(tensor))
       throw pybind11::type_error(message("weights: expected torch tensors, got ", Py_TYPE(tensor)->tp_name));
     version_ = version(tensor);
@@ -31,7 +56,7 @@ class TensorMark {
     if (now.data != view_.data || now.ndim != view_.ndim) return false;
     for (int i = 0; i < now.ndim; ++i)
       if (now.shape[i] != view_.shape[i] || now.strides[i] != view_.strides[i]) return false;
-    return version(tensor) == version_;
+    return version(tensor) == version_ && sample_ == Sample(view_);
   }
 
  private:
@@ -51,6 +76,7 @@ class TensorMark {
   }
   PyObject* tensor_;  // not owned
   Tensor view_;
+  Sample sample_;
   long version_;
   pybind11::object storage_;
 };

@@ -1,9 +1,10 @@
 """Packed native decoders, kept while their weights stay as they are.
 
 A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is used again if
-every tensor is still the same object, with the same storage, sizes and version counter. In-place operations
-raise the counter, optimizers' steps included; writes through ``tensor.data`` or NumPy views do not: call
-:func:`clear_decoders` after those, in training too, where a step's backward pass uses the decoder that its
+every tensor is still the same object, with the same storage, sizes, version counter and a sample of its
+elements. In-place operations raise the counter, optimizers' steps included; writes through ``tensor.data`` or
+NumPy views do not, but show in the sample unless they leave most of a tensor as it was: call
+:func:`clear_decoders` after such, in training too, where a step's backward pass uses the decoder that its
 forward pass packed. Nothing is kept for tensors made under ``inference_mode``, which carry no counter.
 
 Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`
