@@ -4,8 +4,8 @@ Prediction = profiled latency at this batch size (and share of unique IDs) x the
 follows observed over profiled medians. The rules that make it steady:
 
 - *Robust*: a correction follows the mean of the last sixteen calls without the three slowest and the three
-  fastest (of up to six calls: the middle one or two), so one hiccup moves nothing. A median would jump where
-  batches are of two kinds, as with a cache that some of them miss.
+  fastest (of up to six calls: the middle one or two), so one hiccup moves nothing. A median jumps more
+  where batches are of two kinds, as with a cache that some of them miss.
 - *Hysteresis*: a correction in use changes only when the followed one has moved by more than 10 %; between
   such steps a choice is a pure function of its arguments.
 - *Forgiving*: a path that is not chosen is not observed, so after 40 batches of others its slowness is
