@@ -109,9 +109,17 @@ def test_microbenchmark_keeps_to_rounds_and_calls():
 
 
 def test_microbenchmark_prepares_every_call():
-    calls = []
-    samples, _ = bench(seconds=0.0, before_call=lambda: calls.append(1))
-    assert len(calls) == sum(len(v) for v in samples.values())
+    order, clock = [], Clock()
+    path = fake_path("a", 0.0, 1, 0, clock)
+    object.__setattr__(path, "model", lambda item: (order.append("call"), clock.advance(1e-6)))
+
+    def prepare():
+        order.append("prepare")
+        clock.advance(2e-3)  # counts for how many calls there are, but for no call's time
+
+    found = microbenchmark([path], lambda *_: 0, (1,), seconds=0, before_call=prepare, clock=clock)
+    assert found["a", 1] == pytest.approx([1e-6] * 3)
+    assert order == ["prepare", "call"] * (2 + 3)  # the warm-up, then the rounds
 
 
 def test_microbenchmark_gives_each_path_inputs_of_its_own_and_does_not_time_the_first():
@@ -132,7 +140,7 @@ def test_microbenchmark_alternates_who_is_first():
     for path in paths:
         object.__setattr__(path, "model", lambda item, n=path.name: (order.append(n), clock.advance(1)))
     microbenchmark(paths, lambda size, rng: size, (1,), seconds=0, min_rounds=4, clock=clock)
-    assert order == list("aabb" + "ab" + "ba" + "ab" + "ba")
+    assert order == list("ab" + "ab" + "ba" + "ab" + "ba")  # one long call each warms up
 
 
 @pytest.mark.parametrize(("sizes", "seconds"), [((0,), 1.0), ((1,), -1.0)])
@@ -198,12 +206,40 @@ def test_the_grid_closes_in_on_a_threshold():
 
     object.__setattr__(path, "model", lambda item: clock.advance(cost(len(item))))
     grid = tuple(2**i for i in range(9))
-    profile = Profile.measure([path], rows, grid, seconds=0.1, clock=clock, conditions=("warm", "repeated"))
+    profile = Profile.measure([path], rows, grid, seconds=2, clock=clock, conditions=("warm", "repeated"))
     for condition in ("warm", "repeated"):
         curve = profile.curve("threads", condition=condition)
         assert set(curve.batch_sizes) == {*grid, 5, 6}
         np.testing.assert_allclose([curve.at(b) for b in range(1, 257)], [cost(b) for b in range(1, 257)])
     assert profile.prediction_error["p95"] < 1e-9
+
+
+def test_noise_adds_no_batch_sizes():
+    """Calls that vary by a third: what is a straight line stays one, though medians of a few are 8 % off."""
+    clock, luck = Clock(), np.random.default_rng(0)
+    path = fake_path("noisy", 0.0, 0, 0, clock)
+
+    def cost(size):
+        return (1e-4 + 1e-6 * size) * luck.uniform(1, 1.35)
+
+    object.__setattr__(path, "model", lambda item: clock.advance(cost(len(item))))
+    profile = Profile.measure([path], rows, GRID, seconds=2, clock=clock, conditions=("warm",))
+    assert len(profile.curve("noisy").batch_sizes) <= len(GRID) + 2
+
+
+@pytest.mark.parametrize(("per_sample_s", "seconds", "most"), [(1e-6, 1, 1.5), (1e-4, 1, 30), (1e-4, 60, 75)])
+def test_a_profile_keeps_to_its_budget_or_makes_four_calls_of_each_cell(per_sample_s, seconds, most):
+    """Of four paths with a kink in every gap; a call of each at each size takes 2.2 s at 1e-4."""
+    clock = Clock()
+    paths = [fake_path(name, 0.0, 0, 0, clock) for name in "abcd"]
+
+    def cost(size):
+        return 1e-4 + per_sample_s * size * (1 + size.bit_length() % 2)
+
+    for path in paths:
+        object.__setattr__(path, "model", lambda item: clock.advance(cost(len(item))))
+    Profile.measure(paths, rows, GRID, seconds=seconds, clock=clock, conditions=("warm",))
+    assert clock.now < most * seconds
 
 
 def test_profile_round_trip(tmp_path):

@@ -3,7 +3,6 @@
 #include <emmintrin.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -103,8 +102,6 @@ int64_t RowCache::bytes_for(int64_t dim, int64_t rows) {
   return static_cast<int64_t>(sizeof(RowCache)) + layout(dim, (rows + ways - 1) / ways).bytes;  // < 2^58
 }
 
-void RowCache::Free::operator()(void* p) const { std::free(p); }
-
 RowCache::RowCache(int64_t dim, int64_t budget) : dim_(dim), sketch_(nullptr, 0) {
   const int64_t least = bytes_for(dim, 1);
   if (budget < least)
@@ -115,10 +112,8 @@ RowCache::RowCache(int64_t dim, int64_t budget) : dim_(dim), sketch_(nullptr, 0)
   const Layout l = layout(dim, num_groups_);
   nbytes_ = static_cast<int64_t>(sizeof(RowCache)) + l.bytes;
 
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, l.bytes) != 0) throw std::bad_alloc();
-  memory_.reset(memory);
-  char* base = static_cast<char*>(memory);
+  memory_ = AlignedBuffer<char>(l.bytes);
+  char* base = memory_.data();
   groups_ = reinterpret_cast<Group*>(base);
   auto* blocks = reinterpret_cast<FrequencySketch::Block*>(base + l.sketch_at);
   rows_ = reinterpret_cast<float*>(base + l.rows_at);

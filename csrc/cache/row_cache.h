@@ -2,9 +2,9 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <memory>
 
 #include "cache/frequency_sketch.h"
+#include "common/aligned.h"
 
 namespace mprec {
 
@@ -85,11 +85,8 @@ class RowCache {
   static void set_frequency(Group& g, int way, uint64_t value);
   void age(int64_t events);
 
-  struct Free {
-    void operator()(void* p) const;
-  };
   int64_t dim_, num_groups_, nbytes_;
-  std::unique_ptr<void, Free> memory_;  // groups, then the sketch's blocks, then the rows
+  AlignedBuffer<char> memory_;  // groups, then the sketch's blocks, then the rows
   Group* groups_;
   float* rows_;
   FrequencySketch sketch_;

@@ -153,15 +153,16 @@ def _vocabularies(module) -> list[int]:
 def _zipf_batches(vocabularies: Sequence[int]) -> Callable[[int, np.random.Generator], Batch]:
     """Batches of one ID for each feature, whose frequency falls as (about) rank ** -1.05."""
 
+    sizes = np.asarray(vocabularies)[:, None]
+    tails = 1 - (sizes + 1.0) ** (1 - _ZIPF)
+
     def draw(batch_size: int, rng: np.random.Generator) -> Batch:
-        ids = []
-        for size in vocabularies:  # the continuous distribution's quantiles, rounded down
-            u = rng.random(batch_size)
-            rank = (1 - u * (1 - (size + 1.0) ** (1 - _ZIPF))) ** (1 / (1 - _ZIPF)) - 1
-            # Neighbours in rank are none in memory.
-            ids.append(np.minimum(rank.astype(np.int64), size - 1) * 2_654_435_761 % size)
+        # The continuous distribution's quantiles, rounded down.
+        rank = (1 - rng.random((len(sizes), batch_size)) * tails) ** (1 / (1 - _ZIPF)) - 1
+        # Neighbours in rank are none in memory.
+        ids = np.minimum(rank.astype(np.int64), sizes - 1) * 2_654_435_761 % sizes
         offsets = torch.arange(len(vocabularies) * batch_size + 1)
         none = torch.zeros(batch_size, 0)
-        return Batch(none, torch.from_numpy(np.concatenate(ids)), offsets, torch.zeros(batch_size))
+        return Batch(none, torch.from_numpy(ids.reshape(-1)), offsets, torch.zeros(batch_size))
 
     return draw

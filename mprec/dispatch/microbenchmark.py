@@ -14,6 +14,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,20 @@ _MAX_CALLS = 16  # ... but not more often than this, and at least once
 
 
 class Evict:
-    """Called before a timed call, empties the CPU's caches by writing more than they hold."""
+    """Called before a timed call, empties the CPU's caches by reading as much as they hold, or 256 MiB."""
 
-    def __init__(self, nbytes: int = 64 << 20) -> None:
-        self._memory = np.zeros(nbytes // 8)
+    def __init__(self, nbytes: int | None = None) -> None:
+        self._memory = np.ones((nbytes or _largest_cache()) // 8)
 
     def __call__(self) -> None:
-        self._memory += 1
+        self._memory.sum()
+
+
+def _largest_cache() -> int:
+    """Bytes of the largest cache, if Linux tells."""
+    sizes = FilePath("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    known = [int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes]
+    return min(max(known, default=64 << 20), 256 << 20)
 
 
 def microbenchmark(
@@ -44,14 +52,15 @@ def microbenchmark(
     batch_sizes: Sequence[int],
     *,
     seconds: float,
-    min_rounds: int = 5,
+    min_rounds: int = 3,
     max_calls: int = 2000,
     before_call: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
     progress: Callable[[float], object] | None = None,
 ) -> Samples:
-    """Time every path at every batch size it supports, for about ``seconds`` in total.
+    """Time every path at every batch size it supports, for about ``seconds`` in total, inputs, warm-up and
+    all, unless ``min_rounds`` take longer.
 
     ``make_input(batch_size, rng)`` draws one input; it is not timed. Stops after the time is up and
     ``min_rounds`` are done, or when every path has been called ``max_calls`` times at every size.
@@ -67,8 +76,9 @@ def microbenchmark(
         for size in sorted(set(batch_sizes))
     }
     samples: Samples = {(path.name, size): [] for size, able in cells.items() for path in able}
-    repeats = {size: _warm_up(able, make_input, size, rng, clock) for size, able in cells.items()}
     start = clock()
+    prepare = before_call or (lambda: None)
+    repeats = {size: _warm_up(able, make_input, size, rng, prepare, clock) for size, able in cells.items()}
     rounds = 0
     with no_gc():
         while rounds < min_rounds or clock() - start < seconds:
@@ -80,7 +90,7 @@ def microbenchmark(
                         inputs = [make_input(size, rng) for _ in range(repeats[size] + settle)]
                         if settle:
                             path.model(inputs.pop())
-                        _time(path.model, inputs, before_call, clock, samples[path.name, size])
+                        _time(path.model, inputs, prepare, clock, samples[path.name, size])
             rounds += 1
             if progress is not None:
                 progress(min(1.0, (clock() - start) / seconds if seconds else rounds / min_rounds))
@@ -89,23 +99,26 @@ def microbenchmark(
     return samples
 
 
-def _warm_up(paths, make_input, size, rng, clock) -> int:
-    """Call each path twice (first calls allocate and pack); how often a round shall call each."""
+def _warm_up(paths, make_input, size, rng, prepare, clock) -> int:
+    """Call each path twice (first calls allocate and pack), or once where that is long; how often a round
+    shall call each."""
     slowest = 0.0
     for path in paths:
         for _ in range(2):
             item = make_input(size, rng)
             start = clock()
+            prepare()
             path.model(item)
             elapsed = clock() - start
+            if elapsed > _ROUND_S:
+                break
         slowest = max(slowest, elapsed)
     return max(1, min(_MAX_CALLS, int(_ROUND_S / max(slowest, 1e-9))))
 
 
-def _time(model, inputs, before_call, clock, out: list[float]) -> None:
+def _time(model, inputs, prepare, clock, out: list[float]) -> None:
     for item in inputs:
-        if before_call is not None:
-            before_call()
+        prepare()
         start = clock()
         model(item)
         out.append(clock() - start)

@@ -3,7 +3,9 @@
 Prediction = profiled latency at this batch size (and share of unique IDs) x the path's correction, which
 follows observed over profiled medians. The rules that make it steady:
 
-- *Robust*: a correction follows the median of the last five calls, so one hiccup moves nothing.
+- *Robust*: a correction follows the mean of the last sixteen calls without the three slowest and the three
+  fastest (of up to six calls: the middle one or two), so one hiccup moves nothing. A median jumps more
+  where batches are of two kinds, as with a cache that some of them miss.
 - *Hysteresis*: a correction in use changes only when the followed one has moved by more than 10 %; between
   such steps a choice is a pure function of its arguments.
 - *Forgiving*: a path that is not chosen is not observed, so after 40 batches of others its slowness is
@@ -22,8 +24,9 @@ from mprec.dispatch.profile import Profile
 
 __all__ = ["Prediction"]
 
-_WINDOW = 5  # calls whose median is followed
-_GAIN = 0.4  # share of the way to that median that one call moves the followed correction
+_WINDOW = 16  # calls whose trimmed mean is followed
+_TRIM = 3  # calls left out at either end
+_GAIN = 0.4  # share of the way to that mean that one call moves the followed correction
 _DEAD_BAND = math.log(1.1)
 _LIMIT = math.log(1000.0)  # no observation counts for more than this
 _FORGET = 40  # calls of other paths after which a path's slowness is forgotten
@@ -79,8 +82,9 @@ class Prediction:
             self._followed = self._forgotten
         self._forgotten = 0.0
         self._recent.append(ratio)
-        median = sorted(self._recent)[len(self._recent) // 2]
-        self._followed += _GAIN * (median - self._followed)
+        drop = min(_TRIM, (len(self._recent) - 1) // 2)
+        kept = sorted(self._recent)[drop : len(self._recent) - drop]
+        self._followed += _GAIN * (sum(kept) / len(kept) - self._followed)
         if abs(self._followed - math.log(self.correction)) > _DEAD_BAND:
             self.correction = math.exp(self._followed)
 

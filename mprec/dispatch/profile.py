@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -100,9 +101,11 @@ class Profile:
         conditions: Sequence[str] = CONDITIONS,
         seed: int = 0,
         progress: Callable[[str, float], object] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
         **options: Any,
     ) -> Profile:
-        """Micro-benchmark the paths for about ``seconds`` and keep the quantiles.
+        """Micro-benchmark the paths for about ``seconds`` and keep the quantiles: longer only if a few calls
+        of each path at each size take longer.
 
         First a quick look finds batch sizes to add where latency is not straight between those given
         (:func:`mprec.dispatch.refine.refine`). Then come the conditions, *warm* with the most time, and batch
@@ -123,18 +126,29 @@ class Profile:
         def run(label, sizes, source=make_input, duration=share, **more) -> Samples:
             report = (lambda done: progress(label, done)) if progress else None
             return microbenchmark(
-                paths, source, sizes, seconds=duration, seed=seed, progress=report, **{**options, **more}
+                paths,
+                source,
+                sizes,
+                seconds=duration,
+                seed=seed,
+                progress=report,
+                clock=clock,
+                **{**options, **more},
             )
 
-        look = share / (1 + PASSES)
-        sizes = refine(batch_sizes, lambda some: run("choosing batch sizes", some, duration=look))
+        look, start = share / (1 + PASSES), clock()
+        sizes = refine(
+            batch_sizes,
+            lambda some: run("choosing batch sizes", some, duration=look),
+            lambda: clock() - start < share,
+        )
         cells: dict[str, dict[str, dict[str, list]]] = {path.name: {} for path in paths}
         error = None
         for condition in wanted:
             source, here = make_input, sizes
             if condition == "cold":  # emptying the caches takes longer than most calls
                 here = _thinned(batch_sizes)
-                samples = run(condition, here, before_call=Evict(), max_calls=30, min_rounds=3)
+                samples = run(condition, here, before_call=Evict(), max_calls=30)
             elif condition == "repeated":
                 source = repeated_rows(make_input)
                 samples = run(condition, here, source)

@@ -17,26 +17,44 @@ PASSES = 3
 _TOLERANCE = 0.08
 
 
-def refine(batch_sizes: Sequence[int], measure: Callable[[list[int]], Samples]) -> list[int]:
-    """``batch_sizes`` and those between them that a curve needs: gaps are bisected, and where a path's time
-    in the (geometric) middle is more than 8 % off the line, the middle joins and its two halves are looked
-    at in turn, three times at most. Thresholds, such as that of another thread, are so closed in on.
+def refine(
+    batch_sizes: Sequence[int],
+    measure: Callable[[list[int]], Samples],
+    go_on: Callable[[], bool] = lambda: True,
+) -> list[int]:
+    """``batch_sizes`` and those between them that a curve needs: gaps are bisected, and where the line misses
+    a path's time in the (geometric) middle, the middle joins and its two halves are looked at in turn, three
+    times at most, and while ``go_on()``. Thresholds, such as that of another thread, are so closed in on. A
+    miss is more than 8 % off the median, and past the middle half of the calls: noise needs no points.
     """
     samples = measure(sorted(batch_sizes))
     gaps = list(pairwise(sorted(batch_sizes)))
     for _ in range(PASSES):
+        if not go_on():
+            break
         middles = {gap: round(math.sqrt(gap[0] * gap[1])) for gap in gaps}
         middles = {gap: middle for gap, middle in middles.items() if middle not in gap}
         if not middles:
             break
         found = measure(sorted(middles.values()))
-        off = errors(median_curves(samples), found)
+        missed = _missed(median_curves(samples), found)
         gaps = []
         for (low, high), middle in middles.items():
-            if max((e for (_, size), e in off.items() if size == middle), default=0.0) > _TOLERANCE:
+            if middle in missed:
                 samples |= {cell: values for cell, values in found.items() if cell[1] == middle}
                 gaps += [(low, middle), (middle, high)]
     return sorted({*batch_sizes, *(size for _, size in samples)})
+
+
+def _missed(curves: dict[str, Curve], samples: Samples) -> set[int]:
+    """Batch sizes at which a curve is out of the samples' way."""
+    missed = set()
+    for cell, error in errors(curves, samples).items():
+        name, size = cell
+        low, high = np.quantile(samples[cell], (0.25, 0.75))
+        if error > _TOLERANCE and not low <= curves[name].at(size) <= high:
+            missed.add(size)
+    return missed
 
 
 def median_curves(samples: Samples) -> dict[str, Curve]:
