@@ -45,9 +45,12 @@ class Stream:
     vocabulary: int
     past: torch.Tensor  # what a cache may learn from
     future: torch.Tensor  # what it is measured on
+    more: Callable[[int], torch.Tensor] | None = None  # so many IDs yet, of a stream without end
 
     def batches(self, size: int = BATCH) -> Callable[[], torch.Tensor]:
-        """Draws the next ``size`` IDs; starts again at the end."""
+        """Draws the next ``size`` IDs; a log starts again at its end."""
+        if self.more is not None:
+            return lambda: self.more(size)
         position = 0
 
         def draw() -> torch.Tensor:
@@ -64,9 +67,13 @@ def zipf(exponent: float = 1.05, vocabulary: int = 10**6, past: int = 2_000_000,
     """IDs whose frequency falls as rank ** -exponent; ranks are scattered over the vocabulary."""
     g = torch.Generator().manual_seed(seed)
     weights = torch.arange(1, vocabulary + 1, dtype=torch.float64).pow_(-exponent).cumsum_(0)
-    drawn = torch.rand(past + 500_000, dtype=torch.float64, generator=g) * weights[-1]
-    ids = torch.randperm(vocabulary, generator=g)[torch.searchsorted(weights, drawn)]
-    return Stream(f"Zipf({exponent}), {vocabulary:,} IDs", vocabulary, ids[:past], ids[past:])
+    scattered = torch.randperm(vocabulary, generator=g)
+
+    def draw(count: int) -> torch.Tensor:
+        drawn = torch.rand(count, dtype=torch.float64, generator=g) * weights[-1]
+        return scattered[torch.searchsorted(weights, drawn)]
+
+    return Stream(f"Zipf({exponent}), {vocabulary:,} IDs", vocabulary, draw(past), draw(500_000), draw)
 
 
 def real_streams() -> Iterator[Stream]:
