@@ -16,7 +16,6 @@ namespace mprec::python {
 // DLPack) show in them where they change a tensor as a whole, as optimizers' steps, averages and copies do.
 class Sample {
  public:
-  Sample() = default;
   explicit Sample(const Tensor& t) {
     const int64_t n = t.numel();
     for (int i = 0; n > 0 && i < size; ++i) {
@@ -25,15 +24,26 @@ class Sample {
         offset += element % t.shape[d] * t.strides[d];
         element /= t.shape[d];
       }
-      if (t.dtype == DType::f32) bits_[i] = t.ptr<uint32_t>()[offset];
-      if (t.dtype == DType::i64) bits_[i] = t.ptr<uint64_t>()[offset];
+      offsets_[i] = offset;
     }
+    if (n > 0) bits_ = read(t);
   }
-  bool operator==(const Sample& other) const { return bits_ == other.bits_; }
+  // Of a tensor of the same shape and strides.
+  bool matches(const Tensor& t) const { return t.numel() == 0 || read(t) == bits_; }
 
  private:
   static constexpr int size = 4;
-  std::array<uint64_t, size> bits_{};  // zeros of types that no decoder is made of
+  using Bits = std::array<uint64_t, size>;
+  Bits read(const Tensor& t) const {
+    Bits bits{};  // zeros of types that no decoder is made of
+    for (int i = 0; i < size; ++i) {
+      if (t.dtype == DType::f32) bits[i] = t.ptr<uint32_t>()[offsets_[i]];
+      if (t.dtype == DType::i64) bits[i] = t.ptr<uint64_t>()[offsets_[i]];
+    }
+    return bits;
+  }
+  std::array<int64_t, size> offsets_{};  // in elements
+  Bits bits_{};
 };
 
 // Which tensor it was, its view of its storage, its version counter, which in-place operations raise, and a
@@ -56,7 +66,7 @@ class TensorMark {
     if (now.data != view_.data || now.ndim != view_.ndim) return false;
     for (int i = 0; i < now.ndim; ++i)
       if (now.shape[i] != view_.shape[i] || now.strides[i] != view_.strides[i]) return false;
-    return version(tensor) == version_ && sample_ == Sample(view_);
+    return version(tensor) == version_ && sample_.matches(view_);
   }
 
  private:
