@@ -28,62 +28,24 @@ int64_t cost(const BagRequest& r, const Feature& f, int64_t begin, int64_t end) 
   return std::max<int64_t>(indices, 0) * row_cost(f) + (end - begin) * bag_cost;
 }
 
-// Blocks of samples: a row of results holds every table's, so that one table's results lie pages apart. The
-// results of a block keep to few pages and to the second-level cache until all tables have filled them.
-constexpr int64_t block_bytes = 128 << 10, least_block_bags = 32;
-
-int64_t most_bags(const BagRequest& r) {
-  int64_t bags = 0;
-  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
-    bags = std::max(bags, f[1].first_bag - f->first_bag);
-  return bags;
-}
-
-int64_t chosen_block_bags(const BagRequest& r) {
-  const Feature& f = r.features[0];
-  const int64_t result_bytes = f.out_stride * (f.out_format == Format::f32 ? 4 : 2);
-  const bool apart = f.out_stride != f.dim;
-  return apart ? std::max(least_block_bags, block_bytes / std::max<int64_t>(result_bytes, 1))
-               : all_in_one_block;
-}
-
-// Cost of all bags before a block.
-int64_t cost_before(const BagRequest& r, int64_t block) {
-  int64_t total = 0;
-  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
-    total += cost(r, *f, f->first_bag, r.block_begin(*f, block));
-  return total;
-}
-
-// The cut before which lies a cost of about `target`.
-Cut cut(const BagRequest& r, int64_t target) {
-  int64_t block = 0, last = most_bags(r) / r.block_bags;
-  while (block < last) {
-    const int64_t middle = (block + last + 1) / 2;
-    if (cost_before(r, middle) <= target)
-      block = middle;
-    else
-      last = middle - 1;
-  }
-  target -= cost_before(r, block);
-  for (int64_t t = 0; t < r.num_features; ++t) {
-    const Feature& f = r.features[t];
-    const int64_t begin = r.block_begin(f, block), end = r.block_begin(f, block + 1);
-    const int64_t all = cost(r, f, begin, end);
+// The bag before which lies a cost of about `target`.
+int64_t cut(const BagRequest& r, int64_t target) {
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f) {
+    const int64_t begin = f->first_bag, end = f[1].first_bag, all = cost(r, *f, begin, end);
     if (target < all) {
       int64_t low = begin, high = end;
       while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (cost(r, f, begin, middle) < target)
+        if (cost(r, *f, begin, middle) < target)
           low = middle + 1;
         else
           high = middle;
       }
-      return {block, t, low};
+      return low;
     }
     target -= all;
   }
-  return {block + 1, 0, 0};
+  return r.num_bags;
 }
 
 // Floats of scratch that a kernel needs to pool in float32 what it stores in 16 bits.
@@ -133,9 +95,7 @@ int64_t embedding_bag_cost(const BagRequest& r) {
   return total;
 }
 
-void embedding_bag_forward(const BagRequest& request, int threads) {
-  BagRequest r = request;
-  r.block_bags = chosen_block_bags(r);
+void embedding_bag_forward(const BagRequest& r, int threads) {
   const auto forward = kernels().embedding_bag->forward;
   bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
   if (valid) {
@@ -143,13 +103,12 @@ void embedding_bag_forward(const BagRequest& request, int threads) {
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total / lines_per_thread));
     const int64_t scratch = scratch_size(r);
     const auto buffer = scratch ? std::make_unique<float[]>(scratch * parts) : nullptr;
-    const Cut start{0, 0, 0}, finish{most_bags(r) / r.block_bags + 1, 0, 0};
     if (parts == 1) {
-      valid = forward(r, start, finish, buffer.get());
+      valid = forward(r, 0, r.num_bags, buffer.get());
     } else {
       const auto part_begin = [&](int64_t part) {
-        if (part == 0) return start;
-        if (part == parts) return finish;
+        if (part == 0) return int64_t{0};
+        if (part == parts) return r.num_bags;
         return cut(r, static_cast<int64_t>(static_cast<double>(total) * part / parts));
       };
       std::atomic<bool> all_valid{true};
