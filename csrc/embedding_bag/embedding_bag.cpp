@@ -28,24 +28,50 @@ int64_t cost(const BagRequest& r, const Feature& f, int64_t begin, int64_t end) 
   return std::max<int64_t>(indices, 0) * row_cost(f) + (end - begin) * bag_cost;
 }
 
-// The bag before which lies a cost of about `target`.
-int64_t cut(const BagRequest& r, int64_t target) {
-  for (const Feature* f = r.features; f != r.features + r.num_features; ++f) {
-    const int64_t begin = f->first_bag, end = f[1].first_bag, all = cost(r, *f, begin, end);
+int64_t most_bags(const BagRequest& r) {
+  int64_t bags = 0;
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
+    bags = std::max(bags, f[1].first_bag - f->first_bag);
+  return bags;
+}
+
+// Cost of all bags before a block.
+int64_t cost_before(const BagRequest& r, int64_t block) {
+  int64_t total = 0;
+  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
+    total += cost(r, *f, f->first_bag, r.block_begin(*f, block));
+  return total;
+}
+
+// The cut before which lies a cost of about `target`.
+Cut cut(const BagRequest& r, int64_t target) {
+  int64_t block = 0, last = most_bags(r) / r.block_bags;
+  while (block < last) {
+    const int64_t middle = (block + last + 1) / 2;
+    if (cost_before(r, middle) <= target)
+      block = middle;
+    else
+      last = middle - 1;
+  }
+  target -= cost_before(r, block);
+  for (int64_t t = 0; t < r.num_features; ++t) {
+    const Feature& f = r.features[t];
+    const int64_t begin = r.block_begin(f, block), end = r.block_begin(f, block + 1);
+    const int64_t all = cost(r, f, begin, end);
     if (target < all) {
       int64_t low = begin, high = end;
       while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (cost(r, *f, begin, middle) < target)
+        if (cost(r, f, begin, middle) < target)
           low = middle + 1;
         else
           high = middle;
       }
-      return low;
+      return {block, t, low};
     }
     target -= all;
   }
-  return r.num_bags;
+  return {block + 1, 0, 0};
 }
 
 // Floats of scratch that a kernel needs to pool in float32 what it stores in 16 bits.
@@ -95,7 +121,8 @@ int64_t embedding_bag_cost(const BagRequest& r) {
   return total;
 }
 
-void embedding_bag_forward(const BagRequest& r, int threads) {
+void embedding_bag_forward(const BagRequest& request, int threads) {
+  BagRequest r = request;
   const auto forward = kernels().embedding_bag->forward;
   bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
   if (valid) {
@@ -103,12 +130,16 @@ void embedding_bag_forward(const BagRequest& r, int threads) {
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total / lines_per_thread));
     const int64_t scratch = scratch_size(r);
     const auto buffer = scratch ? std::make_unique<float[]>(scratch * parts) : nullptr;
+    // One block of samples for each thread: all get their share of the tables that are out of cache. Smaller
+    // ones would only drive page-table entries and hot rows out of the caches at each change of tables.
+    r.block_bags = std::max<int64_t>(1, (most_bags(r) + parts - 1) / parts);
+    const Cut start{0, 0, 0}, finish{most_bags(r) / r.block_bags + 1, 0, 0};
     if (parts == 1) {
-      valid = forward(r, 0, r.num_bags, buffer.get());
+      valid = forward(r, start, finish, buffer.get());
     } else {
       const auto part_begin = [&](int64_t part) {
-        if (part == 0) return int64_t{0};
-        if (part == parts) return r.num_bags;
+        if (part == 0) return start;
+        if (part == parts) return finish;
         return cut(r, static_cast<int64_t>(static_cast<double>(total) * part / parts));
       };
       std::atomic<bool> all_valid{true};

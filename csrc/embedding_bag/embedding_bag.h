@@ -40,6 +40,8 @@ struct Feature {
   Format format = Format::f32, out_format = Format::f32;
 };
 
+constexpr int64_t all_in_one_block = int64_t{1} << 48;
+
 struct BagRequest {
   Integers indices;  // feature-major
   Integers offsets;  // bag b holds indices[offsets[b]] .. indices[offsets[b + 1] - 1]; a missing last entry
@@ -49,10 +51,23 @@ struct BagRequest {
   const float* per_sample_weights;  // one per index, or null
   Mode mode;
   int64_t padding_idx;  // indices of this value are left out; -1: none
+  // Bags are pooled in blocks of so many of each feature, a block's features in turn.
+  int64_t block_bags = all_in_one_block;
 
   __attribute__((always_inline)) int64_t bag_begin(int64_t bag) const {
     return bag < offsets.size ? offsets[bag] : indices.size;
   }
+  // The feature's first bag in a block: its bags there end where those in the next block begin.
+  __attribute__((always_inline)) int64_t block_begin(const Feature& f, int64_t block) const {
+    const int64_t bags = (&f)[1].first_bag - f.first_bag, before = block * block_bags;
+    return f.first_bag + (before < bags ? before : bags);
+  }
+};
+
+// Where the bags of a request, in the order in which they are pooled, may be cut in two: the later part
+// begins with `bag`, one of the feature's in the block.
+struct Cut {
+  int64_t block, feature, bag;
 };
 
 // Writes every bag's result. IdError or OffsetsError (naming the first offender) if the indices or offsets
@@ -66,9 +81,9 @@ void embedding_bag_forward(const BagRequest&, int threads);
 int64_t embedding_bag_cost(const BagRequest&);
 
 struct EmbeddingBagKernels {
-  // Pools bags [begin, end), whichever features they belong to; false if it met an invalid offset or ID.
-  // `scratch` holds one float32 result; null if every result is float32.
-  bool (*forward)(const BagRequest&, int64_t begin, int64_t end, float* scratch);
+  // Pools the bags between two cuts; false if it met an invalid offset or ID. `scratch` holds one float32
+  // result; null if every result is float32.
+  bool (*forward)(const BagRequest&, const Cut& begin, const Cut& end, float* scratch);
 };
 
 namespace scalar {

@@ -321,7 +321,7 @@ inline PoolBags for_format(const BagRequest& r, Format format, int64_t dim) {
   }
 }
 
-inline bool forward(const BagRequest& r, int64_t begin, int64_t end, float* scratch) {
+inline bool forward(const BagRequest& r, const Cut& begin, const Cut& end, float* scratch) {
   Walk walk(r, begin, end);
   Lookahead ahead(r, begin, end);
   PoolBags pool = nullptr;

@@ -9,30 +9,37 @@ namespace mprec::MPREC_ISA {
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// A feature's bags [begin, end), or those of them that one thread pools.
+// A feature's bags [begin, end) in one block.
 struct Segment {
   const Feature* feature;
   int64_t begin, end;
 };
 
-// The segments of bags [begin, end).
+// The segments between two cuts.
 class Walk {
  public:
-  Walk(const BagRequest& r, int64_t begin, int64_t end)
-      : feature_(r.features), last_(r.features + r.num_features), begin_(begin), end_(end) {}
+  Walk(const BagRequest& r, const Cut& from, const Cut& to)
+      : request_(r), block_(from.block), feature_(from.feature), begin_(from.bag), to_(to) {}
 
   // The next segment with any bags; false after the last.
   bool next(Segment& s) {
-    for (; feature_ != last_ && feature_->first_bag < end_; ++feature_) {
-      s = {feature_, most(begin_, feature_->first_bag), least(end_, feature_[1].first_bag)};
-      if (s.begin < s.end) return ++feature_, true;
-    }
-    return false;
+    do {
+      if (feature_ == request_.num_features) feature_ = 0, ++block_;
+      if (block_ > to_.block || (block_ == to_.block && feature_ > to_.feature)) return false;
+      s.feature = request_.features + feature_;
+      s.begin = most(begin_, request_.block_begin(*s.feature, block_));
+      s.end = request_.block_begin(*s.feature, block_ + 1);
+      if (block_ == to_.block && feature_ == to_.feature) s.end = least(s.end, to_.bag);
+      begin_ = 0;
+      ++feature_;
+    } while (s.begin >= s.end);
+    return true;
   }
 
  private:
-  const Feature *feature_, *last_;
-  int64_t begin_, end_;
+  const BagRequest& request_;
+  int64_t block_, feature_, begin_;  // begin_: of the very first segment
+  Cut to_;
 };
 
 // The index at which a bag begins, or the nearest there is: offsets are not validated yet.
@@ -52,7 +59,9 @@ struct Prefetch {
 
 class Lookahead {
  public:
-  Lookahead(const BagRequest& r, int64_t begin, int64_t end) : request_(r), walk_(r, begin, end) { enter(); }
+  Lookahead(const BagRequest& r, const Cut& from, const Cut& to) : request_(r), walk_(r, from, to) {
+    enter();
+  }
 
   // What the pooling of the next `count` rows, from index `begin` on, is to prefetch: as many rows further
   // ahead. One for each row that is pooled, because a burst of prefetches blocks the queue to memory. False

@@ -169,22 +169,27 @@ void check_forward(Case& c, const std::vector<Table*>& tables, const std::vector
   Guarded<float> scratch(o.out_format == Format::f32 ? 0 : widest, o.edge);
   features.push_back({});
   features.back().first_bag = num_tables * batch;
-  const BagRequest request{guarded_indices.view(),
-                           guarded_offsets.view(),
-                           features.data(),
-                           num_tables,
-                           num_tables * batch,
-                           o.weighted ? weights.data() : nullptr,
-                           o.mode,
-                           o.padded ? padding : -1};
+  BagRequest request{guarded_indices.view(),
+                     guarded_offsets.view(),
+                     features.data(),
+                     num_tables,
+                     num_tables * batch,
+                     o.weighted ? weights.data() : nullptr,
+                     o.mode,
+                     o.padded ? padding : -1};
   if (o.threads) {
     embedding_bag_forward(request, o.threads);
   } else {
-    const int64_t middle = random.below(request.num_bags + 1);
+    request.block_bags = 1 + random.below(batch + 2);
+    const int64_t blocks = batch / request.block_bags + 1, block = random.below(blocks),
+                  table = random.below(num_tables);
+    const Feature& f = features[table];
+    const int64_t first = request.block_begin(f, block), bags = request.block_begin(f, block + 1) - first;
+    const Cut start{0, 0, 0}, middle{block, table, first + random.below(bags + 1)}, finish{blocks, 0, 0};
     const auto forward = kernels().embedding_bag->forward;
     float* const one_result = scratch.size() ? scratch.data() : nullptr;
-    c.expect(forward(request, 0, middle, one_result), "first range was refused");
-    c.expect(forward(request, middle, request.num_bags, one_result), "second range was refused");
+    c.expect(forward(request, start, middle, one_result), "first range was refused");
+    c.expect(forward(request, middle, finish, one_result), "second range was refused");
   }
 
   // A 16-bit result is rounded once more.
