@@ -141,6 +141,19 @@ void store16(T* p, Vec a, Mask k) {
 
 #endif
 
+inline void to_floats(const Half (&pair)[2], float& first, float& second) {
+#if defined(__AVX2__)
+  int bits;
+  __builtin_memcpy(&bits, pair, sizeof bits);
+  const __m128 both = _mm_cvtph_ps(_mm_cvtsi32_si128(bits));
+  first = _mm_cvtss_f32(both);
+  second = _mm_cvtss_f32(_mm_movehdup_ps(both));
+#else
+  first = to_float(pair[0]);
+  second = to_float(pair[1]);
+#endif
+}
+
 inline Vec load(const Half* p) { return load16(p); }
 inline Vec load(const Half* p, Mask k) { return load16(p, k); }
 inline Vec load(const BFloat* p) { return load16(p); }

@@ -28,23 +28,11 @@ int64_t cost(const BagRequest& r, const Feature& f, int64_t begin, int64_t end) 
   return std::max<int64_t>(indices, 0) * row_cost(f) + (end - begin) * bag_cost;
 }
 
-// Blocks of samples: a row of results holds every table's, so that one table's results lie pages apart. The
-// results of a block keep to few pages and to the second-level cache until all tables have filled them.
-constexpr int64_t block_bytes = 128 << 10, least_block_bags = 32;
-
 int64_t most_bags(const BagRequest& r) {
   int64_t bags = 0;
   for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
     bags = std::max(bags, f[1].first_bag - f->first_bag);
   return bags;
-}
-
-int64_t chosen_block_bags(const BagRequest& r) {
-  const Feature& f = r.features[0];
-  const int64_t result_bytes = f.out_stride * (f.out_format == Format::f32 ? 4 : 2);
-  const bool apart = f.out_stride != f.dim;
-  return apart ? std::max(least_block_bags, block_bytes / std::max<int64_t>(result_bytes, 1))
-               : all_in_one_block;
 }
 
 // Cost of all bags before a block.
@@ -135,7 +123,6 @@ int64_t embedding_bag_cost(const BagRequest& r) {
 
 void embedding_bag_forward(const BagRequest& request, int threads) {
   BagRequest r = request;
-  r.block_bags = chosen_block_bags(r);
   const auto forward = kernels().embedding_bag->forward;
   bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
   if (valid) {
@@ -143,6 +130,9 @@ void embedding_bag_forward(const BagRequest& request, int threads) {
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total / lines_per_thread));
     const int64_t scratch = scratch_size(r);
     const auto buffer = scratch ? std::make_unique<float[]>(scratch * parts) : nullptr;
+    // One block of samples for each thread: all get their share of the tables that are out of cache. Smaller
+    // ones would only drive page-table entries and hot rows out of the caches at each change of tables.
+    r.block_bags = std::max<int64_t>(1, (most_bags(r) + parts - 1) / parts);
     const Cut start{0, 0, 0}, finish{most_bags(r) / r.block_bags + 1, 0, 0};
     if (parts == 1) {
       valid = forward(r, start, finish, buffer.get());

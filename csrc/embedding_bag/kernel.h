@@ -21,13 +21,13 @@ constexpr int max_vectors = 8;
 
 // What the pooling of a feature's bags reads, in registers where there are enough.
 struct Source {
-  Integers ids;
+  const void* ids;
   const char* rows;
   int64_t row_bytes, dim, padding_idx;
   const float* weights;
   bool mean;
   Source(const BagRequest& r, const Feature& f)
-      : ids(r.indices),
+      : ids(r.indices.data),
         rows(f.rows),
         row_bytes(f.row_bytes),
         dim(f.dim),
@@ -45,10 +45,13 @@ struct Progress {
 
 // Pools rows [begin, end) of a bag into `vectors` registers of columns, from `column` on; the last register
 // is masked if `tail`. Goes on from `before` in `out`, and finishes the bag if `last`.
-template <class Row, Pool pool, int vectors, bool tail>
-inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_t column, Mask mask,
+template <class Row, Pool pool, int vectors, bool tail, class Index>
+inline Progress pool_columns(const Source& source, int64_t begin, int64_t end, int64_t column, Mask mask,
                              const Prefetch& next, float* out, Progress before, bool last) {
   constexpr int64_t width = Vec::width;
+  const Source s = source;
+  const auto [shift, next_rows, next_num_rows, next_row_bytes, last_byte] = next;
+  const Index* const ids = static_cast<const Index*>(s.ids);
   out += column;
   Vec acc[vectors];
   int64_t count = before.count;
@@ -63,13 +66,12 @@ inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_
   for (int v = 0; v < pairs; ++v) split_columns(acc[2 * v], acc[2 * v + 1]);
 
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t id = s.ids[i];
-    const int64_t next_id = s.ids[i + next.shift];
-    if (__builtin_expect(static_cast<uint64_t>(next_id) >= next.num_rows, 0)) return {0, 0, false};
-    const char* next_row = next.rows + next_id * next.row_bytes + column * Row::bits / 8;
+    const int64_t id = ids[i], next_id = ids[i + shift];
+    if (__builtin_expect(static_cast<uint64_t>(next_id) >= next_num_rows, 0)) return {0, 0, false};
+    const char* const next_row = next_rows + next_id * next_row_bytes + column * Row::bits / 8;
 #pragma GCC unroll 8
     for (int64_t line = 0; line < vectors * width * Row::bits / 8; line += 64) prefetch(next_row + line);
-    if (next.last_byte) prefetch(next_row + next.last_byte);
+    if (last_byte) prefetch(next_row + last_byte);
     if (pool != Pool::sum && id == s.padding_idx) continue;
     const Row row(s.rows + id * s.row_bytes, s.dim);
     const float weight = pool == Pool::weighted && s.weights ? s.weights[i] : 1.0f;
@@ -129,8 +131,16 @@ inline Progress pool_columns(const Source& s, int64_t begin, int64_t end, int64_
   return {count, bias, true};
 }
 
+// A bag of few rows, no wider than 8 registers. A function of its own: all that a row needs stays in
+// registers.
+template <class Row, Pool pool, int vectors, bool tail, class Index>
+__attribute__((noinline)) bool pool_brief(const Source& s, int64_t begin, int64_t end, Mask mask,
+                                          const Prefetch& next, float* out) {
+  return pool_columns<Row, pool, vectors, tail, Index>(s, begin, end, 0, mask, next, out, {}, true).valid;
+}
+
 // A bag of many rows, or of rows wider than 8 registers: a few rows at a time, their columns in turn.
-template <class Row, Pool pool, int vectors, bool tail>
+template <class Row, Pool pool, int vectors, bool tail, class Index>
 __attribute__((noinline)) bool pool_long(const Source& s, int64_t begin, int64_t end, int64_t last_column,
                                          Mask mask, float* out, Lookahead& ahead) {
   Progress progress;
@@ -139,10 +149,10 @@ __attribute__((noinline)) bool pool_long(const Source& s, int64_t begin, int64_t
     Prefetch next;
     if (!ahead.next(begin, stop - begin, next)) return false;
     for (int64_t column = 0; column < last_column; column += max_vectors * Vec::width)
-      pool_columns<Row, pool, max_vectors, false>(s, begin, stop, column, mask, next, out, progress,
-                                                  stop == end);
-    progress = pool_columns<Row, pool, vectors, tail>(s, begin, stop, last_column, mask, next, out, progress,
-                                                      stop == end);
+      pool_columns<Row, pool, max_vectors, false, Index>(s, begin, stop, column, mask, next, out, progress,
+                                                         stop == end);
+    progress = pool_columns<Row, pool, vectors, tail, Index>(s, begin, stop, last_column, mask, next, out,
+                                                             progress, stop == end);
     if (!progress.valid) return false;
     begin = stop;
   } while (begin < end);
@@ -171,7 +181,8 @@ inline bool single(const void* ends, int64_t count, int64_t from) {
 }
 
 inline bool single_bags(const BagRequest& r, int64_t bag, int64_t count, int64_t from) {
-  if (bag + count >= r.offsets.size) return false;  // the last offset may be missing
+  if (bag + count >= r.offsets.size) return false;   // the last offset may be missing
+  if (r.offsets[bag + 1] != from + 1) return false;  // most often this tells
   return r.offsets.wide ? single<int64_t>(static_cast<const int64_t*>(r.offsets.data) + bag + 1, count, from)
                         : single<int32_t>(static_cast<const int32_t*>(r.offsets.data) + bag + 1, count, from);
 }
@@ -221,6 +232,10 @@ bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, fl
   // No bag may reach beyond: the indices there are validated for another segment.
   const int64_t limit = clamped_begin(r, end);
   const Source source(r, f);
+  const auto brief_bag = r.indices.wide ? pool_brief<Row, pool, vectors, tail, int64_t>
+                                        : pool_brief<Row, pool, vectors, tail, int32_t>;
+  const auto long_bag = r.indices.wide ? pool_long<Row, pool, vectors, tail, int64_t>
+                                       : pool_long<Row, pool, vectors, tail, int32_t>;
   const Mask mask(f.dim - last_column - (vectors - 1) * Vec::width);
   const int64_t out_bytes = f.out_stride * (f.out_format == Format::f32 ? 4 : 2);
   char* result = reinterpret_cast<char*>(f.out) + (begin - f.first_bag) * out_bytes;
@@ -263,11 +278,10 @@ bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, fl
     Prefetch next{};
     if (brief && !ahead.next(from, before - from, next)) return false;
     for (int64_t b = 0; b < bags; from = ends[b++], result += out_bytes) {
-      own(result + results_ahead * out_bytes);
+      own(result + bags * out_bytes);  // a result of the next ones
       float* out = scratch ? scratch : reinterpret_cast<float*>(result);
-      if (brief ? !pool_columns<Row, pool, vectors, tail>(source, from, ends[b], 0, mask, next, out, {}, true)
-                       .valid
-                : !pool_long<Row, pool, vectors, tail>(source, from, ends[b], last_column, mask, out, ahead))
+      if (brief ? !brief_bag(source, from, ends[b], mask, next, out)
+                : !long_bag(source, from, ends[b], last_column, mask, out, ahead))
         return false;
       if (scratch) store_result(scratch, reinterpret_cast<float*>(result), f.out_format, f.dim);
     }

@@ -90,9 +90,8 @@ struct Int4Row {
   float scale, bias;
   Int4Row(const char* row, int64_t dim) : values(reinterpret_cast<const uint8_t*>(row)) {
     Half pair[2];
-    __builtin_memcpy(pair, row + dim / 2, 4);
-    scale = to_float(pair[0]);
-    bias = to_float(pair[1]);
+    __builtin_memcpy(pair, row + dim / 2, sizeof pair);
+    to_floats(pair, scale, bias);
   }
 #if defined(__AVX2__)
   // Bytes ba dc .. to 0a 0b 0c 0d ..: each byte widened to 16 bits, its high half moved up by 4 bits.
@@ -111,10 +110,11 @@ struct Int4Row {
     const __m128i bytes = _mm_maskz_loadu_epi8(half, values + column / 2);
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(unpack(bytes)))};
   }
+  // A look-up takes the low four bits of each integer for its place: a mask and a conversion in one.
   static Pair separate(__m128i bytes) {
+    const __m512 value = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i x = _mm512_cvtepu8_epi32(bytes);
-    return {{_mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)))},
-            {_mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4))}};
+    return {{_mm512_permutexvar_ps(x, value)}, {_mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), value)}};
   }
   Pair pair(int64_t column) const {
     return separate(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + column / 2)));
