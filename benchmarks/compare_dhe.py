@@ -208,7 +208,7 @@ def _two_threads(measure: Rows) -> Iterator[Row]:
         handle = pack(module)
         wanted = any(measure.only in f"dhe 2 threads {shape} batch {batch}" for batch in BATCHES)
         ceiling = f"multiply-adds in registers: {ceilings.threads_gain(2):.2f}" if wanted else ""
-        for batch, target in ((1, 1), (16, 1), (128, 1.8), (2048, 1.8)):
+        for batch, target in ((1, 0.95), (16, 0.95), (128, 1.8), (2048, 1.8)):  # few rows: no slower
             yield from measure.compare(
                 f"dhe 2 threads {shape} batch {batch}",
                 "1 thread",
