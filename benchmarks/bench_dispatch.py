@@ -196,7 +196,7 @@ class Choices:
 
 def choices(paths, profile, sizes, taken) -> Choices:
     """The dispatcher among ``paths`` on a stream of which each candidate's times are known."""
-    dispatcher = Dispatcher(paths, profile, quantile="p50")
+    dispatcher = Dispatcher(paths, profile, statistic="mean")
     chosen = []
     for size, times in zip(sizes, taken, strict=True):
         name = dispatcher.choose(size, 0.0).name

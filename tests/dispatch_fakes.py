@@ -40,6 +40,7 @@ def fake_profile(costs, batch_sizes=tuple(2**i for i in range(12)), tail=1.25, s
             "p50": p50,
             "p95": tails,
             "p99": tails,
+            "mean": p50,
         }
 
     shapes = shapes or {name: f"shape of {name}" for name in costs}

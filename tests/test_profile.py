@@ -172,8 +172,8 @@ def test_measured_profile_holds_what_was_measured():
     profile, _ = measure()
     for name, fixed, per_sample in (("table", 1e-4, 1e-6), ("dhe", 2e-4, 9e-6)):
         for condition in ("warm", "repeated", "cold"):
-            for quantile in ("p50", "p95", "p99"):
-                curve = profile.curve(name, quantile, condition)
+            for statistic in ("p50", "p95", "p99", "mean"):
+                curve = profile.curve(name, statistic, condition)
                 sizes = (1, 128) if condition == "cold" else (1, 16, 128)
                 assert curve.batch_sizes == sizes
                 np.testing.assert_allclose(curve.seconds, [fixed + per_sample * b for b in sizes])
@@ -212,6 +212,19 @@ def test_the_grid_closes_in_on_a_threshold():
         assert set(curve.batch_sizes) == {*grid, 5, 6}
         np.testing.assert_allclose([curve.at(b) for b in range(1, 257)], [cost(b) for b in range(1, 257)])
     assert profile.prediction_error["p95"] < 1e-9
+
+
+def test_the_mean_is_of_both_kinds_of_calls_without_hiccups():
+    clock, luck = Clock(), np.random.default_rng(0)
+    path = fake_path("two kinds", 0.0, 0, 0, clock)
+
+    def model(item):
+        clock.advance(luck.choice([1e-3, 3e-3, 0.1], p=[0.59, 0.4, 0.01]))
+
+    object.__setattr__(path, "model", model)
+    profile = Profile.measure([path], rows, (1, 64), seconds=30, clock=clock, conditions=("warm",))
+    assert profile.curve("two kinds").at(1) == pytest.approx(1e-3)
+    assert profile.curve("two kinds", "mean").at(1) == pytest.approx(1.75e-3, rel=0.15)
 
 
 def test_noise_adds_no_batch_sizes():
@@ -268,7 +281,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         (lambda t: t[: len(t) // 2], "not JSON"),
         (lambda t: "[]", "not a profile"),
         (lambda t: '{"format": "other"}', "not a profile"),
-        (lambda t: t.replace('"version": 1', '"version": 99'), "version 99"),
+        (lambda t: t.replace('"version": 2', '"version": 99'), "version 99"),
         (lambda t: t.replace("0.0001", "0.0002"), "checksum"),
         (lambda t: t.replace('"checksum"', '"other"'), "checksum"),
     ],

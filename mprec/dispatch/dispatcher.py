@@ -56,8 +56,9 @@ class Explanation:
 class Dispatcher:
     """Chooses among ``paths`` by a ``profile`` that has measured them.
 
-    ``quantile`` is the tail that must meet the target: ``p95`` unless the profile has enough calls per
-    batch size (some hundreds) for ``p99`` to be more than their maximum. Not thread-safe: one dispatcher
+    ``statistic`` of a path's latency is what must meet the target: ``p95``, ``p99`` if the profile has enough
+    calls per batch size (some hundreds) for it to be more than their maximum, or ``mean``, where nothing but
+    the sum of many calls counts. Not thread-safe: one dispatcher
     per worker. ``KeyError`` if the profile lacks a path.
     """
 
@@ -66,7 +67,7 @@ class Dispatcher:
         paths: Sequence[Path],
         profile: Profile,
         *,
-        quantile: str = "p95",
+        statistic: str = "p95",
         condition: str = "warm",
     ) -> None:
         if not paths:
@@ -74,10 +75,10 @@ class Dispatcher:
         names = [path.name for path in paths]
         if len(set(names)) != len(names):
             raise ValueError(f"paths must have distinct names, got {names}")
-        up_to = max(profile.curve(name, quantile, condition).batch_sizes[-1] for name in names)
+        up_to = max(profile.curve(name, statistic, condition).batch_sizes[-1] for name in names)
         self.simulated = profile.simulated
         self._limit = up_to
-        self._states = [Prediction(path, profile, quantile, condition, up_to) for path in paths]
+        self._states = [Prediction(path, profile, statistic, condition, up_to) for path in paths]
         self._by_name = {state.path.name: state for state in self._states}
         by_quality = sorted(self._states, key=lambda state: -state.path.quality)
         self._levels = [
@@ -145,7 +146,7 @@ class Dispatcher:
         return min(state.tail_at(batch_size, unique_share) for state in states)
 
     def expect(self, batch_size: int, path: str | None = None) -> float:
-        """Predicted median latency in seconds: of one path, or the least of all. Over many batches these add
+        """Predicted mean latency in seconds: of one path, or the least of all. Over many batches these add
         up, tails do not.
         """
         _check(batch_size, 0.0, 0.0, None)

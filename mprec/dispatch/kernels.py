@@ -62,7 +62,7 @@ class TunedKernels:
         self, candidates: dict[str, KernelOptions], paths: Sequence[Path], profile: Profile, largest: int
     ) -> None:
         self.profile = profile
-        dispatcher = Dispatcher(paths, profile, quantile="p50")
+        dispatcher = Dispatcher(paths, profile, statistic="mean")
         self.choices = [dispatcher.choose(size, 0.0).name for size in range(1, largest + 1)]
         self._options = [candidates[name] for name in (self.choices[0], *self.choices)]
         self._last = largest

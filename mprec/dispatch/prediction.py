@@ -1,7 +1,7 @@
 """What one path is expected to take: its profile, corrected by what is observed while serving.
 
 Prediction = profiled latency at this batch size (and share of unique IDs) x the path's correction, which
-follows observed over profiled medians. The rules that make it steady:
+follows observed over profiled means. The rules that make it steady:
 
 - *Robust*: a correction follows the mean of the last sixteen calls without the three slowest and the three
   fastest (of up to six calls: the middle one or two), so one hiccup moves nothing. A median jumps more
@@ -36,13 +36,13 @@ _STALE = 8  # calls of other paths after which old observations of a path are fo
 class Prediction:
     """Of one path. Lists are indexed by batch size, in seconds, and reach up to the profile's largest."""
 
-    def __init__(self, path: Path, profile: Profile, quantile: str, condition: str, up_to: int) -> None:
+    def __init__(self, path: Path, profile: Profile, statistic: str, condition: str, up_to: int) -> None:
         self.path = path
         self.last = up_to
-        self.tail = _table(path, profile, quantile, condition, up_to)
-        self.typical = _table(path, profile, "p50", condition, up_to)
+        self.tail = _table(path, profile, statistic, condition, up_to)
+        self.typical = _table(path, profile, "mean", condition, up_to)
         # With a share u of unique IDs the tail is max(base + u * slope, floor), where it was profiled at two.
-        seen, self.slope = _unique_share_slopes(profile, path.name, quantile, up_to)
+        seen, self.slope = _unique_share_slopes(profile, path.name, statistic, up_to)
         self.base = [t - u * s for t, u, s in zip(self.tail, seen, self.slope, strict=True)]
         self.floor = [0.1 * t for t in self.tail]
         self.correction = 1.0  # in use
@@ -64,7 +64,7 @@ class Prediction:
         return value * (self.scale(batch_size) * self.correction)
 
     def typical_at(self, batch_size: int) -> float:
-        """Predicted median latency."""
+        """Predicted mean latency."""
         return self.typical[min(batch_size, self.last)] * self.scale(batch_size) * self.correction
 
     def observe(self, batch_size: int, seconds: float, unique_share: float | None) -> None:
@@ -96,14 +96,14 @@ class Prediction:
             self._followed, self.correction = 0.0, 1.0
 
 
-def _table(path: Path, profile: Profile, quantile: str, condition: str, up_to: int) -> list[float]:
-    table = profile.curve(path.name, quantile, condition).table(up_to)
+def _table(path: Path, profile: Profile, statistic: str, condition: str, up_to: int) -> list[float]:
+    table = profile.curve(path.name, statistic, condition).table(up_to)
     if path.supports is not None:
         table = [t if b and path.supports(b) else math.inf for b, t in enumerate(table)]
     return table
 
 
-def _unique_share_slopes(profile: Profile, name: str, quantile: str, up_to: int):
+def _unique_share_slopes(profile: Profile, name: str, statistic: str, up_to: int):
     """(unique share the profile saw, seconds per unit of share) at each batch size; no slope where it was
     profiled at one share only."""
     sizes = np.arange(up_to + 1)
@@ -111,7 +111,7 @@ def _unique_share_slopes(profile: Profile, name: str, quantile: str, up_to: int)
     if "repeated" not in profile.cells[name]:
         return seen.tolist(), [0.0] * (up_to + 1)
     low = np.interp(sizes, *profile.unique_shares(name, "repeated"))
-    gap = profile.curve(name, quantile).at(sizes) - profile.curve(name, quantile, "repeated").at(sizes)
+    gap = profile.curve(name, statistic).at(sizes) - profile.curve(name, statistic, "repeated").at(sizes)
     apart = seen - low > 0.05
     # More unique IDs never cost less: a negative slope is noise.
     slope = np.where(apart, np.maximum(gap, 0.0) / np.where(apart, seen - low, 1.0), 0.0)

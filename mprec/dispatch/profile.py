@@ -31,9 +31,10 @@ from mprec.files import write_whole
 __all__ = ["BATCH_SIZES", "CONDITIONS", "Profile", "ProfileError", "ProfileMismatchError", "default_file"]
 
 FORMAT = "mprec profile"
-VERSION = 1
+VERSION = 2
 BATCH_SIZES = tuple(2**i for i in range(12))  # 1 ... 2048
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+STATISTICS = (*QUANTILES, "mean")
 # warm: calls back to back. repeated: the same, a quarter of the batch's rows four times each, so that few
 # IDs are unique. cold: the CPU's caches emptied before every call.
 CONDITIONS = ("warm", "repeated", "cold")
@@ -58,7 +59,9 @@ class ProfileMismatchError(ProfileError):
 @dataclass(frozen=True)
 class Profile:
     """``cells[path][condition]`` has equally long lists: ``batch_sizes``, ``calls`` (how many were timed),
-    ``unique_share`` (mean over inputs), and ``p50``, ``p95``, ``p99`` in seconds.
+    ``unique_share`` (mean over inputs), and ``p50``, ``p95``, ``p99`` and ``mean`` in seconds. The mean
+    leaves out the slowest twentieth of the calls, which other work on the machine has delayed. Where inputs
+    are of two kinds, it says what many calls take together, and a median only which kind prevails.
 
     ``prediction_error`` is measured, not assumed: predicted over observed median at batch sizes between
     the grid points, as ``median`` and ``p95`` of the relative error. ``simulated`` profiles describe
@@ -73,14 +76,14 @@ class Profile:
     simulated: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    def curve(self, path: str, quantile: str = "p50", condition: str = "warm") -> Curve:
+    def curve(self, path: str, statistic: str = "p50", condition: str = "warm") -> Curve:
         """Latency of one path over batch size. ``KeyError`` names what was not measured."""
         try:
             cell = self.cells[path][condition]
-            return Curve.fit(cell["batch_sizes"], cell[quantile], falls(cell["p50"]))
+            return Curve.fit(cell["batch_sizes"], cell[statistic], falls(cell["p50"]))
         except KeyError as error:
             raise KeyError(
-                f"profile has no {quantile} of path {path!r} in condition {condition!r} (missing {error})"
+                f"profile has no {statistic} of path {path!r} in condition {condition!r} (missing {error})"
             ) from None
 
     def unique_shares(self, path: str, condition: str = "warm") -> tuple[list[int], list[float]]:
@@ -104,7 +107,7 @@ class Profile:
         clock: Callable[[], float] = time.perf_counter,
         **options: Any,
     ) -> Profile:
-        """Micro-benchmark the paths for about ``seconds`` and keep the quantiles: longer only if a few calls
+        """Micro-benchmark the paths for about ``seconds``, and keep statistics: longer only if a few calls
         of each path at each size take longer.
 
         First a quick look finds batch sizes to add where latency is not straight between those given
@@ -218,8 +221,8 @@ class Profile:
             profile = cls(**{key: value for key, value in content.items() if key in known})
             for name, conditions in profile.cells.items():
                 for condition in conditions:
-                    for quantile in QUANTILES:
-                        profile.curve(name, quantile, condition)
+                    for statistic in STATISTICS:
+                        profile.curve(name, statistic, condition)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProfileError(f"{where}: not a whole profile: {error}") from error
         return profile
@@ -341,7 +344,13 @@ def _cell(name: str, samples: Samples, uniqueness: Mapping[int, float]) -> dict[
         "calls": [len(values) for values in seconds],
         "unique_share": [uniqueness[size] for size in sizes],
         **{key: [float(np.quantile(v, q)) for v in seconds] for key, q in QUANTILES.items()},
+        "mean": [_mean(values) for values in seconds],
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Without the slowest twentieth, at least one of twenty."""
+    return float(np.mean(np.sort(values)[: max(1, len(values) * 19 // 20)]))
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
