@@ -224,4 +224,5 @@ def _two_threads(seconds: float, only: str) -> Iterator[Row]:
             own_inputs=True,
         )
         target = 1.8 if batch > 1 else 0.95
-        yield Row(_threads_name(batch), "itself with 1", t["2"].p50 * 1e6, t["1"].p50 * 1e6, target)
+        note = f"multiply-adds in registers: {ceilings.threads_gain(2):.2f}"
+        yield Row(_threads_name(batch), "itself with 1", t["2"].p50 * 1e6, t["1"].p50 * 1e6, target, note)
