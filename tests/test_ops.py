@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mprec import ops, reference
 from mprec.hashing import coefficients
+from mprec.ops import _decoders
 from mprec.testing import isa, runnable_isas
 
 torch.set_num_threads(1)
@@ -329,6 +330,15 @@ def test_packed_decoders_follow_the_weights():
         weights[0].data[1, 1] += 1  # and where no sample is taken
         ops.clear_decoders()
         check()
+
+
+def test_frozen_decoders_are_kept_with_grad_mode_on():
+    hashes, weights, biases = make_decoder((32, 8, 4))
+    frozen = [w.detach() for w in weights], [b.detach() for b in biases]
+    options = "universal", "mish", "none"
+    assert _decoders.decoder(hashes, *frozen, *options) is _decoders.decoder(hashes, *frozen, *options)
+    wanted = [w.clone().requires_grad_() for w in weights], biases
+    assert _decoders.decoder(hashes, *wanted, *options) is not _decoders.decoder(hashes, *wanted, *options)
 
 
 @settings(max_examples=60, deadline=None)

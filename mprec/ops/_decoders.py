@@ -46,9 +46,9 @@ def decoder(
     last_activation: str,
     precision: str = "float32",
 ) -> "_C.Decoder":
-    """The native decoder of one feature: kept from an earlier call if grad mode is off, else packed now."""
+    """The native decoder of one feature: kept from an earlier call, or packed now if gradients are wanted."""
     options = family, activation, last_activation, precision
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, *biases)):
         return _pack(coefficients, weights, biases, *options)
     first = weights[0]
     key = id(first), precision
