@@ -75,6 +75,11 @@ def threads_gain(count: int, milliseconds: float = 10, rounds: int = 15) -> floa
     return statistics.median(run(1) / run(count) for _ in range(rounds))
 
 
+def two_threads_note() -> str:
+    """`threads_gain` of two, for a row that compares them with one."""
+    return f"multiply-adds in registers: {threads_gain(2):.2f}"
+
+
 def read_bandwidth(nbytes: int, rounds: int = 10) -> float:
     """Bytes per second that one core reads from a buffer of `nbytes`, best of `rounds`."""
     data, sink = torch.zeros(nbytes // 256 * 64), torch.zeros(16)

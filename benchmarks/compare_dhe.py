@@ -207,7 +207,7 @@ def _two_threads(measure: Rows) -> Iterator[Row]:
     for shape, module in _modules("universal").items():
         handle = pack(module)
         wanted = any(measure.only in f"dhe 2 threads {shape} batch {batch}" for batch in BATCHES)
-        ceiling = f"multiply-adds in registers: {ceilings.threads_gain(2):.2f}" if wanted else ""
+        ceiling = ceilings.two_threads_note() if wanted else ""
         for batch, target in ((1, 0.95), (16, 0.95), (128, 1.8), (2048, 1.8)):  # few rows: no slower
             yield from measure.compare(
                 f"dhe 2 threads {shape} batch {batch}",

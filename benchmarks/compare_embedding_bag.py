@@ -216,6 +216,7 @@ def _two_threads(seconds: float, only: str) -> Iterator[Row]:
     sizes = capped(KAGGLE, 1_000_000)
     wanted = [batch for batch in THREADS if only in _threads_name(batch)]
     weights = [huge_pages.empty(n, 16).uniform_(-0.01, 0.01) for n in sizes] if wanted else []
+    note = ceilings.two_threads_note() if wanted else ""
     for batch in wanted:
         t = harness.interleaved(
             {str(k): _native_call(weights, batch, 1, threads=k) for k in (1, 2)},
@@ -224,5 +225,4 @@ def _two_threads(seconds: float, only: str) -> Iterator[Row]:
             own_inputs=True,
         )
         target = 1.8 if batch > 1 else 0.95
-        note = f"multiply-adds in registers: {ceilings.threads_gain(2):.2f}"
         yield Row(_threads_name(batch), "itself with 1", t["2"].p50 * 1e6, t["1"].p50 * 1e6, target, note)

@@ -40,8 +40,6 @@ struct Feature {
   Format format = Format::f32, out_format = Format::f32;
 };
 
-constexpr int64_t all_in_one_block = int64_t{1} << 48;
-
 struct BagRequest {
   Integers indices;  // feature-major
   Integers offsets;  // bag b holds indices[offsets[b]] .. indices[offsets[b + 1] - 1]; a missing last entry
@@ -51,8 +49,8 @@ struct BagRequest {
   const float* per_sample_weights;  // one per index, or null
   Mode mode;
   int64_t padding_idx;  // indices of this value are left out; -1: none
-  // Bags are pooled in blocks of so many of each feature, a block's features in turn.
-  int64_t block_bags = all_in_one_block;
+  // Bags are pooled in blocks of so many of each feature, a block's features in turn; the driver says.
+  int64_t block_bags = 1;
 
   __attribute__((always_inline)) int64_t bag_begin(int64_t bag) const {
     return bag < offsets.size ? offsets[bag] : indices.size;

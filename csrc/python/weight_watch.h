@@ -52,10 +52,8 @@ class TensorMark {
  public:
   // TypeError for what is no torch tensor on the CPU, RuntimeError for one made in inference mode, which has
   // no counter.
-  explicit TensorMark(PyObject* tensor) : tensor_(tensor), view_(view(tensor, "weights")), sample_(view_) {
-    if (!is_torch(tensor))
-      throw pybind11::type_error(message("weights: expected torch tensors, got ", Py_TYPE(tensor)->tp_name));
-    version_ = version(tensor);
+  explicit TensorMark(PyObject* tensor)
+      : tensor_(tensor), view_(view(tensor, "weights")), sample_(view_), version_(version(tensor)) {
     storage_ = pybind11::handle(tensor).attr("detach")();
   }
   static bool is_torch(PyObject* object) { return pybind11::hasattr(object, "__dlpack_c_exchange_api__"); }

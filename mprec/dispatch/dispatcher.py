@@ -58,8 +58,8 @@ class Dispatcher:
 
     ``statistic`` of a path's latency is what must meet the target: ``p95``, ``p99`` if the profile has enough
     calls per batch size (some hundreds) for it to be more than their maximum, or ``mean``, where nothing but
-    the sum of many calls counts. Not thread-safe: one dispatcher
-    per worker. ``KeyError`` if the profile lacks a path.
+    the sum of many calls counts. Not thread-safe: one dispatcher per worker. ``KeyError`` if the profile
+    lacks a path.
     """
 
     def __init__(

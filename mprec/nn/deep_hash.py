@@ -12,7 +12,7 @@ from mprec.errors import IdOutOfRangeError
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
 from mprec.nn.config import DEFAULT_OPTIONS, DheConfig, Kernel, check_kernel, kernel_options
-from mprec.ops._common import direct, num_bags
+from mprec.ops._common import direct, num_bags, rows_as_bags
 from mprec.ops._decoders import ModuleDecoder
 
 
@@ -102,6 +102,8 @@ class DeepHashEmbeddingBag(nn.Module):
     ) -> Tensor:
         include_last_offset = self.include_last_offset
         if offsets is None:
+            if input.dim() != 2:
+                raise ValueError("offsets has to be a 1D Tensor but got None")
             input, offsets, per_sample_weights = rows_as_bags(input, per_sample_weights)
             include_last_offset = True
         if not torch.is_grad_enabled() and direct(input, offsets, per_sample_weights):
@@ -184,15 +186,6 @@ class DeepHashEmbeddingBag(nn.Module):
             f"{c.k} {c.family} hashes, {'-'.join(map(str, c.widths(self.embedding_dim)))}, {c.activation}, "
             f"last {c.last_activation}, mode={self.mode!r}{bound}{padding}"
         )
-
-
-def rows_as_bags(input: Tensor, per_sample_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """IDs ``[B * L]``, offsets ``[B + 1]`` and weights of bags that are the rows of ``input`` ``[B, L]``."""
-    if input.dim() != 2:
-        raise ValueError("offsets has to be a 1D Tensor but got None")
-    offsets = torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
-    weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
-    return input.reshape(-1), offsets, weights
 
 
 def check_bound(indices: Tensor, bound: int) -> None:

@@ -74,6 +74,13 @@ def ids(tensor: Tensor, name: str) -> Tensor:
     return tensor.to(torch.int64)
 
 
+def rows_as_bags(input: Tensor, per_sample_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """IDs ``[B * L]``, offsets ``[B + 1]`` and weights of bags that are the rows of ``input`` ``[B, L]``."""
+    offsets = torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
+    weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
+    return input.reshape(-1), offsets, weights
+
+
 def buffer(out: Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A CPU matrix to be written: ``out`` if given and of this form (else ``ValueError``), or a new one."""
     if out is None:

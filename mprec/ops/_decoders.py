@@ -137,7 +137,7 @@ def group_decoders(
 
 
 def clear_decoders() -> None:
-    """Forget all packed decoders: needed only after changing weights through ``.data`` or a NumPy view."""
+    """Forget all packed decoders: needed only after changing part of a tensor through ``.data`` or NumPy."""
     _kept.clear()
     _groups.clear()
     _C.WeightWatch.forget_all()

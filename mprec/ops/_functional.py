@@ -22,6 +22,7 @@ from mprec.ops._common import (
     ids,
     into,
     pass_padding,
+    rows_as_bags,
 )
 from mprec.ops._decoders import decoder
 
@@ -136,15 +137,8 @@ def embedding_bag(
     if input.dim() == 2:
         if offsets is not None:
             raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
-        offsets = torch.arange(
-            0, input.shape[0] * input.shape[1] + 1, max(input.shape[1], 1), device=input.device
-        )
-        if input.shape[1] == 0:
-            offsets = offsets.new_zeros(input.shape[0] + 1)
+        input, offsets, per_sample_weights = rows_as_bags(input, per_sample_weights)
         include_last_offset = True
-        input = input.reshape(-1)
-        if per_sample_weights is not None:
-            per_sample_weights = per_sample_weights.reshape(-1)
     elif input.dim() != 1:
         raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
     elif offsets is None:
