@@ -28,6 +28,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +41,15 @@ import harness
 from mprec import data
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch
-from mprec.dispatch import Dispatcher, Path, Profile, kernel_candidates, microbenchmark, sampler
+from mprec.dispatch import (
+    Dispatcher,
+    Path,
+    Profile,
+    kernel_candidates,
+    microbenchmark,
+    sampler,
+    unique_share,
+)
 from mprec.dispatch.kernels import _with
 from mprec.models import DLRM
 from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, with_representation
@@ -141,16 +150,28 @@ def stream_sizes(batches: int, rng) -> list[int]:
     return rng.permutation(np.clip(np.concatenate([log_uniform, lognormal]), 1, 2048).astype(int)).tolist()
 
 
-def stream(paths, draw, sizes, rng) -> list[dict[str, float]]:
+class Taken(NamedTuple):
+    """Seconds of one batch: of each candidate, and of counting its unique IDs, whose share is told too."""
+
+    seconds: dict[str, float]
+    size: int
+    share: float
+    share_s: float
+
+
+def stream(paths, draw, sizes, rng) -> list[Taken]:
     """What each candidate takes for each batch."""
     taken = []
     for i, size in enumerate(sizes):
         batch = draw(size, rng)
+        start = clock()
+        share = unique_share(batch)
+        share_s = clock() - start
         best = {path.name: float("inf") for path in paths}
         for _ in range(3):
             for path in paths[i % len(paths) :] + paths[: i % len(paths)]:
                 best[path.name] = min(best[path.name], *_times(path, [batch]))
-        taken.append(best)
+        taken.append(Taken(best, size, share, share_s))
     return taken
 
 
@@ -194,15 +215,18 @@ class Choices:
         return found
 
 
-def choices(paths, profile, sizes, taken) -> Choices:
-    """The dispatcher among ``paths`` on a stream of which each candidate's times are known."""
+def choices(paths, profile, taken: list[Taken]) -> Choices:
+    """The dispatcher among ``paths`` on a stream of which each candidate's times are known. Where it asks for
+    the share of unique IDs, it pays for counting them."""
     dispatcher = Dispatcher(paths, profile, statistic="mean")
     chosen = []
-    for size, times in zip(sizes, taken, strict=True):
-        name = dispatcher.choose(size, 0.0).name
-        dispatcher.observe(name, size, times[name])
-        chosen.append(times[name])
-    static = {path.name: [times[path.name] for times in taken] for path in paths}
+    for batch in taken:
+        asked = []
+        count = lambda batch=batch, asked=asked: asked.append(batch) or batch.share  # noqa: E731
+        name = dispatcher.choose(batch.size, 0.0, unique_share=count).name
+        dispatcher.observe(name, batch.size, batch.seconds[name], batch.share if asked else None)
+        chosen.append(batch.seconds[name] + (batch.share_s if asked else 0.0))
+    static = {path.name: [batch.seconds[path.name] for batch in taken] for path in paths}
     return Choices(chosen, static, decision_us(dispatcher))
 
 
@@ -210,7 +234,7 @@ def decision_us(dispatcher: Dispatcher) -> float:
     def once() -> float:
         start = time.perf_counter()
         for _ in range(1000):
-            dispatcher.choose(128, 0.01, 0.001, 0.7)
+            dispatcher.choose(128, 0.01, 0.001, lambda: 0.7)
         return (time.perf_counter() - start) * 1e3
 
     return statistics.median(once() for _ in range(25))
@@ -226,7 +250,7 @@ def measure(name: str, seconds: float, batches: int) -> tuple[list[float], dict[
     errors = [] if name == MIXED else prediction_errors(paths, profile, draw, seconds / 4)
     kernels = [p for p in paths if "Cache" not in p.name]
     subsets = {"kernels": kernels} if len(kernels) == len(paths) else {"kernels": kernels, "and cache": paths}
-    return errors, {label: choices(some, profile, sizes, taken) for label, some in subsets.items()}
+    return errors, {label: choices(some, profile, taken) for label, some in subsets.items()}
 
 
 def rows(name: str, args) -> tuple[list[dict], list[dict]]:

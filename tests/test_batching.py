@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,6 +7,8 @@ from hypothesis import strategies as st
 
 from mprec.data import Batch
 from mprec.data.batching import concatenate, num_features, take
+from mprec.dispatch import unique_share
+from mprec.errors import InvalidOffsetsError
 
 bags = st.lists(st.integers(0, 99), max_size=3)
 
@@ -71,3 +75,24 @@ def test_refusals():
         take(make([[[1]]] * 4), slice(0, 4, 2))
     with pytest.raises(ValueError, match="offsets"):
         num_features(Batch(torch.zeros(2, 0), torch.zeros(0), torch.zeros(2), torch.zeros(2)))
+
+
+@given(
+    st.integers(1, 3), st.integers(0, 2000), st.integers(1, 3000), st.sampled_from([torch.int32, torch.int64])
+)
+def test_unique_share(features, batch, vocabulary, dtype):
+    indices = torch.randint(0, vocabulary, (features * batch,), dtype=dtype) - 7
+    offsets = torch.arange(features * batch + 1, dtype=dtype)
+    found = unique_share(Batch(torch.zeros(batch, 0), indices, offsets, torch.zeros(batch)))
+    distinct = sum(len(part.unique()) for part in indices.view(features, batch))
+    expected = distinct / len(indices) if batch else 1.0
+    assert found == pytest.approx(expected, rel=1e-12 if batch <= 256 else 0.04)
+
+
+def test_unique_share_of_bags_counts_each_feature_for_itself():
+    batch = Batch(
+        torch.zeros(2, 0), torch.tensor([5, 5, 5, 9]), torch.tensor([0, 2, 3, 3, 4]), torch.zeros(2)
+    )
+    assert unique_share(batch) == 2 / 4
+    with pytest.raises(InvalidOffsetsError, match=r"offsets\[2\] is 5, expected 0 to 4"):
+        unique_share(dataclasses.replace(batch, offsets=torch.tensor([0, 2, 5, 3, 4])))

@@ -32,9 +32,11 @@ def batch(features: int, bags: int, largest_bag: int, vocabulary: int = 300, see
     return torch.from_numpy(indices), torch.from_numpy(offsets.astype(np.int64))
 
 
-def forward(cached, indices, offsets, out, *, weights=None, mode=0, padding_idx=-1, admit=True, threads=1):
-    cached.forward(indices, offsets, weights, mode, True, padding_idx, out, admit, threads)
-    return out
+def forward(
+    cached, indices, offsets, out, *, weights=None, mode=0, padding_idx=-1, bound=None, admit=True, threads=1
+):
+    arguments = indices, offsets, weights, mode, True, padding_idx, bound, out, admit, threads
+    return _C.cached_dhe_bag(cached, *arguments)
 
 
 DIMS = (5, 16, 32)
@@ -105,6 +107,8 @@ def test_some_features_of_a_batch_into_their_columns():
     torch.testing.assert_close(out[:, 2:6], expected[:, 4:8], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out[:, 10:14], expected[:, 12:16], rtol=1e-6, atol=1e-6)
     assert (out[:, [0, 1, 6, 7, 8, 9, 14]] == -1).all()
+    with pytest.raises(ValueError, match="out: expected a tensor"):
+        forward(cached, indices, offsets, None)
 
 
 def test_padding_and_int32():
@@ -179,7 +183,7 @@ def test_bad_input():
         forward(_C.CachedDecoders([d], [None], [0], [0], 2), indices, offsets, out)
     with pytest.raises(ValueError, match="out: expected 3 rows"):
         forward(cached, indices, offsets, out[:2])
-    with pytest.raises(ValueError, match="out: expected 3 rows of at least 8 columns"):
+    with pytest.raises(ValueError, match="out: expected at least 8 columns, got 7"):
         forward(cached, indices, offsets, out[:, :7])
     with pytest.raises(ValueError, match="per_sample_weights"):
         forward(cached, indices, offsets, out, weights=torch.ones(2))

@@ -194,30 +194,50 @@ def test_paths_that_do_not_take_a_batch_size():
             d.choose(2000, 1.0, explain=explain)
 
 
-def with_repeated():
+def with_share_effect():
     """A dispatcher that knows of `dhe` that it takes half the time where a quarter of the IDs is unique."""
     profile = fake_profile(COSTS)
-    warm = profile.cells["dhe"]["warm"]
-    quarter = {**warm, "unique_share": [0.25] * 12, "p95": [t / 2 for t in warm["p95"]]}
-    profile.cells["dhe"]["repeated"] = quarter
+    profile.cells["dhe"]["warm"] |= {
+        "share_slope": [2 / 3] * 12,
+        "share_least": [0.5] * 12,
+        "share_most": [1.0] * 12,
+    }
     paths = [fake_path(name, QUALITY[name], *cost) for name, cost in COSTS.items()]
     return Dispatcher(paths, profile)
 
 
 def test_unique_share_moves_the_prediction():
-    d = with_repeated()
+    d = with_share_effect()
     full, half, few = (d.predict(512, "dhe", unique_share=share) for share in (1.0, 0.625, 0.25))
     assert full == pytest.approx(d.predict(512, "dhe"))
     assert few == pytest.approx(full / 2)
     assert half == pytest.approx(0.75 * full)
+    assert d.predict(512, "dhe", unique_share=0.1) == few
     assert d.choose(512, 4e-3).name == "table"
     assert d.choose(512, 4e-3, unique_share=0.3).name == "dhe"
     assert d.choose(4096, 32e-3).name == "table"
     assert d.choose(4096, 32e-3, unique_share=0.3).name == "dhe"
 
 
+def test_unique_ids_are_counted_only_if_the_choice_depends_on_them():
+    d, counted = with_share_effect(), []
+
+    def count():
+        counted.append(0.3)
+        return 0.3
+
+    assert d.choose(512, 5.4e-3, unique_share=count).name == "dhe"  # even with all IDs unique
+    assert d.choose(512, 2e-3, unique_share=count).name == "table"  # even at the lowest share
+    assert not counted
+    assert d.choose(512, 4e-3, unique_share=count).name == "dhe"
+    assert len(counted) == 1
+    assert "dhe" in str(d.choose(512, 4e-3, unique_share=count, explain=True))
+    with pytest.raises(ValueError, match=r"unique_share must be in \[0, 1\], got 1.5"):
+        d.choose(512, 4e-3, unique_share=lambda: 1.5)
+
+
 def test_few_unique_ids_do_not_pass_for_a_faster_machine():
-    d = with_repeated()
+    d = with_share_effect()
     for _ in range(20):
         d.observe("dhe", 512, d.expect(512, "dhe") / 2, unique_share=0.25)
     assert d.corrections["dhe"] == 1.0
@@ -234,8 +254,7 @@ def test_a_decision_does_not_depend_on_the_size_of_the_profile(size, share):
         costs = {f"p{i}": (1e-4, 1e-6 * i) for i in range(12)}
         profile = fake_profile(costs, batch_sizes)
         for name in costs:
-            unique = [0.25] * len(batch_sizes)
-            profile.cells[name]["repeated"] = {**profile.cells[name]["warm"], "unique_share": unique}
+            profile.cells[name]["warm"]["share_slope"] = [0.5] * len(batch_sizes)
         d = Dispatcher([fake_path(name, 0.01 * i, *costs[name]) for i, name in enumerate(costs)], profile)
         count = 0
 

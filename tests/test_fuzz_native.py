@@ -389,14 +389,15 @@ def cached_forward(draw, guard: Guard):
     features, batch = arguments["num_features"], draw(st.integers(0, 5))
     indices, offsets = draw(bags(features, batch, 1000))
     return {
-        "self": _C.CachedDecoders(**arguments),
+        "decoders": _C.CachedDecoders(**arguments),
         "indices": indices,
         "offsets": offsets,
         "per_sample_weights": draw(st.sampled_from([None, torch.ones(len(indices))])),
         "mode": draw(st.sampled_from([0, 1])),
         "include_last_offset": True,
         "padding_idx": -1,
-        "out": guard.array((batch, 8 * len(arguments["decoders"]))),
+        "bound": draw(st.sampled_from([None, 1000])),
+        "out": draw(st.sampled_from([None, guard.array((batch, 8 * len(arguments["decoders"])))])),
         "admit": draw(st.booleans()),
         "threads": draw(st.integers(1, 4)),
     }
@@ -447,6 +448,13 @@ def select_features(draw, guard: Guard):
     }
 
 
+@st.composite
+def unique_share(draw, guard: Guard):
+    features = draw(st.integers(1, 4))
+    indices, offsets = draw(bags(features, draw(st.integers(0, 5)), 5))
+    return {"indices": indices, "offsets": offsets, "num_features": features}
+
+
 def weight_watch(guard: Guard):
     return st.just({"places": [({"weight": torch.zeros(3)}, "weight")]})
 
@@ -482,10 +490,11 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "RowCache.fill": (_C.RowCache.fill, cache_call("fill")),
     "RowCache.ids": (_C.RowCache.ids, held_ids),
     "CachedDecoders": (_C.CachedDecoders, cached_decoders),
-    "CachedDecoders.forward": (_C.CachedDecoders.forward, cached_forward),
+    "cached_dhe_bag": (_C.cached_dhe_bag, cached_forward),
     "codebook_rows": (_C.codebook_rows, codebook_rows),
     "dhe_backward": (_C.dhe_backward, dhe_backward),
     "select_features": (_C.select_features, select_features),
+    "unique_share": (_C.unique_share, unique_share),
     "WeightWatch": (_C.WeightWatch, weight_watch),
     "tensors_of": (_C.tensors_of, tensors_of),
 }

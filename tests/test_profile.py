@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -9,9 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mprec.data import Batch
-from mprec.dispatch import Curve, Profile, ProfileError, ProfileMismatchError, microbenchmark
+from mprec.dispatch import (
+    Curve,
+    Dispatcher,
+    Profile,
+    ProfileError,
+    ProfileMismatchError,
+    microbenchmark,
+    unique_share,
+)
 from mprec.dispatch.curve import crossovers, falls
 from mprec.dispatch.profile import default_file
+from mprec.dispatch.share import ShareEffect
 
 
 @pytest.fixture(autouse=True)
@@ -179,8 +189,9 @@ def test_measured_profile_holds_what_was_measured():
                 np.testing.assert_allclose(curve.seconds, [fixed + per_sample * b for b in sizes])
     assert profile.prediction_error["batch_sizes"] == [6, 64]
     assert profile.prediction_error["p95"] < 1e-9
-    assert profile.unique_shares("dhe")[1] == [1.0, 1.0, 1.0]
-    assert profile.unique_shares("dhe", "repeated")[1] == [1.0, 0.25, 0.25]
+    assert profile.cells["dhe"]["warm"]["unique_share"] == [1.0, 1.0, 1.0]
+    assert profile.cells["dhe"]["repeated"]["unique_share"] == [1.0, 0.25, 0.25]
+    assert profile.share_effects("dhe") == ([1, 16, 128], [ShareEffect(1.0)] * 3)
 
 
 def test_prediction_error_is_that_of_a_cost_the_curve_cannot_follow():
@@ -225,6 +236,56 @@ def test_the_mean_is_of_both_kinds_of_calls_without_hiccups():
     profile = Profile.measure([path], rows, (1, 64), seconds=30, clock=clock, conditions=("warm",))
     assert profile.curve("two kinds").at(1) == pytest.approx(1e-3)
     assert profile.curve("two kinds", "mean").at(1) == pytest.approx(1.75e-3, rel=0.15)
+
+
+def costs_by_share(fixed_s, per_unique_s, clock):
+    """A path that takes ``fixed_s`` and so much for each distinct ID."""
+    path = fake_path("dhe", 0.0, 0, 0, clock)
+
+    def model(batch):
+        clock.advance(fixed_s + per_unique_s * unique_share(batch) * len(batch.indices))
+
+    object.__setattr__(path, "model", model)
+    return path
+
+
+@pytest.mark.parametrize("conditions", [("warm",), ("warm", "repeated")])
+def test_inputs_of_two_kinds_tell_how_latency_follows_the_share(conditions):
+    def draw(size, rng):
+        batch = rows(size, rng)
+        return batch if rng.random() < 0.5 else dataclasses.replace(batch, indices=batch.indices % 3)
+
+    clock = Clock()
+    path = costs_by_share(1e-4, 1e-6, clock)
+    profile = Profile.measure([path], draw, (64, 128), seconds=0.2, clock=clock, conditions=conditions)
+    d = Dispatcher([path], profile, statistic="p95")
+    for size in (64, 128):
+        for share in (1.0, 6 / (2 * size)):
+            assert d.predict(size, unique_share=share) == pytest.approx(1e-4 + 2e-6 * size * share)
+            assert d.expect(size, unique_share=share) == pytest.approx(1e-4 + 2e-6 * size * share)
+        assert d.predict(size) == pytest.approx(1e-4 + 2e-6 * size)  # the tail of both kinds
+        assert 1.1e-4 < d.expect(size) < 9e-5 + 2e-6 * size
+
+
+def test_repeated_rows_tell_it_where_inputs_are_alike():
+    clock = Clock()
+    path = costs_by_share(1e-4, 1e-6, clock)
+    profile = Profile.measure([path], rows, (1, 128), seconds=0.2, clock=clock)
+    d = Dispatcher([path], profile)
+    for share in (1.0, 0.5, 0.25):
+        assert d.predict(128, unique_share=share) == pytest.approx(1e-4 + 256e-6 * share)
+    assert d.predict(128, unique_share=0.1) == d.predict(128, unique_share=0.25)
+
+
+def test_a_share_that_tells_nothing_has_no_effect():
+    rng = np.random.default_rng(0)
+    shares = rng.uniform(0.2, 1, 300)
+    noise = 1e-3 * rng.uniform(1, 1.3, 300)
+    assert ShareEffect.fit((noise, shares)) == ShareEffect(shares.mean())
+    assert ShareEffect.fit((2e-3 - 1e-3 * shares, shares)) == ShareEffect(shares.mean())
+    assert ShareEffect.fit(([1e-3], [0.5])) == ShareEffect(0.5)
+    effect = ShareEffect.fit((noise + 1e-3 * shares, shares))
+    assert effect.slope * (1.15e-3 + 1e-3 * shares.mean()) == pytest.approx(1e-3, rel=0.1)
 
 
 def test_noise_adds_no_batch_sizes():
@@ -281,7 +342,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         (lambda t: t[: len(t) // 2], "not JSON"),
         (lambda t: "[]", "not a profile"),
         (lambda t: '{"format": "other"}', "not a profile"),
-        (lambda t: t.replace('"version": 2', '"version": 99'), "version 99"),
+        (lambda t: t.replace('"version": 3', '"version": 99'), "version 99"),
         (lambda t: t.replace("0.0001", "0.0002"), "checksum"),
         (lambda t: t.replace('"checksum"', '"other"'), "checksum"),
     ],

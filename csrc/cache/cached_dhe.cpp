@@ -4,8 +4,8 @@
 #include <chrono>
 #include <cstring>
 
-#include "cache/distinct.h"
 #include "common/aligned.h"
+#include "common/distinct.h"
 #include "common/parallel.h"
 #include "registry.h"
 
@@ -21,14 +21,15 @@ struct Part {
   float* rows;  // of the IDs: in `out` where bags need no pooling
   int64_t stride;
   PoolArguments pool;  // vectors is null where bags need none
-  int64_t *misses, *distinct_ids, *inverse;
+  int64_t *misses, *distinct_ids;
+  int32_t* inverse;  // which of the distinct IDs each miss is
   int64_t num_misses, num_coded, num_distinct;
   float* decoded;  // rows of the distinct misses
 };
 
 struct Workspace {
-  std::vector<int64_t> ids, kept, misses, distinct_ids, inverse;
-  std::vector<int32_t> row_of_entry;
+  std::vector<int64_t> ids, kept, misses, distinct_ids;
+  std::vector<int32_t> inverse, row_of_entry;
   std::vector<Part> parts;
   std::vector<DecodeWork> work;
   AlignedBuffer<float> rows, decoded;
@@ -116,7 +117,8 @@ void look_up(const CachedFeature& f, Part& p) {
     p.num_misses = p.count;
   }
   p.num_coded = answer_by_code(f.codebook, p);
-  p.num_distinct = p.num_misses ? distinct(p.ids, p.misses, p.num_misses, p.distinct_ids, p.inverse) : 0;
+  p.num_distinct = find_distinct(
+      p.num_misses, -1, [&](int64_t i) { return p.ids[p.misses[i]]; }, p.distinct_ids, p.inverse);
 }
 
 // Decodes the misses of all features, and puts their rows in place and into the caches.
@@ -162,7 +164,7 @@ void cached_dhe_bag_forward(const DheBagRequest& r, const std::vector<CachedFeat
   Workspace& w = own;  // the same object in every thread of the region below
   const uint64_t start = now();
   check_offsets(r);
-  plan(r, checked_ids(r.indices, w.ids), features, w);
+  plan(r, checked_ids(r.indices, w.ids, r.largest_id), features, w);
   parallel_ranges(static_cast<int64_t>(features.size()), team(r.indices.size, lookups_per_thread, threads),
                   [&](int64_t from, int64_t to) {
                     for (int64_t t = from; t < to; ++t) look_up(features[t], w.parts[t]);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/aligned.h"
+#include "common/distinct.h"
 #include "common/error.h"
 #include "registry.h"
 
@@ -24,7 +25,7 @@ struct Block {
 // What a call needs beside its arguments; kept by each calling thread, so that calls do not allocate.
 struct Workspace {
   std::vector<int64_t> ids, distinct;
-  std::vector<int32_t> row_of_entry, slots;
+  std::vector<int32_t> row_of_entry;
   std::vector<DecodeWork> features;
   std::vector<PoolArguments> pools;  // vectors is null where every vector already went to its place in `out`
   std::vector<Block> blocks;
@@ -32,35 +33,6 @@ struct Workspace {
 };
 
 thread_local Workspace own_workspace;
-
-uint64_t mix(uint64_t x) {
-  x *= 0x9E3779B97F4A7C15u;
-  return x ^ x >> 32;
-}
-
-// Appends the distinct IDs, padding left out, to `distinct` and tells each entry its row among them.
-// Returns their number.
-int64_t find_distinct(const int64_t* ids, int64_t n, int64_t padding_idx, std::vector<int32_t>& slots,
-                      int64_t* distinct, int32_t* row_of_entry) {
-  int64_t capacity = 16;
-  while (capacity < 2 * n) capacity *= 2;
-  slots.assign(capacity, -1);
-  int32_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (ids[i] == padding_idx) {
-      row_of_entry[i] = -1;
-      continue;
-    }
-    int64_t s = mix(ids[i]) & (capacity - 1);
-    while (slots[s] >= 0 && distinct[slots[s]] != ids[i]) s = (s + 1) & (capacity - 1);
-    if (slots[s] < 0) {
-      slots[s] = count;
-      distinct[count++] = ids[i];
-    }
-    row_of_entry[i] = slots[s];
-  }
-  return count;
-}
 
 // Which IDs of each feature are computed, and where to.
 void plan_features(const DheBagRequest& r, const int64_t* ids, Workspace& w) {
@@ -83,7 +55,8 @@ void plan_features(const DheBagRequest& r, const int64_t* ids, Workspace& w) {
     if (dedupe || r.padding_idx >= 0) {
       int64_t* distinct = w.distinct.data() + begin;
       int32_t* rows = w.row_of_entry.data() + begin;
-      const int64_t count = find_distinct(f.ids, f.count, r.padding_idx, w.slots, distinct, rows);
+      const int64_t count =
+          find_distinct(f.count, r.padding_idx, [&](int64_t i) { return f.ids[i]; }, distinct, rows);
       if (count < f.count) {  // else every ID is computed for its only entry
         f.ids = distinct;
         f.count = count;

@@ -8,11 +8,12 @@
 #include <vector>
 
 #include "cache/cached_dhe.h"
-#include "cache/distinct.h"
 #include "cache/row_cache.h"
+#include "common/distinct.h"
 #include "common/error.h"
 #include "dhe/decoder.h"
 #include "python/bags.h"
+#include "python/dhe_bags.h"
 #include "python/tensor.h"
 #include "python/weight_watch.h"
 
@@ -76,7 +77,8 @@ py::tuple lookup(RowCache& cache, const py::object& ids, uint32_t generation, co
   int64_t* const v = scratch(inverse, "inverse", n);
   const auto [missing, different] = without_gil(n, [&] {
     const int64_t missing = cache.lookup(i.ptr<int64_t>(), n, generation, o.ptr<float>(), o.strides[0], p);
-    const int64_t different = missing ? distinct(i.ptr<int64_t>(), p, missing, d, v) : 0;
+    const int64_t different =
+        find_distinct(missing, -1, [&](int64_t j) { return i.ptr<int64_t>()[p[j]]; }, d, v);
     return std::pair(missing, different);
   });
   return py::make_tuple(missing, different);
@@ -182,47 +184,19 @@ class CachedDecoders {
       owned_.push_back(py::reinterpret_borrow<py::object>(caches[t]));
       columns_ = std::max(columns_, blocks.back().second);
     }
+    int64_t used = 0;
+    for (const Columns& c : blocks) used += c.second - c.first;
+    gaps_ = used != columns_;
     check_apart(std::move(blocks), "columns");
   }
 
-  bool forward(py::handle indices, py::handle offsets, py::handle per_sample_weights, int mode,
-               bool include_last_offset, int64_t padding_idx, py::handle out_object, bool admit,
-               int threads) {
-    if (watch_ && watch_->changed()) return false;
-    DheBagRequest r{};
-    const Tensor i = view_ids(indices.ptr(), "indices"), o = view_ids(offsets.ptr(), "offsets");
-    r.indices = {i.data, i.shape[0], i.dtype == DType::i64};
-    r.offsets = {o.data, o.shape[0], o.dtype == DType::i64};
-    r.num_features = num_features_;
-    const int64_t ends = o.shape[0] - include_last_offset;
-    if (ends < 0 || ends % num_features_ != 0 || (num_features_ > 1 && !include_last_offset))
-      throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ",
-                                 num_features_, ", got ", o.shape[0]));
-    r.bags = ends / num_features_;
-    r.mode = mode;
-    r.padding_idx = num_features_ == 1 ? padding_idx : -1;
-    if (mode < 0 || mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", mode));
-    if (!per_sample_weights.is_none()) {
-      const Tensor w = view(per_sample_weights.ptr(), "per_sample_weights", DType::f32, 1);
-      if (w.shape[0] != i.shape[0])
-        throw py::value_error(
-            message("per_sample_weights: expected as many as indices, ", i.shape[0], ", got ", w.shape[0]));
-      if (mode == 2) throw py::value_error("per_sample_weights: mode max does not take any");
-      r.per_sample_weights = w.ptr<float>();
-    }
-    const Tensor out = view(out_object.ptr(), "out");
-    if (out.dtype != DType::f32)
-      throw py::type_error(message("out: expected float32, got ", dtype_name(out.dtype)));
-    if (out.ndim != 2 || out.shape[0] != r.bags || out.shape[1] < columns_)
-      throw py::value_error(message("out: expected ", r.bags, " rows of at least ", columns_, " columns"));
-    if (out.shape[1] > 1 && out.strides[1] != 1)
-      throw py::value_error(message("out: expected rows of adjacent values, got stride ", out.strides[1]));
-    check_output(out, "out");
-    r.out = out.ptr<float>();
-    r.out_stride = out.strides[0];
-    py::gil_scoped_release release;
-    cached_dhe_bag_forward(r, features_, admit, checked_threads(threads), counters_);
-    return true;
+  bool stale() const { return watch_ && watch_->changed(); }
+  int64_t num_features() const { return num_features_; }
+  int64_t columns() const { return columns_; }
+  bool leaves_gaps() const { return gaps_; }
+
+  void forward(const DheBagRequest& r, bool admit, int threads) {
+    cached_dhe_bag_forward(r, features_, admit, threads, counters_);
   }
 
   py::dict stats() const {
@@ -237,11 +211,48 @@ class CachedDecoders {
 
  private:
   int64_t num_features_, columns_ = 0;
+  bool gaps_;  // columns between the features' own
   const WeightWatch* watch_;  // null: none; kept alive by pybind11
   std::vector<CachedFeature> features_;
   std::vector<py::object> owned_;
   CachedDheCounters counters_;
 };
+
+PyObject* cached_dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  return guarded_object([&]() -> py::object {
+    static constexpr const char* names[] = {
+        "decoders",    "indices", "offsets", "per_sample_weights", "mode",  "include_last_offset",
+        "padding_idx", "bound",   "out",     "admit",              "threads"};
+    const Arguments<11> a("cached_dhe_bag", names, args, count, keywords);
+    if (!py::isinstance<CachedDecoders>(a[0]))
+      throw py::type_error(message("decoders: expected CachedDecoders, got ", Py_TYPE(a[0])->tp_name));
+    auto& decoders = *py::handle(a[0]).cast<CachedDecoders*>();
+    if (decoders.stale()) return py::none();
+    DheBagRequest r = dhe_bags(decoders.num_features(), a[1], a[2], flag(a[5]), a[6]);
+    set_pooling(r, a[4], a[3]);
+    set_bound(r, a[7]);
+    const bool admit = flag(a[9]);
+    const int threads = checked_threads(integer(a[10], "threads"));
+    if (a[8] == Py_None && decoders.leaves_gaps())
+      throw py::value_error("out: expected a tensor, as the features' columns do not fill a new one");
+    py::object out = a[8] == Py_None ? empty_matrix(r.bags, decoders.columns())
+                                     : py::reinterpret_borrow<py::object>(a[8]);
+    if (const int64_t width = set_output(r, out.ptr()); width < decoders.columns())
+      throw py::value_error(
+          message("out: expected at least ", decoders.columns(), " columns, got ", width));
+    py::gil_scoped_release release;
+    decoders.forward(r, admit, threads);
+    return out;
+  });
+}
+
+PyMethodDef methods[] = {
+    {"cached_dhe_bag", fastcall<&cached_dhe_bag>(), METH_FASTCALL | METH_KEYWORDS,
+     "cached_dhe_bag(decoders, indices, offsets, per_sample_weights, mode, include_last_offset, "
+     "padding_idx, bound, out, admit, threads)\n\nThe features' pooled vectors in their columns of out [B, total] "
+     "(None: a new tensor), which is returned; None, with nothing done, if the watched weights have changed. "
+     "bound: refuse IDs not below this (None: any)."},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
@@ -277,12 +288,8 @@ void bind_cache(py::module_& m) {
           py::arg("decoders"), py::arg("caches"), py::arg("positions"), py::arg("columns"),
           py::arg("num_features"), py::arg("watch") = py::none(), py::arg("codebooks") = py::none(),
           py::keep_alive<1, 7>())
-      .def("forward", &CachedDecoders::forward, py::arg("indices"), py::arg("offsets"),
-           py::arg("per_sample_weights"), py::arg("mode"), py::arg("include_last_offset"),
-           py::arg("padding_idx"), py::arg("out"), py::arg("admit"), py::arg("threads"),
-           "Pools the features' bags into their columns of out [B, total]; False, with nothing done, if the "
-           "watched weights have changed.")
       .def("stats", &CachedDecoders::stats);
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 
 }  // namespace mprec::python

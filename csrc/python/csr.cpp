@@ -1,4 +1,5 @@
-// Copies the bags of some features out of a feature-major batch, so that one kernel call can serve them.
+// What is done to a feature-major batch before kernels see it: bags of some features are copied out, so that
+// one kernel call can serve them; distinct IDs are counted, so that their share can be acted on.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/distinct.h"
 #include "common/error.h"
 #include "python/tensor.h"
 
@@ -16,6 +18,13 @@ namespace {
 
 int64_t offset(const Tensor& t, int64_t i) {
   return t.dtype == DType::i64 ? t.ptr<int64_t>()[i] : t.ptr<int32_t>()[i];
+}
+
+int64_t batch_of(const Tensor& offsets, int64_t num_features) {
+  if (num_features < 1 || offsets.shape[0] < 1 || (offsets.shape[0] - 1) % num_features)
+    throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", num_features,
+                               ", got ", offsets.shape[0]));
+  return (offsets.shape[0] - 1) / num_features;
 }
 
 void check_offsets(const Tensor& offsets, int64_t num_indices) {
@@ -38,11 +47,8 @@ int64_t select_features(py::handle indices, py::handle offsets, py::handle per_s
                         py::handle out_offsets, py::handle out_weights) {
   const Tensor ids = view_ids(indices.ptr(), "indices"), starts = view_ids(offsets.ptr(), "offsets");
   const int64_t count = static_cast<int64_t>(features.size());
-  if (num_features < 1 || starts.shape[0] < 1 || (starts.shape[0] - 1) % num_features)
-    throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", num_features,
-                               ", got ", starts.shape[0]));
+  const int64_t batch = batch_of(starts, num_features);
   check_offsets(starts, ids.shape[0]);
-  const int64_t batch = (starts.shape[0] - 1) / num_features;
   const Tensor out_ids = view(out_indices.ptr(), "out_indices", ids.dtype, 1),
                out_starts = view(out_offsets.ptr(), "out_offsets", DType::i64, 1);
   check_output(out_ids, "out_indices");
@@ -82,6 +88,23 @@ int64_t select_features(py::handle indices, py::handle offsets, py::handle per_s
   return total;
 }
 
+double unique_share(py::handle indices, py::handle offsets, int64_t num_features) {
+  const Tensor ids = view_ids(indices.ptr(), "indices"), starts = view_ids(offsets.ptr(), "offsets");
+  const int64_t batch = batch_of(starts, num_features), n = ids.shape[0];
+  if (n == 0) return 1.0;
+  double distinct = 0;
+  int64_t begin = 0;
+  for (int64_t t = 1; t <= num_features; ++t) {  // the bags within a feature do not matter
+    const int64_t end = offset(starts, t * batch);
+    if (end < begin || end > n)
+      throw OffsetsError(message("offsets[", t * batch, "] is ", end, ", expected ", begin, " to ", n));
+    distinct += ids.dtype == DType::i64 ? count_distinct(ids.ptr<int64_t>() + begin, end - begin)
+                                        : count_distinct(ids.ptr<int32_t>() + begin, end - begin);
+    begin = end;
+  }
+  return std::min(distinct / static_cast<double>(n), 1.0);
+}
+
 }  // namespace
 
 void bind_csr(py::module_& m) {
@@ -89,6 +112,9 @@ void bind_csr(py::module_& m) {
         py::arg("per_sample_weights"), py::arg("features"), py::arg("num_features"), py::arg("out_indices"),
         py::arg("out_offsets"), py::arg("out_weights"),
         "Copies the bags of some features of a feature-major batch; returns their number of indices.");
+  m.def("unique_share", &unique_share, py::arg("indices"), py::arg("offsets"), py::arg("num_features"),
+        "Distinct IDs of each feature over all IDs of a feature-major batch (see count_distinct in "
+        "common/distinct.h); 1 of an empty one.");
 }
 
 }  // namespace mprec::python

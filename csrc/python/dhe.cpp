@@ -14,6 +14,7 @@
 #include "dhe/gradient.h"
 #include "python/arguments.h"
 #include "python/bags.h"
+#include "python/dhe_bags.h"
 #include "python/tensor.h"
 #include "python/weight_watch.h"
 #include "registry.h"
@@ -89,54 +90,30 @@ std::unique_ptr<Decoder> make_decoder(py::handle coefficients, const std::vector
                                    parse_precision(precision));
 }
 
-IdArray id_array(PyObject* object, const char* name) {
-  const Tensor t = view_ids(object, name);
-  return {t.data, t.shape[0], t.dtype == DType::i64};
-}
-
-Tensor out_matrix(PyObject* object, int64_t rows) {
-  const Tensor out = strided(object, "out", DType::f32, 2);
-  if (out.shape[0] != rows)
-    throw py::value_error(message("out: expected ", rows, " rows, got ", out.shape[0]));
-  if (out.shape[1] > 1 && out.strides[1] != 1)
-    throw py::value_error(message("out: expected rows of adjacent values, got stride ", out.strides[1]));
-  check_output(out, "out");
-  return out;
-}
-
 const Decoder& decoder_of(PyObject* object, const char* name) {
   if (!py::isinstance<Decoder>(object))
     throw py::type_error(message(name, ": expected a Decoder, got ", Py_TYPE(object)->tp_name));
   return *py::handle(object).cast<const Decoder*>();
 }
 
+Dedupe dedupe_of(PyObject* object) {
+  return object == Py_None ? Dedupe::automatic : object == Py_True ? Dedupe::always : Dedupe::never;
+}
+
 // Fills in what both functions below have in common, and runs.
-void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject* out_object,
-         PyObject* threads, PyObject* dedupe) {
-  const long long mode_number = integer(mode, "mode");
-  if (mode_number < 0 || mode_number > 2)
-    throw py::value_error(message("mode: expected 0, 1 or 2, got ", mode_number));
-  r.mode = static_cast<int>(mode_number);
-  r.dedupe = dedupe == Py_None ? Dedupe::automatic : dedupe == Py_True ? Dedupe::always : Dedupe::never;
-  if (per_sample_weights != Py_None) {
-    const Tensor w = view(per_sample_weights, "per_sample_weights", DType::f32, 1);
-    if (w.shape[0] != r.indices.size)
-      throw py::value_error(
-          message("per_sample_weights: expected as many as indices, ", r.indices.size, ", got ", w.shape[0]));
-    if (r.mode == 2) throw py::value_error("per_sample_weights: mode max does not take any");
-    r.per_sample_weights = w.ptr<float>();
-  }
-  const Tensor out = out_matrix(out_object, r.bags);
+void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject* out, PyObject* threads,
+         PyObject* dedupe) {
+  set_pooling(r, mode, per_sample_weights);
+  r.dedupe = dedupe_of(dedupe);
+  const int64_t width = set_output(r, out);
   if (r.num_features == 1) {
-    columns_within(r.columns[0], r.decoders[0].dim, out.shape[1], "out");
+    columns_within(r.columns[0], r.decoders[0].dim, width, "out");
   } else {
     std::vector<Columns> blocks;
     for (int64_t t = 0; t < r.num_features; ++t)
-      blocks.push_back(columns_within(r.columns[t], r.decoders[t].dim, out.shape[1], "out"));
+      blocks.push_back(columns_within(r.columns[t], r.decoders[t].dim, width, "out"));
     check_apart(std::move(blocks), "out_columns");
   }
-  r.out = out.ptr<float>();
-  r.out_stride = out.strides[0];
   const int thread_count = checked_threads(integer(threads, "threads"));
   py::gil_scoped_release release;
   dhe_bag_forward(r, thread_count);
@@ -146,22 +123,14 @@ void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject
 struct OneFeature {
   DecoderView view;
   int64_t column = 0;
-  DheBagRequest request{};
+  DheBagRequest request;
 
   OneFeature(const Decoder& decoder, PyObject* indices, PyObject* offsets, PyObject* include_last_offset,
              PyObject* padding_idx)
-      : view(decoder.view()) {
+      : view(decoder.view()),
+        request(dhe_bags(1, indices, offsets, flag(include_last_offset), padding_idx)) {
     request.decoders = &view;
-    request.num_features = 1;
     request.columns = &column;
-    request.indices = id_array(indices, "indices");
-    request.offsets = id_array(offsets, "offsets");
-    const int include_last = PyObject_IsTrue(include_last_offset);
-    if (include_last < 0) throw py::error_already_set();
-    if (include_last && request.offsets.size == 0)
-      throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
-    request.bags = request.offsets.size - include_last;
-    request.padding_idx = integer(padding_idx, "padding_idx");
   }
   OneFeature(const OneFeature&) = delete;  // `request` points into it
 };
@@ -190,19 +159,8 @@ struct KeptDecoder {
         owned_decoder(d) {}
 };
 
-// torch.empty(rows, columns), called from here: Python's own way to it costs as much as torch's.
-py::object empty_matrix(int64_t rows, int64_t columns) {
-  static PyObject* const empty = py::object(py::module_::import("torch").attr("empty")).release().ptr();
-  const py::int_ r(rows), c(columns);
-  PyObject* const sizes[] = {r.ptr(), c.ptr()};
-  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, sizes, 2, nullptr));
-  if (!made) throw py::error_already_set();
-  return made;
-}
-
 PyObject* dhe_bag_kept(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  PyObject* result = Py_None;
-  PyObject* const none = guarded([&] {
+  return guarded_object([&]() -> py::object {
     static constexpr const char* names[] = {
         "kept",  "indices", "offsets", "per_sample_weights", "mode", "include_last_offset", "padding_idx",
         "bound", "threads", "dedupe"};
@@ -210,32 +168,21 @@ PyObject* dhe_bag_kept(PyObject*, PyObject* const* args, Py_ssize_t count, PyObj
     if (!py::isinstance<KeptDecoder>(a[0]))
       throw py::type_error(message("kept: expected a KeptDecoder, got ", Py_TYPE(a[0])->tp_name));
     const auto& kept = *py::handle(a[0]).cast<const KeptDecoder*>();
-    if (kept.watch->changed()) return;
+    if (kept.watch->changed()) return py::none();
     OneFeature f(*kept.decoder, a[1], a[2], a[5], a[6]);
-    if (a[7] != Py_None) {
-      const long long bound = integer(a[7], "bound");
-      if (bound < 1) throw py::value_error(message("bound: expected at least 1, got ", bound));
-      f.request.largest_id = bound - 1;
-    }
+    set_bound(f.request, a[7]);
     py::object out = empty_matrix(f.request.bags, f.view.dim);
     run(f.request, a[3], a[4], out.ptr(), a[8], a[9]);
-    result = out.release().ptr();
+    return out;
   });
-  if (!none || result == Py_None) return none;
-  Py_DECREF(none);
-  return result;
 }
 
 PyObject* same_stack(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  bool same = false;
-  PyObject* const none = guarded([&] {
+  return guarded_object([&] {
     static constexpr const char* names[] = {"watch", "coefficients", "weights", "biases"};
     const Arguments<4> a("same_stack", names, args, count, keywords);
-    same = py::handle(a[0]).cast<const StackWatch&>().matches(a[1], a[2], a[3]);
+    return py::bool_(py::handle(a[0]).cast<const StackWatch&>().matches(a[1], a[2], a[3]));
   });
-  if (!none) return nullptr;
-  Py_DECREF(none);
-  return PyBool_FromLong(same);
 }
 
 PyObject* dhe_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
@@ -265,17 +212,9 @@ PyObject* dhe_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
       columns.push_back(given ? integer(PyTuple_GET_ITEM(given.ptr(), t), "out_columns") : column);
       column += views.back().dim;
     }
-    DheBagRequest r{};
+    DheBagRequest r = dhe_bags(features, a[1], a[2], true, a[5]);
     r.decoders = views.data();
-    r.num_features = features;
     r.columns = columns.data();
-    r.indices = id_array(a[1], "indices");
-    r.offsets = id_array(a[2], "offsets");
-    if (r.offsets.size == 0 || (r.offsets.size - 1) % features != 0)
-      throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", features,
-                                 ", got ", r.offsets.size));
-    r.bags = (r.offsets.size - 1) / features;
-    r.padding_idx = features == 1 ? integer(a[5], "padding_idx") : -1;
     run(r, a[3], a[4], a[6], a[8], a[9]);
   });
 }

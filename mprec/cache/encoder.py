@@ -8,10 +8,9 @@ from torch import Tensor
 from mprec.cache.budget import Counts, hottest, split_budget
 from mprec.cache.codebook import Codebook
 from mprec.cache.rows import Cached, Rows
+from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
 from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection
-from mprec.nn.deep_hash import check_bound
-from mprec.ops._common import direct
 
 __all__ = ["CachedDeepHashEmbeddingBag", "CachedEmbeddingBagCollection"]
 
@@ -79,27 +78,22 @@ class CachedDeepHashEmbeddingBag(Cached, DeepHashEmbeddingBag):
         # Under a name of its own: nn.Module would register the bag as a child.
         self._rows = [Rows({"": self}, {"": nbytes}, [0], [0], 1, admit, watch, _book(codebook))]
 
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
-        if offsets is not None and not torch.is_grad_enabled() and direct(input, offsets, per_sample_weights):
-            if self.num_embeddings is not None:
-                check_bound(input, self.num_embeddings)
-            try:
-                out = torch.empty(offsets.shape[0] - self.include_last_offset, self.embedding_dim)
-                padding = -1 if self.padding_idx is None else self.padding_idx
-                return self._rows[0].forward(
-                    input,
-                    offsets,
-                    per_sample_weights,
-                    MODES[self.mode],
-                    self.include_last_offset,
-                    padding,
-                    out,
-                )
-            except (TypeError, ValueError, RuntimeError):
-                pass  # the module takes it, or says what is wrong
-        return super().forward(input, offsets, per_sample_weights)
+    def _forward_direct(self, input, offsets, per_sample_weights, include_last_offset) -> Tensor | None:
+        try:
+            return self._rows[0].forward(
+                input,
+                offsets,
+                per_sample_weights,
+                MODES[self.mode],
+                include_last_offset,
+                -1 if self.padding_idx is None else self.padding_idx,
+                self.num_embeddings,
+                None,
+            )
+        except IdOutOfRangeError:
+            raise
+        except (TypeError, ValueError, RuntimeError):
+            return None  # the operator takes it, or says what is wrong
 
     def fill(self, counts: Counts) -> int:
         """Decode and store the most frequent IDs, as many as there is room for; returns how many are held."""
@@ -202,4 +196,5 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         if options.cache is False:
             return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)
         rows = self._rows_of[group.names[0]]
-        rows.forward(indices, offsets, per_sample_weights, group.mode_code, True, -1, out, options.threads)
+        mode, threads = group.mode_code, options.threads
+        rows.forward(indices, offsets, per_sample_weights, mode, True, -1, None, out, threads)

@@ -94,31 +94,19 @@ class Rows:
         self._bind(None)  # codebooks are those of the weights as they are now
 
     def forward(
-        self,
-        indices,
-        offsets,
-        per_sample_weights,
-        mode,
-        include_last_offset,
-        padding_idx,
-        out,
-        threads=None,
-    ):
-        arguments = (
-            indices,
-            offsets,
-            per_sample_weights,
-            mode,
-            include_last_offset,
-            padding_idx,
-            out,
-            self.admit,
-            threads or torch.get_num_threads(),
-        )
+        self, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out, threads=None
+    ) -> Tensor:
+        """The pooled vectors in ``out``, or a new tensor; arguments as of ``_C.cached_dhe_bag``."""
         native = self._native
-        while not native.forward(*arguments):
+        threads = threads or torch.get_num_threads()
+        while True:
+            result = _C.cached_dhe_bag(
+                native, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out,
+                self.admit, threads,
+            )  # fmt: skip
+            if result is not None:
+                return result
             native = self._bind(native)
-        return out
 
     def _bind(self, stale) -> "_C.CachedDecoders":
         """Packs the decoders as they are now, under a new generation."""

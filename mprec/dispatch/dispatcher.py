@@ -7,7 +7,7 @@ What a path is predicted to take, and how that follows what is observed, is in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -99,33 +99,49 @@ class Dispatcher:
         batch_size: int,
         sla_s: float,
         queued_s: float = 0.0,
-        unique_share: float | None = None,
+        unique_share: float | Callable[[], float] | None = None,
         explain: bool = False,
     ) -> Path | Explanation:
         """The path for a batch of ``batch_size`` samples that has waited ``queued_s`` of its ``sla_s``.
 
         Times are in seconds. Of the paths predicted to answer in time, the one of highest quality, of
         several the fastest; if none is, the fastest of all. ``unique_share`` (distinct IDs over all, see
-        ``unique_share()``) refines the prediction; None takes that of the profile's inputs.
+        ``unique_share()``) refines the prediction; a function is called for it only if the choice depends on
+        it within the shares that were profiled, None takes them as they came.
         ``explain=True`` returns an :class:`Explanation`. ``ValueError`` for a batch size below 1, a NaN,
         or a negative waiting time.
         """
         if explain:
+            unique_share = unique_share() if callable(unique_share) else unique_share
             return self._explain(batch_size, sla_s, queued_s, unique_share)
         left = sla_s - queued_s
-        if batch_size < 1 or left != left or not queued_s >= 0 or unique_share is not None:
-            _check(batch_size, sla_s, queued_s, unique_share)
+        if batch_size < 1 or left != left or not queued_s >= 0:
+            _check(batch_size, sla_s, queued_s)
+        if unique_share is None:
+            return self._pick(batch_size, left, None)
+        if callable(unique_share):
+            path = self._pick(batch_size, left, "lowest")
+            if path is self._pick(batch_size, left, "highest"):
+                return path
+            unique_share = unique_share()
+        _check_share(unique_share)
+        return self._pick(batch_size, left, unique_share)
+
+    def _pick(self, batch_size: int, left: float, share: float | str | None) -> Path:
+        """Of the paths predicted to take at most ``left`` seconds the best; ``share`` may be a key of
+        ``Prediction.known``."""
         size, scale = batch_size, 1.0
         if size > self._limit:
             size, scale = self._limit, batch_size / self._limit
+        look_up = share is None or type(share) is str
         fallback, fallback_time = None, math.inf
         for level in self._levels:
             best, best_time = None, math.inf
             for state in level:  # Prediction.tail_at, written out: calls cost more than the rest
-                if unique_share is None:
-                    predicted = state.tail[size]
+                if look_up:
+                    predicted = state.known[share][size]
                 else:
-                    predicted = state.base[size] + unique_share * state.slope[size]
+                    predicted = state.base[size] + share * state.slope[size]
                     if predicted < state.floor[size]:
                         predicted = state.floor[size]
                 predicted *= scale * state.correction
@@ -141,17 +157,19 @@ class Dispatcher:
 
     def predict(self, batch_size: int, path: str | None = None, unique_share: float | None = None) -> float:
         """Predicted tail latency in seconds: of one path, or the least of all."""
-        _check(batch_size, 0.0, 0.0, unique_share)
+        _check(batch_size)
+        _check_share(unique_share)
         states = self._states if path is None else (self._by_name[path],)
         return min(state.tail_at(batch_size, unique_share) for state in states)
 
-    def expect(self, batch_size: int, path: str | None = None) -> float:
+    def expect(self, batch_size: int, path: str | None = None, unique_share: float | None = None) -> float:
         """Predicted mean latency in seconds: of one path, or the least of all. Over many batches these add
         up, tails do not.
         """
-        _check(batch_size, 0.0, 0.0, None)
+        _check(batch_size)
+        _check_share(unique_share)
         states = self._states if path is None else (self._by_name[path],)
-        return min(state.typical_at(batch_size) for state in states)
+        return min(state.typical_at(batch_size, unique_share) for state in states)
 
     def observe(self, path: str, batch_size: int, seconds: float, unique_share: float | None = None) -> None:
         """Tell how long a path took for a batch, so that its predictions follow what happens.
@@ -169,7 +187,8 @@ class Dispatcher:
                 state.passed_over()
 
     def _explain(self, batch_size, sla_s, queued_s, unique_share) -> Explanation:
-        _check(batch_size, sla_s, queued_s, unique_share)
+        _check(batch_size, sla_s, queued_s)
+        _check_share(unique_share)
         times = {s: s.tail_at(batch_size, unique_share) for level in self._levels for s in level}
         if min(times.values()) == math.inf:
             raise ValueError(f"batch_size: no path takes a batch of {batch_size}")
@@ -190,12 +209,15 @@ class Dispatcher:
         return Explanation(state.path, times[state], reason, batch_size, sla_s, queued_s, candidates)
 
 
-def _check(batch_size: int, sla_s: float, queued_s: float, unique_share: float | None) -> None:
+def _check(batch_size: int, sla_s: float = 0.0, queued_s: float = 0.0) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if sla_s != sla_s:
         raise ValueError("sla_s is NaN")
     if not queued_s >= 0:
         raise ValueError(f"queued_s must not be negative or NaN, got {queued_s}")
+
+
+def _check_share(unique_share: float | None) -> None:
     if unique_share is not None and not 0 <= unique_share <= 1:
         raise ValueError(f"unique_share must be in [0, 1], got {unique_share}")

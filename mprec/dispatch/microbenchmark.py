@@ -55,6 +55,7 @@ def microbenchmark(
     min_rounds: int = 3,
     max_calls: int = 2000,
     before_call: Callable[[], object] | None = None,
+    after_call: Callable[[str, int, Any], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
     progress: Callable[[float], object] | None = None,
@@ -64,7 +65,8 @@ def microbenchmark(
 
     ``make_input(batch_size, rng)`` draws one input; it is not timed. Stops after the time is up and
     ``min_rounds`` are done, or when every path has been called ``max_calls`` times at every size.
-    ``before_call`` runs before each timed call (``Evict()``: cold caches). ``progress`` gets the share done.
+    ``before_call`` runs before each timed call (``Evict()``: cold caches), ``after_call`` some time after it,
+    with the path's name, the batch size and the input. ``progress`` gets the share done.
     """
     if seconds < 0:
         raise ValueError(f"seconds must not be negative, got {seconds}")
@@ -91,6 +93,9 @@ def microbenchmark(
                         if settle:
                             path.model(inputs.pop())
                         _time(path.model, inputs, prepare, clock, samples[path.name, size])
+                        if after_call is not None:
+                            for item in inputs:
+                                after_call(path.name, size, item)
             rounds += 1
             if progress is not None:
                 progress(min(1.0, (clock() - start) / seconds if seconds else rounds / min_rounds))

@@ -1,7 +1,7 @@
 """What one path is expected to take: its profile, corrected by what is observed while serving.
 
 Prediction = profiled latency at this batch size (and share of unique IDs) x the path's correction, which
-follows observed over profiled means. The rules that make it steady:
+follows observed over profiled means (at that share). The rules that make it steady:
 
 - *Robust*: a correction follows the mean of the last sixteen calls without the three slowest and the three
   fastest (of up to six calls: the middle one or two), so one hiccup moves nothing. A median jumps more
@@ -33,18 +33,45 @@ _FORGET = 40  # calls of other paths after which a path's slowness is forgotten
 _STALE = 8  # calls of other paths after which old observations of a path are forgotten
 
 
+class _Estimate:
+    """One statistic of one path, in seconds by batch size: ``plain``, of inputs like the profile's, or, where
+    the share u of unique IDs is known, max(base + u * slope, floor); ``floor`` and ``ceiling`` are its values
+    at the lowest and the highest share that was profiled."""
+
+    def __init__(self, path: Path, profile: Profile, statistic: str, condition: str, up_to: int) -> None:
+        able = [path.supports is None or (b and path.supports(b)) for b in range(up_to + 1)]
+
+        def table(same_share: bool) -> np.ndarray:
+            curve = profile.curve(path.name, statistic, condition, same_share)
+            return np.where(able, curve.table(up_to), math.inf)
+
+        self.plain = table(False).tolist()
+        same, sizes = table(True), np.arange(up_to + 1)
+        known, effects = profile.share_effects(path.name, condition)
+        mean, slope, least, most = (
+            np.interp(sizes, known, values)
+            for values in zip(*((e.mean, e.slope, e.least, e.most) for e in effects), strict=True)
+        )
+        self.base = (same * (1 - slope * mean)).tolist()
+        self.slope = np.where(able, slope * np.where(able, same, 0.0), 0.0).tolist()
+        self.floor, self.ceiling = (same * least).tolist(), (same * most).tolist()
+
+    def at(self, i: int, unique_share: float | None) -> float:
+        if unique_share is None:
+            return self.plain[i]
+        return max(self.base[i] + unique_share * self.slope[i], self.floor[i])
+
+
 class Prediction:
     """Of one path. Lists are indexed by batch size, in seconds, and reach up to the profile's largest."""
 
     def __init__(self, path: Path, profile: Profile, statistic: str, condition: str, up_to: int) -> None:
         self.path = path
         self.last = up_to
-        self.tail = _table(path, profile, statistic, condition, up_to)
-        self.typical = _table(path, profile, "mean", condition, up_to)
-        # With a share u of unique IDs the tail is max(base + u * slope, floor), where it was profiled at two.
-        seen, self.slope = _unique_share_slopes(profile, path.name, statistic, up_to)
-        self.base = [t - u * s for t, u, s in zip(self.tail, seen, self.slope, strict=True)]
-        self.floor = [0.1 * t for t in self.tail]
+        self._tail = _Estimate(path, profile, statistic, condition, up_to)
+        self._typical = _Estimate(path, profile, "mean", condition, up_to)
+        self.base, self.slope, self.floor = self._tail.base, self._tail.slope, self._tail.floor
+        self.known = {None: self._tail.plain, "lowest": self.floor, "highest": self._tail.ceiling}
         self.correction = 1.0  # in use
         self._followed = 0.0  # its logarithm
         self._forgotten = 0.0  # what was followed when it was forgotten, until the next call
@@ -56,22 +83,18 @@ class Prediction:
         return max(1.0, batch_size / self.last)
 
     def tail_at(self, batch_size: int, unique_share: float | None = None) -> float:
-        """Predicted tail latency. ``Dispatcher.choose`` has the same formula written out."""
-        i = min(batch_size, self.last)
-        value = self.tail[i]
-        if unique_share is not None:
-            value = max(self.base[i] + unique_share * self.slope[i], self.floor[i])
+        """Predicted tail latency. ``Dispatcher`` has the same formula written out."""
+        value = self._tail.at(min(batch_size, self.last), unique_share)
         return value * (self.scale(batch_size) * self.correction)
 
-    def typical_at(self, batch_size: int) -> float:
+    def typical_at(self, batch_size: int, unique_share: float | None = None) -> float:
         """Predicted mean latency."""
-        return self.typical[min(batch_size, self.last)] * self.scale(batch_size) * self.correction
+        value = self._typical.at(min(batch_size, self.last), unique_share)
+        return value * (self.scale(batch_size) * self.correction)
 
     def observe(self, batch_size: int, seconds: float, unique_share: float | None) -> None:
         """A call took so long."""
-        expected = self.typical_at(batch_size) / self.correction
-        if unique_share is not None:
-            expected *= self.tail_at(batch_size, unique_share) / self.tail_at(batch_size)
+        expected = self.typical_at(batch_size, unique_share) / self.correction
         if not 0.0 < expected < math.inf:
             return
         ratio = max(-_LIMIT, min(_LIMIT, math.log(seconds) - math.log(expected)))
@@ -94,25 +117,3 @@ class Prediction:
         if self._idle >= _FORGET and self.correction > 1.0:
             self._forgotten = self._forgotten or self._followed
             self._followed, self.correction = 0.0, 1.0
-
-
-def _table(path: Path, profile: Profile, statistic: str, condition: str, up_to: int) -> list[float]:
-    table = profile.curve(path.name, statistic, condition).table(up_to)
-    if path.supports is not None:
-        table = [t if b and path.supports(b) else math.inf for b, t in enumerate(table)]
-    return table
-
-
-def _unique_share_slopes(profile: Profile, name: str, statistic: str, up_to: int):
-    """(unique share the profile saw, seconds per unit of share) at each batch size; no slope where it was
-    profiled at one share only."""
-    sizes = np.arange(up_to + 1)
-    seen = np.interp(sizes, *profile.unique_shares(name))
-    if "repeated" not in profile.cells[name]:
-        return seen.tolist(), [0.0] * (up_to + 1)
-    low = np.interp(sizes, *profile.unique_shares(name, "repeated"))
-    gap = profile.curve(name, statistic).at(sizes) - profile.curve(name, statistic, "repeated").at(sizes)
-    apart = seen - low > 0.05
-    # More unique IDs never cost less: a negative slope is noise.
-    slope = np.where(apart, np.maximum(gap, 0.0) / np.where(apart, seen - low, 1.0), 0.0)
-    return seen.tolist(), slope.tolist()

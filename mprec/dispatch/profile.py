@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -26,12 +27,13 @@ from mprec.dispatch.fingerprint import fingerprint
 from mprec.dispatch.microbenchmark import Evict, Samples, microbenchmark
 from mprec.dispatch.paths import Path, shape_digest, unique_share
 from mprec.dispatch.refine import PASSES, check_sizes, errors, median_curves, refine
+from mprec.dispatch.share import ShareEffect
 from mprec.files import write_whole
 
 __all__ = ["BATCH_SIZES", "CONDITIONS", "Profile", "ProfileError", "ProfileMismatchError", "default_file"]
 
 FORMAT = "mprec profile"
-VERSION = 2
+VERSION = 3
 BATCH_SIZES = tuple(2**i for i in range(12))  # 1 ... 2048
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 STATISTICS = (*QUANTILES, "mean")
@@ -59,9 +61,13 @@ class ProfileMismatchError(ProfileError):
 @dataclass(frozen=True)
 class Profile:
     """``cells[path][condition]`` has equally long lists: ``batch_sizes``, ``calls`` (how many were timed),
-    ``unique_share`` (mean over inputs), and ``p50``, ``p95``, ``p99`` and ``mean`` in seconds. The mean
-    leaves out the slowest twentieth of the calls, which other work on the machine has delayed. Where inputs
-    are of two kinds, it says what many calls take together, and a median only which kind prevails.
+    ``unique_share`` (mean over calls), and ``p50``, ``p95``, ``p99`` and ``mean`` in seconds. The mean leaves
+    out the slowest twentieth of the calls, which other work on the machine has delayed. Where inputs are of
+    two kinds, it says what many calls take together, and a median only which kind prevails.
+
+    Condition *warm* also has how latency follows the share of unique IDs, ``share_slope``, ``share_least``
+    and ``share_most`` (:mod:`mprec.dispatch.share`), and ``same_share``: the statistics as they would be if
+    all inputs had the mean share. Profiles written by hand may lack these.
 
     ``prediction_error`` is measured, not assumed: predicted over observed median at batch sizes between
     the grid points, as ``median`` and ``p95`` of the relative error. ``simulated`` profiles describe
@@ -76,20 +82,27 @@ class Profile:
     simulated: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    def curve(self, path: str, statistic: str = "p50", condition: str = "warm") -> Curve:
-        """Latency of one path over batch size. ``KeyError`` names what was not measured."""
+    def curve(
+        self, path: str, statistic: str = "p50", condition: str = "warm", same_share: bool = False
+    ) -> Curve:
+        """Latency of one path over batch size; with ``same_share``, of inputs that all have the mean share of
+        unique IDs. ``KeyError`` names what was not measured."""
         try:
             cell = self.cells[path][condition]
-            return Curve.fit(cell["batch_sizes"], cell[statistic], falls(cell["p50"]))
+            values = cell.get("same_share", cell) if same_share else cell
+            return Curve.fit(cell["batch_sizes"], values[statistic], falls(values["p50"]))
         except KeyError as error:
             raise KeyError(
                 f"profile has no {statistic} of path {path!r} in condition {condition!r} (missing {error})"
             ) from None
 
-    def unique_shares(self, path: str, condition: str = "warm") -> tuple[list[int], list[float]]:
-        """(batch sizes, mean share of unique IDs of the inputs measured at them)."""
+    def share_effects(self, path: str, condition: str = "warm") -> tuple[list[int], list[ShareEffect]]:
+        """(batch sizes, how latency follows the share of unique IDs at each)."""
         cell = self.cells[path][condition]
-        return cell["batch_sizes"], cell["unique_share"]
+        flat, one = [0.0] * len(cell["batch_sizes"]), [1.0] * len(cell["batch_sizes"])
+        columns = [cell["unique_share"], cell.get("share_slope", flat)]
+        columns += [cell.get("share_least", one), cell.get("share_most", one)]
+        return cell["batch_sizes"], [ShareEffect(*row) for row in zip(*columns, strict=True)]
 
     # -- measuring
 
@@ -145,23 +158,27 @@ class Profile:
             lambda some: run("choosing batch sizes", some, duration=look),
             lambda: clock() - start < share,
         )
-        cells: dict[str, dict[str, dict[str, list]]] = {path.name: {} for path in paths}
-        error = None
+        cells: dict[str, dict[str, dict[str, Any]]] = {path.name: {} for path in paths}
+        error, measured = None, {}
         for condition in wanted:
-            source, here = make_input, sizes
+            here = sizes
+            shares: Samples = defaultdict(list)
+            more = {"after_call": lambda name, size, item, to=shares: to[name, size].append(_share(item))}
             if condition == "cold":  # emptying the caches takes longer than most calls
                 here = _thinned(batch_sizes)
-                samples = run(condition, here, before_call=Evict(), max_calls=30)
+                samples = run(condition, here, before_call=Evict(), max_calls=30, **more)
             elif condition == "repeated":
-                source = repeated_rows(make_input)
-                samples = run(condition, here, source)
+                samples = run(condition, here, repeated_rows(make_input), **more)
             else:
-                samples = run(condition, here, duration=3 * share)
+                samples = run(condition, here, duration=3 * share, **more)
                 if between := check_sizes(batch_sizes, sizes):
                     error = _error(samples, run("between grid points", between))
-            uniqueness = _mean_unique_share(source, here, rng)
+            measured[condition] = samples, shares
             for path in paths:
-                cells[path.name][condition] = _cell(path.name, samples, uniqueness)
+                cells[path.name][condition] = _cell(path.name, samples, shares)
+        for path in paths:
+            if "warm" in measured:
+                cells[path.name]["warm"] |= _share_cell(path.name, measured)
         return cls(
             paths={p.name: _describe(p) for p in paths},
             cells=cells,
@@ -223,6 +240,8 @@ class Profile:
                 for condition in conditions:
                     for statistic in STATISTICS:
                         profile.curve(name, statistic, condition)
+                        profile.curve(name, statistic, condition, same_share=True)
+                    profile.share_effects(name, condition)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProfileError(f"{where}: not a whole profile: {error}") from error
         return profile
@@ -328,23 +347,46 @@ def _error(samples: Samples, held_out: Samples) -> dict[str, Any]:
     }
 
 
-def _mean_unique_share(source, batch_sizes, rng) -> dict[int, float]:
-    def share(size: int) -> float:
-        item = source(size, rng)
-        return unique_share(item) if isinstance(item, Batch) else 1.0
-
-    return {size: float(np.mean([share(size) for _ in range(3)])) for size in batch_sizes}
+def _share(item: Any) -> float:
+    return unique_share(item) if isinstance(item, Batch) else 1.0
 
 
-def _cell(name: str, samples: Samples, uniqueness: Mapping[int, float]) -> dict[str, list]:
-    sizes = sorted(size for path, size in samples if path == name)
-    seconds = [samples[name, size] for size in sizes]
+def _sizes(name: str, samples: Samples) -> list[int]:
+    return sorted(size for path, size in samples if path == name)
+
+
+def _cell(name: str, samples: Samples, shares: Samples) -> dict[str, Any]:
+    sizes = _sizes(name, samples)
     return {
         "batch_sizes": sizes,
-        "calls": [len(values) for values in seconds],
-        "unique_share": [uniqueness[size] for size in sizes],
-        **{key: [float(np.quantile(v, q)) for v in seconds] for key, q in QUANTILES.items()},
-        "mean": [_mean(values) for values in seconds],
+        "calls": [len(samples[name, size]) for size in sizes],
+        "unique_share": [float(np.mean(shares[name, size])) for size in sizes],
+        **_statistics([samples[name, size] for size in sizes]),
+    }
+
+
+def _statistics(seconds: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Of the calls at each batch size."""
+    quantiles = {key: [float(np.quantile(v, q)) for v in seconds] for key, q in QUANTILES.items()}
+    return {**quantiles, "mean": [_mean(values) for values in seconds]}
+
+
+def _share_cell(name: str, measured: Mapping[str, tuple[Samples, Samples]]) -> dict[str, Any]:
+    """What condition *warm* has of the share of unique IDs."""
+
+    def calls(condition: str, size: int):
+        return [values[name, size] for values in measured[condition]] if condition in measured else ((), ())
+
+    effects, same = [], []
+    for size in _sizes(name, measured["warm"][0]):
+        seconds, shares = calls("warm", size)
+        effects.append(ShareEffect.fit((seconds, shares), calls("repeated", size)))
+        same.append(np.asarray(seconds) / effects[-1].factor(np.asarray(shares)))
+    return {
+        "share_slope": [effect.slope for effect in effects],
+        "share_least": [effect.least for effect in effects],
+        "share_most": [effect.most for effect in effects],
+        "same_share": _statistics(same),
     }
 
 

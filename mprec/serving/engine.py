@@ -31,7 +31,7 @@ import torch
 
 from mprec.data import Batch
 from mprec.data.batching import concatenate, num_features, take
-from mprec.dispatch import Dispatcher
+from mprec.dispatch import Dispatcher, unique_share
 
 __all__ = ["Answer", "Engine", "QueryRefusedError", "Statistics"]
 
@@ -326,11 +326,18 @@ class Engine:
 
     def _score(self, pieces: Sequence[_Piece], left: float) -> None:
         samples = sum(piece.size for piece in pieces)
+        share = None  # of unique IDs
+
+        def count_share() -> float:
+            nonlocal share
+            share = unique_share(batch)
+            return share
+
         start = self._clock()
         try:
-            path = self.dispatcher.choose(samples, left)
-            self._busy_until = start + self.dispatcher.expect(samples, path.name)
             batch = concatenate([take(p.query.batch, slice(p.start, p.stop)) for p in pieces])
+            path = self.dispatcher.choose(samples, left, unique_share=count_share)
+            self._busy_until = start + self.dispatcher.expect(samples, path.name, share)
             scores = torch.as_tensor(path.model(batch))
             if scores.shape != (samples,):
                 raise RuntimeError(
@@ -342,7 +349,7 @@ class Engine:
         finally:
             self._busy_until = 0.0
         finished = self._clock()
-        self.dispatcher.observe(path.name, samples, finished - start)
+        self.dispatcher.observe(path.name, samples, finished - start, share)
         with self._condition:
             self._statistics.batches += 1
             self._statistics.samples[path.name] += samples

@@ -9,7 +9,7 @@
 
 #include "cache/cached_dhe.h"
 #include "cache/codebook.h"
-#include "cache/distinct.h"
+#include "common/distinct.h"
 #include "cache/row_cache.h"
 #include "check.h"
 #include "dhe_network.h"
@@ -74,14 +74,20 @@ void test_distinct() {
   Case c("distinct IDs");
   Random random(3);
   for (int64_t n : {1, 2, 8, 9, 500}) {
-    Guarded<int64_t> ids(2 * n), positions(n), found(n), inverse(n);
-    for (int64_t i = 0; i < 2 * n; ++i) ids[i] = i % 5 ? random.below(n) : largest_id - random.below(3);
-    for (int64_t i = 0; i < n; ++i) positions[i] = 2 * n - 1 - 2 * i;
-    const int64_t count = distinct(ids.data(), positions.data(), n, found.data(), inverse.data());
+    Guarded<int64_t> ids(n), found(n);
+    Guarded<int32_t> place(n);
+    for (int64_t i = 0; i < n; ++i) ids[i] = i % 5 ? random.below(n) : largest_id - random.below(3);
+    const int64_t skip = n > 8 ? ids[1] : -1;
+    const int64_t count =
+        find_distinct(n, skip, [&](int64_t i) { return ids[i]; }, found.data(), place.data());
     std::set<int64_t> want;
     for (int64_t i = 0; i < n; ++i) {
-      want.insert(ids[positions[i]]);
-      c.expect(inverse[i] >= 0 && inverse[i] < count && found[inverse[i]] == ids[positions[i]], "entry ", i);
+      if (ids[i] == skip) {
+        c.expect(place[i] == -1, "entry ", i, " is to be skipped");
+        continue;
+      }
+      want.insert(ids[i]);
+      c.expect(place[i] >= 0 && place[i] < count && found[place[i]] == ids[i], "entry ", i);
     }
     c.expect(static_cast<int64_t>(want.size()) == count, "of ", n, ": ", count, ", want ", want.size());
   }

@@ -1,0 +1,102 @@
+// Bags of deep hash embeddings as Python passes them, checked.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include "common/error.h"
+#include "dhe/bag.h"
+#include "python/arguments.h"
+#include "python/tensor.h"
+
+namespace mprec::python {
+
+inline IdArray id_array(PyObject* object, const char* name) {
+  const Tensor t = view_ids(object, name);
+  return {t.data, t.shape[0], t.dtype == DType::i64};
+}
+
+inline bool flag(PyObject* object) {
+  const int set = PyObject_IsTrue(object);
+  if (set < 0) throw pybind11::error_already_set();
+  return set;
+}
+
+// IDs and bags of a batch of `features` features. Offsets of several end with the number of IDs, and their
+// padding_idx is not used.
+inline DheBagRequest dhe_bags(int64_t features, PyObject* indices, PyObject* offsets,
+                              bool include_last_offset, PyObject* padding_idx) {
+  DheBagRequest r{};
+  r.num_features = features;
+  r.indices = id_array(indices, "indices");
+  r.offsets = id_array(offsets, "offsets");
+  const int64_t ends = r.offsets.size - include_last_offset;
+  if (ends < 0)
+    throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
+  if (ends % features != 0 || (features > 1 && !include_last_offset))
+    throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", features,
+                               ", got ", r.offsets.size));
+  r.bags = ends / features;
+  r.padding_idx = features == 1 ? integer(padding_idx, "padding_idx") : -1;
+  return r;
+}
+
+// The largest ID that a module allows: None, any.
+inline void set_bound(DheBagRequest& r, PyObject* object) {
+  if (object == Py_None) return;
+  const long long bound = integer(object, "bound");
+  if (bound < 1) throw pybind11::value_error(message("bound: expected at least 1, got ", bound));
+  r.largest_id = bound - 1;
+}
+
+inline void set_pooling(DheBagRequest& r, PyObject* mode, PyObject* per_sample_weights) {
+  const long long number = integer(mode, "mode");
+  if (number < 0 || number > 2)
+    throw pybind11::value_error(message("mode: expected 0, 1 or 2, got ", number));
+  r.mode = static_cast<int>(number);
+  if (per_sample_weights == Py_None) return;
+  const Tensor w = view(per_sample_weights, "per_sample_weights", DType::f32, 1);
+  if (w.shape[0] != r.indices.size)
+    throw pybind11::value_error(
+        message("per_sample_weights: expected as many as indices, ", r.indices.size, ", got ", w.shape[0]));
+  if (r.mode == 2) throw pybind11::value_error("per_sample_weights: mode max does not take any");
+  r.per_sample_weights = w.ptr<float>();
+}
+
+// Where results go. Returns how many columns there are.
+inline int64_t set_output(DheBagRequest& r, PyObject* object) {
+  const Tensor out = view(object, "out");
+  if (out.dtype != DType::f32)
+    throw pybind11::type_error(message("out: expected float32, got ", dtype_name(out.dtype)));
+  if (out.ndim != 2) throw pybind11::value_error(message("out: expected 2 dimension(s), got ", out.ndim));
+  if (out.shape[0] != r.bags)
+    throw pybind11::value_error(message("out: expected ", r.bags, " rows, got ", out.shape[0]));
+  if (out.shape[1] > 1 && out.strides[1] != 1)
+    throw pybind11::value_error(
+        message("out: expected rows of adjacent values, got stride ", out.strides[1]));
+  check_output(out, "out");
+  r.out = out.ptr<float>();
+  r.out_stride = out.strides[0];
+  return out.shape[1];
+}
+
+// torch.empty(rows, columns), called from here: Python's own way to it costs as much as torch's.
+inline pybind11::object empty_matrix(int64_t rows, int64_t columns) {
+  namespace py = pybind11;
+  static PyObject* const empty = py::object(py::module_::import("torch").attr("empty")).release().ptr();
+  const py::int_ r(rows), c(columns);
+  PyObject* const sizes[] = {r.ptr(), c.ptr()};
+  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, sizes, 2, nullptr));
+  if (!made) throw py::error_already_set();
+  return made;
+}
+
+// As guarded(), of a call that returns what Python gets: an owned reference.
+template <class Call>
+PyObject* guarded_object(const Call& call) {
+  PyObject* result = nullptr;
+  PyObject* const none = guarded([&] { result = call().release().ptr(); });
+  if (!none) return nullptr;
+  Py_DECREF(none);
+  return result;
+}
+
+}  // namespace mprec::python
