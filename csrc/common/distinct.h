@@ -36,8 +36,8 @@ int64_t find_distinct(int64_t n, int64_t skip, const IdAt& id_at, int64_t* disti
 
 // How many distinct values there are: exactly of up to 256, of more by linear counting (Whang, Vander-Zanden
 // and Taylor, 1990: hash each to one of m bits; of n distinct values, m exp(-n / m) bits stay zero). With 16
-// bits a value and more the standard error is below n / sqrt(32 n), half a percent of 2048, in a quarter of the
-// time.
+// bits a value and more the standard error is below n / sqrt(32 n), half a percent of 2048, in a quarter of
+// the time.
 template <class Id>
 double count_distinct(const Id* ids, int64_t n) {
   if (n <= 256) {

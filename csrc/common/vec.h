@@ -123,7 +123,13 @@ inline float sum(Vec a) { return a.v; }
 
 #endif
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
+// Statements of their own: GCC takes a function of a builtin prefetch for one without effects, and may drop
+// its calls.
+inline void prefetch(const void* p) { asm volatile("prefetcht0 %a0" : : "p"(p)); }
+#if defined(__PRFCHW__)
+inline void prefetch_to_write(const void* p) { asm volatile("prefetchw %a0" : : "p"(p)); }
+#else
+inline void prefetch_to_write(const void* p) { prefetch(p); }
+#endif
 
 }  // namespace mprec::MPREC_ISA

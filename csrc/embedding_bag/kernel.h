@@ -46,8 +46,9 @@ struct Progress {
 // Pools rows [begin, end) of a bag into `vectors` registers of columns, from `column` on; the last register
 // is masked if `tail`. Goes on from `before` in `out`, and finishes the bag if `last`.
 template <class Row, Pool pool, int vectors, bool tail, class Index>
-inline Progress pool_columns(const Source& source, int64_t begin, int64_t end, int64_t column, Mask mask,
-                             const Prefetch& next, float* out, Progress before, bool last) {
+__attribute__((always_inline)) inline Progress pool_columns(const Source& source, int64_t begin, int64_t end,
+                                                            int64_t column, Mask mask, const Prefetch& next,
+                                                            float* out, Progress before, bool last) {
   constexpr int64_t width = Vec::width;
   const Source s = source;
   const auto [shift, next_rows, next_num_rows, next_row_bytes, last_byte] = next;
@@ -131,14 +132,6 @@ inline Progress pool_columns(const Source& source, int64_t begin, int64_t end, i
   return {count, bias, true};
 }
 
-// A bag of few rows, no wider than 8 registers. A function of its own: all that a row needs stays in
-// registers.
-template <class Row, Pool pool, int vectors, bool tail, class Index>
-__attribute__((noinline)) bool pool_brief(const Source& s, int64_t begin, int64_t end, Mask mask,
-                                          const Prefetch& next, float* out) {
-  return pool_columns<Row, pool, vectors, tail, Index>(s, begin, end, 0, mask, next, out, {}, true).valid;
-}
-
 // A bag of many rows, or of rows wider than 8 registers: a few rows at a time, their columns in turn.
 template <class Row, Pool pool, int vectors, bool tail, class Index>
 __attribute__((noinline)) bool pool_long(const Source& s, int64_t begin, int64_t end, int64_t last_column,
@@ -169,6 +162,50 @@ void copy(const float* from, T* to, int64_t size) {
 inline void store_result(const float* from, float* to, Format format, int64_t dim) {
   if (format == Format::f16) copy(from, reinterpret_cast<Half*>(to), dim);
   if (format == Format::bf16) copy(from, reinterpret_cast<BFloat*>(to), dim);
+}
+
+// Where a segment's results go: float32, or by way of a float32 `scratch`.
+struct Results {
+  Format format;
+  int64_t dim, stride;  // bytes from one to the next
+  float* scratch;
+  Results(const Feature& f, float* to)
+      : format(f.out_format),
+        dim(f.dim),
+        stride(f.out_stride * (f.out_format == Format::f32 ? 4 : 2)),
+        scratch(to) {}
+  float* sums(char* result) const { return scratch ? scratch : reinterpret_cast<float*>(result); }
+  void finish(char* result) const {
+    if (scratch) store_result(scratch, reinterpret_cast<float*>(result), format, dim);
+  }
+};
+
+// Asks for the lines of a result that will be written: side by side with other tables' results, a table's are
+// pages apart, out of reach of the hardware's prefetcher.
+template <int vectors>
+inline void own(const char* result) {
+#pragma GCC unroll 8
+  for (int byte = 0; byte < vectors * Vec::width * 4; byte += 64) prefetch_to_write(result + byte);
+}
+
+// Bags of few rows, no wider than 8 registers. A function of its own: all that a row needs stays in
+// registers.
+template <class Row, Pool pool, int vectors, bool tail, class Index>
+__attribute__((noinline)) bool pool_brief(const Source& s, int64_t from, const int64_t* ends, int64_t bags,
+                                          Mask mask, const Prefetch& next, const Results& to, char* result) {
+  const Source source = s;
+  const Prefetch prefetch = next;
+  const Results results = to;
+  const int64_t next_ones = bags * results.stride;
+  for (const int64_t* const last = ends + bags; ends != last; from = *ends++, result += results.stride) {
+    own<vectors>(result + next_ones);
+    if (!pool_columns<Row, pool, vectors, tail, Index>(source, from, *ends, 0, mask, prefetch,
+                                                       results.sums(result), {}, true)
+             .valid)
+      return false;
+    results.finish(result);
+  }
+  return true;
 }
 
 // Whether the next `count` bags hold one index each: their ends are from + 1, from + 2, ...
@@ -224,7 +261,7 @@ bool pool_singles(const void* indices, int64_t from, int64_t count, const Featur
 // anything is read by it.
 template <class Row, Pool pool, int vectors, bool tail>
 bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, float* scratch) {
-  constexpr int64_t block = max_vectors * Vec::width, most_bags = 32, most_rows = 64;
+  constexpr int64_t block = max_vectors * Vec::width, most_bags = 32, most_rows = 128;
   const Feature& f = *segment.feature;
   const int64_t last_column = f.dim > block ? (f.dim - 1) / block * block : 0;
   int64_t begin = segment.begin;
@@ -232,20 +269,14 @@ bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, fl
   // No bag may reach beyond: the indices there are validated for another segment.
   const int64_t limit = clamped_begin(r, end);
   const Source source(r, f);
-  const auto brief_bag = r.indices.wide ? pool_brief<Row, pool, vectors, tail, int64_t>
-                                        : pool_brief<Row, pool, vectors, tail, int32_t>;
+  const auto brief_bags = r.indices.wide ? pool_brief<Row, pool, vectors, tail, int64_t>
+                                         : pool_brief<Row, pool, vectors, tail, int32_t>;
   const auto long_bag = r.indices.wide ? pool_long<Row, pool, vectors, tail, int64_t>
                                        : pool_long<Row, pool, vectors, tail, int32_t>;
   const Mask mask(f.dim - last_column - (vectors - 1) * Vec::width);
-  const int64_t out_bytes = f.out_stride * (f.out_format == Format::f32 ? 4 : 2);
-  char* result = reinterpret_cast<char*>(f.out) + (begin - f.first_bag) * out_bytes;
-  // Side by side with other tables' results, a table's are pages apart, out of reach of the hardware's
-  // prefetcher: lines are asked for before they are written.
+  const Results results(f, scratch);
+  char* result = reinterpret_cast<char*>(f.out) + (begin - f.first_bag) * results.stride;
   constexpr int64_t results_ahead = 16;
-  const int64_t result_bytes = f.dim * (f.out_format == Format::f32 ? 4 : 2);
-  const auto own = [result_bytes](const char* p) {
-    for (int64_t i = 0; i < result_bytes; i += 64) prefetch_to_write(p + i);
-  };
   int64_t from = r.bag_begin(begin);
   if (from < 0) return false;
   while (begin < end) {
@@ -258,12 +289,12 @@ bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, fl
         if (!ahead.next(from, count, next)) return false;
         const auto pool_them = r.indices.wide ? pool_singles<Row, vectors, tail, int64_t>
                                               : pool_singles<Row, vectors, tail, int32_t>;
-        if (!pool_them(r.indices.data, from, count, f, mask, next, result, out_bytes,
-                       results_ahead * out_bytes))
+        if (!pool_them(r.indices.data, from, count, f, mask, next, result, results.stride,
+                       results_ahead * results.stride))
           return false;
         begin += count;
         from += count;
-        result += count * out_bytes;
+        result += count * results.stride;
         continue;
       }
     }
@@ -274,16 +305,19 @@ bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, fl
       ends[bags++] = before = to;
     } while (begin < end && bags < most_bags && before - from < stride);
 
-    const bool brief = last_column == 0 && before - from <= most_rows;
-    Prefetch next{};
-    if (brief && !ahead.next(from, before - from, next)) return false;
-    for (int64_t b = 0; b < bags; from = ends[b++], result += out_bytes) {
-      own(result + bags * out_bytes);  // a result of the next ones
-      float* out = scratch ? scratch : reinterpret_cast<float*>(result);
-      if (brief ? !brief_bag(source, from, ends[b], mask, next, out)
-                : !long_bag(source, from, ends[b], last_column, mask, out, ahead))
+    if (last_column == 0 && before - from <= most_rows) {
+      Prefetch next;
+      if (!ahead.next(from, before - from, next) ||
+          !brief_bags(source, from, ends, bags, mask, next, results, result))
         return false;
-      if (scratch) store_result(scratch, reinterpret_cast<float*>(result), f.out_format, f.dim);
+      from = before;
+      result += bags * results.stride;
+      continue;
+    }
+    for (int64_t b = 0; b < bags; from = ends[b++], result += results.stride) {
+      own<max_vectors>(result + bags * results.stride);
+      if (!long_bag(source, from, ends[b], last_column, mask, results.sums(result), ahead)) return false;
+      results.finish(result);
     }
   }
   return true;
@@ -297,7 +331,9 @@ PoolBags for_dim(int64_t dim) {
   const int64_t last = dim == 0 ? 0 : (dim - 1) % block + 1;
   if constexpr (vectors < max_vectors)
     if (last > vectors * Vec::width) return for_dim<Row, pool, vectors + 1>(dim);
-  if constexpr (Vec::free_masks)
+  // A masked load is an instruction of its own, beside the sum's: where rows come from memory, time goes with
+  // how many rows the processor holds in flight, which is so many instructions.
+  if constexpr (Vec::free_masks && (Row::quantised || pool != Pool::sum || Vec::width == 1))
     return pool_bags<Row, pool, vectors, true>;
   else
     return last == vectors * Vec::width ? pool_bags<Row, pool, vectors, false>
