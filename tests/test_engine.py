@@ -27,8 +27,8 @@ def query(size, start=0):
     return batch(*range(start, start + size))
 
 
-def make(clock=None, slow=None, **options):
-    """An engine over two paths that take what their profile says; ``slow`` multiplies."""
+def make(clock=None, slow=None, profile=None, **options):
+    """An engine over two paths that take what their costs say; ``slow`` multiplies."""
     seen = []
 
     def scorer(name):
@@ -45,7 +45,7 @@ def make(clock=None, slow=None, **options):
 
     paths = [Path(name, name, QUALITY[name], scorer(name), f"shape of {name}") for name in COSTS]
     engine = Engine(
-        Dispatcher(paths, fake_profile(COSTS)),
+        Dispatcher(paths, profile or fake_profile(COSTS)),
         **{"sla_s": 5e-3, **({"clock": clock} if clock else {}), **options},
     )
     return engine, seen
@@ -67,6 +67,21 @@ def test_one_query_gets_its_scores_by_the_best_path():
     assert seen == [("hybrid", 100)]
     assert answer.paths == {"hybrid": 100}
     assert answer.latency_s == pytest.approx(1e-3 + 260e-6 + 100 * 10e-6)
+
+
+def test_few_unique_ids_buy_quality():
+    """The hybrid path is too slow for 480 different IDs, but not for 480 of which few differ."""
+    profile = fake_profile(COSTS)
+    effect = {"share_slope": 0.6, "share_least": 0.4}
+    profile.cells["hybrid"]["warm"] |= {key: [value] * 12 for key, value in effect.items()}
+    clock = Clock()
+    engine, seen = make(clock, {"hybrid": 0.4}, profile)
+    for ids in (range(480), [7] * 480, range(480)):
+        future = engine.submit(batch(*ids))
+        drain(engine)
+        assert future.result(0).scores.tolist() == list(ids)
+    assert seen == [("table", 480), ("hybrid", 480), ("table", 480)]
+    assert engine.statistics()["corrections"] == {"table": 1.0, "hybrid": 1.0}
 
 
 def test_small_queries_are_merged_as_long_as_that_costs_no_quality():

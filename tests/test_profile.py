@@ -281,11 +281,11 @@ def test_a_share_that_tells_nothing_has_no_effect():
     rng = np.random.default_rng(0)
     shares = rng.uniform(0.2, 1, 300)
     noise = 1e-3 * rng.uniform(1, 1.3, 300)
-    assert ShareEffect.fit((noise, shares)) == ShareEffect(shares.mean())
-    assert ShareEffect.fit((2e-3 - 1e-3 * shares, shares)) == ShareEffect(shares.mean())
+    assert ShareEffect.fit((noise, shares)) == ShareEffect(shares.max())
+    assert ShareEffect.fit((2e-3 - 1e-3 * shares, shares)) == ShareEffect(shares.max())
     assert ShareEffect.fit(([1e-3], [0.5])) == ShareEffect(0.5)
     effect = ShareEffect.fit((noise + 1e-3 * shares, shares))
-    assert effect.slope * (1.15e-3 + 1e-3 * shares.mean()) == pytest.approx(1e-3, rel=0.1)
+    assert effect.slope * (1.15e-3 + 1e-3 * shares.max()) == pytest.approx(1e-3, rel=0.1)
 
 
 def test_noise_adds_no_batch_sizes():

@@ -211,7 +211,7 @@ class CachedDecoders {
 
  private:
   int64_t num_features_, columns_ = 0;
-  bool gaps_;  // columns between the features' own
+  bool gaps_;                 // columns between the features' own
   const WeightWatch* watch_;  // null: none; kept alive by pybind11
   std::vector<CachedFeature> features_;
   std::vector<py::object> owned_;
@@ -220,9 +220,12 @@ class CachedDecoders {
 
 PyObject* cached_dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded_object([&]() -> py::object {
-    static constexpr const char* names[] = {
-        "decoders",    "indices", "offsets", "per_sample_weights", "mode",  "include_last_offset",
-        "padding_idx", "bound",   "out",     "admit",              "threads"};
+    static constexpr const char* names[] = {"decoders",    "indices",
+                                            "offsets",     "per_sample_weights",
+                                            "mode",        "include_last_offset",
+                                            "padding_idx", "bound",
+                                            "out",         "admit",
+                                            "threads"};
     const Arguments<11> a("cached_dhe_bag", names, args, count, keywords);
     if (!py::isinstance<CachedDecoders>(a[0]))
       throw py::type_error(message("decoders: expected CachedDecoders, got ", Py_TYPE(a[0])->tp_name));
@@ -235,11 +238,10 @@ PyObject* cached_dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyO
     const int threads = checked_threads(integer(a[10], "threads"));
     if (a[8] == Py_None && decoders.leaves_gaps())
       throw py::value_error("out: expected a tensor, as the features' columns do not fill a new one");
-    py::object out = a[8] == Py_None ? empty_matrix(r.bags, decoders.columns())
-                                     : py::reinterpret_borrow<py::object>(a[8]);
+    py::object out =
+        a[8] == Py_None ? empty_matrix(r.bags, decoders.columns()) : py::reinterpret_borrow<py::object>(a[8]);
     if (const int64_t width = set_output(r, out.ptr()); width < decoders.columns())
-      throw py::value_error(
-          message("out: expected at least ", decoders.columns(), " columns, got ", width));
+      throw py::value_error(message("out: expected at least ", decoders.columns(), " columns, got ", width));
     py::gil_scoped_release release;
     decoders.forward(r, admit, threads);
     return out;
@@ -249,7 +251,8 @@ PyObject* cached_dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyO
 PyMethodDef methods[] = {
     {"cached_dhe_bag", fastcall<&cached_dhe_bag>(), METH_FASTCALL | METH_KEYWORDS,
      "cached_dhe_bag(decoders, indices, offsets, per_sample_weights, mode, include_last_offset, "
-     "padding_idx, bound, out, admit, threads)\n\nThe features' pooled vectors in their columns of out [B, total] "
+     "padding_idx, bound, out, admit, threads)\n\nThe features' pooled vectors in their columns of out [B, "
+     "total] "
      "(None: a new tensor), which is returned; None, with nothing done, if the watched weights have changed. "
      "bound: refuse IDs not below this (None: any)."},
     {nullptr, nullptr, 0, nullptr}};

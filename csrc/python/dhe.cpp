@@ -127,8 +127,7 @@ struct OneFeature {
 
   OneFeature(const Decoder& decoder, PyObject* indices, PyObject* offsets, PyObject* include_last_offset,
              PyObject* padding_idx)
-      : view(decoder.view()),
-        request(dhe_bags(1, indices, offsets, flag(include_last_offset), padding_idx)) {
+      : view(decoder.view()), request(dhe_bags(1, indices, offsets, flag(include_last_offset), padding_idx)) {
     request.decoders = &view;
     request.columns = &column;
   }

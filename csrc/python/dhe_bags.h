@@ -29,8 +29,7 @@ inline DheBagRequest dhe_bags(int64_t features, PyObject* indices, PyObject* off
   r.indices = id_array(indices, "indices");
   r.offsets = id_array(offsets, "offsets");
   const int64_t ends = r.offsets.size - include_last_offset;
-  if (ends < 0)
-    throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
+  if (ends < 0) throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
   if (ends % features != 0 || (features > 1 && !include_last_offset))
     throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", features,
                                ", got ", r.offsets.size));

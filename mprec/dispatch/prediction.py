@@ -46,15 +46,15 @@ class _Estimate:
             return np.where(able, curve.table(up_to), math.inf)
 
         self.plain = table(False).tolist()
-        same, sizes = table(True), np.arange(up_to + 1)
+        ceiling, sizes = table(True), np.arange(up_to + 1)
         known, effects = profile.share_effects(path.name, condition)
-        mean, slope, least, most = (
+        highest, slope, least = (
             np.interp(sizes, known, values)
-            for values in zip(*((e.mean, e.slope, e.least, e.most) for e in effects), strict=True)
+            for values in zip(*((e.highest, e.slope, e.least) for e in effects), strict=True)
         )
-        self.base = (same * (1 - slope * mean)).tolist()
-        self.slope = np.where(able, slope * np.where(able, same, 0.0), 0.0).tolist()
-        self.floor, self.ceiling = (same * least).tolist(), (same * most).tolist()
+        self.base = (ceiling * (1 - slope * highest)).tolist()
+        self.slope = np.where(able, slope * np.where(able, ceiling, 0.0), 0.0).tolist()
+        self.floor, self.ceiling = (ceiling * least).tolist(), ceiling.tolist()
 
     def at(self, i: int, unique_share: float | None) -> float:
         if unique_share is None:

@@ -65,9 +65,9 @@ class Profile:
     out the slowest twentieth of the calls, which other work on the machine has delayed. Where inputs are of
     two kinds, it says what many calls take together, and a median only which kind prevails.
 
-    Condition *warm* also has how latency follows the share of unique IDs, ``share_slope``, ``share_least``
-    and ``share_most`` (:mod:`mprec.dispatch.share`), and ``same_share``: the statistics as they would be if
-    all inputs had the mean share. Profiles written by hand may lack these.
+    Condition *warm* also has how latency follows the share of unique IDs, ``share_highest``, ``share_slope``
+    and ``share_least`` (:mod:`mprec.dispatch.share`), and ``same_share``: the statistics as they would be if
+    all inputs had the highest share. Profiles written by hand may lack these.
 
     ``prediction_error`` is measured, not assumed: predicted over observed median at batch sizes between
     the grid points, as ``median`` and ``p95`` of the relative error. ``simulated`` profiles describe
@@ -85,8 +85,8 @@ class Profile:
     def curve(
         self, path: str, statistic: str = "p50", condition: str = "warm", same_share: bool = False
     ) -> Curve:
-        """Latency of one path over batch size; with ``same_share``, of inputs that all have the mean share of
-        unique IDs. ``KeyError`` names what was not measured."""
+        """Latency of one path over batch size; with ``same_share``, of inputs that all have the highest share
+        of unique IDs. ``KeyError`` names what was not measured."""
         try:
             cell = self.cells[path][condition]
             values = cell.get("same_share", cell) if same_share else cell
@@ -99,9 +99,12 @@ class Profile:
     def share_effects(self, path: str, condition: str = "warm") -> tuple[list[int], list[ShareEffect]]:
         """(batch sizes, how latency follows the share of unique IDs at each)."""
         cell = self.cells[path][condition]
-        flat, one = [0.0] * len(cell["batch_sizes"]), [1.0] * len(cell["batch_sizes"])
-        columns = [cell["unique_share"], cell.get("share_slope", flat)]
-        columns += [cell.get("share_least", one), cell.get("share_most", one)]
+        known = len(cell["batch_sizes"])
+        columns = [
+            cell.get("share_highest", cell["unique_share"]),
+            cell.get("share_slope", [0.0] * known),
+            cell.get("share_least", [1.0] * known),
+        ]
         return cell["batch_sizes"], [ShareEffect(*row) for row in zip(*columns, strict=True)]
 
     # -- measuring
@@ -383,9 +386,9 @@ def _share_cell(name: str, measured: Mapping[str, tuple[Samples, Samples]]) -> d
         effects.append(ShareEffect.fit((seconds, shares), calls("repeated", size)))
         same.append(np.asarray(seconds) / effects[-1].factor(np.asarray(shares)))
     return {
+        "share_highest": [effect.highest for effect in effects],
         "share_slope": [effect.slope for effect in effects],
         "share_least": [effect.least for effect in effects],
-        "share_most": [effect.most for effect in effects],
         "same_share": _statistics(same),
     }
 

@@ -1,8 +1,9 @@
 """How the latency of a path follows the share of unique IDs: equal IDs are decoded once, and where IDs
 repeat, caches hold more of them.
 
-Time at a share u = time at the mean share x *factor*, and factor = 1 + slope x (u - mean share), but no less
-than at the lowest share seen: a line may fall to nothing beyond.
+Time at a share u = time at the highest share seen x *factor*, and factor = 1 + slope x (u - highest), but no
+less than at the lowest share seen: a line may fall to nothing beyond. (The highest, because batches of all
+sizes have some of few repetitions: at the mean share of each size, times need not rise with the size.)
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ _TRIMMED = 0.05  # calls left out as delayed by other work
 
 @dataclass(frozen=True)
 class ShareEffect:
-    """Of one path at one batch size: the mean share, the factor's ``slope``, and its values at the lowest and
-    the highest share seen, ``least`` and ``most``."""
+    """Of one path at one batch size: the highest share seen, the factor's ``slope``, and its ``least`` value,
+    at the lowest share seen."""
 
-    mean: float
+    highest: float
     slope: float = 0.0
     least: float = 1.0
-    most: float = 1.0
 
     @classmethod
     def fit(
@@ -39,22 +39,22 @@ class ShareEffect:
     ) -> ShareEffect:
         """From (seconds, shares) of the calls; of those whose IDs were ``repeated`` too, where the calls' own
         shares are too much alike to tell."""
-        mean = float(np.mean(calls[1]))
+        highest = float(np.max(calls[1]))
         line = _line(*calls) or _line(*(np.concatenate(pair) for pair in zip(calls, repeated, strict=True)))
-        if line is None or (at_mean := line[0] + line[1] * mean) <= 0:
-            return cls(mean)
-        slope = line[1] / at_mean
-        least, most = (max(1 + slope * (share - mean), _LEAST) for share in line[2:])
-        return cls(mean, slope, least, most)
+        if line is None:
+            return cls(highest)
+        start, rise, lowest = line
+        slope = rise / (start + rise * highest)  # not by 0: the line rises, and has positive points below
+        return cls(highest, slope, max(1 + slope * (lowest - highest), _LEAST))
 
     def factor(self, share: np.ndarray) -> np.ndarray:
-        """Of the time at the mean share."""
-        return np.maximum(1 + self.slope * (share - self.mean), self.least)
+        """Of the time at the highest share."""
+        return np.maximum(1 + self.slope * (share - self.highest), self.least)
 
 
 def _line(seconds: Sequence[float], shares: Sequence[float]) -> tuple[float, ...] | None:
-    """(seconds at share 0, rise per unit of share, lowest and highest share) by least squares without the
-    calls farthest above the line; None if there is no significant rise: more unique IDs never cost less."""
+    """(seconds at share 0, rise per unit of share, lowest share) by least squares without the calls farthest
+    above the line; None if there is no significant rise: more unique IDs never cost less."""
     t, u = np.asarray(seconds), np.asarray(shares)
     for last in (False, True):
         if len(t) < 3 or np.ptp(u) < _APART:
@@ -68,4 +68,4 @@ def _line(seconds: Sequence[float], shares: Sequence[float]) -> tuple[float, ...
     mean = start + rise * np.mean(shares)
     if rise <= _STANDARD_ERRORS * error or rise * np.ptp(u) <= _SMALL * mean:
         return None
-    return float(start), float(rise), float(u.min()), float(u.max())
+    return float(start), float(rise), float(u.min())

@@ -9,9 +9,9 @@
 
 #include "cache/cached_dhe.h"
 #include "cache/codebook.h"
-#include "common/distinct.h"
 #include "cache/row_cache.h"
 #include "check.h"
+#include "common/distinct.h"
 #include "dhe_network.h"
 #include "guarded.h"
 #include "suites.h"
