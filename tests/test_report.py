@@ -132,6 +132,7 @@ def test_chart_of_a_latency_that_falls_with_the_batch():
     for quantile in ("p50", "p95", "p99"):
         cell[quantile] = [2e-4, 9e-4, 1e-4]
     lines = latency.text_chart(profile, width=40, height=9).splitlines()
+    assert max(map(len, lines)) == 40
     assert lines[0].startswith("    0.9 ms")
     assert lines[8].startswith("    0.1 ms")
     assert "a" in lines[0]

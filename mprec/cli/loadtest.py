@@ -142,15 +142,17 @@ def load_table(result: dict) -> Table:
         f"{result['qps']:.0f} queries/s, SLA {result['sla_ms']:g} ms",
         box=box.SIMPLE_HEAD,
         title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("path", no_wrap=True)
     headings = ["p50 ms", "p95 ms", "p99 ms", "missed", "accuracy", "correct/s"]
     searched = "max_qps" in result["rows"][0]
     for heading in headings + ["max qps"] * searched:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("answered by")
+    table.add_column("answered by", no_wrap=True)
     for row in result["rows"]:
-        chosen = ", ".join(f"{name} {100 * share:.0f} %" for name, share in row["chosen"].items())
+        chosen = "\n".join(f"{name} {100 * share:.0f} %" for name, share in row["chosen"].items())
         table.add_row(
             row["path"],
             *("-" if row[key] is None else f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms", "p99_ms")),

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(latency.table(profile))
     if args.show is not None:
         console.print(latency.crossover_table(profile))
-        console.print(latency.text_chart(profile), highlight=False)
+        console.print(latency.text_chart(profile, console.width), highlight=False)
     if profile.prediction_error:
         error = profile.prediction_error
         say(

@@ -66,8 +66,9 @@ def crossover_table(profile: Profile) -> Table:
     return out
 
 
-def text_chart(profile: Profile, width: int = 72, height: int = 18) -> str:
-    """The curves with logarithmic axes, in plain characters."""
+def text_chart(profile: Profile, width: int = 80, height: int = 18) -> str:
+    """The curves with logarithmic axes, in plain characters, lines of at most ``width``."""
+    width = max(width - 20, 16)  # of the axis: labels stand to its left, its unit to the right
     curves = {name: profile.curve(name) for name in profile.paths}
     low = min(c.batch_sizes[0] for c in curves.values())
     high = max(c.batch_sizes[-1] for c in curves.values())
