@@ -200,7 +200,6 @@ def with_share_effect():
     profile.cells["dhe"]["warm"] |= {
         "share_slope": [2 / 3] * 12,
         "share_least": [0.5] * 12,
-        "share_most": [1.0] * 12,
     }
     paths = [fake_path(name, QUALITY[name], *cost) for name, cost in COSTS.items()]
     return Dispatcher(paths, profile)

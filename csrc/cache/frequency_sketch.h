@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "common/prefetch.h"
+
 namespace mprec {
 
 class FrequencySketch {
@@ -53,7 +55,7 @@ class FrequencySketch {
       w.store(w.load(std::memory_order_relaxed) >> 1 & 0x7777777777777777, std::memory_order_relaxed);
   }
 
-  void prefetch(uint64_t hash) const { __builtin_prefetch(&block_of(hash)); }
+  void prefetch(uint64_t hash) const { mprec::prefetch(&block_of(hash)); }
 
  private:
   // The block comes from the hash's high half, the counters' places from 5 bits a row of its low half.

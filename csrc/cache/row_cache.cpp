@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "common/error.h"
+#include "common/prefetch.h"
 
 namespace mprec {
 namespace {
@@ -58,7 +59,7 @@ __attribute__((no_sanitize("thread"))) void copy_in(const float* from, float* to
 // The first `bytes` of a row; behind some cache lines the hardware follows by itself.
 inline void prefetch_row(const float* row, int64_t bytes) {
   const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
 }
 constexpr int64_t prefetched_bytes = 512;
 
@@ -176,8 +177,8 @@ int64_t RowCache::lookup(const int64_t* ids, int64_t n, uint32_t generation, flo
     Place place[block];
     for (int i = 0; i < count; ++i) {
       hash[i] = mix(ids[begin + i]);
-      __builtin_prefetch(&group(first_half(hash[i])));
-      __builtin_prefetch(&group(second_half(hash[i])));
+      prefetch(&group(first_half(hash[i])));
+      prefetch(&group(second_half(hash[i])));
     }
     for (int i = 0; i < count; ++i) {
       place[i] = find(ids[begin + i], hash[i], generation);

@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/prefetch.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #if defined(__AVX512BF16__)
@@ -123,9 +125,6 @@ inline float sum(Vec a) { return a.v; }
 
 #endif
 
-// Statements of their own: GCC takes a function of a builtin prefetch for one without effects, and may drop
-// its calls.
-inline void prefetch(const void* p) { asm volatile("prefetcht0 %a0" : : "p"(p)); }
 #if defined(__PRFCHW__)
 inline void prefetch_to_write(const void* p) { asm volatile("prefetchw %a0" : : "p"(p)); }
 #else

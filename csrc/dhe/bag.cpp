@@ -140,9 +140,9 @@ void check_offsets(const DheBagRequest& r) {
     throw OffsetsError(message("offsets end at ", previous, ", expected the number of indices, ", n));
 }
 
-const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage, int64_t largest) {
+const int64_t* checked_ids(const Integers& indices, std::vector<int64_t>& storage, int64_t largest) {
   const int64_t* ids = static_cast<const int64_t*>(indices.data);
-  if (!indices.is_int64) {
+  if (!indices.wide) {
     storage.resize(indices.size);
     for (int64_t i = 0; i < indices.size; ++i) storage[i] = indices[i];
     ids = storage.data();

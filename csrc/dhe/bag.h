@@ -3,19 +3,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/integers.h"
 #include "dhe/dhe.h"
 
 namespace mprec {
-
-// int32 or int64 numbers, read as int64.
-struct IdArray {
-  const void* data;
-  int64_t size;
-  bool is_int64;
-  int64_t operator[](int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
 
 enum class Dedupe { automatic, never, always };
 
@@ -24,7 +15,7 @@ enum class Dedupe { automatic, never, always };
 struct DheBagRequest {
   const DecoderView* decoders;
   int64_t num_features, bags;
-  IdArray indices, offsets;
+  Integers indices, offsets;
   const float* per_sample_weights;  // null: ones
   int mode;                         // 0 sum, 1 mean, 2 max
   int64_t padding_idx;              // -1: none
@@ -46,7 +37,7 @@ void dhe_bag_forward(const DheBagRequest&, int threads);
 // The two checks, for callers that pool by themselves.
 void check_offsets(const DheBagRequest&);
 // The IDs as int64, in `storage` if they come as int32.
-const int64_t* checked_ids(const IdArray& indices, std::vector<int64_t>& storage, int64_t largest);
+const int64_t* checked_ids(const Integers& indices, std::vector<int64_t>& storage, int64_t largest);
 
 // One feature's IDs, all >= 0, and where their vectors go: vectors[i * stride] and on.
 struct DecodeWork {

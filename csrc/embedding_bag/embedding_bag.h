@@ -3,19 +3,11 @@
 #pragma once
 #include <cstdint>
 
+#include "common/integers.h"
+
 namespace mprec {
 
 enum class Mode { sum = 0, mean = 1, max = 2 };
-
-// int32 or int64 values, as the caller has them.
-struct Integers {
-  const void* data;
-  int64_t size;
-  bool wide;  // int64
-  __attribute__((always_inline)) int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
 
 // How rows are stored; rows.h has the layouts. Results are never quantised.
 enum class Format : uint8_t { f32, f16, bf16, int8, int4 };

@@ -194,12 +194,12 @@ template <class Row, Pool pool, int vectors, bool tail, class Index>
 __attribute__((noinline)) bool pool_brief(const Source& s, int64_t from, const int64_t* ends, int64_t bags,
                                           Mask mask, const Prefetch& next, const Results& to, char* result) {
   const Source source = s;
-  const Prefetch prefetch = next;
+  const Prefetch ahead = next;
   const Results results = to;
   const int64_t next_ones = bags * results.stride;
   for (const int64_t* const last = ends + bags; ends != last; from = *ends++, result += results.stride) {
     own<vectors>(result + next_ones);
-    if (!pool_columns<Row, pool, vectors, tail, Index>(source, from, *ends, 0, mask, prefetch,
+    if (!pool_columns<Row, pool, vectors, tail, Index>(source, from, *ends, 0, mask, ahead,
                                                        results.sums(result), {}, true)
              .valid)
       return false;
@@ -315,7 +315,7 @@ bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, fl
       continue;
     }
     for (int64_t b = 0; b < bags; from = ends[b++], result += results.stride) {
-      own<max_vectors>(result + bags * results.stride);
+      own<vectors>(result + bags * results.stride);
       if (!long_bag(source, from, ends[b], last_column, mask, results.sums(result), ahead)) return false;
       results.finish(result);
     }

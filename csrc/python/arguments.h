@@ -67,6 +67,16 @@ PyObject* guarded(const Call& call) {
   return nullptr;
 }
 
+// As guarded(), of a call that returns what Python gets: an owned reference.
+template <class Call>
+PyObject* guarded_object(const Call& call) {
+  PyObject* result = nullptr;
+  PyObject* const none = guarded([&] { result = call().release().ptr(); });
+  if (!none) return nullptr;
+  Py_DECREF(none);
+  return result;
+}
+
 template <auto function>
 inline PyCFunction fastcall() {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));

@@ -96,15 +96,11 @@ const Decoder& decoder_of(PyObject* object, const char* name) {
   return *py::handle(object).cast<const Decoder*>();
 }
 
-Dedupe dedupe_of(PyObject* object) {
-  return object == Py_None ? Dedupe::automatic : object == Py_True ? Dedupe::always : Dedupe::never;
-}
-
 // Fills in what both functions below have in common, and runs.
 void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject* out, PyObject* threads,
          PyObject* dedupe) {
   set_pooling(r, mode, per_sample_weights);
-  r.dedupe = dedupe_of(dedupe);
+  r.dedupe = dedupe == Py_None ? Dedupe::automatic : dedupe == Py_True ? Dedupe::always : Dedupe::never;
   const int64_t width = set_output(r, out);
   if (r.num_features == 1) {
     columns_within(r.columns[0], r.decoders[0].dim, width, "out");
@@ -266,7 +262,7 @@ void backward(const Decoder& decoder, const std::vector<py::object>& weights, py
 
 // IDs for the two encoding functions below: int64, none negative.
 std::vector<int64_t> checked_ids(py::handle indices) {
-  const IdArray array = id_array(indices.ptr(), "indices");
+  const Integers array = integers(view_ids(indices.ptr(), "indices"));
   std::vector<int64_t> ids(array.size);
   for (int64_t i = 0; i < array.size; ++i) {
     ids[i] = array[i];

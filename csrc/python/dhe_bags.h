@@ -5,14 +5,10 @@
 #include "common/error.h"
 #include "dhe/bag.h"
 #include "python/arguments.h"
+#include "python/bags.h"
 #include "python/tensor.h"
 
 namespace mprec::python {
-
-inline IdArray id_array(PyObject* object, const char* name) {
-  const Tensor t = view_ids(object, name);
-  return {t.data, t.shape[0], t.dtype == DType::i64};
-}
 
 inline bool flag(PyObject* object) {
   const int set = PyObject_IsTrue(object);
@@ -26,8 +22,8 @@ inline DheBagRequest dhe_bags(int64_t features, PyObject* indices, PyObject* off
                               bool include_last_offset, PyObject* padding_idx) {
   DheBagRequest r{};
   r.num_features = features;
-  r.indices = id_array(indices, "indices");
-  r.offsets = id_array(offsets, "offsets");
+  r.indices = integers(view_ids(indices, "indices"));
+  r.offsets = integers(view_ids(offsets, "offsets"));
   const int64_t ends = r.offsets.size - include_last_offset;
   if (ends < 0) throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
   if (ends % features != 0 || (features > 1 && !include_last_offset))
@@ -47,17 +43,9 @@ inline void set_bound(DheBagRequest& r, PyObject* object) {
 }
 
 inline void set_pooling(DheBagRequest& r, PyObject* mode, PyObject* per_sample_weights) {
-  const long long number = integer(mode, "mode");
-  if (number < 0 || number > 2)
-    throw pybind11::value_error(message("mode: expected 0, 1 or 2, got ", number));
-  r.mode = static_cast<int>(number);
-  if (per_sample_weights == Py_None) return;
-  const Tensor w = view(per_sample_weights, "per_sample_weights", DType::f32, 1);
-  if (w.shape[0] != r.indices.size)
-    throw pybind11::value_error(
-        message("per_sample_weights: expected as many as indices, ", r.indices.size, ", got ", w.shape[0]));
-  if (r.mode == 2) throw pybind11::value_error("per_sample_weights: mode max does not take any");
-  r.per_sample_weights = w.ptr<float>();
+  const Mode parsed = parse_mode(mode);
+  r.mode = static_cast<int>(parsed);
+  r.per_sample_weights = parse_weights(per_sample_weights, r.indices, parsed);
 }
 
 // Where results go. Returns how many columns there are.
@@ -86,16 +74,6 @@ inline pybind11::object empty_matrix(int64_t rows, int64_t columns) {
   auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, sizes, 2, nullptr));
   if (!made) throw py::error_already_set();
   return made;
-}
-
-// As guarded(), of a call that returns what Python gets: an owned reference.
-template <class Call>
-PyObject* guarded_object(const Call& call) {
-  PyObject* result = nullptr;
-  PyObject* const none = guarded([&] { result = call().release().ptr(); });
-  if (!none) return nullptr;
-  Py_DECREF(none);
-  return result;
 }
 
 }  // namespace mprec::python

@@ -20,13 +20,12 @@ PyObject* item_of(PyObject* dict, PyObject* key) {
 
 // Read at each call, so that whatever replaced a module or a tensor is seen.
 PyObject* tensors_of(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  py::object found;
-  PyObject* const none = guarded([&] {
+  return guarded_object([&] {
     static constexpr const char* names[] = {"modules", "names", "owner", "key", "type"};
     const Arguments<5> a("tensors_of", names, args, count, keywords);
     if (!PyTuple_Check(a[1])) throw py::type_error("names: expected a tuple");
     const Py_ssize_t modules = PyTuple_GET_SIZE(a[1]);
-    found = py::reinterpret_steal<py::object>(PyTuple_New(modules));
+    auto found = py::reinterpret_steal<py::object>(PyTuple_New(modules));
     if (!found) throw py::error_already_set();
     for (Py_ssize_t i = 0; i < modules; ++i) {
       PyObject* const module = item_of(a[0], PyTuple_GET_ITEM(a[1], i));
@@ -37,10 +36,8 @@ PyObject* tensors_of(PyObject*, PyObject* const* args, Py_ssize_t count, PyObjec
         throw py::type_error(message("modules: expected a plain tensor, got ", Py_TYPE(tensor)->tp_name));
       PyTuple_SET_ITEM(found.ptr(), i, Py_NewRef(tensor));
     }
+    return found;
   });
-  if (!none) return nullptr;
-  Py_DECREF(none);
-  return found.release().ptr();
 }
 
 PyMethodDef methods[] = {

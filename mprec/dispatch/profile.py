@@ -179,8 +179,8 @@ class Profile:
             measured[condition] = samples, shares
             for path in paths:
                 cells[path.name][condition] = _cell(path.name, samples, shares)
-        for path in paths:
-            if "warm" in measured:
+        if "warm" in measured:
+            for path in paths:
                 cells[path.name]["warm"] |= _share_cell(path.name, measured)
         return cls(
             paths={p.name: _describe(p) for p in paths},
