@@ -1,0 +1,554 @@
+"""Which queries are served next, by which path, on which executor; and which are refused at the door.
+
+The aim is the most correct predictions in time: the sum of quality x samples over queries answered by their
+deadlines. The queue is kept in order of deadlines. When an executor is free, each batch it could take (a path and
+a number of queries from the front) is worth
+
+    gain = q * (samples expected in time) - v * samples - lambda * T - damage
+
+- ``q`` is the path's quality and T its expected time. A sample is *expected in time* with the chance that a
+  log-normal time around T ends before its deadline.
+- ``v`` and ``lambda`` are the values of a waiting sample and of a second, from the linear program of
+  :mod:`mprec.dispatch.price` at the rate at which samples must be served: the rate at which they arrive, or what
+  the deadlines of the queue demand, whichever is greater.
+- ``damage`` is what the queries left behind, and the next one to arrive, lose because they have to wait for T:
+  the time by which the fastest paths would then miss their deadlines, times the greatest goodput.
+
+The best batch is served, unless it loses and another executor will do better in time. With an idle queue time has
+no price, so that the path of best quality is taken; above the capacity of all paths a sample has no value, so that
+batches go for throughput alone. ``docs/scheduling.md`` derives this.
+
+A query is refused at once if it could not be in time even if everything before it took the fastest path; the
+predictions' spread is allowed for, so that at most a share ``late_share`` of what is taken should be late. After a
+silence, one query is always let through: predictions may be wrong, and only an answer can tell.
+
+Nothing here knows threads, devices or tensors. Times are seconds on the caller's clock, which may be virtual.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+from mprec.dispatch.correction import Correction
+from mprec.dispatch.price import FluidPrice
+
+__all__ = ["Job", "Lane", "Option", "Piece", "Refusal", "Scheduler", "Ticket"]
+
+_RATE_SLAS = (10.0, 2.0)  # over which arrivals are averaged: slowly, and to notice a burst
+_PROBE_S = 0.1  # silence after which a query is let through; at least the SLA
+_STEEPEST = 30.0  # exponent beyond which a chance is 0 or 1
+_SIZES_REMEMBERED = 64
+_TERCILES = (-1.09, 0.0, 1.09)  # means of the thirds of a normal distribution
+_STALE = 0.03  # relative change of a factor after which prices are computed again
+_LEAST_PART = 32  # samples of a query that is shared among executors
+
+
+class Option(NamedTuple):
+    """A path on an executor. ``seconds[b]``: profiled mean time of a batch of b samples, b = 0 ... max_batch;
+    ``inf`` where the path does not take the size."""
+
+    path: str
+    quality: float
+    seconds: Sequence[float]
+
+
+class Lane:
+    """An executor as the scheduler sees it: what it can run, how fast it is now, until when it is busy."""
+
+    def __init__(self, name: str, options: Sequence[Option], correction: Correction | None = None) -> None:
+        if not options:
+            raise ValueError(f"options of {name}: expected at least one")
+        self.name, self.options = name, list(options)
+        self.correction = correction or Correction(option.path for option in options)
+        self.job: Job | None = None
+        self.until = -math.inf  # when the job under way should be done
+        self.broken: dict[str, float] = {}  # paths that raised: not taken before this time
+        self.unit: list[float] = []  # seconds per sample of each option in a batch that fits the SLA
+        self.fast = 0  # the option of greatest goodput
+
+
+class Rate:
+    """Samples per second of a stream, averaged with weights that fall by e in ``memory_s`` seconds."""
+
+    def __init__(self) -> None:
+        self.memory_s = 0.0
+        self._sum = self._weight = 0.0
+        self._at = -math.inf
+
+    def count(self, now: float, samples: int, memory_s: float) -> None:
+        self._fade(now, memory_s)
+        self._sum += samples
+
+    def at(self, now: float) -> float:
+        """0 before two arrivals at different times."""
+        self._fade(now, self.memory_s)
+        return self._sum / self._weight if self._weight > 0 else 0.0
+
+    def _fade(self, now: float, memory_s: float) -> None:
+        self.memory_s = memory_s
+        elapsed = now - self._at
+        if elapsed > 0:
+            kept = math.exp(-elapsed / memory_s) if elapsed < math.inf else 0.0
+            self._sum *= kept
+            if elapsed < math.inf:  # the time that the sum stands for: memory_s in the long run
+                self._weight = self._weight * kept + memory_s * (1 - kept)
+            self._at = now
+
+
+class Ticket:
+    """A query in the queue. ``item`` is the caller's; ``taken`` samples have been handed out."""
+
+    __slots__ = ("deadline", "item", "size", "taken")
+
+    def __init__(self, size: int, deadline: float, item: Any = None) -> None:
+        self.size, self.deadline, self.item = size, deadline, item
+        self.taken = 0
+
+
+class Piece(NamedTuple):
+    """Samples ``start`` to ``stop`` of a query."""
+
+    ticket: Ticket
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class Job:
+    """A batch for one executor. ``predicted_s`` is its expected time, ``profiled_s`` what the profile says."""
+
+    lane: int
+    path: str
+    pieces: list[Piece]
+    samples: int
+    predicted_s: float
+    profiled_s: float
+    started: float
+
+
+class Refusal(NamedTuple):
+    """Why a query is not taken: ``full`` or ``overload``, with a sentence."""
+
+    reason: str
+    message: str
+
+
+class Scheduler:
+    """The queue of one engine and the choice of what to run. Not thread-safe: the caller holds a lock.
+
+    ``offer`` a query; ask for ``next`` until it gives None; tell when a job is ``done`` (or ``failed``), then ask
+    again. ``max_batch`` bounds the samples of a job, ``max_queue`` the samples waiting.
+    """
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        *,
+        max_batch: int = 2048,
+        max_queue: int = 65536,
+        admission: bool = True,
+        late_share: float = 0.01,
+    ) -> None:
+        if not lanes:
+            raise ValueError("lanes: expected at least one")
+        if not 0 < late_share < 1:
+            raise ValueError(f"late_share must be between 0 and 1, got {late_share}")
+        self.lanes = list(lanes)
+        self.max_batch, self.max_queue, self.admission = max_batch, max_queue, admission
+        self.query_s = 0.0  # expected time of the caller's own work for each query of a batch
+        self.late_share = late_share
+        self._queue: list[Ticket] = []
+        self._deadlines: list[float] = []
+        self._ends: list[int] = []  # samples waiting up to and with each query, plus a constant
+        self._gone = 0  # that constant: samples that left the queue
+        self._rates = (Rate(), Rate())
+        self._rate = 0.0
+        self._burst_size = 1.0  # mean size of the query that a random sample belongs to
+        self._sla = 0.0
+        self._query_size = 1.0
+        self._sizes, self._arrivals = [0] * _SIZES_REMEMBERED, 0
+        self._latest: list[float] = []  # when a query of each size must be started at the latest
+        self._late_weights: list[tuple[float, float]] = [(0.0, 0.0)]
+        self._last_news = -math.inf  # when a job last started or ended
+        self._priced: tuple = ()
+        self.price: FluidPrice | None = None
+
+    # -- the queue
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def waiting(self) -> int:
+        """Samples in the queue that no job has."""
+        return self._ends[-1] - self._gone if self._queue else 0
+
+    def offer(self, now: float, size: int, deadline: float, item: Any = None) -> Ticket | Refusal:
+        """Queue a query of ``size`` samples, or say why not."""
+        self._count(now, size, deadline - now)
+        if self.waiting + size > self.max_queue:
+            return Refusal(
+                "full", f"{self.waiting} samples wait already, {size} more would exceed {self.max_queue}"
+            )
+        place = bisect_right(self._deadlines, deadline)
+        if self.admission and not self._is_probe(now):
+            ahead = self._ends[place - 1] - self._gone if place else 0
+            needed = self._time_for(now, ahead + size, self._certainty(now))
+            if now + needed > deadline:
+                return Refusal(
+                    "overload",
+                    f"may take {1e3 * needed:.3f} ms on the fastest path, {1e3 * (deadline - now):.3f} ms are left",
+                )
+        ticket = Ticket(size, deadline, item)
+        self._queue.insert(place, ticket)
+        self._deadlines.insert(place, deadline)
+        if place == len(self._ends):
+            self._ends.append((self._ends[-1] if place else self._gone) + size)
+        else:
+            before = self._ends[place - 1] if place else self._gone
+            rest = (t.size - t.taken for t in self._queue[place:])
+            self._ends[place:] = list(accumulate(rest, initial=before))[1:]
+        return ticket
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a query out of the queue; False if no sample of it waits there any more."""
+        try:
+            place = self._queue.index(ticket)
+        except ValueError:
+            return False
+        self._remove(place, place + 1)
+        return True
+
+    def clear(self) -> list[Ticket]:
+        """Empty the queue."""
+        tickets = self._queue[:]
+        if tickets:
+            self._remove(0, len(tickets))
+        return tickets
+
+    def expire(self, now: float) -> list[Ticket]:
+        """Take out the queries at the front that no executor can answer in time any more, not yet begun."""
+        expired = []
+        while self.admission and self._queue:
+            head = self._queue[0]
+            if head.taken or now + self._shortest(head.size) <= head.deadline or self._is_probe(now):
+                break
+            expired.append(head)
+            self._remove(0, 1)
+        return expired
+
+    # -- jobs
+
+    def next(self, now: float) -> Job | None:
+        """A job for an executor that is free, marked as started; None if there is nothing to start now."""
+        if not self._queue:
+            return None
+        free = [i for i, lane in enumerate(self.lanes) if lane.job is None]
+        if not free:
+            return None
+        self._refresh()
+        demand = self._demand(now)
+        value = self.price.sample(demand)
+        batches = self._batches(len(free))
+        best = max(filter(None, (self._best(now, i, value, batches) for i in free)), default=None)
+        if best is None or (best[0] < 0 and self._better_elsewhere(now, best[0])):
+            return None
+        return self._start(now, best)
+
+    def done(self, job: Job, now: float) -> None:
+        """A job has ended: its executor is free, its time is learnt from."""
+        lane = self.lanes[job.lane]
+        lane.job = None
+        lane.until = now
+        lane.broken.pop(job.path, None)
+        self._last_news = now
+        if job.profiled_s > 0:
+            own = self.query_s * len(job.pieces)
+            spent = max(now - job.started - own, 0.1 * (now - job.started))
+            lane.correction.observe(job.path, spent / job.profiled_s, now)
+
+    def failed(self, job: Job, now: float, rest_s: float) -> None:
+        """A job raised: its executor is free, its path is left alone for ``rest_s`` seconds."""
+        lane = self.lanes[job.lane]
+        lane.job = None
+        lane.until = now
+        self._last_news = now
+        if rest_s > 0:
+            lane.broken[job.path] = now + rest_s
+
+    # -- what is expected
+
+    def _count(self, now: float, size: int, left: float) -> None:
+        """Follow the rate of arrivals, the size of queries and their time to deadline."""
+        self._sla += (left - self._sla) * (1.0 if self._sla == 0.0 else 0.05)
+        for rate, slas in zip(self._rates, _RATE_SLAS, strict=True):
+            rate.count(now, size, max(slas * self._sla, 1e-6))
+        self._query_size += 0.02 * (size - self._query_size)
+        self._sizes[self._arrivals % len(self._sizes)] = size
+        self._arrivals += 1
+        if self._arrivals % len(self._sizes) == 0:
+            self._priced = ()
+
+    def _is_probe(self, now: float) -> bool:
+        """Nothing waits, nothing has started or ended for a while, and an executor is free."""
+        if now - self._last_news < max(_PROBE_S, self._sla) or len(self._queue) > 1:
+            return False
+        return any(lane.job is None for lane in self.lanes)
+
+    def _refresh(self) -> None:
+        """Prices, if corrections or the SLA have moved since they were computed."""
+        key = tuple(math.log(f) for lane in self.lanes for f in lane.correction.factors.values())
+        key = (*key, math.log(self._sla) if self._sla > 0 else 0.0)
+        if self._priced and all(abs(a - b) < _STALE for a, b in zip(key, self._priced, strict=True)):
+            return
+        self._priced = key
+        for lane in self.lanes:
+            lane.unit = []
+            for option in lane.options:
+                size = self._fitting(option.seconds, 0.5 * self._sla / lane.correction.factors[option.path])
+                seconds = option.seconds[size] * lane.correction.factors[option.path]
+                lane.unit.append(seconds / size)
+            goodput = [o.quality / unit for o, unit in zip(lane.options, lane.unit, strict=True)]
+            lane.fast = max(range(len(goodput)), key=goodput.__getitem__)
+        self.price = FluidPrice(
+            [
+                [(option.quality, unit) for option, unit in zip(lane.options, lane.unit, strict=True)]
+                for lane in self.lanes
+            ]
+        )
+        self._latest, self._late_weights = [], [(0.0, 0.0)]
+        total = sum(self._sizes) or 1.0
+        self._burst_size = sum(size * size for size in self._sizes) / total or self._query_size
+        lane = min(self.lanes, key=lambda lane: lane.unit[lane.fast])
+        sizes = sorted(filter(None, self._sizes))[::3]
+        spread = math.sqrt(lane.correction.noise)
+        starts = []
+        for size in sizes:
+            seconds = self._seconds(lane, lane.fast, size)
+            starts += [
+                (self._sla - seconds * math.exp(z * spread), size / (3 * sum(sizes))) for z in _TERCILES
+            ]
+        for latest, part in sorted(starts):
+            if latest > 0:
+                weight, moment = self._late_weights[-1]
+                self._latest.append(latest)
+                self._late_weights.append((weight + part, moment + part * latest))
+
+    def _fitting(self, seconds: Sequence[float], limit: float) -> int:
+        """The largest batch that takes at most ``limit`` seconds, at least 1. A query that has just missed a batch
+        waits for it and is in the next, so that half the SLA is what a batch may take."""
+        low, high = 1, min(self.max_batch, len(seconds) - 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if seconds[middle] <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _seconds(self, lane: Lane, option: int, samples: int, queries: float = 1.0) -> float:
+        """Expected time of a batch."""
+        o = lane.options[option]
+        last = len(o.seconds) - 1
+        profiled = o.seconds[samples] if samples <= last else o.seconds[last] * samples / last
+        return profiled * lane.correction.factors[o.path] + self.query_s * queries
+
+    def _fast(self, lane: Lane, samples: float) -> float:
+        """Expected time of so many samples in good batches by the executor's path of greatest goodput."""
+        unit = lane.unit[lane.fast]
+        size = min(samples, self.max_batch)
+        one = self._seconds(lane, lane.fast, max(1, int(size)), samples / self._query_size)
+        return max(one, samples * unit)
+
+    def _certainty(self, now: float) -> float:
+        """Standard deviations by which a query must be expected in time. Taking it costs time that is worth
+        (q - v) / q of what it brings: nothing while there is time for all, everything where there is not."""
+        self._refresh()
+        worth = self.price.sample(self._demand(now)) / self.price.best
+        return NormalDist().inv_cdf(min(max(1 - worth, 0.5), 1 - self.late_share))
+
+    def _time_for(self, now: float, samples: int, margin: float) -> float:
+        """Seconds until all executors together have answered so many samples by their fastest paths, and
+        ``margin`` standard deviations."""
+        ready = sorted((max(lane.until, now) if lane.job else now, i) for i, lane in enumerate(self.lanes))
+        rate, done, at = 0.0, 0.0, 0.0
+        end = math.inf
+        for k, (free, i) in enumerate(ready):
+            rate += samples / self._fast(self.lanes[i], samples)
+            done += (free - now) * samples / self._fast(self.lanes[i], samples)
+            at = (samples + done) / rate
+            if k + 1 == len(ready) or now + at <= ready[k + 1][0]:
+                end = at
+                break
+        spread = max(lane.correction.spread(now) for lane in self.lanes)
+        batches = max(1.0, end / max(0.5 * self._sla, 1e-9))
+        return end * math.exp(margin * spread / math.sqrt(batches))
+
+    def _shortest(self, samples: int) -> float:
+        """Least expected time of a batch on any executor."""
+        return min(
+            self._seconds(lane, option, samples) for lane in self.lanes for option in range(len(lane.options))
+        )
+
+    def _demand(self, now: float) -> float:
+        """Samples per second that must be served: what arrives, or what the queue's deadlines ask for."""
+        slow, fast = (rate.at(now) for rate in self._rates)
+        few = self._burst_size / (2 * self._rates[1].memory_s * fast) if fast else 0.0
+        demand = self._rate = max(slow, fast * (1 - math.sqrt(few)))
+        place, last = 0, len(self._queue) - 1
+        load = demand / self.price.capacity
+        theta = 2 * (1 - load) * self.price.capacity / max(load * self._burst_size, 1e-9)
+        bound = max(self._sla - self._burst_size / self.price.capacity, 0.1 * self._sla, 1e-9)
+        self._drift = max(-_STEEPEST, min(_STEEPEST, theta * bound)) / bound, bound
+        while last >= 0:
+            left = max(self._deadlines[place] - now, 1e-4)
+            demand = max(demand, (self._ends[place] - self._gone) / left)
+            if place == last:
+                return demand
+            place = min(2 * place + 1, last)
+        return demand
+
+    def _overflow(self, backlog: float, more: float) -> float:
+        """Seconds of work lost in the end, if ``backlog`` seconds of work wait and ``more`` are added.
+
+        A second of work that is added is made up for by the next idle time, unless the queue has grown to
+        its bound before. With a compound Poisson stream seen as Brownian motion with drift rho - 1, a queue
+        of w seconds reaches the bound b before it is empty with chance
+
+            (exp(theta w) - 1) / (exp(theta b) - 1),    theta = 2 (1 - rho) / variance per second
+
+        whose integral from ``backlog`` to ``backlog + more`` this is.
+        """
+        theta, bound = self._drift
+        if more <= 0:
+            return 0.0
+        start, end = min(backlog, bound), min(backlog + more, bound)
+        lost = backlog + more - max(bound, backlog) if backlog + more > bound else 0.0
+        if abs(theta * bound) < 1e-3:
+            return lost + (end * end - start * start) / (2 * bound)
+        grown = (math.exp(theta * end) - math.exp(theta * start)) / theta
+        return lost + (grown - (end - start)) / math.expm1(theta * bound)
+
+    def _misses(self, seconds: float) -> float:
+        """Mean time, over the samples that arrive from now on, in which an arrival would come too late to be
+        answered by the fastest path, if executors are taken for so many seconds."""
+        k = bisect_right(self._latest, seconds)
+        weight, moment = self._late_weights[k]
+        return weight * seconds - moment
+
+    def _batches(self, free: int) -> list[tuple[int, int]]:
+        """(queries, samples) of the batches to consider: 1, 2, 4, ... queries from the front and as many as fit;
+        or a part of the first query, if it is too large for one batch or several executors could share it."""
+        head = self._queue[0].size - self._queue[0].taken
+        if head > self.max_batch:
+            return [(1, self.max_batch)]
+        batches = []
+        if free > 1 and head >= free * _LEAST_PART:
+            batches.append((1, -(-head // free)))
+        most = bisect_right(self._ends, self._gone + self.max_batch)
+        count = 1
+        while count < most:
+            batches.append((count, self._ends[count - 1] - self._gone))
+            count *= 2
+        batches.append((most, self._ends[most - 1] - self._gone))
+        return batches
+
+    def _best(self, now: float, index: int, value: float, batches) -> tuple | None:
+        """The batch of greatest gain for one executor: (gain, samples, lane, option, queries, seconds)."""
+        lane, best = self.lanes[index], None
+        second = self.price.second(index, value)
+        scale = 1 / (math.sqrt(2.0) * lane.correction.spread(now))
+        deadlines, ends, last = self._deadlines, self._ends, len(self._queue) - 1
+        unit = lane.unit[lane.fast]
+        goodput, arriving = self.price.goodput, self._misses
+        backlog = (ends[-1] - self._gone) / self.price.capacity
+        for count, samples in batches:
+            front = self._gone + samples
+            behind = count if ends[count - 1] == front else 0
+            slacks = (deadlines[0] - now, deadlines[count // 2] - now, deadlines[count - 1] - now)
+            left = (ends[-1] - front) * unit
+            waiting = ()
+            if behind <= last:
+                waiting = tuple(
+                    (ends[k] - front) * unit - (deadlines[k] - now)
+                    for k in (behind, (behind + last) // 2, last)
+                )
+            for o, option in enumerate(lane.options):
+                if lane.broken and lane.broken.get(option.path, now) > now:
+                    continue
+                seconds = self._seconds(lane, o, samples, count)
+                if seconds == math.inf:
+                    continue
+                log = math.log(seconds)
+                chance = _chance(slacks[0], log, scale)
+                if count > 1:
+                    chance = (chance + _chance(slacks[1], log, scale) + _chance(slacks[2], log, scale)) / 3
+                gain = samples * (option.quality * chance - value) - second * seconds
+                gain -= arriving(seconds + left) * self._rate * option.quality
+                gain -= goodput * self._overflow(backlog, seconds - samples * unit)
+                if waiting:
+                    missed = seconds + max(waiting)
+                    if missed > 0:
+                        gain -= missed * goodput
+                if best is None or gain > best[0] or (gain == best[0] and samples > best[1]):
+                    best = (gain, samples, index, o, count, seconds)
+        return best
+
+    def _better_elsewhere(self, now: float, gain: float) -> bool:
+        """Would an executor that is busy now gain more by the first query, once it is free?"""
+        head = self._queue[0]
+        samples = head.size - head.taken
+        if samples > self.max_batch:
+            return False
+        for lane in self.lanes:
+            if lane.job is None:
+                continue
+            scale = 1 / (math.sqrt(2.0) * lane.correction.spread(now))
+            wait = max(lane.until - now, 0.0)
+            for o, option in enumerate(lane.options):
+                chance = _chance(head.deadline - now - wait, math.log(self._seconds(lane, o, samples)), scale)
+                if option.quality * chance > gain:
+                    return True
+        return False
+
+    def _start(self, now: float, chosen: tuple) -> Job:
+        _, samples, index, o, count, seconds = chosen
+        lane, option = self.lanes[index], self.lanes[index].options[o]
+        pieces, left = [], samples
+        for ticket in self._queue[:count]:
+            part = min(left, ticket.size - ticket.taken)
+            pieces.append(Piece(ticket, ticket.taken, ticket.taken + part))
+            ticket.taken += part
+            left -= part
+        self._gone += samples
+        whole = count if pieces[-1].stop == pieces[-1].ticket.size else count - 1
+        del self._queue[:whole], self._deadlines[:whole], self._ends[:whole]
+        last = len(option.seconds) - 1
+        profiled = option.seconds[samples] if samples <= last else option.seconds[last] * samples / last
+        lane.job = Job(index, option.path, pieces, samples, seconds, profiled, now)
+        lane.until = now + seconds
+        self._last_news = now
+        return lane.job
+
+    def _remove(self, start: int, stop: int) -> None:
+        """Queries that leave without being served."""
+        before = self._ends[start - 1] if start else self._gone
+        samples = self._ends[stop - 1] - before
+        if start == 0:
+            self._gone += samples
+        else:
+            self._ends[stop:] = [end - samples for end in self._ends[stop:]]
+        del self._queue[start:stop], self._deadlines[start:stop], self._ends[start:stop]
+
+
+def _chance(left: float, log_seconds: float, scale: float) -> float:
+    """That a log-normal time is at most ``left``; ``scale`` is 1 / (sqrt(2) x its logarithm's deviation)."""
+    if left <= 0.0:
+        return 0.0
+    return 0.5 * math.erfc((log_seconds - math.log(left)) * scale)
