@@ -24,7 +24,8 @@ import numpy as np
 __all__ = ["Correction"]
 
 _WANDER = 0.05  # variance that the machine's factor gains in a second
-_UNKNOWN = 0.25  # variance of the machine's factor at first and after a long silence
+_UNKNOWN = 0.25  # variance of the machine's factor after a long silence
+_PROFILED = 0.02  # the same right after profiling
 _DEVIATION = 0.02  # variance of a path's deviation before anything is known of it
 _REVERSION_S = 5.0  # time in which a deviation that is not observed falls to 1/e
 _NOISE = 0.15**2  # variance of a call at first; followed later
@@ -44,8 +45,8 @@ class Correction:
     def __init__(self, names: Iterable[str]) -> None:
         self._place = {name: i for i, name in enumerate(names, start=1)}
         self._mean = np.zeros(1 + len(self._place))  # the machine, then the paths' deviations
-        self._covariance = np.diag([_UNKNOWN] + [_DEVIATION] * len(self._place))
-        self._known = _UNKNOWN  # the machine's variance when last observed
+        self._covariance = np.diag([_PROFILED] + [_DEVIATION] * len(self._place))
+        self._known = _PROFILED  # the machine's variance when last observed
         self._seen = -math.inf
         self._suspect = 0.0  # the last observation's distance, if it was an outlier
         self.noise = _NOISE

@@ -44,6 +44,7 @@ _RATE_SLAS = (10.0, 2.0)  # over which arrivals are averaged: slowly, and to not
 _PROBE_S = 0.1  # silence after which a query is let through; at least the SLA
 _STEEPEST = 30.0  # exponent beyond which a chance is 0 or 1
 _SIZES_REMEMBERED = 64
+_SURE = 0.999  # chance to be in time that smaller batches need not improve
 _TERCILES = (-1.09, 0.0, 1.09)  # means of the thirds of a normal distribution
 _STALE = 0.03  # relative change of a factor after which prices are computed again
 _LEAST_PART = 32  # samples of a query that is shared among executors
@@ -72,32 +73,38 @@ class Lane:
         self.unit: list[float] = []  # seconds per sample of each option in a batch that fits the SLA
         self.fast = 0  # the option of greatest goodput
 
+    def resting(self, option: int, now: float) -> bool:
+        """Whether a path has raised a short while ago."""
+        return bool(self.broken) and self.broken.get(self.options[option].path, now) > now
+
 
 class Rate:
-    """Samples per second of a stream, averaged with weights that fall by e in ``memory_s`` seconds."""
+    """Samples per second of a stream, averaged with weights that fall by e in ``memory_s`` seconds. What came
+    before the first sample counts as a silence of ``memory_s / 4``."""
 
     def __init__(self) -> None:
         self.memory_s = 0.0
         self._sum = self._weight = 0.0
-        self._at = -math.inf
+        self._at: float | None = None
 
     def count(self, now: float, samples: int, memory_s: float) -> None:
-        self._fade(now, memory_s)
+        if self._at is None:
+            self._at, self._weight = now, memory_s / 4
+        self.memory_s = memory_s
+        self._fade(now)
         self._sum += samples
 
     def at(self, now: float) -> float:
-        """0 before two arrivals at different times."""
-        self._fade(now, self.memory_s)
-        return self._sum / self._weight if self._weight > 0 else 0.0
+        if self._at is None:
+            return 0.0
+        self._fade(now)
+        return self._sum / self._weight
 
-    def _fade(self, now: float, memory_s: float) -> None:
-        self.memory_s = memory_s
-        elapsed = now - self._at
-        if elapsed > 0:
-            kept = math.exp(-elapsed / memory_s) if elapsed < math.inf else 0.0
+    def _fade(self, now: float) -> None:
+        if now > self._at:
+            kept = math.exp((self._at - now) / self.memory_s)
             self._sum *= kept
-            if elapsed < math.inf:  # the time that the sum stands for: memory_s in the long run
-                self._weight = self._weight * kept + memory_s * (1 - kept)
+            self._weight = self._weight * kept + self.memory_s * (1 - kept)  # the time that the sum stands for
             self._at = now
 
 
@@ -123,7 +130,8 @@ class Piece(NamedTuple):
 class Job:
     """A batch for one executor. ``predicted_s`` is its expected time, ``profiled_s`` what the profile says."""
 
-    lane: int
+    index: int  # of the executor
+    lane: Lane
     path: str
     pieces: list[Piece]
     samples: int
@@ -133,7 +141,7 @@ class Job:
 
 
 class Refusal(NamedTuple):
-    """Why a query is not taken: ``full`` or ``overload``, with a sentence."""
+    """Why a query is not taken: ``full``, ``overload`` or ``unsupported``, with a sentence."""
 
     reason: str
     message: str
@@ -192,6 +200,8 @@ class Scheduler:
     def offer(self, now: float, size: int, deadline: float, item: Any = None) -> Ticket | Refusal:
         """Queue a query of ``size`` samples, or say why not."""
         self._count(now, size, deadline - now)
+        if self._shortest(size) == math.inf:
+            return Refusal("unsupported", f"no path takes a batch of {size}")
         if self.waiting + size > self.max_queue:
             return Refusal(
                 "full", f"{self.waiting} samples wait already, {size} more would exceed {self.max_queue}"
@@ -237,7 +247,8 @@ class Scheduler:
         expired = []
         while self.admission and self._queue:
             head = self._queue[0]
-            if head.taken or now + self._shortest(head.size) <= head.deadline or self._is_probe(now):
+            met = now + self._shortest(head.size) <= head.deadline
+            if head.taken or met or (now < head.deadline and self._is_probe(now)):
                 break
             expired.append(head)
             self._remove(0, 1)
@@ -261,26 +272,33 @@ class Scheduler:
             return None
         return self._start(now, best)
 
-    def done(self, job: Job, now: float) -> None:
-        """A job has ended: its executor is free, its time is learnt from."""
-        lane = self.lanes[job.lane]
-        lane.job = None
-        lane.until = now
-        lane.broken.pop(job.path, None)
-        self._last_news = now
-        if job.profiled_s > 0:
-            own = self.query_s * len(job.pieces)
-            spent = max(now - job.started - own, 0.1 * (now - job.started))
-            lane.correction.observe(job.path, spent / job.profiled_s, now)
+    def done(self, job: Job, now: float, seconds: float) -> None:
+        """A job has ended: its executor is free. Its path took ``seconds``, which is learnt from."""
+        lane = self._free(job, now)
+        if lane is job.lane:
+            lane.broken.pop(job.path, None)
+            if job.profiled_s > 0:
+                lane.correction.observe(job.path, seconds / job.profiled_s, now)
 
-    def failed(self, job: Job, now: float, rest_s: float) -> None:
-        """A job raised: its executor is free, its path is left alone for ``rest_s`` seconds."""
-        lane = self.lanes[job.lane]
-        lane.job = None
-        lane.until = now
-        self._last_news = now
-        if rest_s > 0:
+    def failed(self, job: Job, now: float, rest_s: float = 0.0) -> None:
+        """A job gave nothing: its executor is free, its path is left alone for ``rest_s`` seconds."""
+        lane = self._free(job, now)
+        if lane is job.lane and rest_s > 0:
             lane.broken[job.path] = now + rest_s
+
+    def replace(self, lanes: Sequence[Lane]) -> None:
+        """Other paths for the same executors, from the next job on."""
+        if len(lanes) != len(self.lanes):
+            raise ValueError(f"lanes: expected {len(self.lanes)}, as before, got {len(lanes)}")
+        for old, new in zip(self.lanes, lanes, strict=True):
+            new.job, new.until = old.job, old.until
+        self.lanes, self._priced = list(lanes), ()
+
+    def _free(self, job: Job, now: float) -> Lane:
+        lane = self.lanes[job.index]
+        lane.job, lane.until = None, now
+        self._last_news = now
+        return lane
 
     # -- what is expected
 
@@ -303,9 +321,9 @@ class Scheduler:
 
     def _refresh(self) -> None:
         """Prices, if corrections or the SLA have moved since they were computed."""
-        key = tuple(math.log(f) for lane in self.lanes for f in lane.correction.factors.values())
-        key = (*key, math.log(self._sla) if self._sla > 0 else 0.0)
-        if self._priced and all(abs(a - b) < _STALE for a, b in zip(key, self._priced, strict=True)):
+        key = [f for lane in self.lanes for f in lane.correction.factors.values()]
+        key.append(self._sla)
+        if self._priced and all(abs(a - b) <= _STALE * b for a, b in zip(key, self._priced, strict=True)):
             return
         self._priced = key
         for lane in self.lanes:
@@ -468,20 +486,21 @@ class Scheduler:
         unit = lane.unit[lane.fast]
         goodput, arriving = self.price.goodput, self._misses
         backlog = (ends[-1] - self._gone) / self.price.capacity
-        for count, samples in batches:
+        usable = [o for o in range(len(lane.options)) if not lane.resting(o, now)]
+        falling = dict.fromkeys(usable or range(len(lane.options)), -math.inf)
+        for count, samples in reversed(batches):
             front = self._gone + samples
             behind = count if ends[count - 1] == front else 0
             slacks = (deadlines[0] - now, deadlines[count // 2] - now, deadlines[count - 1] - now)
             left = (ends[-1] - front) * unit
-            waiting = ()
+            waiting = -math.inf
             if behind <= last:
-                waiting = tuple(
+                waiting = max(
                     (ends[k] - front) * unit - (deadlines[k] - now)
                     for k in (behind, (behind + last) // 2, last)
                 )
-            for o, option in enumerate(lane.options):
-                if lane.broken and lane.broken.get(option.path, now) > now:
-                    continue
+            for o, before in list(falling.items()):
+                option = lane.options[o]
                 seconds = self._seconds(lane, o, samples, count)
                 if seconds == math.inf:
                     continue
@@ -492,12 +511,16 @@ class Scheduler:
                 gain = samples * (option.quality * chance - value) - second * seconds
                 gain -= arriving(seconds + left) * self._rate * option.quality
                 gain -= goodput * self._overflow(backlog, seconds - samples * unit)
-                if waiting:
-                    missed = seconds + max(waiting)
-                    if missed > 0:
-                        gain -= missed * goodput
+                if seconds + waiting > 0:
+                    gain -= goodput * (seconds + waiting)
                 if best is None or gain > best[0] or (gain == best[0] and samples > best[1]):
                     best = (gain, samples, index, o, count, seconds)
+                if gain < before or chance > _SURE:
+                    del falling[o]  # smaller batches of this path would be worse still
+                else:
+                    falling[o] = gain
+            if not falling:
+                break
         return best
 
     def _better_elsewhere(self, now: float, gain: float) -> bool:
@@ -531,7 +554,7 @@ class Scheduler:
         del self._queue[:whole], self._deadlines[:whole], self._ends[:whole]
         last = len(option.seconds) - 1
         profiled = option.seconds[samples] if samples <= last else option.seconds[last] * samples / last
-        lane.job = Job(index, option.path, pieces, samples, seconds, profiled, now)
+        lane.job = Job(index, lane, option.path, pieces, samples, seconds, profiled, now)
         lane.until = now + seconds
         self._last_news = now
         return lane.job

@@ -107,10 +107,10 @@ def simulate(
         nonlocal serial
         scheduler.expire(now)
         while (job := scheduler.next(now)) is not None:
-            seconds = actual[job.lane][job.path][min(job.samples, max_batch)]
+            seconds = actual[job.index][job.path][min(job.samples, max_batch)]
             seconds *= np.exp(rng.normal(-(noise**2) / 2, noise)) * (slow(now) if slow else 1.0)
             seconds += query_s * len(job.pieces)
-            busy[lanes[job.lane].name] += seconds
+            busy[job.lane.name] += seconds
             serial += 1
             heapq.heappush(running, (now + seconds, serial, job))
 
@@ -122,8 +122,8 @@ def simulate(
             arrived += 1
         else:
             now, _, job = heapq.heappop(running)
-            scheduler.done(job, now)
-            result.samples[job.path, lanes[job.lane].name] += job.samples
+            scheduler.done(job, now, now - job.started - query_s * len(job.pieces))
+            result.samples[job.path, job.lane.name] += job.samples
             for ticket, begin, end in job.pieces:
                 query = ticket.item
                 query.unfinished -= end - begin
