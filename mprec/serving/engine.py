@@ -26,6 +26,7 @@ from mprec.serving.executors import Executor, LocalExecutor
 
 __all__ = ["Answer", "Engine", "QueryRefusedError", "Statistics"]
 
+_OWN_WORK_S = 20e-6  # of the engine for a query, about
 _OWN_WORK_GAIN = 0.05  # share of the way that one batch moves the time of the engine's own work
 _SLOW_CALLBACK_S = 1e-3
 _LOOK_AGAIN_S = 0.005
@@ -373,7 +374,9 @@ class Engine:
         self._finisher.flush()
         if path_s > 0:
             spent = max(self._now() - job.started - path_s, 0.0) / len(job.pieces)
-            self._scheduler.query_s += _OWN_WORK_GAIN * (spent - self._scheduler.query_s)
+            known = self._scheduler.query_s
+            spent = min(spent, 2 * known + _OWN_WORK_S)  # one wait for the interpreter's lock counts for little
+            self._scheduler.query_s += _OWN_WORK_GAIN * (spent - known)
 
     def _score(
         self, executor: Executor, path: str, pieces: Sequence[Piece], settled: list[tuple[Piece, object]]
