@@ -43,6 +43,7 @@ __all__ = ["Job", "Lane", "Option", "Piece", "Refusal", "Scheduler", "Ticket"]
 _RATE_SLAS = (10.0, 2.0)  # over which arrivals are averaged: slowly, and to notice a burst
 _PROBE_S = 0.1  # silence after which a query is let through; at least the SLA
 _STEEPEST = 30.0  # exponent beyond which a chance is 0 or 1
+_WINDOWS, _FEW_WINDOWS, _WINDOW_SLAS = 64, 16, 2.0  # over which the variance of arrivals is taken
 _SIZES_REMEMBERED = 64
 _SURE = 0.999  # chance to be in time that smaller batches need not improve
 _TERCILES = (-1.09, 0.0, 1.09)  # means of the thirds of a normal distribution
@@ -106,6 +107,38 @@ class Rate:
             self._sum *= kept
             self._weight = self._weight * kept + self.memory_s * (1 - kept)  # the time that the sum stands for
             self._at = now
+
+
+class Dispersion:
+    """Variance over mean of the samples that arrive in a window: the mean size of a query that a random sample
+    belongs to if queries come independently, and far more if they come in bursts."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._here = 0
+        self._mean = self._square = 0.0
+        self._windows = 0
+
+    def count(self, now: float, samples: int, window_s: float) -> None:
+        if self._start is None:
+            self._start = now
+        passed = (now - self._start) / window_s
+        if passed >= 1:
+            for window in range(min(int(passed), _WINDOWS)):
+                self._windows += 1
+                gain = 1 / min(self._windows, _WINDOWS)
+                here = self._here if window == 0 else 0
+                self._mean += gain * (here - self._mean)
+                self._square += gain * (here * here - self._square)
+            self._start, self._here = now, 0
+        self._here += samples
+
+    @property
+    def samples(self) -> float:
+        """0 before a few windows are over."""
+        if self._windows < _FEW_WINDOWS or not self._mean:
+            return 0.0
+        return max(self._square - self._mean**2, 0.0) / self._mean
 
 
 class Ticket:
@@ -177,6 +210,7 @@ class Scheduler:
         self._gone = 0  # that constant: samples that left the queue
         self._rates = (Rate(), Rate())
         self._rate = 0.0
+        self._dispersion = Dispersion()
         self._burst_size = 1.0  # mean size of the query that a random sample belongs to
         self._sla = 0.0
         self._query_size = 1.0
@@ -307,6 +341,7 @@ class Scheduler:
         self._sla += (left - self._sla) * (1.0 if self._sla == 0.0 else 0.05)
         for rate, slas in zip(self._rates, _RATE_SLAS, strict=True):
             rate.count(now, size, max(slas * self._sla, 1e-6))
+        self._dispersion.count(now, size, max(_WINDOW_SLAS * self._sla, 1e-6))
         self._query_size += 0.02 * (size - self._query_size)
         self._sizes[self._arrivals % len(self._sizes)] = size
         self._arrivals += 1
@@ -421,7 +456,8 @@ class Scheduler:
         demand = self._rate = max(slow, fast * (1 - math.sqrt(few)))
         place, last = 0, len(self._queue) - 1
         load = demand / self.price.capacity
-        theta = 2 * (1 - load) * self.price.capacity / max(load * self._burst_size, 1e-9)
+        spread = max(self._burst_size, self._dispersion.samples)
+        theta = 2 * (1 - load) * self.price.capacity / max(load * spread, 1e-9)
         bound = max(self._sla - self._burst_size / self.price.capacity, 0.1 * self._sla, 1e-9)
         self._drift = max(-_STEEPEST, min(_STEEPEST, theta * bound)) / bound, bound
         while last >= 0:
