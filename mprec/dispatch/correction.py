@@ -4,14 +4,15 @@ The logarithm of observed over profiled time of a call of path p is modelled as
 
     y = machine + deviation[p] + noise
 
-``machine`` is common to all paths of an executor: a busy neighbour or a lower clock slows them all. It is a random
-walk. ``deviation[p]`` is what one path differs from that; it is small and reverts to zero with time. A Kalman filter
-follows them together. Since what is known grows old by itself, old observations are forgotten with time, and a path
-that has not run for a while is expected to follow the machine.
+``machine`` is common to all paths of an executor: a busy neighbour or a lower clock slows them all. It is a
+random walk. ``deviation[p]`` is what one path differs from that; it is small and reverts to zero with time. A
+Kalman filter follows them together. Since what is known grows old by itself, old observations are forgotten
+with time, and a path that has not run for a while is expected to follow the machine.
 
-Two rules make the filter robust. An observation further than three standard deviations away counts as if it were
-just three away, so that one hiccup moves little. If the next one lies as far away on the same side, the machine has
-changed: its variance then grows by the square of the distance, so that the estimate moves there at once.
+Two rules make the filter robust. An observation further than three standard deviations away counts as if it
+were just three away, so that one hiccup moves little. If the next one lies as far away on the same side, the
+machine has changed: its variance then grows by the square of the distance, so that the estimate moves there
+at once.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Correction:
     def observe(self, name: str, ratio: float, now: float) -> None:
         """A call of path ``name`` that ended at ``now`` took ``ratio`` times what the profile says.
 
-        Ratios that are not positive and finite are ignored. A clock that was set back counts as one that stood
-        still. ``KeyError`` for an unknown path.
+        Ratios that are not positive and finite are ignored. A clock that was set back counts as one that
+        stood still. ``KeyError`` for an unknown path.
         """
         i = self._place[name]
         if not 0.0 < ratio < math.inf:

@@ -29,8 +29,8 @@ class Path:
     ``model(batch)`` does the work; ``quality`` is any measure in which more is better, the same for all
     paths of a choice (AUC on the validation split, for checkpoints). ``shape`` identifies what was
     measured: a profile of another shape is not this path's. ``supports(batch_size)`` says which batches
-    it can take at all (None: any). ``inputs`` are the numbers of features and of dense numbers that a batch must
-    have, where they are known.
+    it can take at all (None: any). ``inputs`` are the numbers of features and of dense numbers that a batch
+    must have, where they are known.
     """
 
     name: str

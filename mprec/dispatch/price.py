@@ -1,7 +1,7 @@
 """What a second of an executor's time and a waiting sample are worth, by a linear program.
 
-Path p on executor e answers one sample in tau[e, p] seconds with quality q[e, p]. If samples come at a rate R,
-the most quality per second of any mixture x[e, p] (samples per second) is the linear program
+Path p on executor e answers one sample in tau[e, p] seconds with quality q[e, p]. If samples come at a rate
+R, the most quality per second of any mixture x[e, p] (samples per second) is the linear program
 
     maximise    sum q[e, p] x[e, p]
     subject to  sum over p of tau[e, p] x[e, p] <= 1    for each e     (price of a second: lambda[e])
@@ -29,7 +29,8 @@ __all__ = ["FluidPrice"]
 class FluidPrice:
     """Dual prices of the program above. ``executors[e]`` lists (quality, seconds per sample) of e's paths.
 
-    ``best`` is the greatest quality, ``capacity`` the greatest rate of which nothing need be refused, ``goodput`` the most quality per second.
+    ``best`` is the greatest quality, ``capacity`` the greatest rate of which nothing need be refused,
+    ``goodput`` the most quality per second.
     """
 
     def __init__(self, executors: Sequence[Sequence[tuple[float, float]]]) -> None:

@@ -1,26 +1,27 @@
 """Which queries are served next, by which path, on which executor; and which are refused at the door.
 
 The aim is the most correct predictions in time: the sum of quality x samples over queries answered by their
-deadlines. The queue is kept in order of deadlines. When an executor is free, each batch it could take (a path and
-a number of queries from the front) is worth
+deadlines. The queue is kept in order of deadlines. When an executor is free, each batch it could take (a path
+and a number of queries from the front) is worth
 
     gain = q * (samples expected in time) - v * samples - lambda * T - damage
 
 - ``q`` is the path's quality and T its expected time. A sample is *expected in time* with the chance that a
   log-normal time around T ends before its deadline.
 - ``v`` and ``lambda`` are the values of a waiting sample and of a second, from the linear program of
-  :mod:`mprec.dispatch.price` at the rate at which samples must be served: the rate at which they arrive, or what
-  the deadlines of the queue demand, whichever is greater.
-- ``damage`` is what the queries left behind, and the next one to arrive, lose because they have to wait for T:
+  :mod:`mprec.dispatch.price` at the rate at which samples must be served: the rate at which they arrive, or
+  what the deadlines of the queue demand, whichever is greater.
+- ``damage`` is what the queries left behind, and the next one to arrive, lose because they have to wait for
+  T:
   the time by which the fastest paths would then miss their deadlines, times the greatest goodput.
 
-The best batch is served, unless it loses and another executor will do better in time. With an idle queue time has
-no price, so that the path of best quality is taken; above the capacity of all paths a sample has no value, so that
-batches go for throughput alone. ``docs/scheduling.md`` derives this.
+The best batch is served, unless it loses and another executor will do better in time. With an idle queue time
+has no price, so that the path of best quality is taken; above the capacity of all paths a sample has no
+value, so that batches go for throughput alone. ``docs/scheduling.md`` derives this.
 
 A query is refused at once if it could not be in time even if everything before it took the fastest path; the
-predictions' spread is allowed for, so that at most a share ``late_share`` of what is taken should be late. After a
-silence, one query is always let through: predictions may be wrong, and only an answer can tell.
+predictions' spread is allowed for, so that at most a share ``late_share`` of what is taken should be late.
+After a silence, one query is always let through: predictions may be wrong, and only an answer can tell.
 
 Nothing here knows threads, devices or tensors. Times are seconds on the caller's clock, which may be virtual.
 """
@@ -29,26 +30,27 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from mprec.dispatch.congestion import Latest, Overflow
 from mprec.dispatch.correction import Correction
 from mprec.dispatch.price import FluidPrice
+from mprec.dispatch.traffic import Traffic
 
 __all__ = ["Job", "Lane", "Option", "Piece", "Refusal", "Scheduler", "Ticket"]
 
-_RATE_SLAS = (10.0, 2.0)  # over which arrivals are averaged: slowly, and to notice a burst
 _PROBE_S = 0.1  # silence after which a query is let through; at least the SLA
-_STEEPEST = 30.0  # exponent beyond which a chance is 0 or 1
-_WINDOWS, _FEW_WINDOWS, _WINDOW_SLAS = 64, 16, 2.0  # over which the variance of arrivals is taken
-_SIZES_REMEMBERED = 64
-_SURE = 0.999  # chance to be in time that smaller batches need not improve
-_TERCILES = (-1.09, 0.0, 1.09)  # means of the thirds of a normal distribution
-_STALE = 0.03  # relative change of a factor after which prices are computed again
+_STALE = 0.05  # relative change of a factor or of the SLA after which prices are computed again
+_STALE_ARRIVALS = 64  # queries after which they are, too
 _LEAST_PART = 32  # samples of a query that is shared among executors
+_SURE = 0.999  # chance to be in time that smaller batches need not improve
+_SIZES_LOOKED_AT = 16
 
 
 class Option(NamedTuple):
@@ -69,6 +71,7 @@ class Lane:
         self.name, self.options = name, list(options)
         self.correction = correction or Correction(option.path for option in options)
         self.job: Job | None = None
+        self.least = np.min([option.seconds for option in options], axis=0).tolist()
         self.until = -math.inf  # when the job under way should be done
         self.broken: dict[str, float] = {}  # paths that raised: not taken before this time
         self.unit: list[float] = []  # seconds per sample of each option in a batch that fits the SLA
@@ -77,68 +80,6 @@ class Lane:
     def resting(self, option: int, now: float) -> bool:
         """Whether a path has raised a short while ago."""
         return bool(self.broken) and self.broken.get(self.options[option].path, now) > now
-
-
-class Rate:
-    """Samples per second of a stream, averaged with weights that fall by e in ``memory_s`` seconds. What came
-    before the first sample counts as a silence of ``memory_s / 4``."""
-
-    def __init__(self) -> None:
-        self.memory_s = 0.0
-        self._sum = self._weight = 0.0
-        self._at: float | None = None
-
-    def count(self, now: float, samples: int, memory_s: float) -> None:
-        if self._at is None:
-            self._at, self._weight = now, memory_s / 4
-        self.memory_s = memory_s
-        self._fade(now)
-        self._sum += samples
-
-    def at(self, now: float) -> float:
-        if self._at is None:
-            return 0.0
-        self._fade(now)
-        return self._sum / self._weight
-
-    def _fade(self, now: float) -> None:
-        if now > self._at:
-            kept = math.exp((self._at - now) / self.memory_s)
-            self._sum *= kept
-            self._weight = self._weight * kept + self.memory_s * (1 - kept)  # the time that the sum stands for
-            self._at = now
-
-
-class Dispersion:
-    """Variance over mean of the samples that arrive in a window: the mean size of a query that a random sample
-    belongs to if queries come independently, and far more if they come in bursts."""
-
-    def __init__(self) -> None:
-        self._start: float | None = None
-        self._here = 0
-        self._mean = self._square = 0.0
-        self._windows = 0
-
-    def count(self, now: float, samples: int, window_s: float) -> None:
-        if self._start is None:
-            self._start = now
-        passed = (now - self._start) / window_s
-        if passed >= 1:
-            for window in range(min(int(passed), _WINDOWS)):
-                self._windows += 1
-                gain = 1 / min(self._windows, _WINDOWS)
-                here = self._here if window == 0 else 0
-                self._mean += gain * (here - self._mean)
-                self._square += gain * (here * here - self._square)
-            self._start, self._here = now, 0
-        self._here += samples
-
-    @property
-    def samples(self) -> float:
-        """0 before a few windows are over."""
-        if self._windows < _FEW_WINDOWS or not self._mean:
-            return 0.0
-        return max(self._square - self._mean**2, 0.0) / self._mean
 
 
 class Ticket:
@@ -161,7 +102,8 @@ class Piece(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """A batch for one executor. ``predicted_s`` is its expected time, ``profiled_s`` what the profile says."""
+    """A batch for one executor. ``predicted_s`` is its expected time, ``profiled_s`` what the profile
+    says."""
 
     index: int  # of the executor
     lane: Lane
@@ -180,11 +122,21 @@ class Refusal(NamedTuple):
     message: str
 
 
+class _State(NamedTuple):
+    """What all batches of one choice have in common."""
+
+    now: float
+    value: float  # of a waiting sample
+    rate: float  # samples per second
+    lost: Callable[[float, float], float]  # see Overflow
+    backlog: float  # seconds
+
+
 class Scheduler:
     """The queue of one engine and the choice of what to run. Not thread-safe: the caller holds a lock.
 
-    ``offer`` a query; ask for ``next`` until it gives None; tell when a job is ``done`` (or ``failed``), then ask
-    again. ``max_batch`` bounds the samples of a job, ``max_queue`` the samples waiting.
+    ``offer`` a query; ask for ``next`` until it gives None; tell when a job is ``done`` (or ``failed``), then
+    ask again. ``max_batch`` bounds the samples of a job, ``max_queue`` the samples waiting.
     """
 
     def __init__(
@@ -208,18 +160,14 @@ class Scheduler:
         self._deadlines: list[float] = []
         self._ends: list[int] = []  # samples waiting up to and with each query, plus a constant
         self._gone = 0  # that constant: samples that left the queue
-        self._rates = (Rate(), Rate())
-        self._rate = 0.0
-        self._dispersion = Dispersion()
-        self._burst_size = 1.0  # mean size of the query that a random sample belongs to
-        self._sla = 0.0
-        self._query_size = 1.0
-        self._sizes, self._arrivals = [0] * _SIZES_REMEMBERED, 0
-        self._latest: list[float] = []  # when a query of each size must be started at the latest
-        self._late_weights: list[tuple[float, float]] = [(0.0, 0.0)]
+        self._traffic = Traffic()
         self._last_news = -math.inf  # when a job last started or ended
-        self._priced: tuple = ()
+        self._priced: list[float] = []  # what prices were computed for
+        self._priced_until = 0
         self.price: FluidPrice | None = None
+        self._latest: Latest | None = None
+        lowest = min(option.quality for lane in lanes for option in lane.options)
+        self._shift = 1 - lowest if lowest <= 0 else 0.0  # qualities count from here: they must be positive
 
     # -- the queue
 
@@ -233,7 +181,7 @@ class Scheduler:
 
     def offer(self, now: float, size: int, deadline: float, item: Any = None) -> Ticket | Refusal:
         """Queue a query of ``size`` samples, or say why not."""
-        self._count(now, size, deadline - now)
+        self._traffic.count(now, size, deadline - now)
         if self._shortest(size) == math.inf:
             return Refusal("unsupported", f"no path takes a batch of {size}")
         if self.waiting + size > self.max_queue:
@@ -247,7 +195,7 @@ class Scheduler:
             if now + needed > deadline:
                 return Refusal(
                     "overload",
-                    f"may take {1e3 * needed:.3f} ms on the fastest path, {1e3 * (deadline - now):.3f} ms are left",
+                    f"takes {1e3 * needed:.3f} ms at best, {1e3 * (deadline - now):.3f} ms are left",
                 )
         ticket = Ticket(size, deadline, item)
         self._queue.insert(place, ticket)
@@ -298,11 +246,15 @@ class Scheduler:
         if not free:
             return None
         self._refresh()
-        demand = self._demand(now)
-        value = self.price.sample(demand)
+        traffic, price = self._traffic, self.price
+        rate = traffic.rate(now)
+        value = price.sample(self._demand(now, rate))
+        bound = max(traffic.sla - traffic.burst_size / price.capacity, 0.1 * traffic.sla)
+        overflow = Overflow(rate / price.capacity, traffic.dispersion / price.capacity, bound)
+        state = _State(now, value, rate, overflow.lost, self.waiting / price.capacity)
         batches = self._batches(len(free))
-        best = max(filter(None, (self._best(now, i, value, batches) for i in free)), default=None)
-        if best is None or (best[0] < 0 and self._better_elsewhere(now, best[0])):
+        best = max(filter(None, (self._best(state, i, batches) for i in free)), default=None)
+        if best is None or (len(free) < len(self.lanes) and self._better_elsewhere(state, best)):
             return None
         return self._start(now, best)
 
@@ -336,66 +288,46 @@ class Scheduler:
 
     # -- what is expected
 
-    def _count(self, now: float, size: int, left: float) -> None:
-        """Follow the rate of arrivals, the size of queries and their time to deadline."""
-        self._sla += (left - self._sla) * (1.0 if self._sla == 0.0 else 0.05)
-        for rate, slas in zip(self._rates, _RATE_SLAS, strict=True):
-            rate.count(now, size, max(slas * self._sla, 1e-6))
-        self._dispersion.count(now, size, max(_WINDOW_SLAS * self._sla, 1e-6))
-        self._query_size += 0.02 * (size - self._query_size)
-        self._sizes[self._arrivals % len(self._sizes)] = size
-        self._arrivals += 1
-        if self._arrivals % len(self._sizes) == 0:
-            self._priced = ()
-
     def _is_probe(self, now: float) -> bool:
         """Nothing waits, nothing has started or ended for a while, and an executor is free."""
-        if now - self._last_news < max(_PROBE_S, self._sla) or len(self._queue) > 1:
+        if now - self._last_news < max(_PROBE_S, self._traffic.sla) or len(self._queue) > 1:
             return False
         return any(lane.job is None for lane in self.lanes)
 
     def _refresh(self) -> None:
-        """Prices, if corrections or the SLA have moved since they were computed."""
+        """Prices, if corrections, queries or the SLA have moved since they were computed."""
+        traffic = self._traffic
         key = [f for lane in self.lanes for f in lane.correction.factors.values()]
-        key.append(self._sla)
-        if self._priced and all(abs(a - b) <= _STALE * b for a, b in zip(key, self._priced, strict=True)):
-            return
-        self._priced = key
+        key.append(traffic.sla)
+        if self._priced and traffic.arrivals < self._priced_until:
+            for new, old in zip(key, self._priced, strict=True):
+                if abs(new - old) > _STALE * old:
+                    break
+            else:
+                return
+        self._priced, self._priced_until = key, traffic.arrivals + _STALE_ARRIVALS
+        columns = []
         for lane in self.lanes:
             lane.unit = []
             for option in lane.options:
-                size = self._fitting(option.seconds, 0.5 * self._sla / lane.correction.factors[option.path])
-                seconds = option.seconds[size] * lane.correction.factors[option.path]
-                lane.unit.append(seconds / size)
-            goodput = [o.quality / unit for o, unit in zip(lane.options, lane.unit, strict=True)]
+                factor = lane.correction.factors[option.path]
+                size = self._fitting(option.seconds, 0.5 * traffic.sla / factor)
+                lane.unit.append(option.seconds[size] * factor / size)
+            columns.append(
+                [(o.quality + self._shift, unit) for o, unit in zip(lane.options, lane.unit, strict=True)]
+            )
+            goodput = [quality / unit for quality, unit in columns[-1]]
             lane.fast = max(range(len(goodput)), key=goodput.__getitem__)
-        self.price = FluidPrice(
-            [
-                [(option.quality, unit) for option, unit in zip(lane.options, lane.unit, strict=True)]
-                for lane in self.lanes
-            ]
-        )
-        self._latest, self._late_weights = [], [(0.0, 0.0)]
-        total = sum(self._sizes) or 1.0
-        self._burst_size = sum(size * size for size in self._sizes) / total or self._query_size
+        self.price = FluidPrice(columns)
         lane = min(self.lanes, key=lambda lane: lane.unit[lane.fast])
-        sizes = sorted(filter(None, self._sizes))[::3]
-        spread = math.sqrt(lane.correction.noise)
-        starts = []
-        for size in sizes:
-            seconds = self._seconds(lane, lane.fast, size)
-            starts += [
-                (self._sla - seconds * math.exp(z * spread), size / (3 * sum(sizes))) for z in _TERCILES
-            ]
-        for latest, part in sorted(starts):
-            if latest > 0:
-                weight, moment = self._late_weights[-1]
-                self._latest.append(latest)
-                self._late_weights.append((weight + part, moment + part * latest))
+        sizes = sorted(traffic.sizes)
+        sizes = sizes[:: 1 + len(sizes) // _SIZES_LOOKED_AT]
+        seconds = [self._seconds(lane, lane.fast, size) for size in sizes]
+        self._latest = Latest(seconds, sizes, traffic.sla, math.sqrt(lane.correction.noise))
 
     def _fitting(self, seconds: Sequence[float], limit: float) -> int:
-        """The largest batch that takes at most ``limit`` seconds, at least 1. A query that has just missed a batch
-        waits for it and is in the next, so that half the SLA is what a batch may take."""
+        """The largest batch that takes at most ``limit`` seconds, at least 1. A query that has just missed a
+        batch waits for it and is in the next, so that half the SLA is what a batch may take."""
         low, high = 1, min(self.max_batch, len(seconds) - 1)
         while low < high:
             middle = (low + high + 1) // 2
@@ -416,14 +348,14 @@ class Scheduler:
         """Expected time of so many samples in good batches by the executor's path of greatest goodput."""
         unit = lane.unit[lane.fast]
         size = min(samples, self.max_batch)
-        one = self._seconds(lane, lane.fast, max(1, int(size)), samples / self._query_size)
+        one = self._seconds(lane, lane.fast, max(1, int(size)), samples / self._traffic.query_size)
         return max(one, samples * unit)
 
     def _certainty(self, now: float) -> float:
         """Standard deviations by which a query must be expected in time. Taking it costs time that is worth
         (q - v) / q of what it brings: nothing while there is time for all, everything where there is not."""
         self._refresh()
-        worth = self.price.sample(self._demand(now)) / self.price.best
+        worth = self.price.sample(self._demand(now, self._traffic.rate(now))) / self.price.best
         return NormalDist().inv_cdf(min(max(1 - worth, 0.5), 1 - self.late_share))
 
     def _time_for(self, now: float, samples: int, margin: float) -> float:
@@ -440,65 +372,32 @@ class Scheduler:
                 end = at
                 break
         spread = max(lane.correction.spread(now) for lane in self.lanes)
-        batches = max(1.0, end / max(0.5 * self._sla, 1e-9))
+        batches = max(1.0, end / (0.5 * self._traffic.sla))
         return end * math.exp(margin * spread / math.sqrt(batches))
 
     def _shortest(self, samples: int) -> float:
-        """Least expected time of a batch on any executor."""
+        """About the least expected time of a batch on any executor."""
         return min(
-            self._seconds(lane, option, samples) for lane in self.lanes for option in range(len(lane.options))
+            lane.least[min(samples, len(lane.least) - 1)] * min(lane.correction.factors.values())
+            for lane in self.lanes
         )
 
-    def _demand(self, now: float) -> float:
+    def _demand(self, now: float, rate: float) -> float:
         """Samples per second that must be served: what arrives, or what the queue's deadlines ask for."""
-        slow, fast = (rate.at(now) for rate in self._rates)
-        few = self._burst_size / (2 * self._rates[1].memory_s * fast) if fast else 0.0
-        demand = self._rate = max(slow, fast * (1 - math.sqrt(few)))
         place, last = 0, len(self._queue) - 1
-        load = demand / self.price.capacity
-        spread = max(self._burst_size, self._dispersion.samples)
-        theta = 2 * (1 - load) * self.price.capacity / max(load * spread, 1e-9)
-        bound = max(self._sla - self._burst_size / self.price.capacity, 0.1 * self._sla, 1e-9)
-        self._drift = max(-_STEEPEST, min(_STEEPEST, theta * bound)) / bound, bound
         while last >= 0:
-            left = max(self._deadlines[place] - now, 1e-4)
-            demand = max(demand, (self._ends[place] - self._gone) / left)
+            needed = (self._ends[place] - self._gone) / max(self._deadlines[place] - now, 1e-4)
+            if needed > rate:
+                rate = needed
             if place == last:
-                return demand
+                break
             place = min(2 * place + 1, last)
-        return demand
-
-    def _overflow(self, backlog: float, more: float) -> float:
-        """Seconds of work lost in the end, if ``backlog`` seconds of work wait and ``more`` are added.
-
-        A second of work that is added is made up for by the next idle time, unless the queue has grown to
-        its bound before. With a compound Poisson stream seen as Brownian motion with drift rho - 1, a queue
-        of w seconds reaches the bound b before it is empty with chance
-
-            (exp(theta w) - 1) / (exp(theta b) - 1),    theta = 2 (1 - rho) / variance per second
-
-        whose integral from ``backlog`` to ``backlog + more`` this is.
-        """
-        theta, bound = self._drift
-        if more <= 0:
-            return 0.0
-        start, end = min(backlog, bound), min(backlog + more, bound)
-        lost = backlog + more - max(bound, backlog) if backlog + more > bound else 0.0
-        if abs(theta * bound) < 1e-3:
-            return lost + (end * end - start * start) / (2 * bound)
-        grown = (math.exp(theta * end) - math.exp(theta * start)) / theta
-        return lost + (grown - (end - start)) / math.expm1(theta * bound)
-
-    def _misses(self, seconds: float) -> float:
-        """Mean time, over the samples that arrive from now on, in which an arrival would come too late to be
-        answered by the fastest path, if executors are taken for so many seconds."""
-        k = bisect_right(self._latest, seconds)
-        weight, moment = self._late_weights[k]
-        return weight * seconds - moment
+        return rate
 
     def _batches(self, free: int) -> list[tuple[int, int]]:
-        """(queries, samples) of the batches to consider: 1, 2, 4, ... queries from the front and as many as fit;
-        or a part of the first query, if it is too large for one batch or several executors could share it."""
+        """(queries, samples) of the batches to consider: 1, 2, 4, ... queries from the front and as many as
+        fit; or a part of the first query, if it is too large for one batch or several executors could share
+        it."""
         head = self._queue[0].size - self._queue[0].taken
         if head > self.max_batch:
             return [(1, self.max_batch)]
@@ -513,15 +412,14 @@ class Scheduler:
         batches.append((most, self._ends[most - 1] - self._gone))
         return batches
 
-    def _best(self, now: float, index: int, value: float, batches) -> tuple | None:
+    def _best(self, state: _State, index: int, batches: list[tuple[int, int]]) -> tuple | None:
         """The batch of greatest gain for one executor: (gain, samples, lane, option, queries, seconds)."""
         lane, best = self.lanes[index], None
+        now, value, rate, lost, backlog = state
         second = self.price.second(index, value)
         scale = 1 / (math.sqrt(2.0) * lane.correction.spread(now))
         deadlines, ends, last = self._deadlines, self._ends, len(self._queue) - 1
-        unit = lane.unit[lane.fast]
-        goodput, arriving = self.price.goodput, self._misses
-        backlog = (ends[-1] - self._gone) / self.price.capacity
+        unit, missed, goodput = lane.unit[lane.fast], self._latest.missed, self.price.goodput
         usable = [o for o in range(len(lane.options)) if not lane.resting(o, now)]
         falling = dict.fromkeys(usable or range(len(lane.options)), -math.inf)
         for count, samples in reversed(batches):
@@ -544,11 +442,10 @@ class Scheduler:
                 chance = _chance(slacks[0], log, scale)
                 if count > 1:
                     chance = (chance + _chance(slacks[1], log, scale) + _chance(slacks[2], log, scale)) / 3
-                gain = samples * (option.quality * chance - value) - second * seconds
-                gain -= arriving(seconds + left) * self._rate * option.quality
-                gain -= goodput * self._overflow(backlog, seconds - samples * unit)
-                if seconds + waiting > 0:
-                    gain -= goodput * (seconds + waiting)
+                quality = option.quality + self._shift
+                gain = samples * (quality * chance - value) - second * seconds
+                gain -= missed(seconds + left) * rate * quality
+                gain -= goodput * (lost(backlog, seconds - samples * unit) + max(seconds + waiting, 0.0))
                 if best is None or gain > best[0] or (gain == best[0] and samples > best[1]):
                     best = (gain, samples, index, o, count, seconds)
                 if gain < before or chance > _SURE:
@@ -559,20 +456,26 @@ class Scheduler:
                 break
         return best
 
-    def _better_elsewhere(self, now: float, gain: float) -> bool:
-        """Would an executor that is busy now gain more by the first query, once it is free?"""
+    def _better_elsewhere(self, state: _State, best: tuple) -> bool:
+        """Would an executor that is busy now gain more for each sample of the first query, once it is free,
+        than the best batch that is possible now? Only if that batch loses."""
         head = self._queue[0]
         samples = head.size - head.taken
-        if samples > self.max_batch:
+        gain, size = best[:2]
+        if gain >= 0 or samples > self.max_batch:
             return False
-        for lane in self.lanes:
+        for index, lane in enumerate(self.lanes):
             if lane.job is None:
                 continue
-            scale = 1 / (math.sqrt(2.0) * lane.correction.spread(now))
-            wait = max(lane.until - now, 0.0)
+            second = self.price.second(index, state.value)
+            scale = 1 / (math.sqrt(2.0) * lane.correction.spread(state.now))
+            left = head.deadline - max(lane.until, state.now)
             for o, option in enumerate(lane.options):
-                chance = _chance(head.deadline - now - wait, math.log(self._seconds(lane, o, samples)), scale)
-                if option.quality * chance > gain:
+                seconds = self._seconds(lane, o, samples)
+                if seconds == math.inf or lane.resting(o, state.now):
+                    continue
+                quality = (option.quality + self._shift) * _chance(left, math.log(seconds), scale)
+                if quality - state.value - second * seconds / samples > gain / size:
                     return True
         return False
 

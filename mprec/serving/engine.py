@@ -1,9 +1,9 @@
 """Answers queries by a scheduler's choice, on one executor or several side by side.
 
-Small queries are merged and large ones split, so a *batch* is what an executor scores, and a *query* what a client
-asked. Every query ends in exactly one way: an answer, a refusal with a reason, or the error that its own input
-caused. What runs when, and what is refused, is decided by :class:`mprec.dispatch.scheduler.Scheduler`; this module
-gives it threads, tensors and futures.
+Small queries are merged and large ones split, so a *batch* is what an executor scores, and a *query* what a
+client asked. Every query ends in exactly one way: an answer, a refusal with a reason, or the error that its
+own input caused. What runs when, and what is refused, is decided by
+:class:`mprec.dispatch.scheduler.Scheduler`; this module gives it threads, tensors and futures.
 """
 
 from __future__ import annotations
@@ -91,15 +91,16 @@ class _Query:
 class Engine:
     """Scores queries (``Batch``) within ``sla_s`` seconds of their arrival.
 
-    ``dispatcher`` names the paths of one executor in this process; ``executors`` (instead) lists several, each
-    with paths and a profile of its own. Batches have at most ``max_batch`` samples. ``max_queue`` bounds the samples
-    waiting: a query that would exceed it is refused (``full``). With ``admission``, so is one that is not likely to
-    be in time even if everything ahead of it takes the fastest path (``overload``), and one whose deadline can no
-    longer be met when its turn comes (``expired``): their time goes to queries that can still be met. Without it late
-    answers are given late. At most a share ``late_share`` of the queries taken should be late under load.
+    ``dispatcher`` names the paths of one executor in this process; ``executors`` (instead) lists several,
+    each with paths and a profile of its own. Batches have at most ``max_batch`` samples. ``max_queue`` bounds
+    the samples waiting: a query that would exceed it is refused (``full``). With ``admission``, so is one
+    that is not likely to be in time even if everything ahead of it takes the fastest path (``overload``), and
+    one whose deadline can no longer be met when its turn comes (``expired``): their time goes to queries that
+    can still be met. Without it late answers are given late. At most a share ``late_share`` of the queries
+    taken should be late under load.
 
-    ``submit`` may be called from any thread. The workers start with ``start()`` or ``with``; a test of one executor
-    can call ``step()`` instead, with a ``clock`` of its own.
+    ``submit`` may be called from any thread. The workers start with ``start()`` or ``with``; a test of one
+    executor can call ``step()`` instead, with a ``clock`` of its own.
     """
 
     def __init__(
@@ -155,13 +156,13 @@ class Engine:
     def submit(
         self, batch: Batch, sla_s: float | None = None, arrived_s: float | None = None
     ) -> Future[Answer]:
-        """Queue a query. The future holds an :class:`Answer`, or raises ``QueryRefusedError`` or what the query's own
-        input raised in the models. ``arrived_s`` (on the engine's clock) is for queries that came before this call:
-        their target counts from then. A future that is cancelled before its turn costs no work. Callbacks of the
-        future run on an executor's thread and should be short.
+        """Queue a query. The future holds an :class:`Answer`, or raises ``QueryRefusedError`` or what the
+        query's own input raised in the models. ``arrived_s`` (on the engine's clock) is for queries that came
+        before this call: their target counts from then. A future that is cancelled before its turn costs no
+        work. Callbacks of the future run on an executor's thread and should be short.
 
-        ``ValueError`` at once for a query that has no samples, a bad SLA or time of arrival, or other features or
-        dense numbers than the paths take.
+        ``ValueError`` at once for a query that has no samples, a bad SLA or time of arrival, or other
+        features or dense numbers than the paths take.
         """
         sla_s = self.sla_s if sla_s is None else sla_s
         if not 0 < sla_s < math.inf:
@@ -327,7 +328,8 @@ class Engine:
         self._finisher.flush()
 
     def _assign(self, now: float) -> bool:
-        """Refuse what is hopeless, hand jobs to free executors; the lock is held. True if something was refused."""
+        """Refuse what is hopeless, hand jobs to free executors; the lock is held. True if something was
+        refused."""
         expired = self._scheduler.expire(now)
         for ticket in expired:
             self._statistics.refused["expired"] += 1
@@ -375,15 +377,17 @@ class Engine:
         if path_s > 0:
             spent = max(self._now() - job.started - path_s, 0.0) / len(job.pieces)
             known = self._scheduler.query_s
-            spent = min(spent, 2 * known + _OWN_WORK_S)  # one wait for the interpreter's lock counts for little
+            spent = min(
+                spent, 2 * known + _OWN_WORK_S
+            )  # one wait for the interpreter's lock counts for little
             self._scheduler.query_s += _OWN_WORK_GAIN * (spent - known)
 
     def _score(
         self, executor: Executor, path: str, pieces: Sequence[Piece], settled: list[tuple[Piece, object]]
     ) -> float:
-        """Score pieces by ``path``, or by another if it raises; if all do, half the pieces at a time, so that only
-        queries at fault fail. Adds (piece, (path, scores) or error) to ``settled``. Seconds of the path; -1 if
-        another path answered; 0 if no path did.
+        """Score pieces by ``path``, or by another if it raises; if all do, half the pieces at a time, so that
+        only queries at fault fail. Adds (piece, (path, scores) or error) to ``settled``. Seconds of the path;
+        -1 if another path answered; 0 if no path did.
         """
         batch = concatenate([take(p.ticket.item.batch, slice(p.start, p.stop)) for p in pieces])
         first_error = None
@@ -484,8 +488,8 @@ class Engine:
 
 
 class _Finisher:
-    """Settles futures. Callbacks run in the thread that settles; once one has been slow, on a thread of their own,
-    so that a slow client does not keep an executor waiting."""
+    """Settles futures. Callbacks run in the thread that settles; once one has been slow, on a thread of their
+    own, so that a slow client does not keep an executor waiting."""
 
     def __init__(self) -> None:
         self._later: list[tuple[Future, BaseException]] = []

@@ -1,8 +1,10 @@
-"""What runs batches, one after another: this process, a process of its own, a CUDA device, a simulated device.
+"""What runs batches, one after another: this process, a process of its own, a CUDA device, a simulated
+device.
 
-An executor has ``name``, ``paths`` (see :class:`mprec.dispatch.Path`) and the ``profile`` that measured them on it.
-An engine runs each on a thread of its own, so that ``run`` may block; Python's interpreter lock is what threads of
-one process share, and an executor that keeps it busy wants a process (:class:`ProcessExecutor`).
+An executor has ``name``, ``paths`` (see :class:`mprec.dispatch.Path`) and the ``profile`` that measured them
+on it. An engine runs each on a thread of its own, so that ``run`` may block; Python's interpreter lock is
+what threads of one process share, and an executor that keeps it busy wants a process
+(:class:`ProcessExecutor`).
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ class CudaExecutor(Executor):
 
 
 class SimulatedExecutor(Executor):
-    """A device that is not at hand: scores come from the paths' models, and not before the profile's mean time of
-    the batch is over. Results are simulated, and must be called so."""
+    """A device that is not at hand: scores come from the paths' models, and not before the profile's mean
+    time of the batch is over. Results are simulated, and must be called so."""
 
     def run(self, path: str, batch: Batch) -> torch.Tensor:
         end = time.perf_counter() + self.profile.curve(path, "mean").at(len(batch))

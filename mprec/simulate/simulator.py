@@ -1,8 +1,8 @@
 """A discrete-event simulation of an engine: the scheduler's own code under a virtual clock.
 
-Executors are profiles: a batch takes what its curve says, times a log-normal noise, times what the machine's state
-makes of it. Everything else (queue, admission, choice, corrections) is :class:`mprec.dispatch.scheduler.Scheduler`,
-the same object that serves real queries.
+Executors are profiles: a batch takes what its curve says, times a log-normal noise, times what the machine's
+state makes of it. Everything else (queue, admission, choice, corrections) is
+:class:`mprec.dispatch.scheduler.Scheduler`, the same object that serves real queries.
 """
 
 from __future__ import annotations
