@@ -53,10 +53,11 @@ class Correction:
         self.noise = _NOISE
         self.factors = dict.fromkeys(self._place, 1.0)
 
-    def spread(self, now: float) -> float:
-        """Standard deviation of the logarithm of the next call's time, around the expected one."""
+    def spread(self, now: float, calls: float = 1.0) -> float:
+        """Standard deviation of the logarithm of the next call's time, or of the mean of several, around the
+        expected one."""
         older = _WANDER * (now - self._seen) if now > self._seen else 0.0
-        return math.sqrt(self.noise + min(_UNKNOWN, self._known + older))
+        return math.sqrt(self.noise / calls + min(_UNKNOWN, self._known + older))
 
     def observe(self, name: str, ratio: float, now: float) -> None:
         """A call of path ``name`` that ended at ``now`` took ``ratio`` times what the profile says.

@@ -49,6 +49,7 @@ _PROBE_S = 0.1  # silence after which a query is let through; at least the SLA
 _STALE = 0.05  # relative change of a factor or of the SLA after which prices are computed again
 _STALE_ARRIVALS = 64  # queries after which they are, too
 _LEAST_PART = 32  # samples of a query that is shared among executors
+_STRETCH_GAIN = 0.1
 _SURE = 0.999  # chance to be in time that smaller batches need not improve
 _SIZES_LOOKED_AT = 16
 
@@ -166,6 +167,7 @@ class Scheduler:
         self._priced_until = 0
         self.price: FluidPrice | None = None
         self._latest: Latest | None = None
+        self._stretch = 1.0  # time per sample of the batches that a full queue makes, over that of good ones
         lowest = min(option.quality for lane in lanes for option in lane.options)
         self._shift = 1 - lowest if lowest <= 0 else 0.0  # qualities count from here: they must be positive
 
@@ -229,7 +231,7 @@ class Scheduler:
         expired = []
         while self.admission and self._queue:
             head = self._queue[0]
-            met = now + self._shortest(head.size) <= head.deadline
+            met = now + self._shortest(-(-head.size // len(self.lanes))) <= head.deadline
             if head.taken or met or (now < head.deadline and self._is_probe(now)):
                 break
             expired.append(head)
@@ -349,7 +351,7 @@ class Scheduler:
         unit = lane.unit[lane.fast]
         size = min(samples, self.max_batch)
         one = self._seconds(lane, lane.fast, max(1, int(size)), samples / self._traffic.query_size)
-        return max(one, samples * unit)
+        return max(one, samples * unit * self._stretch)
 
     def _certainty(self, now: float) -> float:
         """Standard deviations by which a query must be expected in time. Taking it costs time that is worth
@@ -371,9 +373,8 @@ class Scheduler:
             if k + 1 == len(ready) or now + at <= ready[k + 1][0]:
                 end = at
                 break
-        spread = max(lane.correction.spread(now) for lane in self.lanes)
-        batches = max(1.0, end / (0.5 * self._traffic.sla))
-        return end * math.exp(margin * spread / math.sqrt(batches))
+        batches = max(1.0, 2 * end / self._traffic.sla)
+        return end * math.exp(margin * max(lane.correction.spread(now, batches) for lane in self.lanes))
 
     def _shortest(self, samples: int) -> float:
         """About the least expected time of a batch on any executor."""
@@ -419,18 +420,20 @@ class Scheduler:
         second = self.price.second(index, value)
         scale = 1 / (math.sqrt(2.0) * lane.correction.spread(now))
         deadlines, ends, last = self._deadlines, self._ends, len(self._queue) - 1
-        unit, missed, goodput = lane.unit[lane.fast], self._latest.missed, self.price.goodput
+        missed, goodput = self._latest.missed, self.price.goodput
+        unit, all_units = lane.unit[lane.fast], 1 / self.price.capacity
+        share = min(all_units / unit, 1.0)  # of the executors' capacity that this one has
         usable = [o for o in range(len(lane.options)) if not lane.resting(o, now)]
         falling = dict.fromkeys(usable or range(len(lane.options)), -math.inf)
         for count, samples in reversed(batches):
             front = self._gone + samples
             behind = count if ends[count - 1] == front else 0
             slacks = (deadlines[0] - now, deadlines[count // 2] - now, deadlines[count - 1] - now)
-            left = (ends[-1] - front) * unit
+            left = (ends[-1] - front) * all_units
             waiting = -math.inf
             if behind <= last:
                 waiting = max(
-                    (ends[k] - front) * unit - (deadlines[k] - now)
+                    (ends[k] - front) * all_units - (deadlines[k] - now)
                     for k in (behind, (behind + last) // 2, last)
                 )
             for o, before in list(falling.items()):
@@ -444,8 +447,9 @@ class Scheduler:
                     chance = (chance + _chance(slacks[1], log, scale) + _chance(slacks[2], log, scale)) / 3
                 quality = option.quality + self._shift
                 gain = samples * (quality * chance - value) - second * seconds
-                gain -= missed(seconds + left) * rate * quality
-                gain -= goodput * (lost(backlog, seconds - samples * unit) + max(seconds + waiting, 0.0))
+                gain -= missed(share * seconds + left) * rate * quality
+                more = share * (seconds - samples * unit)
+                gain -= goodput * (lost(backlog, more) + max(share * seconds + waiting, 0.0))
                 if best is None or gain > best[0] or (gain == best[0] and samples > best[1]):
                     best = (gain, samples, index, o, count, seconds)
                 if gain < before or chance > _SURE:
@@ -457,25 +461,29 @@ class Scheduler:
         return best
 
     def _better_elsewhere(self, state: _State, best: tuple) -> bool:
-        """Would an executor that is busy now gain more for each sample of the first query, once it is free,
-        than the best batch that is possible now? Only if that batch loses."""
+        """Would an executor that is busy now gain more by the first query, once it is free, than the best batch
+        that is possible now? Only if that batch loses. Its executor would idle meanwhile, which costs the price
+        of its time.
+        """
         head = self._queue[0]
         samples = head.size - head.taken
-        gain, size = best[:2]
+        gain, size, own = best[:3]
         if gain >= 0 or samples > self.max_batch:
             return False
+        idle = self.price.second(own, state.value)
         for index, lane in enumerate(self.lanes):
             if lane.job is None:
                 continue
             second = self.price.second(index, state.value)
             scale = 1 / (math.sqrt(2.0) * lane.correction.spread(state.now))
-            left = head.deadline - max(lane.until, state.now)
+            free = max(lane.until, state.now)
             for o, option in enumerate(lane.options):
                 seconds = self._seconds(lane, o, samples)
                 if seconds == math.inf or lane.resting(o, state.now):
                     continue
-                quality = (option.quality + self._shift) * _chance(left, math.log(seconds), scale)
-                if quality - state.value - second * seconds / samples > gain / size:
+                chance = _chance(head.deadline - free, math.log(seconds), scale)
+                there = samples * ((option.quality + self._shift) * chance - state.value) - second * seconds
+                if there - idle * (free - state.now) > gain * samples / size:
                     return True
         return False
 
@@ -496,6 +504,8 @@ class Scheduler:
         lane.job = Job(index, lane, option.path, pieces, samples, seconds, profiled, now)
         lane.until = now + seconds
         self._last_news = now
+        stretch = max(1.0, seconds / (samples * lane.unit[o])) if self._queue else 1.0
+        self._stretch += _STRETCH_GAIN * (stretch - self._stretch)
         return lane.job
 
     def _remove(self, start: int, stop: int) -> None:
