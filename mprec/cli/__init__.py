@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from mprec._native import __version__
 
-SUBCOMMANDS = ("info", "train", "profile", "plan", "serve", "loadtest", "report", "demo")
+SUBCOMMANDS = ("info", "train", "profile", "plan", "serve", "loadtest", "simulate", "report", "demo")
 
 
 def _parser() -> argparse.ArgumentParser:
