@@ -23,8 +23,8 @@ HOW_TO_GET = "the LoadGen driver needs: pip install mlcommons-loadgen"
 
 @dataclass(frozen=True)
 class LoadGenResult:
-    """``valid``: LoadGen's verdict, and at most a hundredth of the queries refused or failed: LoadGen itself takes
-    those for answers given at once. ``reason`` says why not. Counts are the engine's.
+    """``valid``: LoadGen's verdict, and at most a hundredth of the queries refused or failed: LoadGen itself
+    takes those for answers given at once. ``reason`` says why not. Counts are the engine's.
     """
 
     valid: bool

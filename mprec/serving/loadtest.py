@@ -8,7 +8,8 @@ would decide a contest.
 
 The figure of merit is the *latency-bounded throughput of correct predictions*: samples whose query was
 answered in time and whose predicted class is the label, per second of the load. Nothing is assumed: both are
-counted. The divisor is the load's own duration, so that a contestant which uses the time it has is not punished.
+counted. The divisor is the load's own duration, so that a contestant which uses the time it has is not
+punished.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from mprec.data import Batch, ClickDataset
 from mprec.dispatch import Dispatcher, Path, Profile
 from mprec.dispatch.microbenchmark import no_gc
 from mprec.serving.engine import Engine, QueryRefusedError
+from mprec.serving.executors import Executor
+from mprec.serving.process_executor import ProcessExecutor
 
 __all__ = [
     "LOADS",
@@ -38,8 +41,8 @@ __all__ = [
     "contestants",
     "find_max_qps",
     "generate",
-    "replay",
     "ratio_to_best",
+    "replay",
     "suggested_qps",
     "sweep",
 ]
@@ -175,8 +178,8 @@ def replay(
 ) -> Outcome:
     """Submit a load's queries when they are due to a started engine, wait for all, and count.
 
-    Its clock must be the engine's. Adds to ``outcome`` if given. The load's duration is added to its seconds: the
-    time from the first to the last query's due time, and one mean gap.
+    Its clock must be the engine's. Adds to ``outcome`` if given. The load's duration is added to its seconds:
+    the time from the first to the last query's due time, and one mean gap.
     """
     outcome = Outcome(engine.sla_s) if outcome is None else outcome
     origin = load[0].at_s
@@ -199,17 +202,33 @@ def replay(
 
 
 def contestants(
-    paths: Sequence[Path], profile: Profile, *, dispatcher: str = "dispatcher", **options: Any
-) -> dict[str, Dispatcher]:
-    """Every path alone, and the dispatcher among all of them, last; ``options`` go to ``Dispatcher``."""
-    alone = {path.name: Dispatcher([path], profile, **options) for path in paths}
-    if dispatcher in alone:
+    paths: Sequence[Path], profile: Profile, *, dispatcher: str = "dispatcher", processes: int = 0
+) -> dict[str, Contestant]:
+    """Every path alone, and the dispatcher among all of them, last. Each is served in this process, or by so
+    many ``processes`` of one thread each, for which the profile should be of one thread too."""
+
+    def serve(some: Sequence[Path]) -> Contestant:
+        if not processes:
+            return Dispatcher(some, profile)
+        return [ProcessExecutor(f"cpu {i}", some, profile) for i in range(processes)]
+
+    if dispatcher in {path.name for path in paths}:
         raise ValueError(f"a path is called {dispatcher!r} already")
-    return {**alone, dispatcher: Dispatcher(paths, profile, **options)}
+    return {**{path.name: serve([path]) for path in paths}, dispatcher: serve(paths)}
+
+
+#: What serves: a dispatcher in this process, or the executors of an engine.
+Contestant = Dispatcher | Sequence[Executor]
+
+
+def _engine(contestant: Contestant, **options: Any) -> Engine:
+    if isinstance(contestant, Dispatcher):
+        return Engine(contestant, **options)
+    return Engine(executors=contestant, **options)
 
 
 def compare(
-    dispatchers: Mapping[str, Dispatcher],
+    dispatchers: Mapping[str, Contestant],
     load: Sequence[Arrival],
     *,
     rounds: int = 4,
@@ -223,7 +242,7 @@ def compare(
     """
     if not 1 <= rounds <= len(load):
         raise ValueError(f"rounds must be between 1 and the number of queries, {len(load)}, got {rounds}")
-    engines = {name: Engine(d, **engine_options).start() for name, d in dispatchers.items()}
+    engines = {name: _engine(d, **engine_options).start() for name, d in dispatchers.items()}
     outcomes = {name: Outcome(engine.sla_s) for name, engine in engines.items()}
     edges = np.linspace(0, len(load), rounds + 1).astype(int)
     names = list(engines)
@@ -243,8 +262,9 @@ def compare(
 
 
 def ratio_to_best(outcomes: Mapping[str, Outcome], name: str = "dispatcher") -> tuple[float, float, str]:
-    """(correct predictions per second of ``name`` over those of the best other contestant, the standard error of
-    that ratio over the pieces, the best one's name). NaN errors with one piece; NaN ratios where nobody answered.
+    """(correct predictions per second of ``name`` over those of the best other contestant, the standard error
+    of that ratio over the pieces, the best one's name). NaN errors with one piece; NaN ratios where nobody
+    answered.
     """
     others = {other: outcome for other, outcome in outcomes.items() if other != name}
     best = max(others, key=lambda other: others[other].correct_in_time)
@@ -260,7 +280,7 @@ def ratio_to_best(outcomes: Mapping[str, Outcome], name: str = "dispatcher") -> 
 
 
 def sweep(
-    dispatchers: Mapping[str, Dispatcher],
+    dispatchers: Mapping[str, Contestant],
     dataset: ClickDataset,
     *,
     loads: Sequence[float] = LOADS,
@@ -271,10 +291,12 @@ def sweep(
     progress: Callable[[str, float], object] | None = None,
     **engine_options: Any,
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The contestants at each of ``loads``, in shares of the greatest measured :func:`capacity` of a contestant.
+    """The contestants at each of ``loads``, in shares of the greatest measured :func:`capacity` of a
+    contestant.
 
-    ``seconds`` of load for each contestant and load, cut in ``rounds`` turns. Returns (that capacity in queries per
-    second, a JSON-able entry for each load: ``load``, ``qps``, ``rows``, ``ratio``, ``ratio_error``, ``best``).
+    ``seconds`` of load for each contestant and load, cut in ``rounds`` turns. Returns (that capacity in
+    queries per second, a JSON-able entry for each load: ``load``, ``qps``, ``rows``, ``ratio``,
+    ``ratio_error``, ``best``).
     """
     batches = [a.batch for a in generate(dataset, 1.0, 300, sizes=sizes, seed=seed)]
     limits = [
@@ -299,21 +321,21 @@ def sweep(
     return limit, entries
 
 
-def capacity(dispatcher: Dispatcher, queries: Sequence[Batch], **engine_options: Any) -> float:
+def capacity(dispatcher: Contestant, queries: Sequence[Batch], **engine_options: Any) -> float:
     """Queries per second that an engine gets through when all of them wait from the start.
 
     ``engine_options`` as for ``compare``; the SLA does not matter here.
     """
     options = {**engine_options, "sla_s": 3600.0, "admission": False}
     options["max_queue"] = max(sum(map(len, queries)), 1)
-    with Engine(dispatcher, **options) as engine, no_gc():
+    with _engine(dispatcher, **options) as engine, no_gc():
         start = engine.clock()
         outcome = replay(engine, [Arrival(0.0, batch) for batch in queries])
     return len(queries) / (outcome.last_finish_s - start)
 
 
 def suggested_qps(
-    dispatchers: Mapping[str, Dispatcher],
+    dispatchers: Mapping[str, Contestant],
     dataset: ClickDataset,
     *,
     sizes: QuerySizes = QuerySizes(),
