@@ -23,8 +23,6 @@ from mprec.planner import Device, MeasuredCosts, Measurement, default_options, f
 from mprec.serving.loadtest import QuerySizes, compare, contestants, generate, suggested_qps
 from mprec.training import Trained, TrainOptions, train_representations
 
-HELP = "train four representations, profile, plan and serve them; one table and one page"
-
 _SHOWN_BATCHES = (1, 128, 2048)
 
 

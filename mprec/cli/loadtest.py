@@ -32,8 +32,6 @@ from mprec.serving.loadtest import (
     suggested_qps,
 )
 
-HELP = "serve a random load of held-out samples with the dispatcher and with each path alone"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path_arguments(parser)
