@@ -39,6 +39,7 @@ __all__ = [
     "capacity",
     "compare",
     "contestants",
+    "engine_for",
     "find_max_qps",
     "generate",
     "ratio_to_best",
@@ -221,7 +222,8 @@ def contestants(
 Contestant = Dispatcher | Sequence[Executor]
 
 
-def _engine(contestant: Contestant, **options: Any) -> Engine:
+def engine_for(contestant: Contestant, **options: Any) -> Engine:
+    """An engine, not yet started."""
     if isinstance(contestant, Dispatcher):
         return Engine(contestant, **options)
     return Engine(executors=contestant, **options)
@@ -242,7 +244,7 @@ def compare(
     """
     if not 1 <= rounds <= len(load):
         raise ValueError(f"rounds must be between 1 and the number of queries, {len(load)}, got {rounds}")
-    engines = {name: _engine(d, **engine_options).start() for name, d in dispatchers.items()}
+    engines = {name: engine_for(d, **engine_options).start() for name, d in dispatchers.items()}
     outcomes = {name: Outcome(engine.sla_s) for name, engine in engines.items()}
     edges = np.linspace(0, len(load), rounds + 1).astype(int)
     names = list(engines)
@@ -328,7 +330,7 @@ def capacity(dispatcher: Contestant, queries: Sequence[Batch], **engine_options:
     """
     options = {**engine_options, "sla_s": 3600.0, "admission": False}
     options["max_queue"] = max(sum(map(len, queries)), 1)
-    with _engine(dispatcher, **options) as engine, no_gc():
+    with engine_for(dispatcher, **options) as engine, no_gc():
         start = engine.clock()
         outcome = replay(engine, [Arrival(0.0, batch) for batch in queries])
     return len(queries) / (outcome.last_finish_s - start)
