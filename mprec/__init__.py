@@ -17,17 +17,16 @@
 :mod:`mprec.testing`          helpers for tests and benchmarks
 ============================  =====================================================================
 
-``import mprec`` registers the operators and imports ``nn`` and ``ops``; the rest is imported on first use.
+``import mprec`` imports none of these, nor torch: each is imported on first use, ``mprec.nn`` at the first
+``mprec.nn``. Importing :mod:`mprec.ops` registers the operators of ``torch.ops.mprec``, and so does importing
+any module that computes with them, such as ``mprec.nn``. A program that only runs an exported graph imports
+``mprec.ops`` itself.
 """
 
 import importlib
-from types import ModuleType
+from typing import Any
 
-from mprec import _native as _native  # first: explains itself where the native module cannot load
-from mprec import nn, ops
-from mprec._native import __version__
-
-_LAZY = {
+_MODULES = (
     "cache",
     "checkpoint",
     "data",
@@ -37,6 +36,8 @@ _LAZY = {
     "huge_pages",
     "metrics",
     "models",
+    "nn",
+    "ops",
     "optim",
     "planner",
     "reference",
@@ -44,15 +45,18 @@ _LAZY = {
     "serving",
     "testing",
     "training",
-}
+)
+_NATIVE = ("_C", "__version__")
 __all__ = ["__version__", "nn", "ops"]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
-        return importlib.import_module(f"mprec.{name}")
+def __getattr__(name: str) -> Any:
+    if name in _MODULES or name in _NATIVE:
+        # First of all modules: it explains itself where torch or the native module cannot load.
+        native = importlib.import_module("mprec._native")
+        return getattr(native, name) if name in _NATIVE else importlib.import_module(f"mprec.{name}")
     raise AttributeError(f"module 'mprec' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_MODULES, *_NATIVE})

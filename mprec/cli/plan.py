@@ -28,8 +28,6 @@ from mprec.planner import (
 from mprec.planner.tables import FEATURE_SETS, feature_set
 from mprec.report.terminal import format_bytes
 
-HELP = "choose a representation per feature within a memory budget"
-
 
 def qualities(text: str) -> list[Measurement]:
     """``table=0.785,dhe=0.789,table[int8]=0.784`` -> measurements of whole models."""

@@ -13,8 +13,6 @@ from mprec.dispatch import BATCH_SIZES, Profile, sampler
 from mprec.dispatch.profile import default_file
 from mprec.report import latency
 
-HELP = "measure trained models over batch sizes on this machine, or show such a profile"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path_arguments(parser, required=False)

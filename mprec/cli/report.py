@@ -6,8 +6,6 @@ from pathlib import Path
 
 from mprec import report
 
-HELP = "draw report.html from the JSON that mprec demo wrote"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("result", type=Path, help="result.json as written by mprec demo")

@@ -19,8 +19,6 @@ from mprec.dispatch import Dispatcher
 from mprec.serving import Engine
 from mprec.serving.frontend import FrontEnd
 
-HELP = "serve trained models over HTTP on this machine, the path chosen per batch"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path_arguments(parser)

@@ -20,8 +20,6 @@ from mprec.training import (
     train_representations,
 )
 
-HELP = "train a model on a click log and write its checkpoint"
-
 
 def sizes(text: str) -> tuple[int, ...]:
     """``512,256`` -> (512, 256)."""

@@ -20,8 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import numpy as np
-
 __all__ = ["Correction"]
 
 _WANDER = 0.05  # variance that the machine's factor gains in a second
@@ -45,8 +43,10 @@ class Correction:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._place = {name: i for i, name in enumerate(names, start=1)}
-        self._mean = np.zeros(1 + len(self._place))  # the machine, then the paths' deviations
-        self._covariance = np.diag([_PROFILED] + [_DEVIATION] * len(self._place))
+        # The machine, then the paths' deviations. There are few: lists cost less than arrays.
+        self._mean = [0.0] * (1 + len(self._place))
+        first = [_PROFILED] + [_DEVIATION] * len(self._place)
+        self._covariance = [[v if i == j else 0.0 for j in range(len(first))] for i, v in enumerate(first)]
         self._known = _PROFILED  # the machine's variance when last observed
         self._seen = -math.inf
         self._suspect = 0.0  # the last observation's distance, if it was an outlier
@@ -68,11 +68,10 @@ class Correction:
         i = self._place[name]
         if not 0.0 < ratio < math.inf:
             return
-        mean, covariance = self._mean, self._covariance
         self._age(now)
-        off = max(-_LIMIT, min(_LIMIT, math.log(ratio))) - float(mean[0] + mean[i])
-        gain = covariance[0] + covariance[i]  # of all states, before it is divided by the total variance
-        total = float(gain[0] + gain[i]) + self.noise
+        mean, covariance = self._mean, self._covariance
+        off = max(-_LIMIT, min(_LIMIT, math.log(ratio))) - (mean[0] + mean[i])
+        total = covariance[0][0] + 2 * covariance[0][i] + covariance[i][i] + self.noise
         bound = _OUTLIER * math.sqrt(total)
         if abs(off) <= bound:
             self._suspect = 0.0
@@ -80,15 +79,17 @@ class Correction:
             self.noise = min(high, max(low, self.noise + _NOISE_GAIN * (off * off - total)))
         elif off * self._suspect > 0:
             off, self._suspect = min(off, self._suspect, key=abs), 0.0
-            covariance[0, 0] += off * off
-            gain = covariance[0] + covariance[i]
+            covariance[0][0] += off * off
             total += off * off
         else:
             self._suspect, off = off, math.copysign(bound, off)
-        mean += gain * (off / total)
-        covariance -= np.outer(gain, gain / total)
-        self._known = float(covariance[0, 0] + 2 * covariance[0, i] + covariance[i, i])
-        self.factors = dict(zip(self._place, np.exp(mean[0] + mean[1:]).tolist(), strict=True))
+        gain = [a + b for a, b in zip(covariance[0], covariance[i], strict=True)]
+        for j, each in enumerate(gain):
+            part = each / total
+            mean[j] += part * off
+            covariance[j] = [c - part * g for c, g in zip(covariance[j], gain, strict=True)]
+        self._known = covariance[0][0] + 2 * covariance[0][i] + covariance[i][i]
+        self.factors = {name: math.exp(mean[0] + mean[j]) for name, j in self._place.items()}
 
     def _age(self, now: float) -> None:
         """Bring what is known to ``now``."""
@@ -97,10 +98,12 @@ class Correction:
         elapsed = max(now - self._seen, 0.0)
         self._seen = now
         kept = math.exp(-elapsed / _REVERSION_S)
-        mean, covariance = self._mean, self._covariance
-        mean[1:] *= kept
-        covariance[1:] *= kept
-        covariance[:, 1:] *= kept
-        diagonal = covariance.reshape(-1)[:: len(mean) + 1]
-        diagonal[0] = min(_UNKNOWN, diagonal[0] + _WANDER * elapsed)
-        diagonal[1:] += (1 - kept * kept) * _DEVIATION
+        rows = self._covariance
+        first = [rows[0][0]] + [kept * c for c in rows[0][1:]]
+        first[0] = min(_UNKNOWN, first[0] + _WANDER * elapsed)
+        fresh, square = (1 - kept * kept) * _DEVIATION, kept * kept
+        for j in range(1, len(rows)):
+            self._mean[j] *= kept
+            rows[j] = [first[j]] + [square * c for c in rows[j][1:]]
+            rows[j][j] += fresh
+        rows[0] = first

@@ -313,8 +313,9 @@ class Scheduler:
             lane.unit = []
             for option in lane.options:
                 factor = lane.correction.factors[option.path]
+                own = self.query_s / traffic.query_size
                 size = self._fitting(option.seconds, 0.5 * traffic.sla / factor)
-                lane.unit.append(option.seconds[size] * factor / size)
+                lane.unit.append(option.seconds[size] * factor / size + own)
             columns.append(
                 [(o.quality + self._shift, unit) for o, unit in zip(lane.options, lane.unit, strict=True)]
             )
@@ -461,9 +462,9 @@ class Scheduler:
         return best
 
     def _better_elsewhere(self, state: _State, best: tuple) -> bool:
-        """Would an executor that is busy now gain more by the first query, once it is free, than the best batch
-        that is possible now? Only if that batch loses. Its executor would idle meanwhile, which costs the price
-        of its time.
+        """Would an executor that is busy now gain more by the first query, once it is free, than the best
+        batch that is possible now? Only if that batch loses. Its executor would idle meanwhile, which costs
+        the price of its time.
         """
         head = self._queue[0]
         samples = head.size - head.taken

@@ -400,7 +400,7 @@ class Engine:
                 if scores.shape != (len(batch),):
                     shape = tuple(scores.shape)
                     raise RuntimeError(f"path {name!r} gave {shape} scores for {len(batch)} samples")
-                if not math.isfinite(float(scores.sum())) and not bool(torch.isfinite(scores).all()):
+                if not (math.isfinite(scores.sum().item()) or torch.isfinite(scores).all()):
                     raise ArithmeticError(f"path {name!r} gave scores that are not finite")
             except BaseException as error:
                 first_error = first_error or error
