@@ -110,6 +110,8 @@ def test_loads_have_their_rate_and_are_seeded(arrivals):
 def test_loads_are_shortened():
     times, _ = draw("poisson", 1000, 100.0, most=500)
     assert len(times) == pytest.approx(500, rel=0.2)
+    times, _ = draw("poisson", 1000, 100.0, most=500, least_s=2.0)
+    assert len(times) == pytest.approx(2000, rel=0.1)
 
 
 @pytest.mark.parametrize(

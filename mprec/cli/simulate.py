@@ -16,11 +16,9 @@ from mprec.cli._setup import reporter, say, size_in_bytes
 from mprec.dispatch import Profile
 from mprec.simulate.contest import capacity, compare, contestants, described, measured, reference
 from mprec.simulate.devices import device_names, load_device
-from mprec.simulate.loads import ARRIVALS, QuerySizes, draw
+from mprec.simulate.loads import ARRIVALS, LEAST_SLAS, QuerySizes, draw
 from mprec.simulate.shapes import load_shape
 from mprec.simulate.simulator import SimulatedExecutor
-
-HELP = "serve a load in virtual time on described devices or measured profiles; all results are simulated"
 
 _LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the reference can serve
 
@@ -63,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--arrivals", choices=ARRIVALS, default="poisson", help="(poisson)")
     load.add_argument("--seconds", type=float, default=10.0, help="of virtual time for each load (10)")
     load.add_argument(
-        "--most-queries", type=int, default=4000, help="loads are shortened to about so many (4000)"
+        "--most-queries",
+        type=int,
+        default=4000,
+        help="loads are shortened to about so many, but not to less than eight SLAs (4000)",
     )
     load.add_argument("--size-mean", type=float, default=128.0, help="samples per query, mean (128)")
     load.add_argument("--size-sigma", type=float, default=1.0, help="of its logarithm (1.0)")
@@ -92,7 +93,13 @@ def run(args: argparse.Namespace) -> int:
     for i, (sla_ms, qps) in enumerate((s, q) for s in args.sla_ms for q in loads):
         report(f"SLA {sla_ms:g} ms, {qps:.0f} queries/s", i / (len(args.sla_ms) * len(loads)))
         times, drawn = draw(
-            args.arrivals, qps, args.seconds, sizes=sizes, most=args.most_queries, seed=args.seed
+            args.arrivals,
+            qps,
+            args.seconds,
+            sizes=sizes,
+            most=args.most_queries,
+            least_s=LEAST_SLAS * sla_ms / 1e3,
+            seed=args.seed,
         )
         contest = compare(
             executors,
