@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: expected finite numbers above 0, got {wrong[0]:g}")
     if args.max_batch < 1 or args.most_queries < 1:
         raise ValueError("--max-batch and --most-queries: expected at least 1")
+    if args.seconds < (least := LEAST_SLAS * max(args.sla_ms) / 1e3):
+        raise ValueError(f"--seconds: expected at least {LEAST_SLAS} SLAs, {least:g} s, got {args.seconds:g}")
     executors, about = _executors(args)
     base = reference(executors)
     sizes = QuerySizes(args.size_mean, args.size_sigma)

@@ -34,8 +34,8 @@ def draw(
     """(times float64 [n], rising seconds; sizes int64 [n], samples) of about ``qps * seconds`` queries.
 
     ``sizes``: of the queries (None: ``QuerySizes()``). ``most``: shorten the load so that no more than about
-    so many queries are expected, though not to less than ``least_s``. ``ValueError`` for unknown arrivals, or a rate or duration that is not
-    positive and finite.
+    so many queries are expected, though not to less than ``least_s``. ``ValueError`` for unknown arrivals, or
+    a rate or duration that is not positive and finite.
     """
     if arrivals not in ARRIVALS:
         raise ValueError(f"arrivals: expected one of {', '.join(ARRIVALS)}, got {arrivals!r}")
