@@ -17,8 +17,10 @@ from mprec.serving.loadtest import (
     contestants,
     find_max_qps,
     generate,
+    ratio_to_best,
     replay,
     suggested_qps,
+    sweep,
 )
 
 ROWS = 1000
@@ -111,8 +113,9 @@ def test_outcome_counts_what_happened():
     assert row["p99_ms"] == pytest.approx(0.2)
     assert row["violations"] == 0
     assert row["chosen"] == {"poor": 1.0}
-    span = load[-1].at_s - load[0].at_s + 2e-4
+    span = (load[-1].at_s - load[0].at_s) * 10 / 9  # the load's own, whenever the last answer came
     assert row["correct_per_s"] == pytest.approx(expected / span)
+    assert row["pieces"] == [pytest.approx(expected / span)]
 
 
 def test_late_and_refused_queries_are_violations_and_bring_no_throughput():
@@ -151,6 +154,42 @@ def test_contestants_serve_the_same_load_in_real_time():
     assert outcomes["poor"].correct == int((ids < 600).sum())
     assert outcomes["good"].correct == outcomes["dispatcher"].correct == int((ids < 900).sum())
     assert outcomes["dispatcher"].row("d")["chosen"] == {"good": 1.0}
+
+
+def test_a_ratio_of_contestants_has_an_error():
+    rng = np.random.default_rng(0)
+    pieces = {"slow": 100 * rng.random(400) + 300, "best": 100 * rng.random(400) + 950}
+    pieces["dispatcher"] = 1.1 * pieces["best"] + rng.normal(0, 20, 400)
+    outcomes = {
+        name: Outcome(1.0, correct_in_time=int(values.sum()), piece_rates=values.tolist())
+        for name, values in pieces.items()
+    }
+    ratio, error, best = ratio_to_best(outcomes)
+    assert best == "best"
+    assert ratio == pytest.approx(1.1, abs=0.01)
+    assert error == pytest.approx(20 / math.sqrt(400) / pieces["best"].mean(), rel=0.15)
+    nobody = {name: Outcome(1.0) for name in ("a", "dispatcher")}
+    assert math.isnan(ratio_to_best(nobody)[0])
+
+
+def test_a_sweep_covers_every_load_and_contestant():
+    limit, entries = sweep(
+        contestants(paths(), fake_profile(COSTS)),
+        dataset(),
+        loads=(0.05, 0.2),
+        seconds=0.3,
+        rounds=2,
+        sizes=QuerySizes(20, 0.5),
+        sla_s=60.0,
+    )
+    assert limit > 0
+    assert [entry["load"] for entry in entries] == [0.05, 0.2]
+    for entry in entries:
+        assert entry["qps"] == pytest.approx(entry["load"] * limit)
+        assert [row["path"] for row in entry["rows"]] == ["poor", "good", "dispatcher"]
+        assert all(row["violations"] == 0 for row in entry["rows"])
+        assert entry["best"] == "good"
+        assert entry["ratio"] == pytest.approx(1.0, abs=0.02)
 
 
 def test_an_empty_outcome_has_no_figures():

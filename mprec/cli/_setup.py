@@ -92,7 +92,10 @@ def add_path_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     )
     group.add_argument("--data", required=required, metavar="SPEC", help="as for mprec train")
     group.add_argument(
-        "--quality", choices=("auc", "accuracy"), default="auc", help="validation metric to prefer (auc)"
+        "--quality",
+        choices=("auc", "accuracy"),
+        default="accuracy",
+        help="validation metric to prefer (accuracy: what correct predictions per second count)",
     )
     group.add_argument(
         "--cache",

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     say("2/4 profiling every path on this machine")
     test = dataset.split()[2]
-    paths = paths_from_checkpoints(list(files.values()))
+    paths = paths_from_checkpoints(list(files.values()), metric="accuracy")
     profile = Profile.measure(
         paths, sampler(test), BATCH_SIZES, seconds=setting.profile_s, seed=args.seed, progress=reporter()
     )

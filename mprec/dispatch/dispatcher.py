@@ -76,7 +76,7 @@ class Dispatcher:
         if len(set(names)) != len(names):
             raise ValueError(f"paths must have distinct names, got {names}")
         up_to = max(profile.curve(name, statistic, condition).batch_sizes[-1] for name in names)
-        self.simulated = profile.simulated
+        self.profile, self.simulated = profile, profile.simulated
         self._limit = up_to
         self._states = [Prediction(path, profile, statistic, condition, up_to) for path in paths]
         self._by_name = {state.path.name: state for state in self._states}

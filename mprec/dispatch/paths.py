@@ -29,7 +29,8 @@ class Path:
     ``model(batch)`` does the work; ``quality`` is any measure in which more is better, the same for all
     paths of a choice (AUC on the validation split, for checkpoints). ``shape`` identifies what was
     measured: a profile of another shape is not this path's. ``supports(batch_size)`` says which batches
-    it can take at all (None: any).
+    it can take at all (None: any). ``inputs`` are the numbers of features and of dense numbers that a batch
+    must have, where they are known.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Path:
     model: Callable[[Any], Any]
     shape: str = ""
     supports: Callable[[int], bool] | None = None
+    inputs: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -99,7 +101,9 @@ def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = 
         name = representation
         if shared[representation] > 1:
             name = f"{file.stem}/{representation}" if several else file.stem
-        paths.append(Path(name, representation, quality, _Scorer(model), shape_digest(model.config())))
+        shape = shape_digest(model.config())
+        sizes = len(model.features), model.num_dense
+        paths.append(Path(name, representation, quality, _Scorer(model), shape, inputs=sizes))
     if repeated := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
         raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
     return paths
@@ -124,7 +128,8 @@ def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None)
     twin._modules = dict(model._modules)
     twin._modules["embeddings"] = CachedEmbeddingBagCollection(model.embeddings, nbytes, known)
     shape = shape_digest([path.shape, "cache", nbytes])
-    return Path(f"{path.name}+cache", path.representation, path.quality, _Scorer(twin), shape)
+    name = f"{path.name}+cache"
+    return Path(name, path.representation, path.quality, _Scorer(twin), shape, inputs=path.inputs)
 
 
 def sampler(dataset: ClickDataset) -> Callable[[int, np.random.Generator], Batch]:

@@ -95,7 +95,9 @@ def correct_throughput(result: Mapping) -> str:
 
 def chosen_shares(result: Mapping) -> str:
     """Share of samples that the dispatcher answered by each path."""
-    chosen = next((row["chosen"] for row in result["load"]["rows"] if row.get("chosen")), {})
+    static = {entry["representation"] for entry in result["representations"]}
+    rows = [row for row in result["load"]["rows"] if row["path"] not in static]
+    chosen = rows[-1].get("chosen", {}) if rows else {}
     figure, axes = _axes("share of samples", "")
     figure.set_figheight(1.4)
     left = 0.0

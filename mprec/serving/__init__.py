@@ -7,5 +7,14 @@ The dispatcher lives in the engine's worker, next to the kernels.
 """
 
 from mprec.serving.engine import Answer, Engine, QueryRefusedError
+from mprec.serving.executors import CudaExecutor, Executor, LocalExecutor, SimulatedExecutor
 
-__all__ = ["Answer", "Engine", "QueryRefusedError"]
+__all__ = [
+    "Answer",
+    "CudaExecutor",
+    "Engine",
+    "Executor",
+    "LocalExecutor",
+    "QueryRefusedError",
+    "SimulatedExecutor",
+]

@@ -1,44 +1,36 @@
-"""One worker that answers queries in order of arrival, in batches of the size that serves them best.
+"""Answers queries by a scheduler's choice, on one executor or several side by side.
 
-Small queries are merged and large ones split, so a *batch* is what a path scores, and a *query* what a
+Small queries are merged and large ones split, so a *batch* is what an executor scores, and a *query* what a
 client asked. Every query ends in exactly one way: an answer, a refusal with a reason, or the error that its
-own input caused.
-
-Which path answers a batch is the dispatcher's choice. The time it may take is what is left of the most
-urgent deadline; that of the batch itself, and those of the queries behind it, which need at least the
-fastest path's time for all samples ahead of them. A slow path is thus not taken at the expense of the
-queue.
-
-Not all of that time is spent: quality may take a share of it, the *headroom*, which follows what happens.
-Each query that is late or refused lowers it, each in time raises it, by steps in the proportion in which a
-share ``miss_rate`` of misses keeps it where it is (the stochastic approximation of a quantile). So
-predictions that are too rosy, bursts and noisy neighbours cost quality first, and targets only when the
-fastest path misses them too.
+own input caused. What runs when, and what is refused, is decided by
+:class:`mprec.dispatch.scheduler.Scheduler`; this module gives it threads, tensors and futures.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from mprec.data import Batch
 from mprec.data.batching import concatenate, num_features, take
-from mprec.dispatch import Dispatcher, unique_share
+from mprec.dispatch import Dispatcher
+from mprec.dispatch.scheduler import Job, Lane, Option, Piece, Refusal, Scheduler, Ticket
+from mprec.serving.executors import Executor, LocalExecutor
 
 __all__ = ["Answer", "Engine", "QueryRefusedError", "Statistics"]
 
-
-_LOOK_AHEAD = 32  # queries behind a batch whose deadlines bound its time
-_STEP = 0.1  # by which a miss lowers the headroom
-_LEAST_HEADROOM = 0.05
+_OWN_WORK_S = 20e-6  # of the engine for a query, about
+_OWN_WORK_GAIN = 0.05  # share of the way that one batch moves the time of the engine's own work
+_SLOW_CALLBACK_S = 1e-3
+_LOOK_AGAIN_S = 0.005
+_FIRST_REST_S, _LONGEST_REST_S = 0.25, 30.0  # of a path that raised
 
 
 class QueryRefusedError(RuntimeError):
@@ -73,83 +65,91 @@ class Statistics:
     queries: int = 0
     answered: int = 0
     late: int = 0  # answered, after the deadline
-    failed: int = 0  # the query's own input raised
+    failed: int = 0  # the query's own input raised, on every path
+    cancelled: int = 0  # by the client, before it was scored
     refused: Counter = field(default_factory=Counter)  # by reason
     batches: int = 0
     samples: Counter = field(default_factory=Counter)  # by path
+    path_errors: Counter = field(
+        default_factory=Counter
+    )  # by path: batches that it failed and another answered
 
 
 class _Query:
-    """A query and how far it is: samples taken for scoring, scores so far."""
+    """A query and how far it is."""
 
-    __slots__ = ("arrived", "batch", "deadline", "future", "paths", "scores", "taken")
+    __slots__ = ("arrived", "batch", "future", "missing", "paths", "scores")
 
-    def __init__(self, batch: Batch, arrived: float, deadline: float) -> None:
-        self.batch, self.arrived, self.deadline = batch, arrived, deadline
+    def __init__(self, batch: Batch, arrived: float) -> None:
+        self.batch, self.arrived = batch, arrived
         self.future: Future[Answer] = Future()
-        self.taken = 0
-        self.scores: list[torch.Tensor] = []
+        self.missing = len(batch)
+        self.scores: dict[int, torch.Tensor] = {}  # by the first sample's position
         self.paths: Counter[str] = Counter()
-
-    @property
-    def waiting(self) -> int:
-        return len(self.batch) - self.taken
-
-
-class _Piece(NamedTuple):
-    """Samples ``start`` to ``stop`` of a query, scored in one batch."""
-
-    query: _Query
-    start: int
-    stop: int
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
 
 
 class Engine:
     """Scores queries (``Batch``) within ``sla_s`` seconds of their arrival.
 
-    Batches have at most ``max_batch`` samples. ``max_queue`` bounds the samples waiting: a query that
-    would exceed it is refused (``full``). With ``admission``, so is one that cannot be in time even if
-    everything ahead of it takes the fastest path (``overload``), and one whose deadline passed while it
-    waited (``expired``): their time goes to queries that can still be met. Without it late answers are
-    given late. ``miss_rate`` is the share of queries not in time that may be risked for quality.
+    ``dispatcher`` names the paths of one executor in this process; ``executors`` (instead) lists several,
+    each with paths and a profile of its own. Batches have at most ``max_batch`` samples. ``max_queue`` bounds
+    the samples waiting: a query that would exceed it is refused (``full``). With ``admission``, so is one
+    that is not likely to be in time even if everything ahead of it takes the fastest path (``overload``), and
+    one whose deadline can no longer be met when its turn comes (``expired``): their time goes to queries that
+    can still be met. Without it late answers are given late. At most a share ``late_share`` of the queries
+    taken should be late under load.
 
-    ``submit`` may be called from any thread. The worker starts with ``start()`` or ``with``; a test can
-    call ``step()`` instead, with a ``clock`` of its own.
+    ``submit`` may be called from any thread. The workers start with ``start()`` or ``with``; a test of one
+    executor can call ``step()`` instead, with a ``clock`` of its own.
     """
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
+        dispatcher: Dispatcher | None = None,
         *,
         sla_s: float,
+        executors: Sequence[Executor] | None = None,
         max_batch: int = 2048,
         max_queue: int = 65536,
         admission: bool = True,
-        miss_rate: float = 0.01,
+        late_share: float = 0.01,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         for name, value in (("sla_s", sla_s), ("max_batch", max_batch), ("max_queue", max_queue)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 < miss_rate < 1:
-            raise ValueError(f"miss_rate must be between 0 and 1, got {miss_rate}")
-        self.dispatcher = dispatcher
-        self.sla_s, self.max_batch, self.max_queue = sla_s, max_batch, max_queue
-        self.admission, self.miss_rate = admission, miss_rate
-        self._headroom = 1.0
-        self._clock = clock
-        self._queue: deque[_Query] = deque()
-        self._waiting = 0  # samples in the queue not yet taken
-        self._busy_until = 0.0  # when the batch being scored is predicted to be done
-        self._shape: tuple[int, int] | None = None  # (features, dense numbers) of the first query
+        self.sla_s, self.max_batch, self.clock = sla_s, max_batch, clock
+        self._executors = _as_executors(dispatcher, executors)
+        self._scheduler = Scheduler(
+            self._lanes(self._executors),
+            max_batch=max_batch,
+            max_queue=max_queue,
+            admission=admission,
+            late_share=late_share,
+        )
+        self._offset, self._last = 0.0, -math.inf  # of a clock that was set back
+        self._inputs = _inputs(self._executors)
+        self._rests: dict[tuple[int, str], float] = {}
+        self._jobs: list[Job | None] = [None] * len(self._executors)  # started, not yet seen by the worker
         self._closed = False
-        self._condition = threading.Condition()
-        self._worker: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._wakes = [threading.Condition(self._lock) for _ in self._executors]
+        self._workers: list[threading.Thread] = []
+        self._finisher = _Finisher()
         self._statistics = Statistics()
+        self._busy = [0.0] * len(self._executors)
+        self._batches = [0] * len(self._executors)
+        self._last_answer: float | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """Names of the paths, of all executors."""
+        return list(dict.fromkeys(path.name for executor in self._executors for path in executor.paths))
+
+    @property
+    def waiting(self) -> int:
+        """Samples that wait."""
+        return self._scheduler.waiting
 
     # -- clients
 
@@ -157,78 +157,138 @@ class Engine:
         self, batch: Batch, sla_s: float | None = None, arrived_s: float | None = None
     ) -> Future[Answer]:
         """Queue a query. The future holds an :class:`Answer`, or raises ``QueryRefusedError`` or what the
-        query's own input raised in the model. ``arrived_s`` (on the engine's clock) is for queries that
-        came before this call: their target counts from then.
+        query's own input raised in the models. ``arrived_s`` (on the engine's clock) is for queries that came
+        before this call: their target counts from then. A future that is cancelled before its turn costs no
+        work. Callbacks of the future run on an executor's thread and should be short.
 
-        ``ValueError`` at once for a query that has no samples, a bad SLA, or other features or dense
-        numbers than the first query had.
+        ``ValueError`` at once for a query that has no samples, a bad SLA or time of arrival, or other
+        features or dense numbers than the paths take.
         """
         sla_s = self.sla_s if sla_s is None else sla_s
-        if not sla_s > 0:
-            raise ValueError(f"sla_s must be positive, got {sla_s}")
-        shape = self._check(batch)
-        now = self._clock()
-        arrived = now if arrived_s is None else arrived_s
-        query = _Query(batch, arrived, arrived + sla_s)
-        with self._condition:
+        if not 0 < sla_s < math.inf:
+            raise ValueError(f"sla_s must be positive and finite, got {sla_s}")
+        if arrived_s is not None and not math.isfinite(arrived_s):
+            raise ValueError(f"arrived_s must be finite, got {arrived_s}")
+        self._check(batch)
+        with self._lock:
+            now = self._now()
+            arrived = now if arrived_s is None else arrived_s + self._offset
+            query = _Query(batch, arrived)
             self._statistics.queries += 1
-            if self._shape is None:
-                self._shape = shape
-            elif shape != self._shape:
-                self._statistics.failed += 1
-                raise ValueError(
-                    f"batch has {shape[0]} features and {shape[1]} dense numbers, "
-                    f"the first one had {self._shape[0]} and {self._shape[1]}"
-                )
-            refusal = self._refusal(query, now)
-            if refusal is None:
-                self._queue.append(query)
-                self._waiting += len(batch)
-                self._condition.notify()
-        if refusal is not None:
-            self._refuse(query, *refusal)
+            if self._closed:
+                outcome = Refusal("closed", "the engine is closed")
+            else:
+                outcome = self._scheduler.offer(now, len(batch), arrived + sla_s, query)
+            if isinstance(outcome, Refusal):
+                if outcome.reason == "unsupported":
+                    self._statistics.failed += 1
+                else:
+                    self._statistics.refused[outcome.reason] += 1
+            elif self._workers and any(lane.job is None for lane in self._scheduler.lanes):
+                self._assign(now)
+        if self._finisher.has_some:
+            self._finisher.flush()
+        if isinstance(outcome, Refusal):
+            error = ValueError if outcome.reason == "unsupported" else None
+            query.future.set_exception(error(outcome.message) if error else QueryRefusedError(*outcome))
         return query.future
 
     def statistics(self) -> dict:
-        """Counts so far, the samples waiting, and the dispatcher's corrections; JSON-able."""
-        with self._condition:
+        """Counts so far, what waits, and how the machine differs from its profile; JSON-able.
+
+        ``corrections``: expected over profiled time by path (``path@executor`` where there are several);
+        ``last_answer_s``: seconds since the last answer, None before the first.
+        """
+        with self._lock:
             counts = dict(vars(self._statistics))
+            now, lanes = self._now(), self._scheduler.lanes
+            several = len(lanes) > 1
             return {
                 **counts,
-                "refused": dict(counts["refused"]),
-                "samples": dict(counts["samples"]),
-                "waiting_samples": self._waiting,
-                "headroom": self._headroom,
-                "corrections": self.dispatcher.corrections,
+                **{key: dict(counts[key]) for key in ("refused", "samples", "path_errors")},
+                "waiting_samples": self._scheduler.waiting,
+                "waiting_queries": len(self._scheduler),
+                "corrections": {
+                    f"{path}@{lane.name}" if several else path: factor
+                    for lane in lanes
+                    for path, factor in lane.correction.factors.items()
+                },
+                "executors": {
+                    executor.name: {"batches": batches, "busy_s": busy}
+                    for executor, batches, busy in zip(
+                        self._executors, self._batches, self._busy, strict=True
+                    )
+                },
+                "last_answer_s": None if self._last_answer is None else now - self._last_answer,
             }
 
     def start(self) -> Engine:
-        """Start the worker. ``RuntimeError`` if it runs already or the engine is closed."""
-        with self._condition:
-            if self._worker is not None or self._closed:
+        """Start the workers. ``RuntimeError`` if they run already or the engine is closed."""
+        with self._lock:
+            if self._workers or self._closed:
                 raise RuntimeError("the engine is closed" if self._closed else "the engine runs already")
-            self._worker = threading.Thread(target=self._run, name="mprec-engine", daemon=True)
-        self._worker.start()
+            self._workers = [
+                threading.Thread(target=self._work, args=(i,), name=f"mprec-{executor.name}", daemon=True)
+                for i, executor in enumerate(self._executors)
+            ]
+        for executor in self._executors:
+            executor.start()
+        with self._lock:
+            self._assign(self._now())
+        for worker in self._workers:
+            worker.start()
         return self
 
     def close(self, drain: bool = True, timeout_s: float | None = None) -> bool:
         """Refuse new queries; answer those that wait (or, with ``drain=False``, refuse them too); stop.
 
-        True once the worker has stopped; False if that took longer than ``timeout_s``. May be called again.
+        True once the workers have stopped; False if that took longer than ``timeout_s``. May be called again.
         """
-        with self._condition:
+        with self._lock:
             self._closed = True
-            leftover = [] if drain and self._worker is not None else list(self._queue)
-            if leftover:
-                self._queue.clear()
-                self._waiting = 0
-            self._condition.notify_all()
+            leftover = []
+            if not drain or not self._workers:
+                for ticket in self._scheduler.clear():
+                    if ticket.item.missing:
+                        ticket.item.missing = 0  # pieces under way find nothing to answer
+                        leftover.append(ticket.item)
+                        self._statistics.refused["closed"] += 1
+            for wake in self._wakes:
+                wake.notify_all()
         for query in leftover:
-            self._refuse(query, "closed", "the engine was closed before the query's turn")
-        if self._worker is not None:
-            self._worker.join(timeout_s)
-            return not self._worker.is_alive()
+            error = QueryRefusedError("closed", "the engine was closed before the query's turn")
+            self._finisher.settle(query.future, error=error)
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        for worker in self._workers:
+            worker.join(None if end is None else max(end - time.monotonic(), 0.0))
+        if any(worker.is_alive() for worker in self._workers):
+            return False
+        self._finisher.close()
+        for executor in self._executors:
+            executor.close()
         return True
+
+    def replace(
+        self, dispatcher: Dispatcher | None = None, *, executors: Sequence[Executor] | None = None
+    ) -> None:
+        """Serve by other paths from the next batch on. Queries that wait or are being scored are not lost.
+
+        As many executors as before, in the same order: ``ValueError`` otherwise.
+        """
+        fresh = _as_executors(dispatcher, executors)
+        if len(fresh) != len(self._executors):
+            raise ValueError(f"executors: expected {len(self._executors)}, as before, got {len(fresh)}")
+        lanes = self._lanes(fresh)
+        if self._workers:
+            for executor in fresh:
+                executor.start()
+        with self._lock:
+            old, self._executors = self._executors, fresh
+            self._scheduler.replace(lanes)
+            self._inputs = _inputs(fresh) or self._inputs
+            self._rests.clear()
+        for executor in old:
+            executor.close()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -236,205 +296,284 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- worker
-
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._queue or self._closed)
-                if not self._queue:
-                    return
-            self.step()
+    # -- workers
 
     def step(self) -> bool:
-        """Score one batch; False if nothing waits. For the worker's thread, or tests without one."""
-        now = self._clock()
-        with self._condition:
-            expired = self._drop_expired(now)
-            pieces, left = self._take_batch(now)
-        for query in expired:
-            self._refuse(query, "expired", "the deadline could no longer be met when the query's turn came")
-        if pieces:
-            self._score(pieces, left)
-        return bool(pieces or expired)
+        """Score one batch; False if nothing waits. For tests of one executor, without workers."""
+        with self._lock:
+            expired = self._assign(self._now())
+            job, self._jobs[0] = self._jobs[0], None
+        self._finisher.flush()
+        if job is not None:
+            self._run(0, job)
+        return expired or job is not None
 
-    def _take_batch(self, now: float) -> tuple[list[_Piece], float]:
-        """The next samples to score together, and the seconds they may take.
-
-        A query larger than ``max_batch`` is split. Behind a whole one others join, whole, as long as that
-        neither costs the batch its path's quality nor the deadline; one that is lost anyway takes along
-        whatever fits, as throughput is all that can be saved then.
-        """
-        if not self._queue:
-            return [], 0.0
-        pieces = [self._take(self._queue[0], self.max_batch)]
-        size, urgent = pieces[0].size, pieces[0].query
-        left = self._time_left(now, urgent)
-        while self._queue and not pieces[-1].query.waiting:
-            nearest = self._queue[0]
-            joined = size + nearest.waiting
-            if joined > self.max_batch:
-                break
-            most_urgent = min(urgent, nearest, key=lambda query: query.deadline)
-            joined_left = self._time_left(now, most_urgent, skip=1)
-            path = self.dispatcher.choose(size, left)
-            if self.dispatcher.predict(size, path.name) <= left:
-                other = self.dispatcher.choose(joined, joined_left)
-                in_time = self.dispatcher.predict(joined, other.name) <= joined_left
-                if not in_time or other.quality < path.quality:
+    def _work(self, index: int) -> None:
+        wake = self._wakes[index]
+        while True:
+            with self._lock:
+                self._assign(self._now())
+                job, self._jobs[index] = self._jobs[index], None
+                idle = job is None
+                if idle and self._closed and not len(self._scheduler):
+                    for other in self._wakes:
+                        other.notify_all()
                     break
-            elif (
-                most_urgent.deadline - self._fastest(joined)
-                < now
-                <= most_urgent.deadline - self._fastest(size)
-            ):
-                break
-            pieces.append(self._take(nearest, self.max_batch))
-            size, urgent, left = joined, most_urgent, joined_left
-        return pieces, left
+                if idle and not self._finisher.has_some:
+                    # With queries left to a busy executor, look again now and then: it may be stuck.
+                    wake.wait(_LOOK_AGAIN_S if len(self._scheduler) else None)
+            self._finisher.flush()
+            if job is not None:
+                self._run(index, job)
+        self._finisher.flush()
 
-    def _take(self, query: _Query, room: int) -> _Piece:
-        piece = _Piece(query, query.taken, min(len(query.batch), query.taken + room))
-        query.taken = piece.stop
-        self._waiting -= piece.size
-        if not query.waiting:
-            self._queue.popleft()
-        return piece
+    def _assign(self, now: float) -> bool:
+        """Refuse what is hopeless, hand jobs to free executors; the lock is held. True if something was
+        refused."""
+        expired = self._scheduler.expire(now)
+        for ticket in expired:
+            self._statistics.refused["expired"] += 1
+            self._finisher.later(
+                ticket.item.future,
+                QueryRefusedError(
+                    "expired", "the deadline could no longer be met when the query's turn came"
+                ),
+            )
+        while (job := self._scheduler.next(now)) is not None:
+            self._jobs[job.index] = job
+            self._wakes[job.index].notify()
+        return bool(expired)
 
-    def _time_left(self, now: float, urgent: _Query, skip: int = 0) -> float:
-        """Seconds that a batch with this most urgent query may take, so that the queries behind it can be in
-        time too (the nearest of them: those further back are looked at when their turn comes near).
-        """
-        left = self._planned(urgent) - now
-        ahead = 0
-        for query in itertools.islice(self._queue, skip, skip + _LOOK_AHEAD):
-            ahead += query.waiting
-            fastest = now + self._fastest(ahead)
-            if fastest <= query.deadline:  # a query that is lost anyway does not hurry the rest
-                left = min(left, max(self._planned(query) - fastest, 0.0))
-        return left
-
-    def _planned(self, query: _Query) -> float:
-        """When a query should be done, so that what is uncertain does not make it late."""
-        return query.arrived + self._headroom * (query.deadline - query.arrived)
-
-    def _fastest(self, samples: int) -> float:
-        """Seconds that the fastest path is expected to take for this many samples, in full batches."""
-        full, rest = divmod(samples, self.max_batch)
-        seconds = full * self.dispatcher.expect(self.max_batch) if full else 0.0
-        return seconds + (self.dispatcher.expect(rest) if rest else 0.0)
-
-    def _score(self, pieces: Sequence[_Piece], left: float) -> None:
-        samples = sum(piece.size for piece in pieces)
-        share = None  # of unique IDs
-
-        def count_share() -> float:
-            nonlocal share
-            share = unique_share(batch)
-            return share
-
-        start = self._clock()
+    def _run(self, index: int, job: Job) -> None:
+        """Score a job and settle the queries that it completes."""
+        executor, settled = self._executors[index], []
+        pieces = [piece for piece in job.pieces if self._is_wanted(piece.ticket)]
+        path_s, own = 0.0, len(pieces) == len(job.pieces)
         try:
-            batch = concatenate([take(p.query.batch, slice(p.start, p.stop)) for p in pieces])
-            path = self.dispatcher.choose(samples, left, unique_share=count_share)
-            self._busy_until = start + self.dispatcher.expect(samples, path.name, share)
-            scores = torch.as_tensor(path.model(batch))
-            if scores.shape != (samples,):
-                raise RuntimeError(
-                    f"path {path.name!r} gave {tuple(scores.shape)} scores for {samples} samples"
-                )
-        except Exception as error:
-            self._isolate(pieces, left, error)
-            return
-        finally:
-            self._busy_until = 0.0
-        finished = self._clock()
-        self.dispatcher.observe(path.name, samples, finished - start, share)
-        with self._condition:
+            if pieces:
+                path_s = self._score(executor, job.path, pieces, settled)
+        except BaseException as error:  # of any kind: the worker goes on
+            settled += [(piece, error) for piece in pieces]
+        with self._lock:
+            now = self._now()
+            if path_s > 0 and own:
+                self._rests.pop((index, job.path), None)
+                self._scheduler.done(job, now, path_s)
+            elif path_s < 0:  # the job's path raised where another did not
+                rest = self._rests.get((index, job.path), _FIRST_REST_S / 2) * 2
+                self._rests[index, job.path] = min(rest, _LONGEST_REST_S)
+                self._scheduler.failed(job, now, self._rests[index, job.path])
+                self._statistics.path_errors[job.path] += 1
+            else:
+                self._scheduler.failed(job, now)
             self._statistics.batches += 1
-            self._statistics.samples[path.name] += samples
-        offset = 0
-        for piece in pieces:
-            query = piece.query
-            query.scores.append(scores[offset : offset + piece.size])
-            query.paths[path.name] += piece.size
-            offset += piece.size
-            if piece.stop == len(query.batch):
-                self._answer(query, finished)
+            self._batches[index] += 1
+            self._busy[index] += now - job.started
+            ready = [self._count(piece, outcome, now) for piece, outcome in settled]
+        for item in ready:
+            if item is not None:
+                self._finisher.settle(*item)
+        self._finisher.flush()
+        if path_s > 0:
+            spent = max(self._now() - job.started - path_s, 0.0) / len(job.pieces)
+            known = self._scheduler.query_s
+            spent = min(
+                spent, 2 * known + _OWN_WORK_S
+            )  # one wait for the interpreter's lock counts for little
+            self._scheduler.query_s += _OWN_WORK_GAIN * (spent - known)
 
-    def _isolate(self, pieces: Sequence[_Piece], left: float, error: Exception) -> None:
-        """A batch failed: score its queries one by one, so that only those at fault fail."""
-        if len(pieces) > 1:
+    def _score(
+        self, executor: Executor, path: str, pieces: Sequence[Piece], settled: list[tuple[Piece, object]]
+    ) -> float:
+        """Score pieces by ``path``, or by another if it raises; if all do, half the pieces at a time, so that
+        only queries at fault fail. Adds (piece, (path, scores) or error) to ``settled``. Seconds of the path;
+        -1 if another path answered; 0 if no path did.
+        """
+        batch = concatenate([take(p.ticket.item.batch, slice(p.start, p.stop)) for p in pieces])
+        first_error = None
+        others = sorted((p for p in executor.paths if p.name != path), key=lambda p: -p.quality)
+        for name in (path, *(p.name for p in others if p.supports is None or p.supports(len(batch)))):
+            try:
+                start = self._now()
+                scores = executor.run(name, batch)
+                end = self._now()
+                if scores.shape != (len(batch),):
+                    shape = tuple(scores.shape)
+                    raise RuntimeError(f"path {name!r} gave {shape} scores for {len(batch)} samples")
+                if not (math.isfinite(scores.sum().item()) or torch.isfinite(scores).all()):
+                    raise ArithmeticError(f"path {name!r} gave scores that are not finite")
+            except BaseException as error:
+                first_error = first_error or error
+                continue
+            offset = 0
             for piece in pieces:
-                self._score([piece], left)
-            return
-        query = pieces[0].query
-        with self._condition:
+                size = piece.stop - piece.start
+                settled.append((piece, (name, scores[offset : offset + size])))
+                offset += size
+            return max(end - start, 1e-9) if first_error is None else -1.0
+        if len(pieces) == 1:
+            settled.append((pieces[0], first_error))
+            return 0.0
+        middle = len(pieces) // 2
+        parts = [self._score(executor, path, part, settled) for part in (pieces[:middle], pieces[middle:])]
+        return min(min(parts), 0.0)
+
+    # -- the lock is held
+
+    def _now(self) -> float:
+        """The clock's time. If it was set back, time stands still there and then goes on."""
+        now = self.clock() + self._offset
+        if now < self._last:
+            self._offset += self._last - now
+            now = self._last
+        self._last = now
+        return now
+
+    def _is_wanted(self, ticket: Ticket) -> bool:
+        query = ticket.item
+        if query.future.cancelled():
+            with self._lock:
+                if query.missing:
+                    query.missing = 0
+                    self._statistics.cancelled += 1
+                    self._scheduler.withdraw(ticket)
+            return False
+        return query.missing > 0
+
+    def _count(self, piece: Piece, outcome, now: float):
+        """Enter a piece's scores or error; (future, answer, error) if that settles its query."""
+        query = piece.ticket.item
+        if not query.missing:
+            return None  # settled before, by another piece's error or by closing
+        if isinstance(outcome, BaseException):
+            query.missing = 0
             self._statistics.failed += 1
-            if query.waiting:  # the rest of a split query need not be tried
-                self._queue.remove(query)
-                self._waiting -= query.waiting
-        _finish(query.future, error=error)
+            self._scheduler.withdraw(piece.ticket)
+            return query.future, None, outcome
+        path, scores = outcome
+        size = piece.stop - piece.start
+        self._statistics.samples[path] += size
+        query.paths[path] += size
+        query.scores[piece.start] = scores
+        query.missing -= size
+        if query.missing:
+            return None
+        self._statistics.answered += 1
+        self._statistics.late += now > piece.ticket.deadline
+        self._last_answer = now
+        if len(query.scores) > 1:
+            scores = torch.cat([query.scores[start] for start in sorted(query.scores)])
+        return (
+            query.future,
+            Answer(scores, dict(query.paths), query.arrived - self._offset, now - self._offset),
+            None,
+        )
 
-    def _answer(self, query: _Query, finished: float) -> None:
-        with self._condition:
-            self._statistics.answered += 1
-            self._statistics.late += finished > query.deadline
-            self._learn(in_time=finished <= query.deadline)
-        scores = query.scores[0] if len(query.scores) == 1 else torch.cat(query.scores)
-        _finish(query.future, Answer(scores, dict(query.paths), query.arrived, finished))
+    # -- what does not change
 
-    # -- admission; the condition is held
+    def _lanes(self, executors: Sequence[Executor]) -> list[Lane]:
+        return [Lane(e.name, [_option(path, e, self.max_batch) for path in e.paths]) for e in executors]
 
-    def _check(self, batch: Batch) -> tuple[int, int]:
+    def _check(self, batch: Batch) -> None:
         if not len(batch):
             raise ValueError("batch must have at least one sample")
         if batch.dense.dim() != 2 or len(batch.dense) != len(batch):
             raise ValueError(f"dense must be [{len(batch)}, numbers], got {list(batch.dense.shape)}")
-        return num_features(batch), batch.dense.shape[1]
-
-    def _refusal(self, query: _Query, now: float) -> tuple[str, str] | None:
-        size = len(query.batch)
-        if self._closed:
-            return "closed", "the engine is closed"
-        if self._waiting + size > self.max_queue:
-            return "full", f"{self._waiting} samples wait already, {size} more would exceed {self.max_queue}"
-        if self.admission:
-            busy = max(self._busy_until - now, 0.0)
-            needed = busy + self._fastest(self._waiting + size)
-            if now + needed > query.deadline:
-                left = query.deadline - now
-                return "overload", f"would take {1e3 * needed:.3f} ms at best, {1e3 * left:.3f} ms are left"
-        return None
-
-    def _drop_expired(self, now: float) -> list[_Query]:
-        """Queries at the head of the queue, not yet begun, that no path can answer in time any more."""
-        expired = []
-        while self.admission and self._queue:
-            query = self._queue[0]
-            if query.taken or now + self._fastest(query.waiting) <= query.deadline:
-                break
-            expired.append(self._queue.popleft())
-            self._waiting -= query.waiting
-        return expired
-
-    def _learn(self, in_time: bool) -> None:
-        """Move the headroom after a query; the condition is held."""
-        step = self.miss_rate if in_time else self.miss_rate - 1
-        self._headroom = min(1.0, max(_LEAST_HEADROOM, self._headroom + _STEP * step))
-
-    def _refuse(self, query: _Query, reason: str, message: str) -> None:
-        with self._condition:
-            self._statistics.refused[reason] += 1
-            if reason != "closed":
-                self._learn(in_time=False)
-        _finish(query.future, error=QueryRefusedError(reason, message))
+        inputs = num_features(batch), batch.dense.shape[1]
+        if self._inputs is not None and inputs != self._inputs:
+            raise ValueError(
+                f"batch has {inputs[0]} features and {inputs[1]} dense numbers, "
+                f"the paths take {self._inputs[0]} and {self._inputs[1]}"
+            )
 
 
-def _finish(future: Future, answer: Answer | None = None, error: Exception | None = None) -> None:
-    """Settle a future, unless its client has cancelled it. Never raises: callbacks' errors are logged."""
+class _Finisher:
+    """Settles futures. Callbacks run in the thread that settles; once one has been slow, on a thread of their
+    own, so that a slow client does not keep an executor waiting."""
+
+    def __init__(self) -> None:
+        self._later: list[tuple[Future, BaseException]] = []
+        self._thread: threading.Thread | None = None
+        self._queue: list[tuple] = []
+        self._wake = threading.Condition()
+        self._closed = False
+
+    def later(self, future: Future, error: BaseException) -> None:
+        """Settle at the next ``flush``, where no lock is held."""
+        self._later.append((future, error))
+
+    @property
+    def has_some(self) -> bool:
+        return bool(self._later)
+
+    def flush(self) -> None:
+        while self._later:
+            future, error = self._later.pop()
+            self.settle(future, error=error)
+
+    def settle(
+        self, future: Future, answer: Answer | None = None, error: BaseException | None = None
+    ) -> None:
+        """Never raises: a client may have cancelled, and callbacks' errors are logged by the future."""
+        if self._thread is not None:
+            with self._wake:
+                self._queue.append((future, answer, error))
+                self._wake.notify()
+            return
+        start = time.perf_counter()
+        _settle(future, answer, error)
+        if time.perf_counter() - start > _SLOW_CALLBACK_S and not self._closed:
+            self._thread = threading.Thread(target=self._run, name="mprec-answers", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        self.flush()
+        self._closed = True
+        if self._thread is not None:
+            with self._wake:
+                self._wake.notify()
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue:
+                    if self._closed:
+                        return
+                    self._wake.wait()
+                items, self._queue = self._queue, []
+            for item in items:
+                _settle(*item)
+
+
+def _settle(future: Future, answer: Answer | None, error: BaseException | None) -> None:
     if future.set_running_or_notify_cancel():
         if error is not None:
             future.set_exception(error)
         else:
             future.set_result(answer)
+
+
+def _as_executors(dispatcher: Dispatcher | None, executors: Sequence[Executor] | None) -> list[Executor]:
+    if (dispatcher is None) == (executors is None):
+        raise ValueError("expected a dispatcher or executors, and not both")
+    found = (
+        [LocalExecutor("cpu", dispatcher.paths, dispatcher.profile)] if executors is None else list(executors)
+    )
+    if not found:
+        raise ValueError("executors: expected at least one")
+    if len({e.name for e in found}) != len(found):
+        raise ValueError(f"executors: expected distinct names, got {[e.name for e in found]}")
+    return found
+
+
+def _option(path, executor: Executor, max_batch: int) -> Option:
+    seconds = executor.profile.curve(path.name, "mean").table(max_batch)
+    if path.supports is not None:
+        seconds = [s if b and path.supports(b) else math.inf for b, s in enumerate(seconds)]
+    return Option(path.name, path.quality, seconds)
+
+
+def _inputs(executors: Sequence[Executor]) -> tuple[int, int] | None:
+    """(features, dense numbers) that the paths take, where they say so."""
+    return next((path.inputs for e in executors for path in e.paths if path.inputs is not None), None)

@@ -23,7 +23,6 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import numpy as np
 import torch
 
 from mprec.data import Batch
@@ -32,6 +31,7 @@ from mprec.serving.engine import Engine, QueryRefusedError
 __all__ = ["FrontEnd", "parse_query"]
 
 MAX_BODY_BYTES = 16 << 20
+MAX_SLA_MS = 3_600_000
 _STATUS = {
     "full": HTTPStatus.TOO_MANY_REQUESTS,
     "overload": HTTPStatus.TOO_MANY_REQUESTS,
@@ -118,10 +118,11 @@ class _Handler(BaseHTTPRequestHandler):
         if length > MAX_BODY_BYTES:
             self._fail(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may have {MAX_BODY_BYTES} bytes")
             return
+        arrived = self.server.engine.clock()
         body = self.rfile.read(length)
         try:
             batch, sla_s = parse_query(body, self.server.vocabularies, self.server.num_dense)
-            answer = self.server.engine.submit(batch, sla_s).result()
+            answer = self.server.engine.submit(batch, sla_s, arrived).result()
         except QueryRefusedError as error:
             self._fail(_STATUS[error.reason], str(error), reason=error.reason)
         except ValueError as error:
@@ -129,12 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # the model's own: the server stays up
             self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
         else:
-            scores = answer.scores.tolist()
-            if not np.isfinite(scores).all():  # JSON has no NaN
-                scores = [score if np.isfinite(score) else None for score in scores]
             self._reply(
                 HTTPStatus.OK,
-                {"scores": scores, "paths": answer.paths, "latency_ms": 1e3 * answer.latency_s},
+                {
+                    "scores": answer.scores.tolist(),
+                    "paths": answer.paths,
+                    "latency_ms": 1e3 * answer.latency_s,
+                },
             )
 
     def _fail(self, status: HTTPStatus, message: str, reason: str = "bad request") -> None:
@@ -172,8 +174,8 @@ def parse_query(body: bytes, vocabularies: list[int], num_dense: int) -> tuple[B
     if unknown := sorted(set(query) - {"ids", "dense", "sla_ms"}):
         raise ValueError(f"unknown key {unknown[0]!r}: known are ids, dense, sla_ms")
     sla_ms = query.get("sla_ms")
-    if sla_ms is not None and not (_is_number(sla_ms) and sla_ms > 0):
-        raise ValueError(f"sla_ms must be a positive number, got {sla_ms!r}")
+    if sla_ms is not None and not (_is_number(sla_ms) and 0 < sla_ms <= MAX_SLA_MS):
+        raise ValueError(f"sla_ms must be a number above 0 and at most {MAX_SLA_MS}")
     indices, offsets = _bags(query["ids"], vocabularies)
     size = len(query["ids"])
     batch = Batch(_dense(query.get("dense"), size, num_dense), indices, offsets, torch.zeros(size))

@@ -17,17 +17,20 @@ from mprec.serving.engine import Engine
 
 __all__ = ["LoadGenResult", "run_loadgen"]
 
+_MOST_UNANSWERED = 0.01  # of the queries
 HOW_TO_GET = "the LoadGen driver needs: pip install mlcommons-loadgen"
 
 
 @dataclass(frozen=True)
 class LoadGenResult:
-    """``valid``: LoadGen's verdict. Counts are the engine's; a refused query counts as answered at once by
-    LoadGen, so ``valid`` means nothing where ``refused`` is not 0.
+    """``valid``: LoadGen's verdict, and at most a hundredth of the queries refused or failed: LoadGen itself
+    takes those for answers given at once. ``reason`` says why not. Counts are the engine's.
     """
 
     valid: bool
+    reason: str
     target_qps: float
+    queries: int
     refused: int
     failed: int
     summary: dict[str, str]
@@ -87,10 +90,14 @@ def run_loadgen(
     after = engine.statistics()
     pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
     summary = {key.strip(): value.strip() for key, value in pairs}
-    return LoadGenResult(
-        valid=summary.get("Result is") == "VALID",
-        target_qps=qps,
-        refused=sum(after["refused"].values()) - sum(before["refused"].values()),
-        failed=after["failed"] - before["failed"],
-        summary=summary,
-    )
+    queries = after["queries"] - before["queries"]
+    refused = sum(after["refused"].values()) - sum(before["refused"].values())
+    failed = after["failed"] - before["failed"]
+    reasons = []
+    if summary.get("Result is") != "VALID":
+        conditions = [line.strip(" *") for line in text.splitlines() if line.strip().startswith("*")]
+        unmet = [key for key, value in summary.items() if value.upper() == "NO"]
+        reasons.append("LoadGen: " + "; ".join(unmet + conditions or ["INVALID"]))
+    if refused + failed > _MOST_UNANSWERED * queries:
+        reasons.append(f"{refused} of {queries} queries refused, {failed} failed")
+    return LoadGenResult(not reasons, "; ".join(reasons), qps, queries, refused, failed, summary)

@@ -3,15 +3,19 @@
 Arrivals are a Poisson process, query sizes lognormal, as in DeepRecSys (Gupta et al., ISCA 2020) and MP-Rec.
 Latency counts from the moment a query was due, not from when the generator got round to submitting it, so a
 stall of the whole process is seen (no coordinated omission). Contestants take turns over pieces of the same
-load, so that a noisy neighbour hits all of them alike.
+load, so that a noisy neighbour hits all of them alike, and the garbage collector is off, since one collection
+would decide a contest.
 
 The figure of merit is the *latency-bounded throughput of correct predictions*: samples whose query was
-answered in time and whose predicted class is the label, per second. Nothing is assumed: both are counted.
+answered in time and whose predicted class is the label, per second of the load. Nothing is assumed: both are
+counted. The divisor is the load's own duration, so that a contestant which uses the time it has is not
+punished.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,20 +26,30 @@ import numpy as np
 
 from mprec.data import Batch, ClickDataset
 from mprec.dispatch import Dispatcher, Path, Profile
+from mprec.dispatch.microbenchmark import no_gc
 from mprec.serving.engine import Engine, QueryRefusedError
+from mprec.serving.executors import Executor
+from mprec.serving.process_executor import ProcessExecutor
 
 __all__ = [
+    "LOADS",
     "Arrival",
     "Outcome",
     "QuerySizes",
     "capacity",
     "compare",
     "contestants",
+    "engine_for",
     "find_max_qps",
     "generate",
+    "ratio_to_best",
     "replay",
     "suggested_qps",
+    "sweep",
 ]
+
+#: Of the fastest path's capacity: from nearly idle to three times too much.
+LOADS = (0.1, 0.3, 0.6, 0.9, 1.5, 3.0)
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,9 @@ class Outcome:
     correct: int = 0  # of those
     correct_in_time: int = 0
     samples_in_time: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the load
+    piece_rates: list[float] = field(default_factory=list)  # correct in time per second, piece by piece
+    last_finish_s: float = -math.inf  # on the engine's clock
     paths: Counter = field(default_factory=Counter)  # answered samples by path
 
     @property
@@ -126,19 +142,20 @@ class Outcome:
             "accuracy": self.correct / self.samples if self.samples else None,
             "samples_per_s": self.samples_in_time / self.seconds if self.seconds else 0.0,
             "correct_per_s": self.correct_in_time / self.seconds if self.seconds else 0.0,
+            "pieces": self.piece_rates,
             "chosen": {path: count / self.samples for path, count in sorted(self.paths.items())},
         }
 
-    def _add(self, due: float, batch: Batch, future) -> float:
-        """Count one query; returns when it was finished, ``-inf`` if it was not."""
+    def _add(self, due: float, batch: Batch, future) -> None:
+        """Count one query."""
         try:
             answer = future.result()
         except QueryRefusedError as error:
             self.refused[error.reason] += 1
-            return -math.inf
+            return
         except Exception:
             self.failed += 1
-            return -math.inf
+            return
         latency = answer.finished_s - due
         correct = int(((answer.scores >= 0.5) == (batch.labels >= 0.5)).sum())
         in_time = latency <= self.sla_s
@@ -149,7 +166,7 @@ class Outcome:
         self.samples_in_time += len(batch) * in_time
         self.correct_in_time += correct * in_time
         self.paths.update(answer.paths)
-        return answer.finished_s
+        self.last_finish_s = max(self.last_finish_s, answer.finished_s)
 
 
 def replay(
@@ -162,8 +179,8 @@ def replay(
 ) -> Outcome:
     """Submit a load's queries when they are due to a started engine, wait for all, and count.
 
-    Its clock must be the engine's. Adds to ``outcome`` if given; the time from the first query's due time
-    (the load's start, that is) to the last answer or arrival is added to its seconds.
+    Its clock must be the engine's. Adds to ``outcome`` if given. The load's duration is added to its seconds:
+    the time from the first to the last query's due time, and one mean gap.
     """
     outcome = Outcome(engine.sla_s) if outcome is None else outcome
     origin = load[0].at_s
@@ -174,23 +191,46 @@ def replay(
         if (wait := due - clock()) > 0:
             sleep(wait)
         futures.append((due, engine.submit(arrival.batch, arrived_s=due)))
-    finished = [outcome._add(due, a.batch, f) for a, (due, f) in zip(load, futures, strict=True)]
-    outcome.seconds += max(*finished, futures[-1][0]) - start if finished else 0.0
+    before = outcome.correct_in_time
+    for arrival, (due, future) in zip(load, futures, strict=True):
+        outcome._add(due, arrival.batch, future)
+    span = load[-1].at_s - origin
+    seconds = span * len(load) / max(len(load) - 1, 1)
+    outcome.seconds += seconds
+    if seconds:
+        outcome.piece_rates.append((outcome.correct_in_time - before) / seconds)
     return outcome
 
 
 def contestants(
-    paths: Sequence[Path], profile: Profile, *, dispatcher: str = "dispatcher", **options: Any
-) -> dict[str, Dispatcher]:
-    """Every path alone, and the dispatcher among all of them, last; ``options`` go to ``Dispatcher``."""
-    alone = {path.name: Dispatcher([path], profile, **options) for path in paths}
-    if dispatcher in alone:
+    paths: Sequence[Path], profile: Profile, *, dispatcher: str = "dispatcher", processes: int = 0
+) -> dict[str, Contestant]:
+    """Every path alone, and the dispatcher among all of them, last. Each is served in this process, or by so
+    many ``processes`` of one thread each, for which the profile should be of one thread too."""
+
+    def serve(some: Sequence[Path]) -> Contestant:
+        if not processes:
+            return Dispatcher(some, profile)
+        return [ProcessExecutor(f"cpu {i}", some, profile) for i in range(processes)]
+
+    if dispatcher in {path.name for path in paths}:
         raise ValueError(f"a path is called {dispatcher!r} already")
-    return {**alone, dispatcher: Dispatcher(paths, profile, **options)}
+    return {**{path.name: serve([path]) for path in paths}, dispatcher: serve(paths)}
+
+
+#: What serves: a dispatcher in this process, or the executors of an engine.
+Contestant = Dispatcher | Sequence[Executor]
+
+
+def engine_for(contestant: Contestant, **options: Any) -> Engine:
+    """An engine, not yet started."""
+    if isinstance(contestant, Dispatcher):
+        return Engine(contestant, **options)
+    return Engine(executors=contestant, **options)
 
 
 def compare(
-    dispatchers: Mapping[str, Dispatcher],
+    dispatchers: Mapping[str, Contestant],
     load: Sequence[Arrival],
     *,
     rounds: int = 4,
@@ -204,37 +244,100 @@ def compare(
     """
     if not 1 <= rounds <= len(load):
         raise ValueError(f"rounds must be between 1 and the number of queries, {len(load)}, got {rounds}")
-    engines = {name: Engine(d, **engine_options).start() for name, d in dispatchers.items()}
+    engines = {name: engine_for(d, **engine_options).start() for name, d in dispatchers.items()}
     outcomes = {name: Outcome(engine.sla_s) for name, engine in engines.items()}
     edges = np.linspace(0, len(load), rounds + 1).astype(int)
     names = list(engines)
+    order = np.random.default_rng(len(load))
     try:
         for r in range(rounds):
             piece = load[edges[r] : edges[r + 1]]
-            for i, name in enumerate(names[r % len(names) :] + names[: r % len(names)]):
+            for i, name in enumerate(order.permutation(names).tolist()):
                 if progress is not None:
                     progress(name, (r * len(names) + i) / (rounds * len(names)))
-                replay(engines[name], piece, outcomes[name])
+                with no_gc():
+                    replay(engines[name], piece, outcomes[name])
     finally:
         for engine in engines.values():
             engine.close()
     return outcomes
 
 
-def capacity(dispatcher: Dispatcher, queries: Sequence[Batch], **engine_options: Any) -> float:
+def ratio_to_best(outcomes: Mapping[str, Outcome], name: str = "dispatcher") -> tuple[float, float, str]:
+    """(correct predictions per second of ``name`` over those of the best other contestant, the standard error
+    of that ratio over the pieces, the best one's name). NaN errors with one piece; NaN ratios where nobody
+    answered.
+    """
+    others = {other: outcome for other, outcome in outcomes.items() if other != name}
+    best = max(others, key=lambda other: others[other].correct_in_time)
+    mine, theirs = np.array(outcomes[name].piece_rates), np.array(others[best].piece_rates)
+    if not theirs.sum():
+        return math.nan, math.nan, best
+    ratio = float(mine.sum() / theirs.sum())
+    if len(mine) < 2:
+        return ratio, math.nan, best
+    # Of a ratio of means, by its first-order expansion (Cochran, Sampling Techniques, section 2.11).
+    error = np.std(mine - ratio * theirs, ddof=1) / math.sqrt(len(mine)) / theirs.mean()
+    return ratio, float(error), best
+
+
+def sweep(
+    dispatchers: Mapping[str, Contestant],
+    dataset: ClickDataset,
+    *,
+    loads: Sequence[float] = LOADS,
+    seconds: float = 2.0,
+    rounds: int = 3,
+    sizes: QuerySizes = QuerySizes(),
+    seed: int = 0,
+    progress: Callable[[str, float], object] | None = None,
+    **engine_options: Any,
+) -> tuple[float, list[dict[str, Any]]]:
+    """The contestants at each of ``loads``, in shares of the greatest measured :func:`capacity` of a
+    contestant.
+
+    ``seconds`` of load for each contestant and load, cut in ``rounds`` turns. Returns (that capacity in
+    queries per second, a JSON-able entry for each load: ``load``, ``qps``, ``rows``, ``ratio``,
+    ``ratio_error``, ``best``).
+    """
+    batches = [a.batch for a in generate(dataset, 1.0, 300, sizes=sizes, seed=seed)]
+    limits = [
+        statistics.median(capacity(dispatcher, batches, **engine_options) for _ in range(3))
+        for dispatcher in dispatchers.values()
+    ]
+    limit, entries = max(limits), []
+    for i, share in enumerate(loads):
+        qps = share * limit
+        load = generate(dataset, qps, max(int(qps * seconds), 10 * rounds), sizes=sizes, seed=seed + i)
+
+        def report(name: str, done: float, share=share, i=i) -> None:
+            if progress is not None:
+                progress(f"load {share:g}", (i + done) / len(loads))
+
+        outcomes = compare(dispatchers, load, rounds=rounds, progress=report, **engine_options)
+        ratio, error, best = ratio_to_best(outcomes, list(dispatchers)[-1])
+        rows = [outcome.row(name) for name, outcome in outcomes.items()]
+        entries.append(
+            {"load": share, "qps": qps, "rows": rows, "ratio": ratio, "ratio_error": error, "best": best}
+        )
+    return limit, entries
+
+
+def capacity(dispatcher: Contestant, queries: Sequence[Batch], **engine_options: Any) -> float:
     """Queries per second that an engine gets through when all of them wait from the start.
 
     ``engine_options`` as for ``compare``; the SLA does not matter here.
     """
     options = {**engine_options, "sla_s": 3600.0, "admission": False}
     options["max_queue"] = max(sum(map(len, queries)), 1)
-    with Engine(dispatcher, **options) as engine:
+    with engine_for(dispatcher, **options) as engine, no_gc():
+        start = engine.clock()
         outcome = replay(engine, [Arrival(0.0, batch) for batch in queries])
-    return len(queries) / outcome.seconds
+    return len(queries) / (outcome.last_finish_s - start)
 
 
 def suggested_qps(
-    dispatchers: Mapping[str, Dispatcher],
+    dispatchers: Mapping[str, Contestant],
     dataset: ClickDataset,
     *,
     sizes: QuerySizes = QuerySizes(),
