@@ -11,6 +11,7 @@
 :mod:`mprec.planner`          which representation for each feature under a memory budget
 :mod:`mprec.cache`            rows of hot IDs in front of decoders
 :mod:`mprec.serving`          a serving engine and a load test
+:mod:`mprec.simulate`         serving in virtual time
 :mod:`mprec.hashing`          hash families
 :mod:`mprec.huge_pages`       memory for large tables
 :mod:`mprec.reference`        every operator in a few lines of plain torch
@@ -43,6 +44,7 @@ _MODULES = (
     "reference",
     "report",
     "serving",
+    "simulate",
     "testing",
     "training",
 )
