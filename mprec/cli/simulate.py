@@ -20,8 +20,6 @@ from mprec.simulate.loads import ARRIVALS, QuerySizes, draw
 from mprec.simulate.shapes import load_shape
 from mprec.simulate.simulator import SimulatedExecutor
 
-HELP = "serve a load in virtual time on described devices or measured profiles; all results are simulated"
-
 _LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the reference can serve
 
 
