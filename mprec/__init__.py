@@ -18,8 +18,8 @@
 :mod:`mprec.testing`          helpers for tests and benchmarks
 ============================  =====================================================================
 
-``import mprec`` does not import torch, so that the command line answers at once: each module is imported on first
-use, ``mprec.nn`` at the first ``mprec.nn``. Where torch has been imported before, the operators of
+``import mprec`` does not import torch, so that the command line answers at once: each module is imported on
+first use, ``mprec.nn`` at the first ``mprec.nn``. Where torch has been imported before, the operators of
 ``torch.ops.mprec`` are registered at once. Otherwise importing :mod:`mprec.ops` does that, or any module that
 computes with them, such as ``mprec.nn``.
 """
