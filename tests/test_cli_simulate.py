@@ -110,6 +110,8 @@ def test_loads_have_their_rate_and_are_seeded(arrivals):
 def test_loads_are_shortened():
     times, _ = draw("poisson", 1000, 100.0, most=500)
     assert len(times) == pytest.approx(500, rel=0.2)
+    times, _ = draw("poisson", 1000, 100.0, most=500, least_s=2.0)
+    assert len(times) == pytest.approx(2000, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +128,8 @@ def test_loads_are_shortened():
         (["--devices", "gpu:v100", "--memory", "gpu:v100=1KB"], "expected at least one that holds a path"),
         (["--devices", "gpu:v100,gpu:v100", "--loads", "10"], "expected distinct names"),
         (
-            ["--devices", "gpu:v100", "--seconds", "0", "--loads", "10"],
-            "seconds: expected a finite number above 0",
+            ["--devices", "gpu:v100", "--seconds", "0.3"],
+            "--seconds: expected at least 8 SLAs, 0.4 s, got 0.3",
         ),
         (["--profile", "none.json"], "cannot read profile"),
     ],

@@ -19,7 +19,7 @@ SUBCOMMANDS = {
     "plan": "choose a representation per feature within a memory budget",
     "serve": "serve trained models over HTTP on this machine, the path chosen per batch",
     "loadtest": "serve a random load of held-out samples with the dispatcher and with each path alone",
-    "simulate": "serve a load in virtual time on described devices or profiles; all is simulated",
+    "simulate": "serve a load in virtual time on described devices or measured profiles (all simulated)",
     "report": "draw report.html from the JSON that mprec demo wrote",
     "demo": "train four representations, profile, plan and serve them; one table and one page",
 }

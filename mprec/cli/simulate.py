@@ -16,7 +16,7 @@ from mprec.cli._setup import reporter, say, size_in_bytes
 from mprec.dispatch import Profile
 from mprec.simulate.contest import capacity, compare, contestants, described, measured, reference
 from mprec.simulate.devices import device_names, load_device
-from mprec.simulate.loads import ARRIVALS, QuerySizes, draw
+from mprec.simulate.loads import ARRIVALS, LEAST_SLAS, QuerySizes, draw
 from mprec.simulate.shapes import load_shape
 from mprec.simulate.simulator import SimulatedExecutor
 
@@ -61,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--arrivals", choices=ARRIVALS, default="poisson", help="(poisson)")
     load.add_argument("--seconds", type=float, default=10.0, help="of virtual time for each load (10)")
     load.add_argument(
-        "--most-queries", type=int, default=4000, help="loads are shortened to about so many (4000)"
+        "--most-queries",
+        type=int,
+        default=4000,
+        help="loads are shortened to about so many, but not to less than eight SLAs (4000)",
     )
     load.add_argument("--size-mean", type=float, default=128.0, help="samples per query, mean (128)")
     load.add_argument("--size-sigma", type=float, default=1.0, help="of its logarithm (1.0)")
@@ -79,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: expected finite numbers above 0, got {wrong[0]:g}")
     if args.max_batch < 1 or args.most_queries < 1:
         raise ValueError("--max-batch and --most-queries: expected at least 1")
+    if args.seconds < (least := LEAST_SLAS * max(args.sla_ms) / 1e3):
+        raise ValueError(f"--seconds: expected at least {LEAST_SLAS} SLAs, {least:g} s, got {args.seconds:g}")
     executors, about = _executors(args)
     base = reference(executors)
     sizes = QuerySizes(args.size_mean, args.size_sigma)
@@ -90,7 +95,13 @@ def run(args: argparse.Namespace) -> int:
     for i, (sla_ms, qps) in enumerate((s, q) for s in args.sla_ms for q in loads):
         report(f"SLA {sla_ms:g} ms, {qps:.0f} queries/s", i / (len(args.sla_ms) * len(loads)))
         times, drawn = draw(
-            args.arrivals, qps, args.seconds, sizes=sizes, most=args.most_queries, seed=args.seed
+            args.arrivals,
+            qps,
+            args.seconds,
+            sizes=sizes,
+            most=args.most_queries,
+            least_s=LEAST_SLAS * sla_ms / 1e3,
+            seed=args.seed,
         )
         contest = compare(
             executors,
