@@ -11,19 +11,21 @@
 :mod:`mprec.planner`          which representation for each feature under a memory budget
 :mod:`mprec.cache`            rows of hot IDs in front of decoders
 :mod:`mprec.serving`          a serving engine and a load test
+:mod:`mprec.simulate`         serving in virtual time
 :mod:`mprec.hashing`          hash families
 :mod:`mprec.huge_pages`       memory for large tables
 :mod:`mprec.reference`        every operator in a few lines of plain torch
 :mod:`mprec.testing`          helpers for tests and benchmarks
 ============================  =====================================================================
 
-``import mprec`` imports none of these, nor torch: each is imported on first use, ``mprec.nn`` at the first
-``mprec.nn``. Importing :mod:`mprec.ops` registers the operators of ``torch.ops.mprec``, and so does importing
-any module that computes with them, such as ``mprec.nn``. A program that only runs an exported graph imports
-``mprec.ops`` itself.
+``import mprec`` does not import torch, so that the command line answers at once: each module is imported on
+first use, ``mprec.nn`` at the first ``mprec.nn``. Where torch has been imported before, the operators of
+``torch.ops.mprec`` are registered at once. Otherwise importing :mod:`mprec.ops` does that, or any module that
+computes with them, such as ``mprec.nn``.
 """
 
 import importlib
+import sys
 from typing import Any
 
 _MODULES = (
@@ -43,6 +45,7 @@ _MODULES = (
     "reference",
     "report",
     "serving",
+    "simulate",
     "testing",
     "training",
 )
@@ -60,3 +63,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES, *_NATIVE})
+
+
+if "torch" in sys.modules:
+    importlib.import_module("mprec.ops")

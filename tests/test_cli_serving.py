@@ -159,7 +159,7 @@ def test_plan_from_checkpoints(checkpoints, tmp_path, capsys):
     assert tight["quality"] <= best["quality"]
     multi = call_json(capsys, "plan", "--memory", "1MiB", "--checkpoints", checkpoints / "multi-path.pt")
     assert len(multi["measurements"]) == 3
-    with pytest.raises(Infeasible):
+    with pytest.raises(Infeasible, match=f"no option of feature '{names[0]}' fits"):
         call("plan", "--memory", "10", *arguments)
 
 

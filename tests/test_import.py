@@ -1,6 +1,7 @@
 """``import mprec`` where it cannot work says why and what to do."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,16 @@ def test_attributes_are_imported_on_first_use(use):
 def test_modules_that_use_operators_register_them():
     done = run("import mprec.ops, torch; torch.ops.mprec.embedding_bag.default")
     assert done.returncode == 0, done.stderr
+
+
+def test_every_module_of_the_docstring_is_an_attribute():
+    import mprec
+
+    named = re.findall(r"^:mod:`mprec\.(\w+)`", mprec.__doc__, flags=re.M)
+    assert len(named) > 10
+    for name in named:
+        assert getattr(mprec, name).__name__ == f"mprec.{name}"
+        assert name in dir(mprec)
 
 
 def test_unknown_attributes_are_attribute_errors():

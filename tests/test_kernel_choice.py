@@ -208,17 +208,6 @@ def test_a_bag_runs_as_its_kernel_says():
     assert asked == [2, 2]
 
 
-def test_batches_drawn_for_auto_are_zipf():
-    batch = kernels._zipf_batches([3, 1 << 20])(20_000, np.random.default_rng(0))
-    first, second = batch.indices.split(20_000)
-    assert first.min() >= 0
-    assert first.max() < 3
-    _, counts = torch.unique(second, return_counts=True)
-    shares = counts.sort(descending=True).values.double() / 20_000
-    weights = torch.arange(1, (1 << 20) + 1).double() ** -1.05
-    assert shares[:100].sum() == pytest.approx(float(weights[:100].sum() / weights.sum()), abs=0.05)
-
-
 def test_a_tuned_model_still_trains_exports_and_copies():
     import copy
     import pickle

@@ -440,3 +440,15 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_a_feature_that_fits_nowhere_is_named():
+    features = [FeatureConfig("day", 7, 16), FeatureConfig("item", 10**6, 16)]
+    options = [[Option("table", feature)] for feature in features]
+    devices = [Device("a", 10**6, CPU), Device("b", 10**6, CPU)]
+    with pytest.raises(Infeasible, match="no option of feature 'item' fits any device: ") as error:
+        plan(features, options, devices)
+    assert error.value.feature == 1
+    with pytest.raises(Infeasible, match="no choice of options fits") as error:
+        plan(features[:1] * 2, options[:1] * 2, [Device("a", 7 * 64, CPU)])
+    assert error.value.feature is None

@@ -20,14 +20,13 @@ def test_python_examples_run():
 
 
 def test_commands_are_understood():
-    parser = cli._parser()
     commands = re.findall(r"^mprec (.+)$", "\n".join(_blocks("sh")), flags=re.M)
     assert len(commands) >= 6
     for command in commands:
-        assert isinstance(parser.parse_args(command.split()), argparse.Namespace)
+        assert isinstance(cli.parse(command.split()), argparse.Namespace)
 
 
 def test_a_wrong_command_would_be_noticed(capsys):
     with pytest.raises(SystemExit):
-        cli._parser().parse_args(["info", "--no-such-option"])
+        cli.parse(["info", "--no-such-option"])
     assert "no-such-option" in capsys.readouterr().err

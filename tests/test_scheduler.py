@@ -12,6 +12,7 @@ from mprec.simulate import SimulatedExecutor, simulate
 # -- never below the best static choice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("wrong", [1.0, 3.0])
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.9, 1.5, 3.0])
@@ -35,6 +36,7 @@ def test_never_below_the_best_static_path(system, wrong, share):
     assert np.mean(bounds or 1.0) >= 0.95, bounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 1.5])
 def test_bursts_cost_little(share):
     ratios = []

@@ -54,12 +54,16 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns its exit status (2 for bad arguments or input, as argparse does)."""
-    argv = sys.argv[1:] if argv is None else argv
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command, after ``mprec``; ``SystemExit`` as argparse does, for ``--help`` too."""
     # No option before the subcommand takes a value, so the subcommand is the first word that is no option.
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    args = _parser(chosen).parse_args(argv)
+    return _parser(chosen).parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns its exit status (2 for bad arguments or input, as argparse does)."""
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:

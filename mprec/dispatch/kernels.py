@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mprec.data import Batch
+from mprec.data.zipf import zipf_batches
 from mprec.dispatch.dispatcher import Dispatcher
 from mprec.dispatch.paths import Path, shape_digest
 from mprec.dispatch.profile import BATCH_SIZES, Profile
@@ -24,8 +24,6 @@ from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection, KernelOptions
 
 __all__ = ["TunedKernels", "auto_kernels", "kernel_candidates", "tune_kernels"]
 
-#: Of IDs where nobody has said how often they repeat.
-_ZIPF = 1.05
 _AUTO_SECONDS = 1.0
 _auto_lock = threading.Lock()
 
@@ -110,7 +108,7 @@ def auto_kernels(module: EmbeddingBagCollection | DeepHashEmbeddingBag) -> Tuned
         if isinstance(module.kernel, TunedKernels):
             return module.kernel
         candidates, paths = _paths(module)
-        make_input = _zipf_batches(_vocabularies(module))
+        make_input = zipf_batches(_vocabularies(module))
         profile = Profile.load_or_measure(
             paths, make_input, BATCH_SIZES, seconds=_AUTO_SECONDS, conditions=("warm",)
         )
@@ -148,21 +146,3 @@ def _vocabularies(module) -> list[int]:
     if isinstance(module, EmbeddingBagCollection):
         return [feature.num_embeddings for feature in module.features]
     return [module.num_embeddings or 1 << 20]
-
-
-def _zipf_batches(vocabularies: Sequence[int]) -> Callable[[int, np.random.Generator], Batch]:
-    """Batches of one ID for each feature, whose frequency falls as (about) rank ** -1.05."""
-
-    sizes = np.asarray(vocabularies)[:, None]
-    tails = 1 - (sizes + 1.0) ** (1 - _ZIPF)
-
-    def draw(batch_size: int, rng: np.random.Generator) -> Batch:
-        # The continuous distribution's quantiles, rounded down.
-        rank = (1 - rng.random((len(sizes), batch_size)) * tails) ** (1 / (1 - _ZIPF)) - 1
-        # Neighbours in rank are none in memory.
-        ids = np.minimum(rank.astype(np.int64), sizes - 1) * 2_654_435_761 % sizes
-        offsets = torch.arange(len(vocabularies) * batch_size + 1)
-        none = torch.zeros(batch_size, 0)
-        return Batch(none, torch.from_numpy(ids.reshape(-1)), offsets, torch.zeros(batch_size))
-
-    return draw

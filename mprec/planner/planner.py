@@ -146,8 +146,11 @@ def plan(
     except Infeasible as error:
         least = sum(min(o.nbytes for o in feature) for feature in options)
         have = sum(d.memory_bytes for d in devices)
+        why = str(error)
+        if error.feature is not None:
+            why = f"no option of feature {features[error.feature].name!r} fits any device"
         raise Infeasible(
-            f"{error}: the smallest options need {least} bytes, the devices have {have}"
+            f"{why}: the smallest options need {least} bytes, the devices have {have}", error.feature
         ) from None
     placements = tuple(
         Placement(feature.name, feature.num_embeddings, options[f][o], devices[d].name, seconds[f][o][d])

@@ -23,7 +23,13 @@ _SCALE = 1e4  # objectives are scaled to this range, so that HiGHS's absolute to
 
 
 class Infeasible(ValueError):
-    """Nothing fits the budgets."""
+    """Nothing fits the budgets. ``feature`` is the number of one of which no option fits even alone, if there
+    is one.
+    """
+
+    def __init__(self, message: str, feature: int | None = None) -> None:
+        super().__init__(message)
+        self.feature = feature
 
 
 def solve(
@@ -68,7 +74,7 @@ class _Program:
     def __init__(self, cells, quality, nbytes, seconds, max_seconds) -> None:
         features = len(quality)
         if lacking := sorted(set(range(features)) - {f for f, _, _ in cells}):
-            raise Infeasible(f"no option of feature {lacking[0]} fits any device")
+            raise Infeasible(f"no option of feature {lacking[0]} fits any device", lacking[0])
         self.cells = cells
         self.quality = np.array([quality[f][o] for f, o, _ in cells], dtype=np.float64)
         if not np.isfinite(self.quality).all():

@@ -8,6 +8,8 @@ The dispatcher lives in the engine's worker, next to the kernels.
 
 from mprec.serving.engine import Answer, Engine, QueryRefusedError
 from mprec.serving.executors import CudaExecutor, Executor, LocalExecutor, SimulatedExecutor
+from mprec.serving.process_executor import ProcessExecutor
+from mprec.serving.rows import rows_to_batch
 
 __all__ = [
     "Answer",
@@ -15,6 +17,8 @@ __all__ = [
     "Engine",
     "Executor",
     "LocalExecutor",
+    "ProcessExecutor",
     "QueryRefusedError",
     "SimulatedExecutor",
+    "rows_to_batch",
 ]

@@ -17,16 +17,16 @@ For a fleet, put it behind a real server; the point here is that the dispatcher 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import torch
+import orjson
 
 from mprec.data import Batch
 from mprec.serving.engine import Engine, QueryRefusedError
+from mprec.serving.rows import rows_to_batch
 
 __all__ = ["FrontEnd", "parse_query"]
 
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(status, {"error": message, "reason": reason})
 
     def _reply(self, status: HTTPStatus, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
+        body = orjson.dumps(content)
         try:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -164,8 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
 def parse_query(body: bytes, vocabularies: list[int], num_dense: int) -> tuple[Batch, float | None]:
     """(batch, SLA in seconds or None). ``ValueError`` says what is wrong and where."""
     try:
-        query = json.loads(body)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        query = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
         raise ValueError(f"the body is not JSON: {error}") from error
     if not isinstance(query, dict) or not isinstance(query.get("ids"), list) or not query["ids"]:
         raise ValueError(
@@ -176,39 +176,9 @@ def parse_query(body: bytes, vocabularies: list[int], num_dense: int) -> tuple[B
     sla_ms = query.get("sla_ms")
     if sla_ms is not None and not (_is_number(sla_ms) and 0 < sla_ms <= MAX_SLA_MS):
         raise ValueError(f"sla_ms must be a number above 0 and at most {MAX_SLA_MS}")
-    indices, offsets = _bags(query["ids"], vocabularies)
-    size = len(query["ids"])
-    batch = Batch(_dense(query.get("dense"), size, num_dense), indices, offsets, torch.zeros(size))
+    batch = rows_to_batch(query["ids"], query.get("dense"), vocabularies, num_dense)
     return batch, None if sla_ms is None else sla_ms / 1e3
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _dense(rows: Any, size: int, num_dense: int) -> torch.Tensor:
-    if rows is None and num_dense == 0:
-        return torch.zeros(size, 0)
-    if not isinstance(rows, list) or len(rows) != size:
-        raise ValueError(f"dense must have a row for each of the {size} rows of ids")
-    for b, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != num_dense or not all(map(_is_number, row)):
-            raise ValueError(f"dense[{b}] must be {num_dense} numbers")
-    return torch.tensor(rows, dtype=torch.float32).view(size, num_dense)
-
-
-def _bags(rows: list, vocabularies: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feature-major CSR of the rows' bags."""
-    for b, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != len(vocabularies):
-            raise ValueError(f"ids[{b}] must have an entry for each of the {len(vocabularies)} features")
-    indices, lengths = [], [0]
-    for t, vocabulary in enumerate(vocabularies):
-        for b, row in enumerate(rows):
-            bag = row[t] if isinstance(row[t], list) else [row[t]]
-            for value in bag:
-                if type(value) is not int or not 0 <= value < vocabulary:
-                    raise ValueError(f"ids[{b}][{t}]: {value!r} is not an integer in [0, {vocabulary})")
-            indices += bag
-            lengths.append(len(bag))
-    return torch.tensor(indices, dtype=torch.int64), torch.tensor(lengths).cumsum(0)
