@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
     parser.add_argument("--max-batch", type=int, default=2048, help="samples scored together at most (2048)")
-    parser.add_argument("--max-queue", type=int, default=65536, help="samples waiting at most (65536)")
+    parser.add_argument("--max-queue", type=int, default=1 << 20, help="samples waiting at most (1048576)")
     parser.add_argument("--no-admission", action="store_true", help="answer hopeless queries late")
 
 

@@ -110,7 +110,7 @@ class Engine:
         sla_s: float,
         executors: Sequence[Executor] | None = None,
         max_batch: int = 2048,
-        max_queue: int = 65536,
+        max_queue: int = 1 << 20,
         admission: bool = True,
         late_share: float = 0.01,
         clock: Callable[[], float] = time.perf_counter,

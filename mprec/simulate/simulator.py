@@ -72,6 +72,7 @@ def simulate(
     *,
     sla_s: float | np.ndarray,
     max_batch: int = 2048,
+    max_queue: int = 1 << 30,
     noise: float = 0.05,
     slow: Callable[[float], float] | None = None,
     query_s: float = 0.0,
@@ -82,7 +83,8 @@ def simulate(
 
     ``noise``: deviation of the logarithm of a call's time, whose mean is kept at the curve's. ``slow(now)``:
     factor on all times of calls that start now. ``query_s``: time that each query of a batch costs beyond its
-    path. ``scheduler_options`` go to the scheduler.
+    path. The queue is bounded by admission alone unless ``max_queue`` (samples) says otherwise.
+    ``scheduler_options`` go to the scheduler.
     """
     if len(times) != len(sizes) or not len(times):
         raise ValueError(
@@ -92,7 +94,7 @@ def simulate(
     lanes = [Lane(e.name, [Option(p.name, p.quality, p.curve) for p in e.paths]) for e in executors]
     actual = [{p.name: p.curve if p.actual is None else p.actual for p in e.paths} for e in executors]
     quality = {p.name: p.quality for e in executors for p in e.paths}
-    scheduler = Scheduler(lanes, max_batch=max_batch, **scheduler_options)
+    scheduler = Scheduler(lanes, max_batch=max_batch, max_queue=max_queue, **scheduler_options)
     scheduler.query_s = query_s
     slas = np.broadcast_to(sla_s, len(times)).tolist()
     due, counts = times.tolist(), sizes.tolist()
