@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mprec.data import Batch
 from mprec.dispatch import Dispatcher, Path
-from mprec.serving import Engine, QueryRefusedError
+from mprec.serving import Engine, LocalExecutor, QueryRefusedError
 
 COSTS = {"table": (50e-6, 1e-6), "hybrid": (260e-6, 10e-6)}
 QUALITY = {"table": 0.78, "hybrid": 0.795}
@@ -299,3 +299,164 @@ def test_a_cancelled_query_and_a_raising_callback_do_no_harm(caplog):
     engine.close()
     with pytest.raises(QueryRefusedError, match="closed"):
         engine.submit(query(1)).result(0)
+
+
+# -- what must not break it
+
+
+def answers(name, quality, model, profile_costs, **options):
+    path = Path(name, name, quality, model, f"shape of {name}", inputs=(1, 0))
+    return path, Dispatcher([path], fake_profile(profile_costs), **options)
+
+
+def test_a_malformed_first_query_does_not_decide_the_shape():
+    engine, _ = make(Clock())
+    with pytest.raises(ValueError, match="2 features and 0 dense numbers, the paths take 1 and 0"):
+        engine.submit(Batch(torch.zeros(1, 0), torch.arange(2), torch.arange(3), torch.zeros(1)))
+    future = engine.submit(query(3))
+    drain(engine)
+    assert len(future.result(0).scores) == 3
+
+
+@pytest.mark.parametrize("arrived", [float("nan"), float("inf")])
+def test_times_of_arrival_that_are_none_are_refused(arrived):
+    engine, _ = make(Clock(), admission=False)
+    with pytest.raises(ValueError, match="arrived_s"):
+        engine.submit(query(1), arrived_s=arrived)
+    with pytest.raises(ValueError, match="sla_s"):
+        engine.submit(query(1), sla_s=float("inf"))
+
+
+def test_a_path_that_raises_is_replaced_by_another_and_tried_again_later():
+    clock, calls = Clock(), []
+
+    def broken(batch):
+        calls.append(clock.now)
+        clock.advance(1e-4)
+        if clock.now < 1.0:
+            raise RuntimeError("weights are gone")
+        return batch.indices.float()
+
+    def works(batch):
+        clock.advance(1e-4)
+        return batch.indices.float()
+
+    paths = [
+        Path("table", "table", 0.7, works, "shape of table"),
+        Path("hybrid", "hybrid", 0.8, broken, "shape of hybrid"),
+    ]
+    engine = Engine(Dispatcher(paths, fake_profile(COSTS)), sla_s=5e-3, clock=clock)
+    names = []
+    for _ in range(300):
+        future = engine.submit(query(10))
+        drain(engine)
+        names += future.result(0).paths
+        clock.advance(0.01)
+    assert len(calls) < 300  # it rested
+    assert names[0] == "table"
+    assert names[-1] == "hybrid"
+    assert engine.statistics()["path_errors"]["hybrid"] >= 2
+    assert engine.statistics()["failed"] == 0
+
+
+def test_scores_that_are_not_finite_are_another_path_s_or_an_error():
+    def nan(batch):
+        return torch.full((len(batch),), float("nan"))
+
+    def works(batch):
+        return batch.indices.float()
+
+    bad = Path("hybrid", "hybrid", 0.8, nan, "shape of hybrid")
+    good = Path("table", "table", 0.7, works, "shape of table")
+    for paths, answered in (([bad, good], True), ([bad], False)):
+        engine = Engine(Dispatcher(paths, fake_profile(COSTS)), sla_s=1.0, clock=Clock())
+        future = engine.submit(query(3))
+        drain(engine)
+        if answered:
+            assert future.result(0).paths == {"table": 3}
+        else:
+            assert "not finite" in str(future.exception(0))
+
+
+def test_a_worker_survives_system_exit():
+    def leaves(batch):
+        if (batch.indices == POISON).any():
+            raise SystemExit(3)
+        return batch.indices.float()
+
+    _, dispatcher = answers("p", 0.5, leaves, {"p": (1e-6, 1e-9)})
+    with Engine(dispatcher, sla_s=30.0) as engine:
+        assert isinstance(engine.submit(batch(POISON)).exception(30), SystemExit)
+        assert len(engine.submit(query(3)).result(30).scores) == 3
+
+
+def test_sizes_that_no_path_takes_are_never_made_by_merging():
+    path = Path("p", "p", 0.5, lambda b: b.indices.float(), "shape of p", supports=lambda size: size % 2 == 1)
+    engine = Engine(Dispatcher([path], fake_profile({"p": (1e-6, 1e-9)})), sla_s=1.0, clock=Clock())
+    futures = [engine.submit(query(3)) for _ in range(40)]
+    even = engine.submit(query(4))
+    drain(engine)
+    assert all(len(future.result(0).scores) == 3 for future in futures)
+    assert "no path takes a batch of 4" in str(even.exception(0))
+
+
+def test_a_clock_that_is_set_back():
+    clock = Clock()
+    clock.advance(7200.0)
+    engine, _ = make(clock)
+    for _ in range(3):
+        future = engine.submit(query(10))
+        drain(engine)
+        assert len(future.result(0).scores) == 10
+        clock.advance(-3600.0)
+    assert engine.statistics()["refused"] == {}
+
+
+def test_a_cancelled_query_is_not_scored():
+    engine, seen = make(Clock(), sla_s=1.0)
+    futures = [engine.submit(query(20)) for _ in range(10)]
+    assert all(future.cancel() for future in futures[:9])
+    drain(engine)
+    assert len(futures[9].result(0).scores) == 20
+    assert sum(size for _, size in seen) == 20
+    assert engine.statistics()["cancelled"] == 9
+
+
+def test_a_slow_callback_does_not_keep_the_executor():
+    _, dispatcher = answers("p", 0.5, lambda b: b.indices.float(), {"p": (1e-6, 1e-9)})
+    gate = threading.Event()
+    with Engine(dispatcher, sla_s=60.0, max_batch=1) as engine:
+        engine.submit(query(1)).add_done_callback(lambda f: time.sleep(0.05))
+        time.sleep(0.2)
+        engine.submit(query(1)).add_done_callback(lambda f: gate.wait(60))
+        end = time.monotonic() + 30
+        while engine.statistics()["answered"] < 5 and time.monotonic() < end:
+            engine.submit(query(1))
+            time.sleep(0.01)
+        assert engine.statistics()["answered"] >= 5  # while a client still waits in its callback
+        gate.set()
+
+
+def test_paths_are_replaced_while_serving_and_no_query_is_lost():
+    def model(shift):
+        def score(b):
+            time.sleep(1e-3)
+            return b.indices.float() + shift
+
+        return score
+
+    costs = {"old": (1e-3, 1e-6), "new": (1e-3, 1e-6)}
+    _, old = answers("old", 0.5, model(0.0), costs)
+    _, new = answers("new", 0.5, model(0.25), costs)
+    with Engine(old, sla_s=60.0, max_batch=8) as engine:
+        futures = [engine.submit(query(4)) for _ in range(40)]
+        engine.replace(new)
+        futures += [engine.submit(query(4)) for _ in range(40)]
+        found = [future.result(60) for future in futures]
+        with pytest.raises(ValueError, match="expected 1, as before, got 2"):
+            engine.replace(executors=[LocalExecutor(n, new.paths, new.profile) for n in "ab"])
+    for answer in found:
+        shift = 0.25 if "new" in answer.paths else 0.0
+        assert answer.scores.tolist() == [shift, 1 + shift, 2 + shift, 3 + shift]
+    assert found[-1].paths == {"new": 4}
+    assert engine.statistics()["answered"] == 80

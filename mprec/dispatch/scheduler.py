@@ -315,7 +315,10 @@ class Scheduler:
                 factor = lane.correction.factors[option.path]
                 own = self.query_s / traffic.query_size
                 size = self._fitting(option.seconds, 0.5 * traffic.sla / factor)
-                lane.unit.append(option.seconds[size] * factor / size + own)
+                each = option.seconds[size] / size
+                if each == math.inf:  # a path that takes some sizes only
+                    each = min(s / b for b, s in enumerate(option.seconds) if b)
+                lane.unit.append(each * factor + own)
             columns.append(
                 [(o.quality + self._shift, unit) for o, unit in zip(lane.options, lane.unit, strict=True)]
             )
@@ -352,7 +355,8 @@ class Scheduler:
         unit = lane.unit[lane.fast]
         size = min(samples, self.max_batch)
         one = self._seconds(lane, lane.fast, max(1, int(size)), samples / self._traffic.query_size)
-        return max(one, samples * unit * self._stretch)
+        good = samples * unit * self._stretch
+        return good if one == math.inf else max(one, good)
 
     def _certainty(self, now: float) -> float:
         """Standard deviations by which a query must be expected in time. Taking it costs time that is worth
