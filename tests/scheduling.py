@@ -1,5 +1,7 @@
 """Loads and paths for tests of the scheduler in virtual time."""
 
+import math
+
 import numpy as np
 
 from mprec.dispatch.price import FluidPrice
@@ -26,7 +28,7 @@ def paths(system, wrong=1.0):
 def load(system, share, seconds, seed=0, wrong=1.0, bursty=False, most=30_000):
     """Arrival times and lognormal sizes at ``share`` of the fastest path's capacity."""
     rng = np.random.default_rng(seed)
-    sizes = np.clip(rng.lognormal(np.log(128) - 0.5, 1.0, most), 1, 1024).astype(int)
+    sizes = np.clip(rng.lognormal(math.log(128) - 0.5, 1.0, most), 1, 1024).astype(int)
     fixed, each = min((path[1:] for path in SYSTEMS[system].values()), key=lambda cost: cost[1])
     rate = share / wrong / (fixed / 4 + each * sizes.mean())
     if bursty:  # 0.2 s at 1.8 times the rate, 0.2 s at 0.2 times, on average

@@ -49,7 +49,7 @@ _PROBE_S = 0.1  # silence after which a query is let through; at least the SLA
 _STALE = 0.05  # relative change of a factor or of the SLA after which prices are computed again
 _STALE_ARRIVALS = 64  # queries after which they are, too
 _LEAST_PART = 32  # samples of a query that is shared among executors
-_STRETCH_GAIN, _MOST_STRETCH = 0.1, 1.5  # see Scheduler._stretch
+_STRETCH_GAIN = 0.1  # see Scheduler._stretch
 _SURE = 0.999  # chance to be in time that smaller batches need not improve
 _SIZES_LOOKED_AT = 16
 
@@ -258,7 +258,7 @@ class Scheduler:
         best = max(filter(None, (self._best(state, i, batches) for i in free)), default=None)
         if best is None or (len(free) < len(self.lanes) and self._better_elsewhere(state, best)):
             return None
-        return self._start(now, best, overload=value == 0.0)
+        return self._start(now, best)
 
     def done(self, job: Job, now: float, seconds: float) -> None:
         """A job has ended: its executor is free. Its path took ``seconds``, which is learnt from."""
@@ -492,7 +492,7 @@ class Scheduler:
                     return True
         return False
 
-    def _start(self, now: float, chosen: tuple, overload: bool) -> Job:
+    def _start(self, now: float, chosen: tuple) -> Job:
         _, samples, index, o, count, seconds = chosen
         lane, option = self.lanes[index], self.lanes[index].options[o]
         pieces, left = [], samples
@@ -509,8 +509,8 @@ class Scheduler:
         lane.job = Job(index, lane, option.path, pieces, samples, seconds, profiled, now)
         lane.until = now + seconds
         self._last_news = now
-        stretch = seconds / (samples * lane.unit[o]) if overload and self._queue else 1.0
-        self._stretch += _STRETCH_GAIN * (min(max(stretch, 1.0), _MOST_STRETCH) - self._stretch)
+        stretch = max(1.0, seconds / (samples * lane.unit[o])) if self._queue else 1.0
+        self._stretch += _STRETCH_GAIN * (stretch - self._stretch)
         return lane.job
 
     def _remove(self, start: int, stop: int) -> None:

@@ -8,6 +8,7 @@ state makes of it. Everything else (queue, admission, choice, corrections) is
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def simulate(
         scheduler.expire(now)
         while (job := scheduler.next(now)) is not None:
             seconds = actual[job.index][job.path][min(job.samples, max_batch)]
-            seconds *= np.exp(rng.normal(-(noise**2) / 2, noise)) * (slow(now) if slow else 1.0)
+            seconds *= math.exp(rng.normal(-(noise**2) / 2, noise)) * (slow(now) if slow else 1.0)
             seconds += query_s * len(job.pieces)
             busy[job.lane.name] += seconds
             serial += 1
@@ -142,5 +143,6 @@ def simulate(
     result.late = float((answered & (latencies > np.asarray(slas))).mean())
     if answered.any():
         result.p50_ms, result.p99_ms = (1e3 * float(np.percentile(latencies[answered], q)) for q in (50, 99))
-    result.utilisation = {lane.name: busy[lane.name] / result.seconds for lane in lanes}
+    if result.seconds:
+        result.utilisation = {lane.name: busy[lane.name] / result.seconds for lane in lanes}
     return result
