@@ -1,45 +1,56 @@
 """An executor whose paths run in a process of its own.
 
-Threads of one process share Python's interpreter lock: at batches of 64 two threads gain nothing, and while
-clients submit queries an executor's thread waits for the lock at every operator. A process has its own.
-Weights are in shared memory, so that all processes use one copy; batches and scores pass through a block of
-shared memory, and a pipe only says where they are.
+Two threads of one process gain nothing at small batches, because they share Python's interpreter lock; two
+processes gain almost twofold. The thread that calls ``run`` waits without holding that lock.
 """
 
 from __future__ import annotations
 
 import builtins
-import contextlib
-import math
-import signal
-import struct
+import multiprocessing
+import pickle
 import threading
+import time
 from collections.abc import Sequence
-from typing import Any
+from multiprocessing import util
 
+import numpy as np
 import torch
-import torch.multiprocessing as multiprocessing
 
 from mprec import errors
+from mprec._native import _C
 from mprec.data import Batch
 from mprec.dispatch import Path, Profile
+from mprec.serving import process_worker as worker_module
 from mprec.serving.executors import Executor
+from mprec.serving.process_worker import ERROR, IN_ARENA, REQUEST, Arena, Packed, fits, pack
 
 __all__ = ["ProcessExecutor"]
 
-_START_S = 120.0
-_HEADER = struct.Struct("<5q")  # path, samples, dense numbers, IDs, offsets
-_BY_PIPE = -1
-_ANSWER, _ERROR, _LARGE = 0, 1, 2
+_START_S = 120.0  # Python, torch and mprec are imported, on a machine that may be busy
+_END_S = 5.0
+_FIRST_REST_S, _LONGEST_REST_S = 1.0, 30.0  # of a worker that dies again and again
 
 
 class ProcessExecutor(Executor):
-    """``paths`` in a process of their own, which uses ``threads`` of torch's threads.
+    """Runs its paths in another process, whose models share their weights' memory with this one's.
 
-    The paths' models must be picklable; modules' weights are moved to shared memory when the executor starts,
-    so that what is written to them in place is seen there too. ``arena_bytes`` hold a batch and its scores;
-    larger batches go through the pipe. If the process dies, the call under way raises ``RuntimeError`` and
-    the next one starts a new process.
+    Making one moves the weights of ``paths`` into shared memory, in place and once however many executors use
+    them; no other thread may be scoring by these paths at that moment. A table of ``mprec.huge_pages`` has
+    ordinary pages from then on. Later changes of the weights are seen by the next ``run``: as with packed
+    decoders, call ``mprec.ops.clear_decoders`` after writes through ``.data`` or NumPy. A model whose modules
+    or tensors were replaced goes to a new worker, which takes seconds.
+
+    ``threads`` are torch's in the worker. ``arena_bytes`` of shared memory pass batches and scores; a larger
+    batch goes through a pipe, which is slower. Before ``start`` and after ``close`` batches are scored in the
+    caller's process, so that none is lost when an engine swaps executors.
+
+    As for everything that ``multiprocessing`` spawns, the main script needs ``if __name__ == "__main__"``.
+    The worker leaves Ctrl-C and SIGTERM to its parent and ends with it.
+
+    Raises:
+        ValueError: no threads, too small an arena, or a path whose model cannot be pickled or shared (a cache
+            of rows, a lambda, a tensor on CUDA); the message names it.
     """
 
     def __init__(
@@ -54,139 +65,253 @@ class ProcessExecutor(Executor):
         super().__init__(name, paths, profile)
         if threads < 1:
             raise ValueError(f"threads: expected at least 1, got {threads}")
-        self.threads = threads
-        self._arena = torch.empty(arena_bytes // 8, dtype=torch.int64)
-        self._number = {path.name: i for i, path in enumerate(self.paths)}
-        self._process: Any = None
-        self._pipe: Any = None
-        self._lock = threading.Lock()  # one call at a time
+        if arena_bytes < 8:
+            raise ValueError(f"arena_bytes: expected at least 8, got {arena_bytes}")
+        self.threads, self.arena_bytes = threads, arena_bytes // 8 * 8
+        self._positions = {path.name: position for position, path in enumerate(self.paths)}
+        self._lock = threading.Lock()
+        self._open = False
+        self._worker: _Worker | None = None
+        self._exit_code: int | None = None
+        self._deaths, self._rest_until = 0, 0.0  # of workers, since one answered
+        self._pack()
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process ID; None if there is none."""
+        return None if self._worker is None else self._worker.process.pid
 
     def start(self) -> None:
-        """Start the process and wait until it is ready. ``RuntimeError`` with its reason if it cannot
-        start."""
-        for path in self.paths:
-            model = getattr(path.model, "model", path.model)
-            if isinstance(model, torch.nn.Module):
-                model.share_memory()
-        self._arena.share_memory_()
+        """Start the worker and wait until it is warm, some seconds. Nothing is done if it runs already.
+
+        Raises:
+            RuntimeError: it failed; the message has its traceback or exit code.
+            TimeoutError: it was not ready after two minutes.
+        """
+        with self._lock:
+            if self._worker is None:
+                self._spawn()
+            self._open = True
+
+    def run(self, path: str, batch: Batch) -> torch.Tensor:
+        """Scores [B] of the batch by the path of that name.
+
+        What the path raises has its type here if that is a builtin or one of ``mprec.errors``, and is a
+        ``RuntimeError`` otherwise. ``RuntimeError`` with the exit code if the worker has died: the next call
+        starts another. A worker that dies again before it has answered is left alone for a second, then for
+        longer.
+        """
+        position = self._positions[path]
+        with self._lock:
+            if not self._open:
+                return super().run(path, batch)
+            changed = self._weights_changed()
+            if self._worker is None:
+                self._restart()
+            worker = self._worker
+            message, place = worker.write(position, batch, changed)
+            try:
+                reply = worker.ask(message)
+            except (EOFError, OSError) as error:
+                self._exit_code = self._died()
+                raise RuntimeError(
+                    f"executor {self.name!r}: its worker ended with exit code {self._exit_code}"
+                ) from error
+            except BaseException:  # interrupted: its reply would be taken for the next call's
+                self._worker = None
+                worker.stop(kill=True)
+                raise
+            self._deaths = 0
+            if reply == IN_ARENA:
+                return torch.from_numpy(place.copy())
+        if reply.startswith(ERROR):
+            raise _error(reply)
+        return pickle.loads(reply[1:])
+
+    def close(self) -> None:
+        """End the worker, after the batch that it scores unless that takes more than some seconds."""
+        if not self._lock.acquire(timeout=_END_S):
+            worker = self._worker
+            if worker is not None:
+                worker.process.kill()
+            self._lock.acquire()
+        try:
+            self._open = False
+            worker, self._worker = self._worker, None
+        finally:
+            self._lock.release()
+        if worker is not None:
+            worker.stop()
+
+    # -- the lock is held
+
+    def _spawn(self) -> None:
+        inputs = [path.inputs for path in self.paths]
+        self._worker = _Worker(self.name, self._packed, inputs, self.threads, self.arena_bytes)
+
+    def _restart(self) -> None:
+        rest = self._rest_until - time.monotonic()
+        if rest > 0:
+            raise RuntimeError(
+                f"executor {self.name!r}: its worker ended {self._deaths} times in a row, at last with exit "
+                f"code {self._exit_code}; it is left alone for another {rest:.1f} s"
+            )
+        try:
+            self._spawn()
+        except BaseException:
+            self._died()
+            raise
+
+    def _died(self) -> int | None:
+        """Count a death; the worker's exit code."""
+        worker, self._worker = self._worker, None
+        self._deaths += 1
+        if self._deaths > 1:
+            rest = min(_FIRST_REST_S * 2 ** min(self._deaths - 2, 16), _LONGEST_REST_S)
+            self._rest_until = time.monotonic() + rest
+        return None if worker is None else worker.stop()
+
+    def _pack(self) -> bool:
+        """Pack the models and watch their weights; True if they are not the tensors packed before."""
+        packed, tensors, modules = pack(self.paths)
+        key = [(id(t), t.data_ptr()) for t in tensors], packed.models, packed.tensors
+        new = key != getattr(self, "_key", None)
+        if new:
+            self._packed, self._key = packed, key
+        self._tensors = tensors  # kept: no other may take one's identity
+        places = [
+            (entries, name)
+            for module in modules
+            for entries in (module._parameters, module._buffers, module._modules)
+            for name, entry in entries.items()
+            if entry is not None
+        ]
+        places += [({"": t}, "") for t in _elsewhere(tensors, modules)]
+        try:
+            self._watch = _C.WeightWatch(places)
+        except (RuntimeError, TypeError):  # tensors made in inference mode: they carry no version counter
+            self._watch = None
+        return new
+
+    def _weights_changed(self) -> bool:
+        """True if the worker must not trust what it has derived from weights. Ends a worker whose tensors are
+        no longer the model's."""
+        if self._watch is None:
+            return True
+        if not self._watch.changed():
+            return False
+        if self._pack() and self._worker is not None:
+            worker, self._worker = self._worker, None
+            worker.stop()
+        return True
+
+
+class _Worker:
+    """This end of a worker that is ready."""
+
+    def __init__(self, name: str, packed: Packed, inputs: Sequence, threads: int, arena_bytes: int) -> None:
+        self._nbytes = arena_bytes
+        memory = torch.zeros(arena_bytes, dtype=torch.uint8).share_memory_()
+        # NumPy copies on one thread; torch would start a team of threads for large batches.
+        self._arena = Arena(memory.view(torch.int64).numpy(), memory.view(torch.float32).numpy())
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        models = [path.model for path in self.paths]
-        self._process = context.Process(
-            target=_serve,
-            args=(theirs, models, self._arena, self.threads),
-            name=f"mprec-{self.name}",
+        self._pipe, there = context.Pipe()
+        self.process = context.Process(
+            target=worker_module.work,
+            args=(there, memory, packed, inputs, threads),
+            name=f"mprec-{name}",
             daemon=True,
         )
         try:
-            self._process.start()
-        except (TypeError, AttributeError, RuntimeError) as error:
-            raise RuntimeError(
-                f"executor {self.name!r}: a path cannot be sent to a process: {error}"
-            ) from error
-        theirs.close()
+            self.process.start()
+        finally:
+            there.close()  # so that the worker's end is the end of the pipe
+        # The worker ignores SIGTERM, by which multiprocessing ends daemons; this comes before.
+        self._at_exit = util.Finalize(self, self.process.kill, exitpriority=100)
         try:
-            if not self._pipe.poll(_START_S):
-                raise EOFError("it did not become ready in time")
-            ready = self._pipe.recv()
+            self._wait_until_ready(name)
+        except BaseException:
+            self.stop(kill=True)
+            raise
+
+    def _wait_until_ready(self, name: str) -> None:
+        if not self._pipe.poll(_START_S):
+            raise TimeoutError(f"executor {name!r}: its worker was not ready after {_START_S:g} s")
+        try:
+            reply = self._pipe.recv_bytes()
         except (EOFError, OSError) as error:
-            self._end()
-            raise RuntimeError(f"executor {self.name!r}: its process did not start: {error}") from error
-        if ready is not None:
-            self._end()
-            raise RuntimeError(f"executor {self.name!r}: its process did not start: {ready}")
+            raise RuntimeError(
+                f"executor {name!r}: its worker ended with exit code {self.stop()} before it was ready; a "
+                'main script needs `if __name__ == "__main__"`'
+            ) from error
+        if reply.startswith(ERROR):
+            *_, trace = pickle.loads(reply[1:])
+            raise RuntimeError(f"executor {name!r}: its worker could not start:\n{trace}")
 
-    def run(self, path: str, batch: Batch) -> torch.Tensor:
-        number = self._number[path]
-        with self._lock:
-            if self._process is None:
-                self.start()
-            try:
-                return self._call(number, batch)
-            except (EOFError, OSError) as error:
-                process = self._process
-                self._end()
-                raise RuntimeError(
-                    f"executor {self.name!r}: its process died (exit code {process.exitcode})"
-                ) from error
+    def write(self, path: int, batch: Batch, changed: bool) -> tuple[bytes, np.ndarray | None]:
+        """(message for ``ask``, where the scores will be), with the batch in the arena; or (message with the
+        batch in it, None)."""
+        tensors = batch.dense, batch.indices, batch.offsets, batch.labels
+        sizes = _sizes(*tensors)
+        if sizes is None or not fits(self._nbytes, *sizes):
+            whole = Batch(
+                *(tensor.detach().clone() for tensor in tensors)
+            )  # not all that a view is a view of
+            return REQUEST.pack(False, changed, path, 0, 0, 0, 0) + pickle.dumps(whole), None
+        *places, scores = self._arena.parts(*sizes)
+        for place, tensor in zip(places, tensors, strict=True):
+            place[...] = tensor.detach().numpy()
+        return REQUEST.pack(True, changed, path, *sizes), scores
 
-    def close(self) -> None:
-        with self._lock:
-            self._end()
+    def ask(self, message: bytes) -> bytes:
+        """The reply. ``EOFError`` or ``OSError`` if the worker has died."""
+        self._pipe.send_bytes(message)
+        return self._pipe.recv_bytes()
 
-    def _call(self, number: int, batch: Batch) -> torch.Tensor:
-        dense, indices, offsets = batch.dense, batch.indices, batch.offsets
-        samples, columns, ids = len(batch), dense.shape[1], len(indices)
-        half = (samples * columns + 1) // 2  # 64-bit words of the dense numbers
-        if half + ids + len(offsets) + samples > len(self._arena):
-            self._pipe.send_bytes(_HEADER.pack(number, samples, _BY_PIPE, 0, 0))
-            self._pipe.send((dense.numpy(), indices.numpy(), offsets.numpy()))
-        else:
-            _dense(self._arena, samples, columns).copy_(dense)
-            self._arena[half : half + ids].copy_(indices)
-            self._arena[half + ids : half + ids + len(offsets)].copy_(offsets)
-            self._pipe.send_bytes(_HEADER.pack(number, samples, columns, ids, len(offsets)))
-        answer = self._pipe.recv_bytes()
-        kind = answer[0]
-        if kind == _ERROR:
-            name, text = answer[1:].decode().split("\n", 1)
-            known = getattr(builtins, name, None) or getattr(errors, name, None)
-            if isinstance(known, type) and issubclass(known, Exception):
-                with contextlib.suppress(TypeError):
-                    raise known(text)
-            raise RuntimeError(f"{name}: {text}")
-        if kind == _LARGE:
-            return torch.from_numpy(self._pipe.recv())
-        count = struct.unpack_from("<q", answer, 1)[0]
-        return self._arena.view(torch.float32)[:count].clone()
-
-    def _end(self) -> None:
-        if self._process is None:
-            return
-        self._pipe.close()  # the process sees it and ends
-        self._process.join(2.0)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._process = self._pipe = None
+    def stop(self, kill: bool = False) -> int | None:
+        """The exit code. A worker that waits for messages ends by itself."""
+        self._pipe.close()
+        if not kill:
+            self.process.join(_END_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self._at_exit.cancel()
+        return self.process.exitcode
 
 
-def _dense(arena: torch.Tensor, samples: int, columns: int) -> torch.Tensor:
-    return arena.view(torch.float32)[: samples * columns].view(samples, columns)
+def _elsewhere(tensors: Sequence[torch.Tensor], modules: Sequence[torch.nn.Module]) -> list[torch.Tensor]:
+    """Those that are in no module's dicts."""
+    held = {id(t) for m in modules for entries in (m._parameters, m._buffers) for t in entries.values()}
+    return [tensor for tensor in tensors if id(tensor) not in held]
 
 
-def _serve(pipe, models: Sequence[Any], arena: torch.Tensor, threads: int) -> None:
-    """The process: answer until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent drains
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(threads)
-    pipe.send(None)
-    while True:
-        try:
-            number, samples, columns, ids, ends = _HEADER.unpack(pipe.recv_bytes())
-            if columns == _BY_PIPE:
-                dense, indices, offsets = map(torch.from_numpy, pipe.recv())
-            else:
-                start = (samples * columns + 1) // 2
-                dense = _dense(arena, samples, columns)
-                indices = arena[start : start + ids]
-                offsets = arena[start + ids : start + ids + ends]
-        except (EOFError, OSError):
-            return
-        try:
-            batch = Batch(dense, indices, offsets, torch.zeros(samples))
-            scores = torch.as_tensor(models[number](batch), dtype=torch.float32).detach().contiguous()
-        except Exception as error:
-            reply = bytes([_ERROR]) + f"{type(error).__name__}\n{error}".encode()
-        else:
-            if scores.dim() == 1 and math.prod(scores.shape) <= 2 * len(arena):
-                arena.view(torch.float32)[: len(scores)].copy_(scores)
-                reply = bytes([_ANSWER]) + struct.pack("<q", len(scores))
-            else:
-                reply = bytes([_LARGE])
-        try:
-            pipe.send_bytes(reply)
-            if reply[0] == _LARGE:
-                pipe.send(scores.numpy())
-        except OSError:
-            return
+def _sizes(dense, indices, offsets, labels) -> tuple[int, int, int, int] | None:
+    """Samples, dense numbers, indices and offsets of a batch of the arena's dtypes; None for any other."""
+    if not (
+        dense.dtype == labels.dtype == torch.float32
+        and indices.dtype == offsets.dtype == torch.int64
+        and dense.dim() == 2
+        and indices.dim() == offsets.dim() == labels.dim() == 1
+        and len(dense) == len(labels)
+        and dense.is_cpu
+        and indices.is_cpu
+        and offsets.is_cpu
+        and labels.is_cpu
+    ):
+        return None
+    return len(labels), dense.shape[1], len(indices), len(offsets)
+
+
+def _error(reply: bytes) -> Exception:
+    module, name, text, trace = pickle.loads(reply[1:])
+    home = {"builtins": builtins, "mprec.errors": errors}.get(module)
+    kind = getattr(home, name, None)
+    try:
+        if not issubclass(kind, Exception):
+            raise TypeError
+        error = kind(text)
+    except TypeError:  # of another home, or made of more than a text
+        error = RuntimeError(f"{name}: {text}")
+    error.add_note(f"In the worker:\n{trace}")
+    return error
