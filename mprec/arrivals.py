@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 __all__ = [
+    "LOGNORMAL_SIZES",
     "Arrivals",
     "Bursty",
     "Diurnal",
@@ -237,6 +238,10 @@ class QuerySizes:
         """int64 [count]."""
         mu = math.log(self.mean) - self.sigma**2 / 2
         return np.clip(np.rint(rng.lognormal(mu, self.sigma, count)), 1, self.largest).astype(np.int64)
+
+
+#: Mean 128, as in MP-Rec.
+LOGNORMAL_SIZES = QuerySizes()
 
 
 @dataclass(frozen=True)

@@ -119,3 +119,12 @@ def test_neither_torch_nor_the_engine_is_imported():
     code = "import sys, mprec.arrivals; print(sorted({'torch', 'mprec.serving'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_sizes_are_lognormal_with_the_mean_asked_for():
+    sizes = QuerySizes(mean=128, sigma=0.5, largest=10**6).draw(200_000, np.random.default_rng(0))
+    assert sizes.mean() == pytest.approx(128, rel=0.01)
+    assert np.log(sizes).std() == pytest.approx(0.5, rel=0.02)
+    clipped = QuerySizes(mean=128, sigma=2.0).draw(10_000, np.random.default_rng(0))
+    assert (clipped.min(), clipped.max()) == (1, 1024)
+    assert (QuerySizes(mean=7, sigma=0).draw(10, np.random.default_rng(0)) == 7).all()

@@ -1,3 +1,5 @@
+import contextlib
+import gc
 import math
 import time
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 from dispatch_fakes import Clock, fake_profile
 
+from mprec.arrivals import Poisson, Steps
 from mprec.data import ClickDataset, Column
 from mprec.dispatch import Dispatcher, Path
 from mprec.serving import Engine
@@ -17,10 +20,11 @@ from mprec.serving.loadtest import (
     contestants,
     find_max_qps,
     generate,
+    generate_from,
+    no_collection,
     ratio_to_best,
     replay,
     suggested_qps,
-    sweep,
 )
 
 ROWS = 1000
@@ -51,15 +55,6 @@ def paths():
         Path("poor", "table", 0.6, knows(0.6), "shape of poor"),
         Path("good", "dhe", 0.9, knows(0.9), "shape of good"),
     ]
-
-
-def test_sizes_are_lognormal_with_the_mean_asked_for():
-    sizes = QuerySizes(mean=128, sigma=0.5, largest=10**6).draw(200_000, np.random.default_rng(0))
-    assert sizes.mean() == pytest.approx(128, rel=0.01)
-    assert np.log(sizes).std() == pytest.approx(0.5, rel=0.02)
-    clipped = QuerySizes(mean=128, sigma=2.0).draw(10_000, np.random.default_rng(0))
-    assert (clipped.min(), clipped.max()) == (1, 1024)
-    assert (QuerySizes(mean=7, sigma=0).draw(10, np.random.default_rng(0)) == 7).all()
 
 
 def test_arrivals_are_poisson_and_repeatable():
@@ -142,6 +137,62 @@ def test_latency_counts_from_when_a_query_was_due():
     assert outcome.percentile_ms(50) > 400
 
 
+def test_the_generators_own_lateness_is_told():
+    clock = Clock()
+    engine = StepEngine(Dispatcher([timed(paths()[0], clock)], fake_profile(COSTS)), sla_s=10.0, clock=clock)
+    load = generate(dataset(), 1.0, 20, sizes=QuerySizes(100, 0))
+    # The first query is due at once; a path's call of 0.2 ms keeps no other from being due on time.
+    outcome = replay(engine, load, sleep=lambda seconds: clock.advance(seconds + 0.03))
+    assert outcome.row("x")["generator_late_ms"] == pytest.approx(30.0, abs=0.5)
+    punctual = replay(engine, load, sleep=clock.advance)
+    assert punctual.row("x")["generator_late_ms"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_divisor_is_the_nominal_duration_where_it_is_given():
+    clock = Clock()
+    engine = StepEngine(Dispatcher([timed(paths()[0], clock)], fake_profile(COSTS)), sla_s=10.0, clock=clock)
+    load = generate_from(dataset(), Poisson(2.0), 8.0, sizes=QuerySizes(10, 0))
+    before = clock()
+    outcome = replay(engine, load, starts_s=0.0, seconds=8.0, clock=clock, sleep=clock.advance)
+    assert outcome.seconds == 8.0
+    assert outcome.row("x")["correct_per_s"] == outcome.correct / 8.0
+    assert clock() - before >= load[-1].at_s  # the piece starts before its first query
+
+
+def test_pieces_of_a_load_with_a_duration_last_equally_long():
+    """A load of two rates, one a piece: a piece of few queries lasts as long as one of many."""
+    load = generate_from(dataset(), Steps((50.0, 400.0), 0.3), 0.6, sizes=QuerySizes(20, 0))
+    few = sum(len(a.batch) for a in load if a.at_s < 0.3)
+    outcomes = compare(
+        {"poor": Dispatcher(paths()[:1], fake_profile(COSTS))}, load, rounds=2, seconds=0.6, sla_s=60.0
+    )
+    outcome = outcomes["poor"]
+    assert outcome.seconds == pytest.approx(0.6)
+    assert outcome.samples == sum(len(a.batch) for a in load)
+    right = sum(int((a.batch.indices < 600).sum()) for a in load if a.at_s < 0.3)
+    assert outcome.piece_rates[0] == pytest.approx(right / 0.3)
+    assert few < outcome.samples / 3
+    low, high = outcome.piece_rates
+    assert outcome.row("poor")["correct_per_s_error"] == pytest.approx(abs(high - low) / 2)
+
+
+def test_a_load_of_many_queries_asks_some_again(monkeypatch):
+    monkeypatch.setattr("mprec.serving.loads._MOST_DISTINCT", 5)
+    load = generate(dataset(), 10.0, 50, sizes=QuerySizes(4, 0.5))
+    assert len(load) == 50
+    assert len({id(a.batch) for a in load}) == 5
+
+
+def test_no_collection_is_undone():
+    assert gc.isenabled()
+    with contextlib.suppress(KeyError), no_collection():
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 0
+        raise KeyError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
 def test_contestants_serve_the_same_load_in_real_time():
     load = generate(dataset(), 2000.0, 60, sizes=QuerySizes(20, 0.5))
     dispatchers = contestants(paths(), fake_profile(COSTS))
@@ -170,26 +221,6 @@ def test_a_ratio_of_contestants_has_an_error():
     assert error == pytest.approx(20 / math.sqrt(400) / pieces["best"].mean(), rel=0.15)
     nobody = {name: Outcome(1.0) for name in ("a", "dispatcher")}
     assert math.isnan(ratio_to_best(nobody)[0])
-
-
-def test_a_sweep_covers_every_load_and_contestant():
-    limit, entries = sweep(
-        contestants(paths(), fake_profile(COSTS)),
-        dataset(),
-        loads=(0.05, 0.2),
-        seconds=0.3,
-        rounds=2,
-        sizes=QuerySizes(20, 0.5),
-        sla_s=60.0,
-    )
-    assert limit > 0
-    assert [entry["load"] for entry in entries] == [0.05, 0.2]
-    for entry in entries:
-        assert entry["qps"] == pytest.approx(entry["load"] * limit)
-        assert [row["path"] for row in entry["rows"]] == ["poor", "good", "dispatcher"]
-        assert all(row["violations"] == 0 for row in entry["rows"])
-        assert entry["best"] == "good"
-        assert entry["ratio"] == pytest.approx(1.0, abs=0.02)
 
 
 def test_an_empty_outcome_has_no_figures():
@@ -231,6 +262,9 @@ def test_capacity_counts_what_the_paths_can_do():
     limit = 1 / 4e-3  # a sleep may last longer, never shorter
     assert 0 < capacity(Dispatcher([slow], profile), queries, max_batch=8) <= limit
     contest = contestants([slow, fast], profile)
+    broken = Path("broken", "table", 0.6, lambda batch: 1 / 0, "b")
+    with pytest.raises(RuntimeError, match="20 of 20 queries were not answered"):
+        capacity(Dispatcher([broken], fake_profile({"broken": (1e-6, 0.0)})), queries)
     qps = suggested_qps(contest, dataset(), sizes=QuerySizes(8, 0), queries=20, max_batch=8)
     assert 0 < qps < math.inf
 
@@ -242,8 +276,9 @@ def test_refusals():
         (lambda: generate(data, math.nan, 10), "qps"),
         (lambda: generate(data, 1.0, 0), "queries"),
         (lambda: generate(data.take(slice(0, 0)), 1.0, 1), "no rows"),
-        (lambda: QuerySizes(mean=0), "mean"),
         (lambda: compare({}, generate(data, 1e3, 2), rounds=3, sla_s=1.0), "rounds"),
+        (lambda: compare({}, generate(data, 1e3, 2), rounds=1, seconds=1e-9, sla_s=1.0), "seconds"),
+        (lambda: generate_from(data, Poisson(1e-9), 1.0), "seconds"),
         (lambda: contestants(paths(), fake_profile(COSTS), dispatcher="good"), "good"),
         (lambda: find_max_qps(lambda qps: 0.0, 0.0), "start"),
     ):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from mprec.triton_kernels import row_cache
 from test_ops import make_decoder, ragged
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -10,6 +9,7 @@ import mprec.nn
 from mprec import optim, reference
 from mprec.cache import DeviceCachedDeepHashEmbeddingBag
 from mprec.ops._quantized import dims_of
+from mprec.triton_kernels import row_cache
 
 
 def bags():

@@ -1,10 +1,11 @@
 """Load tests: queries of real samples arriving at random, answered by an engine in real time.
 
-Arrivals are a Poisson process, query sizes lognormal, as in DeepRecSys (Gupta et al., ISCA 2020) and MP-Rec.
-Latency counts from the moment a query was due, not from when the generator got round to submitting it, so a
-stall of the whole process is seen (no coordinated omission). Contestants take turns over pieces of the same
-load, so that a noisy neighbour hits all of them alike, and the garbage collector is off, since one collection
-would decide a contest.
+Arrivals and query sizes are those of :mod:`mprec.arrivals`: by default a Poisson process and lognormal
+sizes, as in DeepRecSys (Gupta et al., ISCA 2020) and MP-Rec. Latency counts from the moment a query was due,
+not from when the generator got round to submitting it, so a stall of the whole process is seen (no
+coordinated omission). How late the generator was is told too: where that is much, the run was disturbed.
+Contestants take turns over pieces of the same load, so that a noisy neighbour hits all of them alike, and the
+garbage collector is off, since one collection would decide a contest.
 
 The figure of merit is the *latency-bounded throughput of correct predictions*: samples whose query was
 answered in time and whose predicted class is the label, per second of the load. Nothing is assumed: both are
@@ -14,25 +15,27 @@ punished.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from mprec.arrivals import LOGNORMAL_SIZES, QuerySizes, Sizes
 from mprec.data import Batch, ClickDataset
 from mprec.dispatch import Dispatcher, Path, Profile
-from mprec.dispatch.microbenchmark import no_gc
 from mprec.serving.engine import Engine, QueryRefusedError
 from mprec.serving.executors import Executor
+from mprec.serving.loads import Arrival, generate, generate_from
 from mprec.serving.process_executor import ProcessExecutor
 
 __all__ = [
-    "LOADS",
     "Arrival",
     "Outcome",
     "QuerySizes",
@@ -42,62 +45,26 @@ __all__ = [
     "engine_for",
     "find_max_qps",
     "generate",
+    "generate_from",
     "ratio_to_best",
     "replay",
     "suggested_qps",
-    "sweep",
 ]
 
-#: Of the fastest path's capacity: from nearly idle to three times too much.
-LOADS = (0.1, 0.3, 0.6, 0.9, 1.5, 3.0)
 
-
-@dataclass(frozen=True)
-class QuerySizes:
-    """Lognormal number of samples per query: its ``mean`` before clipping to ``[1, largest]``, and
-    ``sigma``, the standard deviation of its logarithm.
-    """
-
-    mean: float = 128.0
-    sigma: float = 1.0
-    largest: int = 1024
-
-    def __post_init__(self) -> None:
-        if not (self.mean > 0 and self.sigma >= 0 and self.largest >= 1):
-            raise ValueError(f"query sizes need mean > 0, sigma >= 0 and largest >= 1, got {self}")
-
-    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """int64 [count]."""
-        mu = math.log(self.mean) - self.sigma**2 / 2
-        return np.clip(np.rint(rng.lognormal(mu, self.sigma, count)), 1, self.largest).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A query that is due ``at_s`` seconds after the load's start."""
-
-    at_s: float
-    batch: Batch
-
-
-def generate(
-    dataset: ClickDataset, qps: float, queries: int, *, sizes: QuerySizes = QuerySizes(), seed: int = 0
-) -> list[Arrival]:
-    """A Poisson load: ``queries`` queries at ``qps`` per second on average, each of random rows of
-    ``dataset``.
-    """
-    if not 0 < qps < math.inf:
-        raise ValueError(f"qps must be positive and finite, got {qps}")
-    if queries < 1:
-        raise ValueError(f"queries must be at least 1, got {queries}")
-    if not len(dataset):
-        raise ValueError(f"{dataset.name}: no rows to ask about")
-    rng = np.random.default_rng(seed)
-    times = np.cumsum(rng.exponential(1 / qps, queries))
-    return [
-        Arrival(float(at), dataset.batch(rng.integers(len(dataset), size=size)))
-        for at, size in zip(times, sizes.draw(queries, rng), strict=True)
-    ]
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection; what is alive now is left out of the next ones until the end."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
 
 
 @dataclass
@@ -117,6 +84,8 @@ class Outcome:
     piece_rates: list[float] = field(default_factory=list)  # correct in time per second, piece by piece
     last_finish_s: float = -math.inf  # on the engine's clock
     paths: Counter = field(default_factory=Counter)  # answered samples by path
+    generator_late_s: list[float] = field(default_factory=list)  # of every query, until it was submitted
+    corrections: list[dict[str, float]] = field(default_factory=list)  # the engine's, after each piece
 
     @property
     def queries(self) -> int:
@@ -131,19 +100,44 @@ class Outcome:
         """Latency of the answered queries; None if there are none."""
         return float(np.percentile(self.latencies_s, q)) * 1e3 if self.latencies_s else None
 
+    @property
+    def rate_error(self) -> float | None:
+        """Standard error of the correct predictions per second, over the pieces; None with one piece."""
+        if len(self.piece_rates) < 2:
+            return None
+        return statistics.stdev(self.piece_rates) / math.sqrt(len(self.piece_rates))
+
+    def slowness(self) -> dict[str, float]:
+        """Observed over profiled time of each path that answered: the median over the pieces."""
+        return {
+            path: statistics.median(after[path] for after in self.corrections if path in after)
+            for path in sorted(self.paths)
+            if any(path in after for after in self.corrections)
+        }
+
     def row(self, name: str) -> dict[str, Any]:
-        """JSON-able summary."""
+        """JSON-able summary. ``violations`` (late, refused or failed) and ``late`` are shares of the
+        queries; ``refused`` and ``failed`` are counts; ``correct_per_s_error`` is a standard error.
+        """
+        late = len(self.latencies_s) - self.in_time
         return {
             "path": name,
             **{f"p{q}_ms": self.percentile_ms(q) for q in (50, 95, 99)},
+            "queries": self.queries,
             "violations": self.violations,
+            "late": late / self.queries if self.queries else 0.0,
             "refused": dict(self.refused),
             "failed": self.failed,
             "accuracy": self.correct / self.samples if self.samples else None,
             "samples_per_s": self.samples_in_time / self.seconds if self.seconds else 0.0,
             "correct_per_s": self.correct_in_time / self.seconds if self.seconds else 0.0,
+            "correct_per_s_error": self.rate_error,
             "pieces": self.piece_rates,
             "chosen": {path: count / self.samples for path, count in sorted(self.paths.items())},
+            "slowness": self.slowness(),
+            "generator_late_ms": float(np.percentile(self.generator_late_s, 99)) * 1e3
+            if self.generator_late_s
+            else None,
         }
 
     def _add(self, due: float, batch: Batch, future) -> None:
@@ -174,28 +168,40 @@ def replay(
     load: Sequence[Arrival],
     outcome: Outcome | None = None,
     *,
-    clock: Callable[[], float] = time.perf_counter,
+    starts_s: float | None = None,
+    seconds: float | None = None,
+    clock: Callable[[], float] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Outcome:
     """Submit a load's queries when they are due to a started engine, wait for all, and count.
 
-    Its clock must be the engine's. Adds to ``outcome`` if given. The load's duration is added to its seconds:
-    the time from the first to the last query's due time, and one mean gap.
+    ``starts_s``: when in the load's time this piece of it starts (None: at its first query). ``seconds``: how
+    long the piece lasts (None: from the first to the last query's due time, and one mean gap); added to the
+    outcome's seconds. ``clock``: the engine's by default, and it must be. Adds to ``outcome`` if given.
     """
     outcome = Outcome(engine.sla_s) if outcome is None else outcome
-    origin = load[0].at_s
+    clock = engine.clock if clock is None else clock
+    if seconds is None:
+        seconds = (load[-1].at_s - load[0].at_s) * len(load) / max(len(load) - 1, 1) if load else 0.0
+    if load and starts_s is None:
+        starts_s = load[0].at_s
+    # Prepared ahead: between two queries the generator only sleeps and submits.
+    waiting: list = [None] * len(load)
+    late = [0.0] * len(load)
+    submit = engine.submit
     start = clock()
-    futures = []
-    for arrival in load:
-        due = start + arrival.at_s - origin
+    for i, arrival in enumerate(load):
+        due = start + arrival.at_s - starts_s
+        # Sleeping leaves the core to the engine; how late it ends is recorded.
         if (wait := due - clock()) > 0:
             sleep(wait)
-        futures.append((due, engine.submit(arrival.batch, arrived_s=due)))
+        late[i] = clock() - due
+        waiting[i] = due, submit(arrival.batch, arrived_s=due)
     before = outcome.correct_in_time
-    for arrival, (due, future) in zip(load, futures, strict=True):
+    for arrival, (due, future) in zip(load, waiting, strict=True):
         outcome._add(due, arrival.batch, future)
-    span = load[-1].at_s - origin
-    seconds = span * len(load) / max(len(load) - 1, 1)
+    outcome.generator_late_s += late
+    outcome.corrections.append(dict(engine.statistics()["corrections"]))
     outcome.seconds += seconds
     if seconds:
         outcome.piece_rates.append((outcome.correct_in_time - before) / seconds)
@@ -234,29 +240,40 @@ def compare(
     load: Sequence[Arrival],
     *,
     rounds: int = 4,
+    seconds: float | None = None,
+    seed: int = 0,
     progress: Callable[[str, float], object] | None = None,
     **engine_options: Any,
 ) -> dict[str, Outcome]:
     """Let each contestant serve the same load; in turns, a piece of the load each, ``rounds`` pieces.
 
-    Each serves with an engine of its own (``engine_options``: ``sla_s``, ``max_batch``, ...), empty at
-    the start of every piece. ``progress`` gets who is next and the share done.
+    The order of the turns is drawn anew for every piece. With ``seconds``, the load's nominal duration,
+    pieces last equally long; without, they have equally many queries. Each contestant serves with an engine
+    of its own (``engine_options``: ``sla_s``, ``max_batch``, ...), empty at the start of every piece.
+    ``progress`` gets who is next and the share done.
     """
     if not 1 <= rounds <= len(load):
         raise ValueError(f"rounds must be between 1 and the number of queries, {len(load)}, got {rounds}")
+    if seconds is None:
+        edges, starts, lasts = np.linspace(0, len(load), rounds + 1).astype(int), [None] * rounds, None
+    else:
+        if not load[-1].at_s < seconds < math.inf:
+            raise ValueError(f"seconds: expected more than the last query's {load[-1].at_s:g}, got {seconds}")
+        cuts = np.linspace(0.0, seconds, rounds + 1)
+        edges, starts = np.searchsorted([a.at_s for a in load], cuts), cuts[:-1].tolist()
+        lasts = seconds / rounds
     engines = {name: engine_for(d, **engine_options).start() for name, d in dispatchers.items()}
     outcomes = {name: Outcome(engine.sla_s) for name, engine in engines.items()}
-    edges = np.linspace(0, len(load), rounds + 1).astype(int)
     names = list(engines)
-    order = np.random.default_rng(len(load))
+    order = np.random.default_rng(seed)
     try:
-        for r in range(rounds):
-            piece = load[edges[r] : edges[r + 1]]
-            for i, name in enumerate(order.permutation(names).tolist()):
-                if progress is not None:
-                    progress(name, (r * len(names) + i) / (rounds * len(names)))
-                with no_gc():
-                    replay(engines[name], piece, outcomes[name])
+        with no_collection():
+            for r in range(rounds):
+                piece = load[edges[r] : edges[r + 1]]
+                for i, name in enumerate(order.permutation(names).tolist()):
+                    if progress is not None:
+                        progress(name, (r * len(names) + i) / (rounds * len(names)))
+                    replay(engines[name], piece, outcomes[name], starts_s=starts[r], seconds=lasts)
     finally:
         for engine in engines.values():
             engine.close()
@@ -281,66 +298,36 @@ def ratio_to_best(outcomes: Mapping[str, Outcome], name: str = "dispatcher") -> 
     return ratio, float(error), best
 
 
-def sweep(
-    dispatchers: Mapping[str, Contestant],
-    dataset: ClickDataset,
-    *,
-    loads: Sequence[float] = LOADS,
-    seconds: float = 2.0,
-    rounds: int = 3,
-    sizes: QuerySizes = QuerySizes(),
-    seed: int = 0,
-    progress: Callable[[str, float], object] | None = None,
-    **engine_options: Any,
-) -> tuple[float, list[dict[str, Any]]]:
-    """The contestants at each of ``loads``, in shares of the greatest measured :func:`capacity` of a
-    contestant.
-
-    ``seconds`` of load for each contestant and load, cut in ``rounds`` turns. Returns (that capacity in
-    queries per second, a JSON-able entry for each load: ``load``, ``qps``, ``rows``, ``ratio``,
-    ``ratio_error``, ``best``).
-    """
-    batches = [a.batch for a in generate(dataset, 1.0, 300, sizes=sizes, seed=seed)]
-    limits = [
-        statistics.median(capacity(dispatcher, batches, **engine_options) for _ in range(3))
-        for dispatcher in dispatchers.values()
-    ]
-    limit, entries = max(limits), []
-    for i, share in enumerate(loads):
-        qps = share * limit
-        load = generate(dataset, qps, max(int(qps * seconds), 10 * rounds), sizes=sizes, seed=seed + i)
-
-        def report(name: str, done: float, share=share, i=i) -> None:
-            if progress is not None:
-                progress(f"load {share:g}", (i + done) / len(loads))
-
-        outcomes = compare(dispatchers, load, rounds=rounds, progress=report, **engine_options)
-        ratio, error, best = ratio_to_best(outcomes, list(dispatchers)[-1])
-        rows = [outcome.row(name) for name, outcome in outcomes.items()]
-        entries.append(
-            {"load": share, "qps": qps, "rows": rows, "ratio": ratio, "ratio_error": error, "best": best}
-        )
-    return limit, entries
-
-
-def capacity(dispatcher: Contestant, queries: Sequence[Batch], **engine_options: Any) -> float:
+def capacity(
+    dispatcher: Contestant, queries: Sequence[Batch], *, repeats: int = 1, **engine_options: Any
+) -> float:
     """Queries per second that an engine gets through when all of them wait from the start.
 
-    ``engine_options`` as for ``compare``; the SLA does not matter here.
+    The median of ``repeats`` runs. ``engine_options`` as for ``compare``; the SLA does not matter here.
+    ``RuntimeError`` if a query was refused or failed: what is left would be no capacity.
     """
     options = {**engine_options, "sla_s": 3600.0, "admission": False}
     options["max_queue"] = max(sum(map(len, queries)), 1)
-    with engine_for(dispatcher, **options) as engine, no_gc():
-        start = engine.clock()
-        outcome = replay(engine, [Arrival(0.0, batch) for batch in queries])
-    return len(queries) / (outcome.last_finish_s - start)
+    rates = []
+    for _ in range(repeats):
+        with engine_for(dispatcher, **options) as engine, no_collection():
+            start = engine.clock()
+            outcome = replay(engine, [Arrival(0.0, batch) for batch in queries])
+        if answered := len(outcome.latencies_s):
+            rates.append(answered / (outcome.last_finish_s - start))
+        if answered < len(queries):
+            raise RuntimeError(
+                f"capacity: {len(queries) - answered} of {len(queries)} queries were not answered "
+                f"({outcome.failed} failed, refused: {dict(outcome.refused)})"
+            )
+    return statistics.median(rates)
 
 
 def suggested_qps(
     dispatchers: Mapping[str, Contestant],
     dataset: ClickDataset,
     *,
-    sizes: QuerySizes = QuerySizes(),
+    sizes: Sizes = LOGNORMAL_SIZES,
     queries: int = 200,
     seed: int = 0,
     **engine_options: Any,
