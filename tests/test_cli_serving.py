@@ -144,6 +144,59 @@ def test_loadtest_reports_every_path_and_the_dispatcher(checkpoints, tmp_path, c
     assert "warm" not in captured.err
 
 
+def test_loadtest_sweeps_draws_and_writes(checkpoints, tmp_path, capsys):
+    load = [
+        "--loads",
+        "0.05,0.2",
+        "--slas-ms",
+        "500,2000",
+        "--seconds",
+        0.3,
+        "--rounds",
+        2,
+        "--size-mean",
+        16,
+    ]
+    profile = ["--profile", tmp_path / "p.json", "--profile-seconds", 0.2]
+    arguments = [*common(checkpoints), *profile, *load, "--arrivals", "bursty"]
+    result = call_json(capsys, "loadtest", *arguments, "--output", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert len(result["rows"]) == 2 * 2 * (len(REPRESENTATIONS) + 1)
+    assert result["capacity_of"] in REPRESENTATIONS
+    assert result["dispatcher"] == "dispatcher"
+    assert call("loadtest", *arguments) == 0
+    captured = capsys.readouterr()
+    assert max(map(len, captured.out.splitlines())) <= 80
+    assert "SLA 500 ms, bursty arrivals" in captured.out
+    assert captured.out.count("dispatcher") == 4
+    assert "warning: load 0.05, SLA 500 ms: a turn lasts 0.15 s, less than 8 SLAs" in captured.err
+
+
+def test_loadtest_of_which_nothing_is_answered_has_a_status_of_its_own(checkpoints, tmp_path, capsys):
+    """A target that no path can meet: every query is refused."""
+    profile = ["--profile", tmp_path / "p.json", "--profile-seconds", 0.2]
+    load = ["--qps", 200, "--queries", 20, "--sla-ms", 1e-6, "--rounds", 2]
+    assert call("loadtest", *common(checkpoints), *profile, *load) == 3
+    assert "refused or failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sla-ms", "nan"), "--sla-ms"),
+        (("--qps", "0"), "--qps"),
+        (("--rounds", "0"), "--rounds"),
+        (("--arrivals", "often"), "arrivals"),
+        (("--qps", "9", "--slas-ms", "5,10"), "--slas-ms"),
+        (("--driver", "loadgen", "--arrivals", "bursty"), "--arrivals"),
+    ],
+)
+def test_loadtest_refuses(checkpoints, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call("loadtest", *common(checkpoints), *arguments)
+
+
 def test_plan_from_checkpoints(checkpoints, tmp_path, capsys):
     plans = tmp_path / "plan.json"
     arguments = ["--checkpoints", *files(checkpoints), "--batch-size", 8]

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from dispatch_fakes import fake_profile
@@ -27,3 +29,31 @@ def test_loadgen_drives_an_engine_and_judges():
         assert float(result.summary["target_qps"]) == 200.0
         with pytest.raises(ValueError, match="qps"):
             run_loadgen(engine, [query(1)], qps=0.0)
+
+
+def test_refused_queries_make_a_run_invalid_and_the_reason_is_told():
+    """LoadGen takes a refusal for an answer given at once: by itself it would call this run valid."""
+    path = Path("p", "table", 0.5, lambda b: b.indices.float(), "shape of p")
+    dispatcher = Dispatcher([path], fake_profile({"p": (1e-5, 1e-8)}))
+    with Engine(dispatcher, sla_s=5.0) as engine:
+        engine.close()
+        result = run_loadgen(engine, [query(4)], qps=200.0, seconds=0.5, min_queries=50)
+    assert not result.valid
+    assert result.refused == result.queries >= 50
+    assert f"{result.refused} of {result.queries} queries refused" in result.reason
+
+
+def test_loadgens_own_reason_is_told():
+    """An answer that takes four times the target: LoadGen names the condition that was not met."""
+
+    def slow(batch):
+        time.sleep(0.02)
+        return batch.indices.float()
+
+    path = Path("p", "table", 0.5, slow, "shape of p")
+    dispatcher = Dispatcher([path], fake_profile({"p": (2e-2, 1e-8)}))
+    with Engine(dispatcher, sla_s=0.005, admission=False) as engine:
+        result = run_loadgen(engine, [query(4)], qps=20.0, seconds=0.5, min_queries=5)
+    assert not result.valid
+    assert result.reason.startswith("LoadGen: ")
+    assert "Performance constraints satisfied" in result.reason

@@ -16,8 +16,9 @@ from mprec.report.figures import path_colour
 
 __all__ = ["draw"]
 
-# Paths beyond the four representations are grey: their marks tell them apart.
 _MARKERS = "osD^vP*X"
+# Of paths beyond the four representations: what is left of Okabe and Ito's palette, and two that differ.
+_FURTHER = ("#E69F00", "#56B4E9", "#F0E442", "#8C564B", "#999999")
 
 
 def draw(result: Mapping[str, Any], file: str | os.PathLike) -> None:
@@ -37,12 +38,13 @@ def draw(result: Mapping[str, Any], file: str | os.PathLike) -> None:
         layout="constrained",
     )
     names = list(dict.fromkeys(row["path"] for row in rows))
+    colours = _colours(names)
     for column, sla in zip(panels.T, slas, strict=True):
         of_sla = sorted((row for row in rows if row["sla_ms"] == sla), key=lambda row: row["load"])
         for name, marker in zip(names, _cycled(_MARKERS, len(names)), strict=True):
             own = [row for row in of_sla if row["path"] == name]
-            _lines(column[0], column[1], own, name, marker, strong=name == dispatcher)
-        _mix(column[2], [row for row in of_sla if row["path"] == dispatcher], names)
+            _lines(column[0], column[1], own, name, colours[name], marker, strong=name == dispatcher)
+        _mix(column[2], [row for row in of_sla if row["path"] == dispatcher], colours)
         column[0].set_title(f"SLA {sla:g} ms", fontsize=10)
         _finish(column, sorted({row["load"] for row in of_sla}), result["capacity_of"])
     panels[0, 0].set_ylabel("correct predictions\nin time per second")
@@ -59,15 +61,23 @@ def draw(result: Mapping[str, Any], file: str | os.PathLike) -> None:
     plt.close(figure)
 
 
-def _cycled(marks: str, count: int) -> Sequence[str]:
+def _cycled(marks: Sequence[str], count: int) -> Sequence[str]:
     return [marks[i % len(marks)] for i in range(count)]
 
 
-def _lines(correct, missed, rows, name: str, marker: str, *, strong: bool) -> None:
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    unknown = path_colour("")
+    further = [name for name in names if path_colour(name) == unknown]
+    return {name: path_colour(name) for name in names} | dict(
+        zip(further, _cycled(_FURTHER, len(further)), strict=True)
+    )
+
+
+def _lines(correct, missed, rows, name: str, colour: str, marker: str, *, strong: bool) -> None:
     """A contestant's lines; bars are one standard error."""
     loads = [row["load"] for row in rows]
     style = {
-        "color": path_colour(name),
+        "color": colour,
         "marker": marker,
         "markersize": 4,
         "linewidth": 2.2 if strong else 1.2,
@@ -78,24 +88,13 @@ def _lines(correct, missed, rows, name: str, marker: str, *, strong: bool) -> No
     missed.plot(loads, [row["violations"] for row in rows], **style)
 
 
-def _mix(axes, rows, names) -> None:
+def _mix(axes, rows, colours: Mapping[str, str]) -> None:
     """Shares of the answered samples, stacked; a bar for each load, none where nothing was answered."""
-    hatches = dict(zip(names, _cycled(" /.x-o+*", len(names)), strict=True))
     for row in rows:
         low, left, right = 0.0, row["load"] / 1.12, row["load"] * 1.12
         for name, share in row["chosen"].items():
-            axes.bar(
-                left,
-                share,
-                width=right - left,
-                bottom=low,
-                align="edge",
-                color=path_colour(name),
-                # A path that shares its colour with another is told by its hatch.
-                hatch=hatches.get(name, "/") if path_colour(name) == path_colour("") else None,
-                edgecolor="white",
-                linewidth=0.3,
-            )
+            colour = colours.get(name, path_colour(name))
+            axes.bar(left, share, width=right - left, bottom=low, align="edge", color=colour)
             low += share
 
 

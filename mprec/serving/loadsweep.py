@@ -17,6 +17,7 @@ from mprec.serving.loads import generate, generate_from
 from mprec.serving.loadtest import (
     Contestant,
     Outcome,
+    UnansweredError,
     capacity,
     compare,
     ratio_to_best,
@@ -47,7 +48,7 @@ def best_capacity(
     """(queries per second, name) of the contestant with the greatest measured capacity.
 
     Medians of three runs after one that warms up. Contestants that fail a query are left out;
-    ``RuntimeError`` if all do.
+    ``UnansweredError`` if all do.
     """
     batches = [a.batch for a in generate(dataset, 1.0, _CAPACITY_QUERIES, sizes=sizes, seed=seed)]
     found, failures = {}, []
@@ -55,10 +56,10 @@ def best_capacity(
         try:
             capacity(contestant, batches[: len(batches) // 4], **engine_options)
             found[name] = capacity(contestant, batches, repeats=_CAPACITY_REPEATS, **engine_options)
-        except RuntimeError as error:
+        except UnansweredError as error:
             failures.append(f"{name}: {error}")
     if not found:
-        raise RuntimeError("no contestant answers: " + "; ".join(failures))
+        raise UnansweredError("no contestant answers: " + "; ".join(failures))
     best = max(found, key=found.get)
     return found[best], best
 

@@ -39,6 +39,7 @@ __all__ = [
     "Arrival",
     "Outcome",
     "QuerySizes",
+    "UnansweredError",
     "capacity",
     "compare",
     "contestants",
@@ -50,6 +51,10 @@ __all__ = [
     "replay",
     "suggested_qps",
 ]
+
+
+class UnansweredError(RuntimeError):
+    """Queries were refused or failed where all had to be answered."""
 
 
 @contextmanager
@@ -304,7 +309,7 @@ def capacity(
     """Queries per second that an engine gets through when all of them wait from the start.
 
     The median of ``repeats`` runs. ``engine_options`` as for ``compare``; the SLA does not matter here.
-    ``RuntimeError`` if a query was refused or failed: what is left would be no capacity.
+    ``UnansweredError`` if a query was refused or failed: what is left would be no capacity.
     """
     options = {**engine_options, "sla_s": 3600.0, "admission": False}
     options["max_queue"] = max(sum(map(len, queries)), 1)
@@ -316,7 +321,7 @@ def capacity(
         if answered := len(outcome.latencies_s):
             rates.append(answered / (outcome.last_finish_s - start))
         if answered < len(queries):
-            raise RuntimeError(
+            raise UnansweredError(
                 f"capacity: {len(queries) - answered} of {len(queries)} queries were not answered "
                 f"({outcome.failed} failed, refused: {dict(outcome.refused)})"
             )
