@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from mprec import report
 from mprec.cli import report as report_command
-from mprec.report import latency
+from mprec.report import figures, latency, sweep
 
 
 def _result() -> dict:
@@ -101,6 +102,117 @@ def test_terminal_table_has_every_path():
     assert {"table", "dhe", "select", "hybrid", "dispatcher"} <= lines.keys()
     assert "8,600" in lines["dispatcher"]
     assert "0.7800" in lines["table"]
+
+
+def test_the_dispatcher_stands_in_its_place_by_rank():
+    result = _result()
+    result["load"]["rows"][-1]["correct_per_s"] = 8950.0
+    result["load"]["rows"][-1]["correct_per_s_error"] = 40.0
+    console = Console(width=200, record=True)
+    console.print(report.demo_table(result))
+    lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
+    names = {"table", "dhe", "select", "hybrid", "dispatcher"}
+    order = ["table", "dispatcher", "dhe", "select", "hybrid"]
+    assert [words[0] for words in lines if words[0] in names] == order
+    assert "±40" in next(words for words in lines if words[0] == "dispatcher")
+    page = report.render(result)
+    body = page[page.index("<tbody>") :]
+    places = [body.index(f"<td>{name}</td>") for name in order]
+    assert places == sorted(places)
+
+
+def test_the_picture_of_shares_is_of_the_dispatchers_row():
+    """Static rows have shares too: 100 % of their own path. The dispatcher's row may stand anywhere."""
+    result = _result()
+    for row in result["load"]["rows"][:-1]:
+        row["chosen"] = {row["path"]: 1.0}
+    for rows in (result["load"]["rows"], result["load"]["rows"][::-1]):
+        result["load"]["rows"] = rows
+        # SVG text is drawn as paths, each after a comment of what it says.
+        picture = figures.chosen_shares(result)
+        assert "<!-- hybrid 75% -->" in picture
+        assert "<!-- table 25% -->" in picture
+        assert "100%" not in picture.replace("<!-- 100% -->", "", 1)  # the axis has one
+
+
+@pytest.mark.parametrize(
+    ("correct", "error", "words"),
+    [
+        (8600.0, 0.01, "lost to table, the best static path: 0.956 ± 0.010 times"),
+        (8950.0, 0.01, "was level with table"),
+        (9900.0, 0.01, "beat table, the best static path: 1.100 ± 0.010"),
+        (
+            9900.0,
+            None,
+            "1.100 times as many correct predictions per second as table.*error of that is unknown",
+        ),
+    ],
+)
+def test_the_page_says_how_the_dispatcher_fared(correct, error, words):
+    result = _result()
+    result["load"]["rows"][-1]["correct_per_s"] = correct
+    result["load"]["ratio_error"] = error
+    sentences = report.verdicts(result)
+    assert re.search(words, sentences[0])
+    assert len(sentences) == 1  # its p99 of 6 ms is within the SLA of 10
+    assert sentences[0] in report.render(result)
+
+
+def test_a_p99_above_the_sla_is_marked():
+    result = _result()
+    assert 'class="over" title' not in report.render(result)
+    result["load"]["rows"][-1]["p99_ms"] = 12.345
+    assert "p99 of 12.35 ms exceeds the SLA of 10 ms" in report.verdicts(result)[-1]
+    page = report.render(result)
+    assert page.count('class="over" title') == 1
+    assert re.search(r'class="over" title="above the SLA">12.3[45]<', page)
+
+
+def test_a_dispatcher_that_answered_nothing_has_a_page_too():
+    result = _result()
+    empty = {
+        "p50_ms": None,
+        "p95_ms": None,
+        "p99_ms": None,
+        "accuracy": None,
+        "correct_per_s": 0.0,
+        "chosen": {},
+    }
+    result["load"]["rows"][-1].update(empty)
+    assert report.verdicts(result)[-1] == "The dispatcher answered no query."
+    assert "answered no query" in report.render(result)
+    Console(width=200, record=True).print(report.demo_table(result))
+
+
+def test_the_sweeps_picture_has_what_the_rows_say(tmp_path, monkeypatch):
+    """The drawn lines and bars are read back from the figure."""
+    rows = [
+        {
+            "load": load,
+            "sla_ms": 10.0,
+            "path": path,
+            "correct_per_s": 100.0 * load * (i + 1),
+            "correct_per_s_error": None if load == 1 else 5.0,
+            "violations": 0.1 * i,
+            "chosen": {"table": 0.25, "table+cache": 0.75} if path == "dispatcher" else {path: 1.0},
+        }
+        for load in (1.0, 0.3)
+        for i, path in enumerate(("table", "table+cache", "dispatcher"))
+    ]
+    kept = []
+    monkeypatch.setattr(sweep.plt, "close", kept.append)
+    sweep.draw({"rows": rows, "dispatcher": "dispatcher", "capacity_of": "table"}, tmp_path / "sweep.png")
+    monkeypatch.undo()
+    (figure,) = kept
+    correct, missed, mix = figure.axes
+    drawn = {box.get_label(): box.lines[0].get_xydata().tolist() for box in correct.containers}
+    assert drawn["dispatcher"] == [[0.3, 90.0], [1.0, 300.0]]
+    assert drawn["table"] == [[0.3, 30.0], [1.0, 100.0]]
+    assert [line.get_ydata().tolist() for line in missed.lines] == [[0.0] * 2, [0.1] * 2, [0.2] * 2]
+    assert [bar.get_height() for bar in mix.patches] == [0.25, 0.75] * 2
+    assert mix.patches[0].get_facecolor() != mix.patches[1].get_facecolor()
+    assert mix.get_xlabel() == "load, in capacities of table"
+    sweep.plt.close(figure)
 
 
 def test_command_draws_a_saved_result_again(tmp_path, capsys):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from mprec import checkpoint, data, report
+from mprec.arrivals import Steps
 from mprec.cli import info
 from mprec.cli._progress import training_progress
 from mprec.cli._setup import reporter, say
@@ -20,10 +22,14 @@ from mprec.errors import DatasetNotInstalledError
 from mprec.models import DLRM
 from mprec.nn import DheConfig, with_representation
 from mprec.planner import Device, MeasuredCosts, Measurement, default_options, fit_effects, plan
-from mprec.serving.loadtest import QuerySizes, compare, contestants, generate, suggested_qps
+from mprec.serving.loads import generate_from
+from mprec.serving.loadsweep import best_capacity, warnings_of
+from mprec.serving.loadtest import compare, contestants, ratio_to_best
 from mprec.training import Trained, TrainOptions, train_representations
 
 _SHOWN_BATCHES = (1, 128, 2048)
+_LOADS = (0.3, 0.8, 1.5)  # of the best static path's capacity: in turn, in every round
+_ROUNDS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +40,11 @@ class _Setting:
     epochs: int
     dhe: DheConfig
     profile_s: float
-    queries: int
+    step_s: float  # for which each of the loads lasts, once in every round
 
 
-_NORMAL = _Setting(None, 6, DheConfig(k=256, hidden=(64,)), 25.0, 2000)
-_SMALLEST = _Setting(4000, 1, DheConfig(k=32, hidden=(16,)), 3.0, 120)
+_NORMAL = _Setting(None, 6, DheConfig(k=256, hidden=(64,)), 25.0, 0.5)
+_SMALLEST = _Setting(4000, 1, DheConfig(k=32, hidden=(16,)), 3.0, 0.05)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,11 +88,17 @@ def run(args: argparse.Namespace) -> int:
     planned = _plan(trained, dataset)
 
     say("4/4 serving: every path alone, then the dispatcher")
-    sizes = QuerySizes()
     dispatchers, sla_s = contestants(paths, profile), args.sla_ms / 1e3
-    qps = suggested_qps(dispatchers, test, sizes=sizes, seed=args.seed)
-    load = generate(test, qps, setting.queries, sizes=sizes, seed=args.seed)
-    outcomes = compare(dispatchers, load, sla_s=sla_s, progress=reporter())
+    static = {path.name: dispatchers[path.name] for path in paths}
+    capacity, fastest = best_capacity(static, test, seed=args.seed)
+    process = Steps([load * capacity for load in _LOADS], setting.step_s)
+    # Every round is one turn of all loads.
+    seconds = _ROUNDS * len(_LOADS) * setting.step_s
+    load = generate_from(test, process, seconds, seed=args.seed)
+    outcomes = compare(
+        dispatchers, load, rounds=_ROUNDS, seconds=seconds, seed=args.seed, sla_s=sla_s, progress=reporter()
+    )
+    ratio, error, best = ratio_to_best(outcomes)
 
     result = {
         "environment": info.collect(),
@@ -94,8 +106,15 @@ def run(args: argparse.Namespace) -> int:
         "representations": [_row(name, trained[name], profile) for name in trained],
         "load": {
             "sla_ms": args.sla_ms,
-            "qps": qps,
+            "qps": len(load) / seconds,
             "queries": len(load),
+            "capacity_qps": capacity,
+            "arrivals": f"Poisson arrivals at {', '.join(f'{each:g}' for each in _LOADS)} times the "
+            f"{capacity:.0f} queries/s that {fastest} can do, for {setting.step_s:g} s each in turn",
+            "best_static": best,
+            "ratio": None if math.isnan(ratio) else ratio,
+            "ratio_error": None if math.isnan(error) else error,
+            "warnings": warnings_of(outcomes),
             "rows": [outcome.row(name) for name, outcome in outcomes.items()],
         },
         "plan": planned,
@@ -106,6 +125,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result))
         return 0
     Console(width=None if Console().is_terminal else 150).print(report.demo_table(result))
+    for sentence in report.verdicts(result):
+        print(sentence)
+    for sentence in result["load"]["warnings"]:
+        say(f"warning: {sentence}")
     print(f"Page: {page}")
     return 0
 

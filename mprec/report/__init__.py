@@ -13,9 +13,11 @@ saved file. Its keys:
     per epoch on the validation split).
 ``load``
     ``sla_ms``, ``qps``, ``queries``, ``rows``: one entry per static path and for the dispatcher with
-    ``path``, ``p50_ms``, ``p95_ms``, ``p99_ms``, ``violations`` (share of queries), ``accuracy`` (of the
-    answered samples), ``correct_per_s`` (latency-bounded throughput of correct predictions) and, for the
-    dispatcher, ``chosen`` (share of samples answered by each path).
+    ``path``, ``p50_ms``, ``p95_ms``, ``p99_ms`` (None where nothing was answered), ``violations`` (share of
+    queries late, refused or failed), ``accuracy`` (of the answered samples), ``correct_per_s``
+    (latency-bounded throughput of correct predictions) and ``chosen`` (share of samples answered by each
+    path). Optional: ``arrivals`` (in words), ``ratio_error`` (standard error of the dispatcher's correct
+    predictions over the best static path's), ``warnings``, and in rows ``correct_per_s_error``.
 ``plan``
     ``memory_bytes``, ``rows``: ``feature``, ``vocabulary``, ``choice``, ``bytes``.
 """
@@ -25,8 +27,9 @@ from pathlib import Path
 
 from mprec.report.page import render
 from mprec.report.terminal import demo_table
+from mprec.report.verdict import verdicts
 
-__all__ = ["demo_table", "render", "write"]
+__all__ = ["demo_table", "render", "verdicts", "write"]
 
 
 def write(result: Mapping, path: str | Path) -> Path:

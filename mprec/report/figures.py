@@ -8,7 +8,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
+
+from mprec.report.verdict import dispatcher_row
 
 __all__ = ["chosen_shares", "correct_throughput", "latency_curves", "learning_curves", "quality_against_size"]
 
@@ -75,39 +77,49 @@ def quality_against_size(result: Mapping) -> str:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
+    # Sizes within one power of ten would leave the axis with one label or none.
+    axes.xaxis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
     axes.margins(x=0.25, y=0.2)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 1.5, high * 1.5)
     return _svg(figure)
 
 
 def correct_throughput(result: Mapping) -> str:
-    """Correct predictions per second within the SLA, a bar a path."""
-    figure, axes = _axes("", "correct predictions per second within the SLA")
+    """Correct predictions per second within the SLA, a bar a path; a line on it is one standard error."""
+    figure, axes = _axes("", "correct predictions in time per second")
     rows = result["load"]["rows"]
     bars = axes.bar(
         [row["path"] for row in rows],
         [row["correct_per_s"] for row in rows],
+        yerr=[row.get("correct_per_s_error") or 0.0 for row in rows],
+        capsize=3,
         color=[path_colour(row["path"]) for row in rows],
     )
-    axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    axes.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(y=0.12)
+    if len(rows) > 5:
+        axes.tick_params(axis="x", rotation=20)
     axes.grid(False)
     return _svg(figure)
 
 
 def chosen_shares(result: Mapping) -> str:
-    """Share of samples that the dispatcher answered by each path."""
-    static = {entry["representation"] for entry in result["representations"]}
-    rows = [row for row in result["load"]["rows"] if row["path"] not in static]
-    chosen = rows[-1].get("chosen", {}) if rows else {}
-    figure, axes = _axes("share of samples", "")
+    """Share of samples that the dispatcher answered by each path: of its own row, whatever its place."""
+    row = dispatcher_row(result)
+    chosen = row.get("chosen", {}) if row else {}
+    figure, axes = _axes("share of the samples that were answered", "")
     figure.set_figheight(1.4)
     left = 0.0
     for name, share in chosen.items():
-        axes.barh(["dispatcher"], [share], left=left, color=path_colour(name), label=name)
+        axes.barh([row["path"]], [share], left=left, color=path_colour(name), label=f"{name} {share:.0%}")
         left += share
     axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(False)
     if chosen:
-        axes.legend(frameon=False, ncols=len(chosen), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(frameon=False, ncols=min(len(chosen), 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _svg(figure)
 
 

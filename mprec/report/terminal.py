@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from rich import box
 from rich.table import Table
 
+from mprec.report.load_tables import with_error
+from mprec.report.verdict import ranked
+
 __all__ = ["demo_table", "format_bytes"]
 
 
@@ -20,13 +23,14 @@ def format_bytes(count: float) -> str:
 def demo_table(result: Mapping) -> Table:
     """Quality, size and latency of each representation, and how each fared under load.
 
-    The static paths stand first, the dispatcher's row last: it has no size or latency of its own.
+    The most correct predictions per second stand first; the dispatcher is in its place by rank. It has no
+    size or latency of its own.
     """
     load = result["load"]
     batches = list(result["representations"][0]["latency_ms"])
     table = Table(
-        title=f"{result['data']['name']}: four representations and the dispatcher "
-        f"(SLA {load['sla_ms']:g} ms, {load['qps']:.0f} queries/s)",
+        title=f"{result['data']['name']}: {len(result['representations'])} representations and the "
+        f"dispatcher (SLA {load['sla_ms']:g} ms, {load['qps']:.0f} queries/s)",
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )
@@ -35,12 +39,16 @@ def demo_table(result: Mapping) -> Table:
         table.add_column(heading, justify="right")
     for batch in batches:
         table.add_column(f"ms @{batch}", justify="right")
-    for heading in ("p99 ms", "late", "correct/s"):
+    for heading in ("p99 ms", "missed", "correct/s"):
         table.add_column(heading, justify="right")
 
-    under_load = {row["path"]: row for row in load["rows"]}
-    for entry in result["representations"]:
-        row = under_load.pop(entry["representation"])
+    entries = {entry["representation"]: entry for entry in result["representations"]}
+    for row in ranked(result):
+        if (entry := entries.get(row["path"])) is None:
+            accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
+            blank = [""] * (2 + len(batches))
+            table.add_row(row["path"], "", "", accuracy, *blank, *_load_cells(row), style="bold")
+            continue
         table.add_row(
             entry["representation"],
             f"{entry['auc']:.4f}",
@@ -51,11 +59,10 @@ def demo_table(result: Mapping) -> Table:
             *(f"{entry['latency_ms'][batch]:.3f}" for batch in batches),
             *_load_cells(row),
         )
-    for row in under_load.values():
-        blank = [""] * (2 + len(batches))
-        table.add_row(row["path"], "", "", f"{row['accuracy']:.4f}", *blank, *_load_cells(row), style="bold")
     return table
 
 
 def _load_cells(row: Mapping) -> tuple[str, str, str]:
-    return f"{row['p99_ms']:.2f}", f"{100 * row['violations']:.1f} %", f"{row['correct_per_s']:,.0f}"
+    p99 = "-" if row["p99_ms"] is None else f"{row['p99_ms']:.2f}"
+    correct = with_error(row["correct_per_s"], row.get("correct_per_s_error"), ",.0f")
+    return p99, f"{100 * row['violations']:.1f} %", correct
