@@ -76,8 +76,8 @@ def outcome(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"corrections": [{"table": 1.6}]}, "profile.*table 1.60"),
-        ({"corrections": [{"table": 0.5}]}, "profile.*table 0.50"),
+        ({"corrections": [{"table": 1.6}]}, "under load.*table 1.60 times"),
+        ({"corrections": [{"table": 0.5}]}, "under load.*table 0.50 times"),
         ({"generator_late_s": [5e-3] * 10}, "generator of table's queries was 5.0 ms late"),
         ({"failed": 3}, "3 of 13 queries of table failed"),
         ({"seconds": 0.1}, "0.025 s, less than 8 SLAs"),

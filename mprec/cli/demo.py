@@ -25,6 +25,7 @@ from mprec.planner import Device, MeasuredCosts, Measurement, default_options, f
 from mprec.serving.loads import generate_from
 from mprec.serving.loadsweep import best_capacity, warnings_of
 from mprec.serving.loadtest import compare, contestants, ratio_to_best
+from mprec.serving.profile_check import profile_drift, profile_warnings
 from mprec.training import Trained, TrainOptions, train_representations
 
 _SHOWN_BATCHES = (1, 128, 2048)
@@ -89,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
     say("4/4 serving: every path alone, then the dispatcher")
     dispatchers, sla_s = contestants(paths, profile), args.sla_ms / 1e3
+    # Before the load: a machine that has become busy since profiling is told.
+    drift = profile_drift(paths, profile, sampler(test), seed=args.seed + 1)
     static = {path.name: dispatchers[path.name] for path in paths}
     capacity, fastest = best_capacity(static, test, seed=args.seed)
     process = Steps([load * capacity for load in _LOADS], setting.step_s)
@@ -114,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
             "best_static": best,
             "ratio": None if math.isnan(ratio) else ratio,
             "ratio_error": None if math.isnan(error) else error,
-            "warnings": warnings_of(outcomes),
+            "warnings": profile_warnings(drift) + warnings_of(outcomes),
             "rows": [outcome.row(name) for name, outcome in outcomes.items()],
         },
         "plan": planned,

@@ -22,6 +22,7 @@ from mprec.cli._setup import (
     reporter,
     say,
 )
+from mprec.dispatch import sampler
 from mprec.report.load_tables import load_table, loadgen_table, sweep_tables, with_error
 from mprec.report.sweep import draw
 from mprec.serving.loadgen import run_loadgen
@@ -37,6 +38,7 @@ from mprec.serving.loadtest import (
     replay,
     suggested_qps,
 )
+from mprec.serving.profile_check import profile_drift, profile_warnings
 
 NOBODY_ANSWERED = 3  # exit status
 _MOST_WARNINGS = 5  # printed
@@ -122,25 +124,26 @@ def run(args: argparse.Namespace) -> int:
     profile = get_profile(args, paths, test)
     options = {"max_batch": args.max_batch, "admission": not args.no_admission}
     sys.setswitchinterval(_SWITCH_S)
+    checked = profile_warnings(profile_drift(paths, profile, sampler(test), seed=args.seed + 1))
     dispatchers = contestants(paths, profile, processes=args.processes)
     sizes = QuerySizes(args.size_mean, args.size_sigma)
     try:
         if not single:
-            return _sweep(args, dispatchers, test, sizes, options)
+            return _sweep(args, dispatchers, test, sizes, options, checked)
         options["sla_s"] = args.sla_ms / 1e3
         qps = args.qps
         if qps is None:
             qps = suggested_qps(dispatchers, test, sizes=sizes, seed=args.seed, **options)
         if args.driver == "loadgen":
             load = generate(test, qps, args.queries, sizes=sizes, seed=args.seed)
-            return _run_loadgen(args, dispatchers, load, qps, options)
-        return _single(args, dispatchers, test, sizes, qps, options)
+            return _run_loadgen(args, dispatchers, load, qps, options, checked)
+        return _single(args, dispatchers, test, sizes, qps, options, checked)
     except UnansweredError as error:
         say(str(error))
         return NOBODY_ANSWERED
 
 
-def _sweep(args, dispatchers, test, sizes, options) -> int:
+def _sweep(args, dispatchers, test, sizes, options, checked) -> int:
     result = sweep(
         dispatchers,
         test,
@@ -154,14 +157,14 @@ def _sweep(args, dispatchers, test, sizes, options) -> int:
         progress=reporter(),
         **options,
     )
-    result = {"data": test.name, **result}
+    result = {"data": test.name, **result, "warnings": checked + result["warnings"]}
     _give(args, result, sweep_tables(result), result["warnings"])
     if args.output is not None:
         draw(result, args.output / "sweep.png")
     return _status(result["rows"])
 
 
-def _single(args, dispatchers, test, sizes, qps, options) -> int:
+def _single(args, dispatchers, test, sizes, qps, options, checked) -> int:
     seconds = args.queries / qps
     process = arrivals_from(args.arrivals, qps)
     load = generate_from(test, process, seconds, sizes=sizes, seed=args.seed)
@@ -184,7 +187,7 @@ def _single(args, dispatchers, test, sizes, qps, options) -> int:
         "best_static": best,
         "ratio": None if math.isnan(ratio) else ratio,
         "ratio_error": None if math.isnan(error) else error,
-        "warnings": warnings_of(outcomes),
+        "warnings": checked + warnings_of(outcomes),
         "rows": rows,
     }
     _give(args, result, [load_table(result)], result["warnings"])
@@ -230,15 +233,15 @@ def _numbers(text: str) -> tuple[float, ...]:
     return numbers
 
 
-def _run_loadgen(args, dispatchers, load, qps, options) -> int:
+def _run_loadgen(args, dispatchers, load, qps, options, checked) -> int:
     queries, rows = [arrival.batch for arrival in load], []
     for name, dispatcher in dispatchers.items():
         say(f"{name} ...")
         with engine_for(dispatcher, **options) as engine:
             result = run_loadgen(engine, queries, qps=qps, seconds=args.queries / qps)
         rows.append({"path": name, **asdict(result)})
-    result = {"sla_ms": args.sla_ms, "qps": qps, "rows": rows}
-    _give(args, result, [loadgen_table(rows, qps, args.sla_ms)])
+    result = {"sla_ms": args.sla_ms, "qps": qps, "warnings": checked, "rows": rows}
+    _give(args, result, [loadgen_table(rows, qps, args.sla_ms)], checked)
     if all(row["refused"] + row["failed"] >= row["queries"] for row in rows):
         say("every query of every contestant was refused or failed")
         return NOBODY_ANSWERED

@@ -30,7 +30,7 @@ LOADS = (0.1, 0.3, 0.6, 0.9, 1.2, 2.0, 3.0)
 #: Idle, busy and too much: what takes a minute.
 SHORT_LOADS = (0.3, 0.9, 2.0)
 
-_SLOW = 1.5  # observed over profiled time, or the inverse, from which a profile does not describe the machine
+_SLOW = 1.5  # observed over profiled time, or the inverse, from which it is told
 _LATE_SHARE = 0.1  # of the SLA, from which the generator's own lateness disturbs
 _LEAST_SLAS = 8  # that a piece of the load should last: in a shorter one the queue hides overload
 _CAPACITY_QUERIES = 300
@@ -158,8 +158,9 @@ def _against_best(outcomes: Mapping[str, Outcome], name: str, static: Sequence[s
 
 
 def warnings_of(outcomes: Mapping[str, Outcome]) -> list[str]:
-    """What disturbs a comparison: a profile that is not this machine's as it is now, a late generator,
-    pieces too short for their SLA, queries that failed. One sentence each.
+    """What disturbs a comparison: calls that took other times than profiled, a late generator, pieces too
+    short for their SLA, queries that failed. One sentence each. Whether the profile itself is wrong, only
+    :mod:`mprec.serving.profile_check` can tell.
     """
     found = []
     slow: dict[str, list[float]] = {}
@@ -171,8 +172,8 @@ def warnings_of(outcomes: Mapping[str, Outcome]) -> list[str]:
     if off:
         listed = ", ".join(f"{path} {factor:.2f}" for path, factor in off.items())
         found.append(
-            f"calls took other times than the profile says (times as long: {listed}); it is stale, or the "
-            "machine is or was busy. Profile again when it is quiet"
+            f"under load calls took other times than profiled, which the dispatcher corrects for ({listed} "
+            "times as long)"
         )
     for name, outcome in outcomes.items():
         late = float(np.percentile(outcome.generator_late_s, 99)) if outcome.generator_late_s else 0.0
