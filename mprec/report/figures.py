@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from mprec.report.verdict import dispatcher_row
+from mprec.report.verdict import dispatcher_row, ranked
 
 __all__ = ["chosen_shares", "correct_throughput", "latency_curves", "learning_curves", "quality_against_size"]
 
@@ -88,7 +88,7 @@ def quality_against_size(result: Mapping) -> str:
 def correct_throughput(result: Mapping) -> str:
     """Correct predictions per second within the SLA, a bar a path; a line on it is one standard error."""
     figure, axes = _axes("", "correct predictions in time per second")
-    rows = result["load"]["rows"]
+    rows = ranked(result)
     bars = axes.bar(
         [row["path"] for row in rows],
         [row["correct_per_s"] for row in rows],
