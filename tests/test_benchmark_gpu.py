@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from mprec.triton_kernels import catalogue, static
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mprec.triton_kernels import static
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -11,7 +12,6 @@ import mprec.nn
 from mprec.names import MODES
 from mprec.nn import FeatureConfig
 from mprec.ops import _cuda_dhe, _cuda_tables
-from mprec.triton_kernels import static
 
 FORWARD = ["embedding_bag", "embedding_bag_multi", "dhe_bag", "dhe_bag_multi"]
 OTHERS = ["quantized_embedding_bag_multi", "table_sgd_", "table_rowwise_adagrad_", "cached_dhe_bag",

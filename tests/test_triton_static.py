@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
+from mprec.triton_kernels import catalogue, dhe, static
 
 from mprec.ops import _cuda_dhe
-from mprec.triton_kernels import catalogue, dhe, static
 
 CPU = torch.device("cpu")
 CASES = {case.name: case for case in catalogue.CASES}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mprec.triton_kernels import row_cache
 from test_ops import make_decoder, ragged
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -9,7 +10,6 @@ import mprec.nn
 from mprec import optim, reference
 from mprec.cache import DeviceCachedDeepHashEmbeddingBag
 from mprec.ops._quantized import dims_of
-from mprec.triton_kernels import row_cache
 
 
 def bags():

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from mprec.triton_kernels import autotune, dhe
 from test_device_dhe import decoder, expected, ids_of
 from test_device_hashing import coefficients_of
-
-from mprec.triton_kernels import autotune, dhe
 
 
 @pytest.fixture

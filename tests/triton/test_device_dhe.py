@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_device_hashing import coefficients_of
-
-from mprec import reference
 from mprec.triton_kernels import dhe, tuning
 from mprec.triton_kernels.dhe import dhe_forward
 from mprec.triton_kernels.hashing import hash_encode
+from test_device_hashing import coefficients_of
+
+from mprec import reference
 
 ACTIVATIONS = {
     "none": lambda x: x,

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from test_device_dhe import TOLERANCE, ids_of
-from test_device_hashing import coefficients_of
-
 from mprec.triton_kernels.dhe_gradient import first_layer_gradient
 from mprec.triton_kernels.hashing import hash_encode
+from test_device_dhe import TOLERANCE, ids_of
+from test_device_hashing import coefficients_of
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

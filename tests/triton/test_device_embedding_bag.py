@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-
-from mprec.errors import IdOutOfRangeError
 from mprec.triton_kernels import embedding_bag as eb
 from mprec.triton_kernels import faults
+
+from mprec.errors import IdOutOfRangeError
 
 MODES = ["sum", "mean", "max"]
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from test_device_embedding_bag import MODES, batch_of, torch_bag
-
 from mprec.triton_kernels import gradient as g
+from test_device_embedding_bag import MODES, batch_of, torch_bag
 
 
 def setup(rows, dims, batch, device, dtype=torch.float32, hot=0):

@@ -7,10 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from mprec.triton_kernels.hashing import divide, hash_encode
 
 from mprec import _C
 from mprec.names import FAMILIES
-from mprec.triton_kernels.hashing import divide, hash_encode
 
 P31, P, M = 2**31 - 1, 1000003, 10**6
 EDGES = [0, 1, P, P - 1, P31 - 1, P31, P31 + 1, 2**30 - 1, 2**30, 2**31, 2**31 + 1]

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from mprec.triton_kernels import dhe, faults, row_cache, tuning
 from test_device_dhe import assert_close_but_for_steps, decoder, decoder_in_float8, group_of
 from test_device_embedding_bag import batch_of
 from test_device_hashing import coefficients_of
@@ -14,7 +15,6 @@ import mprec.ops
 from mprec import reference
 from mprec.errors import IdOutOfRangeError
 from mprec.ops import _cuda_dhe, _cuda_tables
-from mprec.triton_kernels import dhe, faults, row_cache, tuning
 
 MODES = {"sum": 0, "mean": 1, "max": 2}
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from test_device_dhe import decoder, ids_of
-from test_device_hashing import coefficients_of
-
 from mprec.triton_kernels import row_cache
 from mprec.triton_kernels.dhe import dhe_forward
+from test_device_dhe import decoder, ids_of
+from test_device_hashing import coefficients_of
 
 
 @pytest.mark.parametrize("cached", [0, 1, 500])
