@@ -72,10 +72,17 @@ def run(args: argparse.Namespace) -> int:
         inputs, limits, reload=lambda: _load(args, lambda *_: None), reload_token=args.reload_token
     )
     failure: list[BaseException] = []
+    preparing: list[threading.Thread] = []
+    report = reporter()
+
+    def progress(what: str, share: float) -> None:
+        if service.is_draining:
+            raise _StoppedError
+        report(what, share)
 
     def prepare(stop: Callable[[], None]) -> None:
         try:
-            dispatcher, _ = _load(args, reporter())
+            dispatcher, _ = _load(args, progress)
             engine = Engine(
                 dispatcher,
                 sla_s=args.sla_ms / 1e3,
@@ -87,12 +94,15 @@ def run(args: argparse.Namespace) -> int:
             gc.freeze()  # a full collection would walk all that torch has imported, and hold every query
             service.take(engine.start())
             say(f"ready: {', '.join(path.name for path in dispatcher.paths)}")
+        except _StoppedError:
+            pass
         except BaseException as error:
             failure.append(error)
             stop()
 
     def start(stop: Callable[[], None]) -> None:
-        threading.Thread(target=prepare, args=(stop,), name="mprec-prepare", daemon=True).start()
+        preparing.append(threading.Thread(target=prepare, args=(stop,), name="mprec-prepare"))
+        preparing[0].start()
 
     listener = listen(args.host, args.port)
     url = url_of(listener)
@@ -102,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"listening on {url}", flush=True)
     serve(service, listener, access_log=args.access_log, notice_s=args.notice_seconds, on_start=start)
+    preparing[0].join()
     if failure:
         raise failure[0]
     say("drained")
@@ -109,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
         service.engine.close()
         _report(service.engine.statistics(), args.json)
     return 0
+
+
+class _StoppedError(Exception):
+    """The server is to stop before it was ready."""
 
 
 def _load(
