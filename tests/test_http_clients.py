@@ -238,6 +238,26 @@ def test_a_client_that_does_not_read_is_closed(caplog):
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+def test_one_answer_that_is_not_read_is_given_up():
+    """Fewer queries than may be pipelined: only the time to read is left to close the connection."""
+
+    def long_numbers(batch):
+        return torch.rand(len(batch))
+
+    with serving(long_numbers, limits={"write_s": 0.3, "idle_s": 60}) as server:
+        size = 8000  # 80 KB an answer
+        body = json.dumps({"dense": [[0.5]] * size, "ids": [[1, 2]] * size}).encode()
+        query = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(20)
+            connection.connect(server.address)
+            for _ in range(60):  # 5 MB of answers, more than the kernel keeps
+                connection.sendall(query)
+            wait_until(lambda: not server.service.connections)
+            assert server.service.pulse.under_way == 0
+
+
 def test_draining_answers_what_was_asked_and_ends_idle_connections():
     begun, go_on = threading.Event(), threading.Event()
 
