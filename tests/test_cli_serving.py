@@ -1,6 +1,7 @@
 """profile, plan, loadtest and serve, run as commands on small untrained models."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -8,13 +9,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 
 import pytest
 import torch
+from dispatch_fakes import fake_profile
 
 from mprec import checkpoint, data
-from mprec.dispatch import paths_from_checkpoints, with_cache
+from mprec.cli import serve
+from mprec.dispatch import Path, paths_from_checkpoints, with_cache
+from mprec.dispatch.profile import default_file
 from mprec.nn import DheConfig
 from mprec.planner import Infeasible
 from mprec.training import build_model
@@ -285,18 +291,18 @@ def test_data_of_another_shape_and_a_damaged_checkpoint_are_refused(checkpoints,
         call("profile", "--data", DATA)
 
 
-def test_serve_answers_and_drains_on_sigterm(checkpoints, tmp_path):
-    profile = tmp_path / "p.json"
-    sizes = ",".join(str(2**i) for i in range(12))
-    call("profile", *common(checkpoints), "--batch-sizes", sizes, "--seconds", 0.1, "--output", profile)
-    arguments = [*common(checkpoints), "--profile", profile]
-    program = (
-        "import argparse, sys; from mprec.cli import serve; p = argparse.ArgumentParser();"
-        "p.add_argument('--json', action='store_true'); serve.add_arguments(p);"
-        "sys.exit(serve.run(p.parse_args(sys.argv[1:])))"
-    )
+PROGRAM = (
+    "import argparse, sys; from mprec.cli import serve; p = argparse.ArgumentParser();"
+    "p.add_argument('--json', action='store_true'); serve.add_arguments(p);"
+    "sys.exit(serve.run(p.parse_args(sys.argv[1:])))"
+)
+
+
+@contextlib.contextmanager
+def serve_process(*arguments):
+    """(process, what it said first)."""
     server = subprocess.Popen(
-        [sys.executable, "-c", program, "--json", "--port", "0", "--sla-ms", "10000", *map(str, arguments)],
+        [sys.executable, "-c", PROGRAM, "--json", "--port", "0", "--sla-ms", "10000", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -304,18 +310,95 @@ def test_serve_answers_and_drains_on_sigterm(checkpoints, tmp_path):
     watchdog = threading.Timer(120, server.kill)
     watchdog.start()
     try:
-        ready = json.loads(server.stdout.readline())
-        row = {"ids": [[0] * len(ready["features"])] * 3, "dense": [[0.0] * ready["num_dense"]] * 3}
-        with urllib.request.urlopen(f"{ready['url']}/score", json.dumps(row).encode(), timeout=60) as reply:
-            scores = json.loads(reply.read())["scores"]
-        assert len(scores) == 3
-        assert all(0 < score < 1 for score in scores)
-        server.send_signal(signal.SIGTERM)
-        out, errors = server.communicate(timeout=60)
-        assert server.returncode == 0, errors
-        assert json.loads(out)["answered"] == 1
-        assert "draining" in errors
+        first = server.stdout.readline()
+        assert first, server.communicate()[1]
+        yield server, json.loads(first)
     finally:
         watchdog.cancel()
         server.kill()
         server.wait()
+
+
+def ask(url, content=None):
+    """(status, answer)."""
+    data = None if content is None else json.dumps(content).encode()
+    try:
+        with urllib.request.urlopen(url, data, timeout=60) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def wait_until_ready(url):
+    while (answer := ask(f"{url}/readyz"))[0] != 200:
+        assert answer[1]["status"] == "starting"
+        time.sleep(0.05)
+
+
+def test_serve_needs_no_log_reloads_and_drains_on_sigterm(checkpoints, tmp_path):
+    kept = tmp_path / "table.pt"
+    kept.write_bytes((checkpoints / "table.pt").read_bytes())
+    arguments = ["--checkpoints", kept, "--threads", 1, "--profile-seconds", 0.2]
+    with serve_process(*arguments) as (server, said):
+        assert ask(f"{said['url']}/healthz")[0] == 200  # before it is ready
+        wait_until_ready(said["url"])
+        row = {"ids": [[0] * len(said["features"])] * 3, "dense": [[0.0] * said["num_dense"]] * 3}
+        status, answer = ask(f"{said['url']}/score", row)
+        assert (status, answer["paths"]) == (200, {"table": 3})
+        assert all(0 < score < 1 for score in answer["scores"])
+        kept.write_bytes((checkpoints / "hybrid.pt").read_bytes())
+        server.send_signal(signal.SIGHUP)
+        while (again := ask(f"{said['url']}/score", row))[1]["paths"] != {"hybrid": 3}:
+            assert again[0] == 200
+            time.sleep(0.05)
+        kept.write_bytes(b"damaged")
+        status, content = ask(f"{said['url']}/reload", {})
+        assert (status, content["reason"]) == (500, "reload")
+        assert ask(f"{said['url']}/score", row)[1]["paths"] == {"hybrid": 3}
+        server.send_signal(signal.SIGTERM)
+        out, errors = server.communicate(timeout=60)
+        assert server.returncode == 0, errors
+        counts = json.loads(out)
+        assert counts["answered"] == counts["queries"] >= 3
+        assert "drained" in errors
+        assert "Traceback" not in errors
+
+
+def test_serve_can_be_stopped_before_it_is_ready(checkpoints):
+    with serve_process("--checkpoints", checkpoints / "dhe.pt", "--profile-seconds", 100) as (server, said):
+        assert ask(f"{said['url']}/readyz")[1]["status"] == "starting"
+        server.send_signal(signal.SIGTERM)
+        _, errors = server.communicate(timeout=60)
+        assert server.returncode == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--sla-ms", "inf"], "--sla-ms"),
+        (["--port", "70000"], "--port"),
+        (["--max-ids", "0"], "max_ids"),
+        (["--notice-seconds", "-1"], "--notice-seconds"),
+    ],
+)
+def test_serve_names_what_is_out_of_bounds(checkpoints, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        call("serve", "--checkpoints", checkpoints / "table.pt", *arguments)
+
+
+def test_a_quick_profile_does_not_pass_for_a_whole_one(tmp_path, monkeypatch):
+    """``mprec serve`` measures for seconds, perhaps on random IDs: other commands must not take that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    paths = [Path("p", "table", 0.5, len, "shape of p")]
+    args = argparse.Namespace(profile=None, data=None)
+    whole = default_file(paths)
+    quick = serve._profile_file(args, paths)
+    assert quick != whole
+    assert quick.parent == whole.parent
+    on_data = argparse.Namespace(profile=None, data="movielens")
+    assert serve._profile_file(on_data, paths) not in (quick, whole)
+    fake_profile({"p": (1e-6, 1e-9)}).save(whole)
+    assert serve._profile_file(args, paths) == whole
+    whole.write_text("damaged")
+    assert serve._profile_file(args, paths) == quick
+    assert serve._profile_file(argparse.Namespace(profile="x.json", data=None), paths).name == "x.json"

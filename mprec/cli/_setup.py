@@ -80,7 +80,10 @@ def size_in_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a size such as 64MiB or 2GB, got {text!r}") from None
 
 
-def add_path_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_path_arguments(
+    parser: argparse.ArgumentParser, *, required: bool = True, needs_data: bool | None = None
+) -> None:
+    """``needs_data`` says whether ``--data`` is required too (None: as ``required``)."""
     group = parser.add_argument_group("paths")
     group.add_argument(
         "--checkpoints",
@@ -90,7 +93,12 @@ def add_path_arguments(parser: argparse.ArgumentParser, *, required: bool = True
         metavar="FILE",
         help="written by mprec train, for the same data",
     )
-    group.add_argument("--data", required=required, metavar="SPEC", help="as for mprec train")
+    group.add_argument(
+        "--data",
+        required=required if needs_data is None else needs_data,
+        metavar="SPEC",
+        help="as for mprec train",
+    )
     group.add_argument(
         "--quality",
         choices=("auc", "accuracy"),
@@ -124,8 +132,10 @@ def load_paths(args: argparse.Namespace) -> list[Path]:
         torch.set_num_threads(args.threads)
     paths = paths_from_checkpoints(args.checkpoints, metric=args.quality)
     if args.cache is not None:
-        train, *_ = _parts(args.checkpoints[0], args.data)
-        counts = {name: train.counts(name) for name, _ in train.features}
+        counts = None  # without a log the cache fills as it serves
+        if args.data is not None:
+            train, *_ = _parts(args.checkpoints[0], args.data)
+            counts = {name: train.counts(name) for name, _ in train.features}
         hashed = [p for p in paths if any(f.has_dhe for f in p.model.model.features)]
         if not hashed:
             raise ValueError("--cache: none of the checkpoints has deep hash embeddings")

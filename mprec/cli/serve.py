@@ -3,76 +3,183 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import signal
+import logging
+import math
+import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path as FilePath
 
-from mprec.cli._setup import (
-    add_path_arguments,
-    add_profile_arguments,
-    get_profile,
-    held_out,
-    load_paths,
-    say,
-)
-from mprec.dispatch import Dispatcher
+from mprec.cli._setup import add_path_arguments, held_out, load_paths, reporter, say
+from mprec.data.zipf import zipf_batches
+from mprec.dispatch import BATCH_SIZES, Dispatcher, Path, Profile, ProfileError, sampler
+from mprec.dispatch.profile import default_file
 from mprec.serving import Engine
-from mprec.serving.frontend import FrontEnd
+from mprec.serving.build import ModelInputs, model_inputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_path_arguments(parser)
-    add_profile_arguments(parser)
-    parser.add_argument(
+    add_path_arguments(parser, needs_data=False)
+    group = parser.add_argument_group("profile")
+    group.add_argument("--profile", metavar="FILE", help="written by mprec profile; measured if not usable")
+    group.add_argument(
+        "--profile-seconds",
+        type=float,
+        default=3.0,
+        metavar="S",
+        help="time for measuring one, on --data or else on random IDs, before the first answer (3)",
+    )
+    group = parser.add_argument_group("engine")
+    group.add_argument(
         "--sla-ms", type=float, default=10.0, help="latency target of queries without one (10)"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
-    parser.add_argument("--max-batch", type=int, default=2048, help="samples scored together at most (2048)")
-    parser.add_argument("--max-queue", type=int, default=1 << 20, help="samples waiting at most (1048576)")
-    parser.add_argument("--no-admission", action="store_true", help="answer hopeless queries late")
+    group.add_argument("--max-batch", type=int, default=2048, help="samples scored together at most (2048)")
+    group.add_argument("--max-queue", type=int, default=1 << 20, help="samples waiting at most (1048576)")
+    group.add_argument("--no-admission", action="store_true", help="answer hopeless queries late")
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    group.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
+    group.add_argument("--max-samples", type=int, default=8192, help="of one query (8192)")
+    group.add_argument("--max-ids", type=int, default=1 << 17, help="of one query (131072)")
+    group.add_argument("--max-connections", type=int, default=4096, help="at once (4096)")
+    group.add_argument(
+        "--notice-seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="at SIGTERM, say for so long that it is not ready before it stops listening (0)",
+    )
+    group.add_argument("--reload-token", metavar="TOKEN", help="what POST /reload must bear")
+    group.add_argument("--access-log", action="store_true", help="log each request, as JSON")
+    group.add_argument("--json-log", action="store_true", help="log in lines of JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.sla_ms > 0:
-        raise ValueError(f"--sla-ms must be positive, got {args.sla_ms}")
+    """The port opens at once. SIGHUP (or POST /reload from this machine) loads the checkpoints again."""
+    from mprec.serving.http import Limits, Service, listen, serve
+    from mprec.serving.http.server import url_of
+
+    if not 0 < args.sla_ms < math.inf:
+        raise ValueError(f"--sla-ms must be positive and finite, got {args.sla_ms}")
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port must be between 0 and 65535, got {args.port}")
-    paths = load_paths(args)
-    test = held_out(args)
-    engine = Engine(
-        Dispatcher(paths, get_profile(args, paths, test)),
-        sla_s=args.sla_ms / 1e3,
-        max_batch=args.max_batch,
-        max_queue=args.max_queue,
-        admission=not args.no_admission,
+    if not 0 <= args.notice_seconds < math.inf:
+        raise ValueError(f"--notice-seconds must not be negative, got {args.notice_seconds}")
+    _log_to_standard_error(args)
+    limits = Limits(max_samples=args.max_samples, max_ids=args.max_ids, max_connections=args.max_connections)
+    inputs = model_inputs(args.checkpoints)
+    service = Service(
+        inputs, limits, reload=lambda: _load(args, lambda *_: None), reload_token=args.reload_token
     )
-    vocabularies = [size for _, size in test.features]
-    server = FrontEnd(engine, vocabularies, test.num_dense, args.host, args.port)
-    engine.start()
-    serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    stop = threading.Event()
-    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        serving.start()
-        if args.json:
-            print(
-                json.dumps({"url": server.url, "features": test.features, "num_dense": test.num_dense}),
-                flush=True,
+    failure: list[BaseException] = []
+    preparing: list[threading.Thread] = []
+    report = reporter()
+
+    def progress(what: str, share: float) -> None:
+        if service.is_draining:
+            raise _StoppedError
+        report(what, share)
+
+    def prepare(stop: Callable[[], None]) -> None:
+        try:
+            dispatcher, _ = _load(args, progress)
+            engine = Engine(
+                dispatcher,
+                sla_s=args.sla_ms / 1e3,
+                max_batch=args.max_batch,
+                max_queue=args.max_queue,
+                admission=not args.no_admission,
             )
-        else:
-            print(f"serving {', '.join(path.name for path in paths)} on {server.url}", flush=True)
-        stop.wait()
-        say("draining ...")
-    finally:
-        server.drain()
-        serving.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    counts = engine.statistics()
+            gc.collect()
+            gc.freeze()  # a full collection would walk all that torch has imported, and hold every query
+            service.take(engine.start())
+            say(f"ready: {', '.join(path.name for path in dispatcher.paths)}")
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            failure.append(error)
+            stop()
+
+    def start(stop: Callable[[], None]) -> None:
+        preparing.append(threading.Thread(target=prepare, args=(stop,), name="mprec-prepare"))
+        preparing[0].start()
+
+    listener = listen(args.host, args.port)
+    url = url_of(listener)
     if args.json:
+        features = list(zip(inputs.names, inputs.vocabularies, strict=True))
+        print(json.dumps({"url": url, "features": features, "num_dense": inputs.num_dense}), flush=True)
+    else:
+        print(f"listening on {url}", flush=True)
+    serve(service, listener, access_log=args.access_log, notice_s=args.notice_seconds, on_start=start)
+    preparing[0].join()
+    gc.unfreeze()  # what native libraries find uncollected at the end they complain of
+    if failure:
+        raise failure[0]
+    say("drained")
+    if service.engine is not None:
+        service.engine.close()
+        _report(service.engine.statistics(), args.json)
+    return 0
+
+
+class _StoppedError(Exception):
+    """The server is to stop before it was ready."""
+
+
+def _load(
+    args: argparse.Namespace, progress: Callable[[str, float], object]
+) -> tuple[Dispatcher, ModelInputs]:
+    """The checkpoints' paths by a profile of them, and what they take."""
+    inputs = model_inputs(args.checkpoints)
+    paths = load_paths(args)
+    make_input = (
+        zipf_batches(inputs.vocabularies, inputs.num_dense) if args.data is None else sampler(held_out(args))
+    )
+    profile = Profile.load_or_measure(
+        paths,
+        make_input,
+        BATCH_SIZES,
+        file=_profile_file(args, paths),
+        seconds=args.profile_seconds,
+        conditions=("warm",),  # what the engine asks for: the others take long
+        report=say,
+        progress=progress,
+    )
+    return Dispatcher(paths, profile), inputs
+
+
+def _profile_file(args: argparse.Namespace, paths: list[Path]) -> FilePath:
+    """``--profile``, or a whole profile in the cache folder, or a file of this command's own there: what it
+    measures is quick, and perhaps on random IDs, and must not pass for a whole one of these paths.
+    """
+    if args.profile is not None:
+        return FilePath(args.profile)
+    whole = default_file(paths)
+    try:
+        Profile.load(whole, paths)
+    except ProfileError:
+        inputs = "random" if args.data is None else "data"
+        return whole.with_name(f"quick-{inputs}-{whole.name}")
+    return whole
+
+
+def _log_to_standard_error(args: argparse.Namespace) -> None:
+    from mprec.serving.http.access_log import JsonFormatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    if args.json_log or args.access_log:
+        handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("mprec.access").setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of every malformed request
+
+
+def _report(counts: dict, as_json: bool) -> None:
+    if as_json:
         print(json.dumps(counts), flush=True)
     else:
         refused = sum(counts["refused"].values())
         say(f"{counts['answered']} of {counts['queries']} queries answered, {refused} refused")
-    return 0

@@ -1,4 +1,5 @@
-"""Answering queries: an engine with a bounded queue and dynamic batching, a load test, and a front-end.
+"""Answering queries: an engine with a bounded queue and dynamic batching, a load test, and a server
+(:mod:`mprec.serving.http`).
 
     with Engine(dispatcher, sla_s=0.010) as engine:
         answer = engine.submit(batch).result()
@@ -9,7 +10,7 @@ The dispatcher lives in the engine's worker, next to the kernels.
 from mprec.serving.engine import Answer, Engine, QueryRefusedError
 from mprec.serving.executors import CudaExecutor, Executor, LocalExecutor, SimulatedExecutor
 from mprec.serving.process_executor import ProcessExecutor
-from mprec.serving.rows import rows_to_batch
+from mprec.serving.rows import QueryTooLargeError, rows_to_batch
 
 __all__ = [
     "Answer",
@@ -19,6 +20,7 @@ __all__ = [
     "LocalExecutor",
     "ProcessExecutor",
     "QueryRefusedError",
+    "QueryTooLargeError",
     "SimulatedExecutor",
     "rows_to_batch",
 ]

@@ -1,0 +1,85 @@
+"""A query's body, JSON or raw numbers, becomes a batch and a latency target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from mprec.data import Batch
+from mprec.serving.build import ModelInputs
+from mprec.serving.http.wire import decode_query
+from mprec.serving.rows import QueryTooLargeError, rows_to_batch
+
+__all__ = ["MAX_SLA_MS", "Limits", "parse_binary", "parse_json"]
+
+MAX_SLA_MS = 3_600_000
+_KNOWN = ("ids", "dense", "sla_ms")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one query and one client may take of the server.
+
+    A query of ``max_ids`` holds up the others for some milliseconds. Times are in seconds: for a request's
+    head to come, for its body, for a kept connection to stay idle, and for a client to read an answer.
+    """
+
+    max_body_bytes: int = 4 << 20
+    max_samples: int = 8192
+    max_ids: int = 1 << 17
+    max_connections: int = 4096
+    head_s: float = 10.0
+    body_s: float = 10.0
+    idle_s: float = 60.0
+    write_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name}: expected a positive finite number, got {value}")
+
+
+def parse_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, float | None]:
+    """(batch, SLA in seconds or None) of ``{"ids": [[...], ...], "dense": [[...], ...], "sla_ms": 10}``.
+
+    ``ValueError`` says what is wrong, and where; ``QueryTooLargeError``, which is one, if the query has more
+    samples or IDs than it may.
+    """
+    try:
+        query = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"the body is not JSON: {error}") from error
+    if not isinstance(query, dict) or not isinstance(query.get("ids"), list) or not query["ids"]:
+        raise ValueError(
+            'the body must be {"ids": [[...], ...], "dense": [[...], ...]} with at least one row'
+        )
+    if unknown := sorted(set(query) - set(_KNOWN)):
+        raise ValueError(f"unknown key {unknown[0]!r:.40}: known are {', '.join(_KNOWN)}")
+    sla_s = _seconds(query.get("sla_ms"))
+    if len(query["ids"]) > limits.max_samples:
+        raise QueryTooLargeError(f"ids: expected at most {limits.max_samples} rows, got {len(query['ids'])}")
+    batch = rows_to_batch(
+        query["ids"],
+        query.get("dense"),
+        inputs.vocabularies,
+        inputs.num_dense,
+        max_ids=limits.max_ids,
+        may_hold_bools=b"r" in body or b"f" in body,  # of true and false; no known key has either letter
+    )
+    return batch, sla_s
+
+
+def parse_binary(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, float | None]:
+    """(batch, SLA in seconds or None) of a body that :func:`encode_query` made; errors as ``parse_json``."""
+    batch, sla_ms = decode_query(body, inputs, max_samples=limits.max_samples, max_ids=limits.max_ids)
+    return batch, _seconds(sla_ms)
+
+
+def _seconds(sla_ms: Any) -> float | None:
+    if sla_ms is None:
+        return None
+    if isinstance(sla_ms, bool) or not isinstance(sla_ms, int | float) or not 0 < sla_ms <= MAX_SLA_MS:
+        raise ValueError(f"sla_ms: expected a number above 0 and at most {MAX_SLA_MS}, got {sla_ms!r:.40}")
+    return sla_ms / 1e3
