@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from harness import append_csv
 
+from mprec.arrivals import QuerySizes
 from mprec.simulate import load_device, load_shape
 from mprec.simulate.contest import DISPATCHER, capacity, compare, contestants, described, reference
-from mprec.simulate.loads import LEAST_SLAS, QuerySizes, draw
+from mprec.simulate.loads import LEAST_SLAS, draw
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 STARVED = {"gpu:v100": 200e6}  # bytes: decoders fit, tables do not

@@ -3,10 +3,11 @@ import json
 import numpy as np
 import pytest
 
+from mprec.arrivals import QuerySizes
 from mprec.cli import main
 from mprec.simulate import SimulatedExecutor, SimulatedPath, kaggle, load_device, to_profile
 from mprec.simulate.contest import DISPATCHER, capacity, compare, contestants, described, measured, reference
-from mprec.simulate.loads import ARRIVALS, QuerySizes, draw
+from mprec.simulate.loads import ARRIVALS, draw
 
 SYSTEM = ["--devices", "cpu:broadwell,gpu:v100", "--sla-ms", "10", "--most-queries", "300"]
 
@@ -91,18 +92,18 @@ def test_capacity_by_hand():
 
 @pytest.mark.parametrize("arrivals", ARRIVALS)
 def test_loads_have_their_rate_and_are_seeded(arrivals):
-    times, sizes = draw(arrivals, 1000, 20.0, seed=3)
-    again, _ = draw(arrivals, 1000, 20.0, seed=3)
+    times, sizes = draw(arrivals, 1000, 200.0, seed=3)
+    again, _ = draw(arrivals, 1000, 200.0, seed=3)
     assert (times == again).all()
-    assert len(times) == pytest.approx(20_000, rel=0.05)
+    assert len(times) == pytest.approx(200_000, rel=0.05)
     assert np.all(np.diff(times) >= 0)
     assert times[0] >= 0
-    assert times[-1] < 20.0
+    assert times[-1] < 200.0
     assert len(sizes) == len(times)
     assert sizes.mean() == pytest.approx(
         QuerySizes().draw(100_000, np.random.default_rng(0)).mean(), rel=0.05
     )
-    counts = np.histogram(times, bins=200, range=(0, 20.0))[0]  # each 0.1 s: half a burst
+    counts = np.histogram(times, bins=2000, range=(0, 200.0))[0]  # each 0.1 s: about a burst
     spread = counts.var() / counts.mean()  # 1 for a Poisson process
     assert (spread < 1.5) if arrivals == "poisson" else (spread > 5)
 

@@ -12,11 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mprec.arrivals import QuerySizes
 from mprec.cli._setup import reporter, say, size_in_bytes
 from mprec.dispatch import Profile
 from mprec.simulate.contest import capacity, compare, contestants, described, measured, reference
 from mprec.simulate.devices import device_names, load_device
-from mprec.simulate.loads import ARRIVALS, LEAST_SLAS, QuerySizes, draw
+from mprec.simulate.loads import ARRIVALS, LEAST_SLAS, draw
 from mprec.simulate.shapes import load_shape
 from mprec.simulate.simulator import SimulatedExecutor
 
