@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_checkpoints import expected, save
+from small_checkpoints import expected
 
 from mprec import serving
 from mprec.data import Batch
@@ -29,17 +29,7 @@ IDS = [[[3], [6]], [[49], [0]], [[0], [1]]]
 DENSE = [[0.5, -1.0], [0.0, 2.0], [0.25, 0.125]]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return [save(folder, "table"), save(folder, "hybrid")]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # Emptying real caches takes too long for what is tested here.
-    monkeypatch.setattr("mprec.dispatch.profile.Evict", lambda: lambda: None)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def load(file, name):

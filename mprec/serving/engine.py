@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mprec.data import Batch
-from mprec.data.batching import concatenate, num_features, take
+from mprec.data.batching import join, num_features
 from mprec.dispatch import Dispatcher
 from mprec.dispatch.scheduler import Job, Lane, Option, Piece, Refusal, Scheduler, Ticket
 from mprec.serving.executors import Executor, LocalExecutor
@@ -176,7 +176,7 @@ class Engine:
             query = _Query(batch, arrived)
             self._statistics.queries += 1
             if self._closed:
-                outcome = Refusal("closed", "the engine is closed")
+                outcome = Refusal(("closed", "the engine is closed"))
             else:
                 outcome = self._scheduler.offer(now, len(batch), arrived + sla_s, query)
             if isinstance(outcome, Refusal):
@@ -184,7 +184,7 @@ class Engine:
                     self._statistics.failed += 1
                 else:
                     self._statistics.refused[outcome.reason] += 1
-            elif self._workers and any(lane.job is None for lane in self._scheduler.lanes):
+            elif self._workers and self._scheduler.idle:
                 self._assign(now)
         if self._finisher.has_some:
             self._finisher.flush()
@@ -389,7 +389,11 @@ class Engine:
         only queries at fault fail. Adds (piece, (path, scores) or error) to ``settled``. Seconds of the path;
         -1 if another path answered; 0 if no path did.
         """
-        batch = concatenate([take(p.ticket.item.batch, slice(p.start, p.stop)) for p in pieces])
+        batch = join(
+            [ticket.item.batch for ticket, _, _ in pieces],
+            [start for _, start, _ in pieces],
+            [stop for _, _, stop in pieces],
+        )
         first_error = None
         others = sorted((p for p in executor.paths if p.name != path), key=lambda p: -p.quality)
         for name in (path, *(p.name for p in others if p.supports is None or p.supports(len(batch)))):
