@@ -197,7 +197,8 @@ class Engine:
         """Counts so far, what waits, and how the machine differs from its profile; JSON-able.
 
         ``corrections``: expected over profiled time by path (``path@executor`` where there are several);
-        ``last_answer_s``: seconds since the last answer, None before the first.
+        ``query_s``: seconds of the engine's own work for a query of a batch. ``last_answer_s``: seconds since
+        the last answer, None before the first.
         """
         with self._lock:
             counts = dict(vars(self._statistics))
@@ -219,6 +220,7 @@ class Engine:
                         self._executors, self._batches, self._busy, strict=True
                     )
                 },
+                "query_s": self._scheduler.query_s,
                 "last_answer_s": None if self._last_answer is None else now - self._last_answer,
             }
 
