@@ -85,7 +85,7 @@ class _Query:
         self.future: Future[Answer] = Future()
         self.missing = len(batch)
         self.scores: dict[int, torch.Tensor] = {}  # by the first sample's position
-        self.paths: Counter[str] = Counter()
+        self.paths: dict[str, int] = {}  # samples by path
 
 
 class Engine:
@@ -403,7 +403,7 @@ class Engine:
                 start = self._now()
                 scores = executor.run(name, batch)
                 end = self._now()
-                if scores.shape != (len(batch),):
+                if scores.shape != batch.labels.shape:
                     shape = tuple(scores.shape)
                     raise RuntimeError(f"path {name!r} gave {shape} scores for {len(batch)} samples")
                 if not (math.isfinite(scores.sum().item()) or torch.isfinite(scores).all()):
@@ -411,11 +411,8 @@ class Engine:
             except BaseException as error:
                 first_error = first_error or error
                 continue
-            offset = 0
-            for piece in pieces:
-                size = piece.stop - piece.start
-                settled.append((piece, (name, scores[offset : offset + size])))
-                offset += size
+            parts = scores.split([stop - start for _, start, stop in pieces])
+            settled += [(piece, (name, part)) for piece, part in zip(pieces, parts, strict=True)]
             return max(end - start, 1e-9) if first_error is None else -1.0
         if len(pieces) == 1:
             settled.append((pieces[0], first_error))
@@ -459,7 +456,7 @@ class Engine:
         path, scores = outcome
         size = piece.stop - piece.start
         self._statistics.samples[path] += size
-        query.paths[path] += size
+        query.paths[path] = query.paths.get(path, 0) + size
         query.scores[piece.start] = scores
         query.missing -= size
         if query.missing:
@@ -471,7 +468,7 @@ class Engine:
             scores = torch.cat([query.scores[start] for start in sorted(query.scores)])
         return (
             query.future,
-            Answer(scores, dict(query.paths), query.arrived - self._offset, now - self._offset),
+            Answer(scores, query.paths, query.arrived - self._offset, now - self._offset),
             None,
         )
 
