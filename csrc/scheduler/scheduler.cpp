@@ -67,6 +67,10 @@ size_t Lane::option(const std::string& path) const {
   throw std::out_of_range(path);
 }
 
+bool Lane::resting(double now) const {
+  return std::all_of(rests.begin(), rests.end(), [now](double end) { return end > now; });
+}
+
 Scheduler::Scheduler(std::vector<std::shared_ptr<Lane>> lanes, Limits limits)
     : lanes_(std::move(lanes)), limits_(limits) {
   if (lanes_.empty()) throw std::invalid_argument("lanes: expected at least one");
@@ -131,6 +135,23 @@ void Scheduler::done(const Job& job, double now, double seconds) {
 void Scheduler::failed(const Job& job, double now, double rest_s) {
   Lane& lane = release(job, now);
   if (&lane == job.lane.get() && rest_s > 0) lane.rests[job.option] = now + rest_s;
+}
+
+void Scheduler::again(std::shared_ptr<Ticket> ticket) {
+  ticket->taken = 0;
+  queue_.insert(std::move(ticket));
+}
+
+void Scheduler::rest(size_t index, double now, double rest_s) {
+  if (index >= lanes_.size())
+    throw std::invalid_argument(message("index: expected 0 to ", lanes_.size() - 1, ", got ", index));
+  std::fill(lanes_[index]->rests.begin(), lanes_[index]->rests.end(), now + rest_s);
+}
+
+// An executor that is not to be used, because all its paths rest and others do not.
+bool Scheduler::is_out(const Lane& lane, double now) const {
+  return lane.resting(now) &&
+         !std::all_of(lanes_.begin(), lanes_.end(), [now](const auto& other) { return other->resting(now); });
 }
 
 Lane& Scheduler::release(const Job& job, double now) {
@@ -262,7 +283,7 @@ double Scheduler::time_for(double now, int64_t samples, double margin) const {
   std::vector<std::pair<double, const Lane*>> ready;
   ready.reserve(lanes_.size());
   for (const auto& lane : lanes_)
-    ready.emplace_back(lane->busy ? std::max(lane->until, now) : now, lane.get());
+    if (!is_out(*lane, now)) ready.emplace_back(lane->busy ? std::max(lane->until, now) : now, lane.get());
   std::stable_sort(ready.begin(), ready.end(),
                    [](const auto& a, const auto& b) { return a.first < b.first; });
   const auto work = static_cast<double>(samples);
