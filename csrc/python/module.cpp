@@ -16,6 +16,7 @@ void bind_dhe(py::module_&);            // dhe.cpp
 void bind_cache(py::module_&);          // cache.cpp
 void bind_csr(py::module_&);            // csr.cpp
 void bind_modules(py::module_&);        // modules.cpp
+void bind_program(py::module_&);        // program.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -53,4 +54,5 @@ PYBIND11_MODULE(_C, m) {
   python::bind_cache(m);
   python::bind_csr(m);
   python::bind_modules(m);
+  python::bind_program(m);
 }
