@@ -10,7 +10,7 @@ namespace mprec {
 // Samples that one call takes. Their activations lie as a decoder's do, [block of 256 columns][sample][272]
 // floats (dhe.h), so that the decoder's matrix product serves here too; `block_stride` floats from block to
 // block.
-constexpr int max_samples = max_ids;
+constexpr int max_samples = 2 * max_ids;
 constexpr int64_t sample_block_stride = int64_t{max_samples} * block_pitch;
 
 // Layers of one precision. A float32 layer of a single output is a row of weights, [inputs]: in a panel of 16
