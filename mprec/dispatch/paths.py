@@ -30,7 +30,7 @@ class Path:
     paths of a choice (AUC on the validation split, for checkpoints). ``shape`` identifies what was
     measured: a profile of another shape is not this path's. ``supports(batch_size)`` says which batches
     it can take at all (None: any). ``inputs`` are the numbers of features and of dense numbers that a batch
-    must have, where they are known.
+    must have, where they are known. ``note`` is for people: why it does not run as most paths do.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Path:
     shape: str = ""
     supports: Callable[[int], bool] | None = None
     inputs: tuple[int, int] | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -54,21 +55,40 @@ def shape_digest(config: Any) -> str:
 
 
 class _Scorer:
-    """Click probabilities [B] of a batch, by a model that returns logits."""
+    """Click probabilities [B] of a batch, by a model that returns logits: by its compiled path, or by the
+    model itself where ``reason`` says why it has none (empty: it has)."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model.eval()
+        from mprec.errors import PathCompileError  # models are above dispatch's own needs
+        from mprec.models import compile_path
 
-    @torch.inference_mode()
+        self.model, self.reason = model.eval(), ""
+        try:
+            self.compiled = compile_path(model)
+        except PathCompileError as error:
+            self.compiled, self.reason = None, str(error)
+
     def __call__(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+        if self.compiled is not None:
+            return self.compiled(batch.dense, batch.indices, batch.offsets)
+        with torch.inference_mode():
+            return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+
+    def path(self, name: str, representation: str, quality: float, description: Any) -> Path:
+        """The path that scores so; ``description`` says what is measured, beside how it runs."""
+        features, num_dense = self.model.embeddings.features, self.model.num_dense
+        how = "model" if self.compiled is None else f"compiled {self.compiled.precision}"
+        note = f"not compiled: {self.reason}" if self.reason else ""
+        shape, inputs = shape_digest([description, how]), (len(features), num_dense)
+        return Path(name, representation, quality, self, shape, inputs=inputs, note=note)
 
 
 def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = "auc") -> list[Path]:
     """One path per checkpoint, or every path of a multi-path one; the quality is the metadata's validation
     metric of that name.
 
-    A path is named after its representation, or after its file (and representation) where checkpoints share
+    Whole paths are native calls (:func:`mprec.compile_path`) where the model can be compiled; else the path's
+    ``note`` says why not. A path is named after its representation, or after its file (and representation) where checkpoints share
     one. ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not take the same inputs.
     """
     from mprec import checkpoint  # models are above dispatch's own needs: only this function loads any
@@ -101,9 +121,7 @@ def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = 
         name = representation
         if shared[representation] > 1:
             name = f"{file.stem}/{representation}" if several else file.stem
-        shape = shape_digest(model.config())
-        sizes = len(model.features), model.num_dense
-        paths.append(Path(name, representation, quality, _Scorer(model), shape, inputs=sizes))
+        paths.append(_Scorer(model).path(name, representation, quality, model.config()))
     if repeated := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
         raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
     return paths
@@ -127,9 +145,8 @@ def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     twin._modules["embeddings"] = CachedEmbeddingBagCollection(model.embeddings, nbytes, known)
-    shape = shape_digest([path.shape, "cache", nbytes])
-    name = f"{path.name}+cache"
-    return Path(name, path.representation, path.quality, _Scorer(twin), shape, inputs=path.inputs)
+    name, description = f"{path.name}+cache", [model.config(), "cache", nbytes]
+    return _Scorer(twin).path(name, path.representation, path.quality, description)
 
 
 def sampler(dataset: ClickDataset) -> Callable[[int, np.random.Generator], Batch]:
