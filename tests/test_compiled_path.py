@@ -251,7 +251,7 @@ def faults(model):
     high[len(high) // 2] = 10**6
     low[3] = -1
     falling = offsets.clone()
-    falling[5], falling[6] = falling[6] + 1, falling[5]
+    falling[5] = falling[6] + 1
     wrapping = offsets.clone()
     wrapping[4:7] = torch.tensor([2**62, -(2**63), -(2**62)])
     return {
