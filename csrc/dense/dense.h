@@ -34,8 +34,11 @@ struct InteractionView {
   [[gnu::always_inline]] int64_t products() const {
     return int64_t{vectors} * (vectors - 1) / 2 + (self ? vectors : 0);
   }
-  // Floats that a sample's vectors take transposed.
-  [[gnu::always_inline]] int64_t transposed_floats() const { return int64_t{(vectors + 15) / 16 * 16} * dim; }
+  // Floats that a sample's vectors take transposed. One line more than they fill: gcc 12 makes vectors of the
+  // scalar kernel's loads that reach into the next line.
+  [[gnu::always_inline]] int64_t transposed_floats() const {
+    return int64_t{(vectors + 15) / 16 * 16} * (dim + 1);
+  }
 };
 
 // A vector that interacts is a weighted sum of a sample's embedded vectors.

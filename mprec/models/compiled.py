@@ -116,13 +116,14 @@ class CompiledPath:
 @torch.no_grad()
 def _pack(model: nn.Module) -> _C.PathProgram:
     _check_model(model)
-    places: list[tuple[dict, str]] = [(model._modules, name) for name in ("embeddings", "bottom", "top")]
+    places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
     places.append((model._buffers, "_mixing"))
     bottom = constant = None
     if model.bottom is None:
-        places.append((model._parameters, "constant"))
+        places += [(model.__dict__, "bottom"), (model._parameters, "constant")]
         constant = _dense(model.constant, "constant")
     else:
+        places.append((model._modules, "bottom"))
         bottom = _layers(model.bottom, "bottom", places)
     weights, biases, activations = _layers(model.top, "top", places)
     if activations[-1] != ACTIVATIONS["none"]:
