@@ -60,7 +60,7 @@ def serve(
     _allow_files(service)
     config = uvicorn.Config(
         create_app(service, access_log=access_log),
-        http=connection_class(service),
+        http=connection_class(service, access_log),
         ws="none",
         lifespan="off",
         interface="asgi3",
