@@ -1,11 +1,11 @@
 """Requests per second over HTTP, by the client's clock, beside other servers.
 
     python benchmarks/serving_http.py
-    python benchmarks/serving_http.py --server before=http://127.0.0.1:9000   # runs already, and takes the same JSON
+    python benchmarks/serving_http.py --server before=http://127.0.0.1:9000   # another, which runs already
 
 A client in a process of its own keeps 1, 4, 16 and 64 connections busy: each asks again once it is answered.
 The contestants serve the same DLRM of the Criteo Kaggle shape (random weights, tables of at most ``--rows``
-rows) and take turns. An answer is late if it is whole at the client after the latency target, counted from
+rows, MLPs of the sizes that ``mprec train`` has by default) and take turns. An answer is late if it is whole at the client after the latency target, counted from
 before the request was sent; refused requests count as such, and the client asks again at once. Rows go to
 ``benchmarks/results/serving_http.csv``.
 """
@@ -53,10 +53,10 @@ def vocabularies(rows: int) -> list[int]:
     return [min(feature.num_embeddings, rows) for feature in shape.features]
 
 
-def save_model(folder: Path, rows: int) -> Path:
+def save_model(folder: Path, rows: int, hidden: list[int]) -> Path:
     torch.manual_seed(0)
     features = [FeatureConfig(f"C{t + 1}", size, DIM) for t, size in enumerate(vocabularies(rows))]
-    model = DLRM(features, NUM_DENSE, DIM)
+    model = DLRM(features, NUM_DENSE, DIM, bottom=hidden, top=hidden)
     file = folder / "table.pt"
     checkpoint.save(
         file, model, {"representation": "table", "metrics": {"valid": {"accuracy": 0.79, "auc": 0.79}}}
@@ -97,7 +97,7 @@ def process(arguments: list) -> Iterator[subprocess.Popen]:
 @contextlib.contextmanager
 def ours(file: Path, sla_ms: float, options: list[str]) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-c", "import sys; from mprec.cli import main; sys.exit(main())", "serve"]
-    command += ["--json", "--port", 0, "--sla-ms", sla_ms, "--threads", 1, *options, "--checkpoints", file]
+    command += ["--json", "--port", 0, "--sla-ms", sla_ms, *options, "--checkpoints", file]
     with process(command) as child:
         address = address_of(json.loads(child.stdout.readline())["url"])
         wait_until_ready(f"http://{address[0]}:{address[1]}/readyz", child)
@@ -140,7 +140,10 @@ def measure(address, form: str, files: list[str], connections: int, args) -> dic
         "warm": args.warm_seconds,
     }
     done = subprocess.run(
-        [sys.executable, HERE / "serving_http_client.py"], input=json.dumps(about), stdout=subprocess.PIPE, text=True
+        [sys.executable, HERE / "serving_http_client.py"],
+        input=json.dumps(about),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
         raise RuntimeError(f"the client failed at {address}")
@@ -186,6 +189,7 @@ def show(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000, help="the most rows of a table (100000)")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 32], help="sizes of each MLP (64 32)")
     parser.add_argument("--sla-ms", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement (1.5)")
     parser.add_argument("--warm-seconds", type=float, default=0.3, help="before it (0.3)")
@@ -202,7 +206,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        file = save_model(folder, args.rows)
+        file = save_model(folder, args.rows, args.hidden)
         contestants = {}
         for entry in args.serve or ["mprec="]:
             who, _, options = entry.partition("=")

@@ -1,4 +1,5 @@
-"""A client in a process of its own for ``benchmarks/serving_http.py``: connections that each ask again when answered.
+"""The client of ``benchmarks/serving_http.py``, in a process of its own: connections that each ask again when
+they are answered.
 
 Reads from standard input, and writes to standard output, one JSON object.
 """
