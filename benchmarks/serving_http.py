@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--serve", action="append", metavar="NAME=OPTIONS", help="of mprec serve (mprec=, several in turn)"
     )
+    parser.add_argument("--no-fastapi", action="store_true")
     parser.add_argument("--no-csv", action="store_true")
     args = parser.parse_args()
     rows = []
@@ -212,7 +213,7 @@ def main() -> None:
             who, _, options = entry.partition("=")
             address = stack.enter_context(ours(file, args.sla_ms, options.split()))
             contestants[who] = address, args.bodies
-        if importlib.util.find_spec("fastapi") is not None:
+        if not args.no_fastapi and importlib.util.find_spec("fastapi") is not None:
             contestants["fastapi"] = stack.enter_context(fastapi(file)), ["json"]
         for entry in args.server:
             who, _, url = entry.partition("=")

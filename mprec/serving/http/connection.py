@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from mprec.serving.http.access_log import log_request
 from mprec.serving.http.direct import Exchange, is_plain
 from mprec.serving.http.messages import error_body
+from mprec.serving.http.pace import Pace
 from mprec.serving.http.score import ARRIVED, Scoring
 from mprec.serving.http.service import Service
 from mprec.serving.http.turns import Turns
@@ -32,6 +33,7 @@ class _Connection(HttpToolsProtocol):
     scoring: Scoring
     has_access_log: bool
     turns: Turns | None = None
+    pace: Pace | None = None
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -43,7 +45,7 @@ class _Connection(HttpToolsProtocol):
         self._limits = self.service.limits
         self.service.connections = self.connections
         if type(self).turns is None:
-            type(self).turns = Turns(self.loop)
+            type(self).turns, type(self).pace = Turns(self.loop), Pace(self.loop, self.service.clock)
 
     # -- of the transport
 
@@ -100,6 +102,7 @@ class _Connection(HttpToolsProtocol):
         self.cycle = self._running = Exchange(
             self.scoring,
             self.turns,
+            self.pace,
             self.headers,
             self.scope[ARRIVED],
             self.transport.write,

@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from mprec.serving.http.messages import ClientLeftError, RequestError
-from mprec.serving.http.score import Asked, Reply, Scoring, is_binary, refusal
+from mprec.serving.http.pace import Pace
+from mprec.serving.http.score import FOR_LOAD, Asked, Reply, Scoring, is_binary, refusal
 from mprec.serving.http.turns import Turns
 
 __all__ = ["Exchange", "is_plain"]
@@ -39,6 +40,7 @@ class Exchange:
         self,
         scoring: Scoring,
         turns: Turns,
+        pace: Pace,
         headers: list[tuple[bytes, bytes]],
         arrived: float,
         write: Callable[[bytes], object],
@@ -50,7 +52,8 @@ class Exchange:
         self.more_body = True
         self.status = 0
         self.arrived = arrived
-        self._scoring, self._turns = scoring, turns
+        self._scoring, self._turns, self._pace = scoring, turns, pace
+        self._cost = 0.0  # seconds that the loop has spent on it
         self._headers, self._default_headers = headers, default_headers
         self._write, self._on_end = write, on_end
         self._parts: list[bytes] = []
@@ -79,27 +82,39 @@ class Exchange:
     def _ask(self) -> None:
         if self.response_complete:
             return
+        start = self._scoring.clock()
         try:
             body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
             self._parts = []
             self._asked = self._scoring.ask(body, is_binary(self._headers), self.arrived)
         except RequestError as error:
-            self._send(refusal(error))
+            self._refuse(error, start)
         else:
+            self._cost = self._scoring.clock() - start
             self._turns.when_done(self._asked.future, self._answer)
 
     def _answer(self, _: Future) -> None:
+        start = self._scoring.clock()
         try:
             reply = self._scoring.reply(self._asked)
         except RequestError as error:
-            reply = refusal(error)
+            return self._refuse(error, start)
         except ClientLeftError:
-            return self._end()
-        if self.disconnected:
             return self._end()
         self._send(reply)
 
+    def _refuse(self, error: RequestError, start: float) -> None:
+        """``start``: when the loop began to work on it."""
+        told = refusal(error)
+        if error.reason in FOR_LOAD:
+            cost = self._cost + self._scoring.clock() - start
+            self._pace.tell(lambda: self._send(told), self.arrived + self._scoring.sla_s, cost)
+        else:
+            self._send(told)
+
     def _send(self, reply: Reply) -> None:
+        if self.disconnected:
+            return self._end()
         status, body, content_type, headers = reply
         lines = [STATUS_LINE[status], b"content-type: ", content_type, b"\r\n"]
         for name, value in (*self._default_headers, *headers):
@@ -113,5 +128,7 @@ class Exchange:
         self._end()
 
     def _end(self) -> None:
+        if self.response_complete:
+            return
         self.response_complete = True
         self._on_end(self)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from http import HTTPStatus
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from mprec.serving.http.service import Service
 from mprec.serving.http.turns import Turns
 from mprec.serving.rows import QueryTooLargeError
 
-__all__ = ["ARRIVED", "REFUSALS", "Asked", "Reply", "Score", "Scoring", "is_binary", "refusal"]
+__all__ = ["ARRIVED", "FOR_LOAD", "REFUSALS", "Asked", "Reply", "Score", "Scoring", "is_binary", "refusal"]
 
 ARRIVED = "mprec.arrived_s"  # in the scope: when the first byte came, on the service's clock
 REFUSALS = {
@@ -33,6 +33,7 @@ REFUSALS = {
     "expired": HTTPStatus.GATEWAY_TIMEOUT,
     "closed": HTTPStatus.SERVICE_UNAVAILABLE,
 }
+FOR_LOAD = ("full", "overload", "expired")
 _BINARY = wire.CONTENT_TYPE.encode()
 _RETRY = [(b"retry-after", b"1")]
 _HEADERS = {429: _RETRY, 503: _RETRY, 408: [(b"connection", b"close")]}
@@ -60,6 +61,15 @@ class Scoring:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._return = ReturnTrip()
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return self._service.clock
+
+    @property
+    def sla_s(self) -> float:
+        """The target of queries that have none of their own."""
+        return self._service.engine.sla_s
 
     def ask(self, body: bytes, is_binary: bool, arrived: float) -> Asked:
         """Give the engine the query in a body. ``RequestError`` says why not."""
