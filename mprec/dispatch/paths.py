@@ -87,8 +87,10 @@ def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = 
     """One path per checkpoint, or every path of a multi-path one; the quality is the metadata's validation
     metric of that name.
 
-    Whole paths are native calls (:func:`mprec.compile_path`) where the model can be compiled; else the path's
-    ``note`` says why not. A path is named after its representation, or after its file (and representation) where checkpoints share
+    Whole paths are native calls (:func:`mprec.compile_path`) where the model can be compiled; else the
+    path's ``note`` says why not.
+
+    A path is named after its representation, or after its file (and representation) where checkpoints share
     one. ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not take the same inputs.
     """
     from mprec import checkpoint  # models are above dispatch's own needs: only this function loads any

@@ -1,5 +1,5 @@
-"""A model's whole path as one native call: from a batch to click probabilities without a step of Python's, and
-without its interpreter lock.
+"""A model's whole path as one native call: from a batch to click probabilities without a step of Python's,
+and without its interpreter lock.
 
     path = mprec.compile_path(model)
     scores = path(dense, indices, offsets)  # [B], as model(dense, indices, offsets).sigmoid()
@@ -160,7 +160,9 @@ def _check_model(model: nn.Module) -> None:
         raise PathCompileError(f"model: expected a DLRM, got {type(model).__name__}")
     for name in ("forward", "mix", "score"):
         if getattr(type(model), name) is not getattr(DLRM, name) or name in model.__dict__:
-            raise PathCompileError(f"model: {type(model).__name__} computes in its own way: it has a {name}()")
+            raise PathCompileError(
+                f"model: {type(model).__name__} computes in its own way: it has a {name}()"
+            )
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise PathCompileError(f"{name or 'model'}: has forward hooks, which a native call does not run")
