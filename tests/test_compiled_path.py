@@ -157,7 +157,9 @@ def test_all_bags_empty_and_no_samples():
         inputs = batch(model, 7, 0)
         assert not len(inputs[1])
         check(model, path(*inputs), *inputs)
-        assert path(torch.empty(0, 13), torch.empty(0, dtype=torch.int64), torch.zeros(1).long()).shape == (0,)
+        assert path(torch.empty(0, 13), torch.empty(0, dtype=torch.int64), torch.zeros(1).long()).shape == (
+            0,
+        )
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "int8", "int4"])

@@ -1,5 +1,5 @@
-"""A model's whole path as one native call: from a batch to click probabilities without a step of Python's, and
-without its interpreter lock.
+"""A model's whole path as one native call: from a batch to click probabilities without a step of Python's,
+and without its interpreter lock.
 
     path = mprec.compile_path(model)
     scores = path(dense, indices, offsets)  # [B], as model(dense, indices, offsets).sigmoid()
