@@ -1,11 +1,15 @@
 """Packed native decoders, kept while their weights stay as they are.
 
 A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is used again if
-every tensor is still the same object, with the same storage, sizes, version counter and a sample of its
-elements. In-place operations raise the counter, optimizers' steps included; writes through ``tensor.data`` or
-NumPy views do not, but show in the sample unless they leave most of a tensor as it was: call
-:func:`clear_decoders` after such, in training too, where a step's backward pass uses the decoder that its
-forward pass packed. Nothing is kept for tensors made under ``inference_mode``, which carry no counter.
+every tensor is still the same object, with the same storage, sizes, version counter and contents. In-place
+operations raise the counter, optimizers' steps included: what they change is seen at once.
+
+Writes through ``tensor.data``, NumPy or DLPack raise no counter, and show in the bytes alone. Each call
+compares checksums of short tensors (up to 2 KiB: biases, say) and of a share of the others: 1/128, and 1/512
+more for every ID that the call decodes. So such a write is seen at once by calls of some 500 IDs or more and
+in small decoders, at the 128th call after it at the latest, and at once if :func:`clear_decoders` is called
+(modules' ``invalidate()``). Packing again compares all bytes, and so does a backward pass. Nothing is kept
+for tensors made under ``inference_mode``, which carry no counter.
 
 Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`
 watches where one module keeps them, :func:`group_decoders` where several do.
@@ -20,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mprec._native import _C
 from mprec.names import ACTIVATIONS, FAMILIES, code
-from mprec.ops._common import contiguous
+from mprec.ops._common import plain
 
 _LINEAR = ("weight", "bias")
 _groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
@@ -45,8 +49,13 @@ def decoder(
     activation: str,
     last_activation: str,
     precision: str = "float32",
+    *,
+    thorough: bool = False,
 ) -> "_C.Decoder":
-    """The native decoder of one feature: kept from an earlier call, or packed now if gradients are wanted."""
+    """The native decoder of one feature: kept from an earlier call, or packed now if gradients are wanted.
+
+    ``thorough``: compare all bytes of the weights, not a share of them.
+    """
     options = family, activation, last_activation, precision
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, *biases)):
         return _pack(coefficients, weights, biases, *options)
@@ -57,13 +66,10 @@ def decoder(
         found is not None
         and found[0]() is first
         and found[1] == options
-        and _C.same_stack(found[2], coefficients, weights, biases)
+        and _C.same_stack(found[2], coefficients, weights, biases, thorough)
     ):
         return found[3]
-    try:
-        watch = _C.StackWatch(coefficients, weights, biases)  # before packing: no change may go unnoticed
-    except RuntimeError:  # tensors made in inference mode
-        watch = None
+    watch = _C.StackWatch.of(coefficients, weights, biases)  # before packing: no change may go unnoticed
     handle = _pack(coefficients, weights, biases, *options)
     if watch is not None:
         _kept[key] = weakref.ref(first, lambda _: _kept.pop(key, None)), options, watch, handle
@@ -77,7 +83,7 @@ class ModuleDecoder:
 
     Attributes:
         config: the module's when ``kept`` was made.
-        kept: for ``_C.dhe_bag_kept``, which gives ``None`` once the weights have changed.
+        kept: for ``_C.dhe_bag_kept``, which gives ``False`` once the weights have changed.
     """
 
     def __init__(self) -> None:
@@ -87,21 +93,20 @@ class ModuleDecoder:
         return ModuleDecoder, ()
 
     def pack(self, module: nn.Module) -> "_C.KeptDecoder | None":
-        """``kept``, made anew; ``None`` if the module's tensors cannot be watched. Only with grad mode off.
-
-        Raises ``TypeError`` or ``ValueError`` for what kernels do not take.
-        """
+        """``kept``, made anew; ``None`` if the module's tensors cannot be watched, or kernels do not take
+        them. Only with grad mode off."""
         self.config = self.kept = None
+        if not packable(*module.stack()):
+            return None
         layers = module._modules["decoder"]._modules
         places = [(module._buffers, "coefficients"), (module._modules, "decoder")]
         places += [(layers, name) for name in layers]
         places += [(layer._parameters, name) for layer in layers.values() for name in _LINEAR]
-        try:
-            watch = _C.WeightWatch(places)
-        except (RuntimeError, KeyError):  # tensors made in inference mode, parametrised layers
+        watch = _C.WeightWatch.of(places)
+        if watch is None:  # tensors made in inference mode, parametrised layers
             return None
         c = module.config
-        handle = decoder(*module.stack(), c.family, c.activation, c.last_activation)
+        handle = decoder(*module.stack(), c.family, c.activation, c.last_activation, thorough=True)
         self.config, self.kept = c, _C.KeptDecoder(watch, handle)
         return self.kept
 
@@ -112,8 +117,10 @@ def group_decoders(
     modules: Sequence[nn.Module],
     options: tuple[str, str, str],
     precisions: Sequence[str] | None = None,
-) -> list["_C.Decoder"]:
-    """The decoders of several modules (with ``stack()`` and ``decoder`` layers), for one kernel call.
+    ids: int = 0,
+) -> list["_C.Decoder"] | None:
+    """The decoders of several modules (with ``stack()`` and ``decoder`` layers), for one kernel call of so
+    many IDs; ``None`` if kernels do not take them.
 
     As :func:`decoder` for each, but one native check of all weights, which is kept with ``owner``, replaces
     one per decoder. Only with grad mode off.
@@ -121,33 +128,51 @@ def group_decoders(
     parts = [(module, *module._modules["decoder"]._modules.values()) for module in modules]
     kept = _groups.get(owner)
     found = None if kept is None else kept.get(group)
-    if found is not None and found[0] == parts and not found[1].changed():
+    if found is not None and found[0] == parts and not found[1].changed(ids):
         return found[2]
     places = [(module._buffers, "coefficients") for module in modules]
     places += [(layer._parameters, name) for _, *layers in parts for layer in layers for name in _LINEAR]
     precisions = ["float32"] * len(modules) if precisions is None else precisions
-    try:
-        watch = _C.WeightWatch(places)  # before packing: no change in between may go unnoticed
-    except RuntimeError:  # tensors made in inference mode
-        watch = None
-    handles = [decoder(*m.stack(), *options, p) for m, p in zip(modules, precisions, strict=True)]
+    stacks = [module.stack() for module in modules]
+    if not all(packable(*stack) for stack in stacks):
+        return None
+    watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
+    handles = [
+        decoder(*stack, *options, p, thorough=True) for stack, p in zip(stacks, precisions, strict=True)
+    ]
     if watch is not None:
         _groups.setdefault(owner, {})[group] = parts, watch, handles
     return handles
 
 
+def check_float16(tensors: Sequence[Tensor], name: str) -> None:
+    """``ValueError`` if finite numbers would become infinite in float16."""
+    for tensor in tensors:
+        numbers = tensor.detach()
+        if numbers.numel() and not bool((numbers.to(torch.float16).isfinite() | ~numbers.isfinite()).all()):
+            raise ValueError(f"{name}: float16 holds numbers up to 65504, got {float(numbers.abs().max())}")
+
+
+def packable(coefficients: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+    """Whether native decoders can be made of these: float32 on the CPU."""
+    return coefficients.is_cpu and all(t.is_cpu and t.dtype is torch.float32 for t in (*weights, *biases))
+
+
 def clear_decoders() -> None:
-    """Forget all packed decoders: needed only after changing part of a tensor through ``.data`` or NumPy."""
+    """Forget all packed decoders: after changing weights through ``.data``, NumPy or DLPack, to see the
+    change at once."""
     _kept.clear()
     _groups.clear()
     _C.WeightWatch.forget_all()
 
 
 def _pack(coefficients, weights, biases, family, activation, last_activation, precision):
+    if precision == "float16":
+        check_float16(weights, "decoder")
     return _C.Decoder(
-        contiguous(coefficients.detach()),
-        [contiguous(t.detach()) for t in weights],
-        [contiguous(t.detach()) for t in biases],
+        plain(coefficients.detach()),
+        [plain(t.detach()) for t in weights],
+        [plain(t.detach()) for t in biases],
         code(FAMILIES, family, "family"),
         code(ACTIVATIONS, activation, "activation"),
         code(ACTIVATIONS, last_activation, "last_activation"),
