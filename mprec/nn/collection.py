@@ -340,10 +340,14 @@ class EmbeddingBagCollection(nn.Module):
         for i, feature in enumerate(self.features):
             bound = feature.num_embeddings if feature.has_table else None
             try:
-                check_ids(ids(indices, "indices"), ids(offsets, "offsets"), [bound], batch, [i], len(self.features))
+                check_ids(
+                    ids(indices, "indices"), ids(offsets, "offsets"), [bound], batch, [i], len(self.features)
+                )
             except IdOutOfRangeError as found:
                 message = str(found).replace(f"(feature {i}, ", f"(feature {feature.name!r}, ")
-                raise IdOutOfRangeError(message.replace("(bag ", f"(feature {feature.name!r}, bag ")) from error
+                raise IdOutOfRangeError(
+                    message.replace("(bag ", f"(feature {feature.name!r}, bag ")
+                ) from error
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

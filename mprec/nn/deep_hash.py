@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from mprec import ops
 from mprec._native import _C
-from mprec.errors import IdOutOfRangeError
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
 from mprec.nn.config import DEFAULT_OPTIONS, DheConfig, Kernel, check_kernel, kernel_options

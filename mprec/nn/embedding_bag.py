@@ -97,9 +97,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
             out=out,
         )
 
-    def _scripted(
-        self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
-    ) -> Tensor:
+    def _scripted(self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
         """The same in TorchScript, whose functions call operators alone."""
         include_last_offset, padding_idx, max_norm = self.include_last_offset, self.padding_idx, self.max_norm
         if input.dim() == 2:

@@ -117,9 +117,7 @@ def table_gradient(
 
 def has_native_gradient(weight: Tensor, mode: int, scale_grad_by_freq: bool) -> bool:
     """Whether :func:`native_table_gradient` can serve."""
-    return (
-        weight.is_cpu and weight.dtype in NATIVE_TABLES and mode != MODES["max"] and not scale_grad_by_freq
-    )
+    return weight.is_cpu and weight.dtype in NATIVE_TABLES and mode != MODES["max"] and not scale_grad_by_freq
 
 
 def native_table_gradient(

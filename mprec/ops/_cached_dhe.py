@@ -11,6 +11,7 @@ from mprec import reference
 from mprec.ops import _dhe
 from mprec.ops._checks import check_bags, check_ids, check_ndim, check_same_device, num_bags
 from mprec.ops._common import library
+from mprec.ops._decoders import check_decoder
 
 library.define(
     "cached_dhe_bag(Tensor keys, Tensor rows, int probes, Tensor indices, Tensor offsets, "
@@ -25,7 +26,7 @@ def checked(
     mode, per_sample_weights, include_last_offset,
 ):  # fmt: skip
     """``indices`` and ``offsets`` as kernels take them; the checks that need no values, for every device."""
-    _dhe.check_decoder(coefficients, weights, biases, family, activation, last_activation)
+    check_decoder(coefficients, weights, biases, family, activation, last_activation)
     check_same_device(
         keys=keys, rows=rows, indices=indices, offsets=offsets, coefficients=coefficients, weights=weights,
         biases=biases, per_sample_weights=per_sample_weights,
@@ -40,9 +41,7 @@ def checked(
         raise ValueError(f"rows: expected [{len(keys)}, {dim}], got {list(rows.shape)}")
     if probes < 1:
         raise ValueError(f"probes: expected at least 1, got {probes}")
-    return _dhe.checked(
-        indices, offsets, weights[0].dtype, mode, per_sample_weights, include_last_offset
-    )
+    return _dhe.checked(indices, offsets, weights[0].dtype, mode, per_sample_weights, include_last_offset)
 
 
 def _cached_dhe_bag(

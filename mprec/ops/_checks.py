@@ -101,12 +101,20 @@ def num_bags(offsets: Tensor, include_last_offset: bool) -> int:
     return bags
 
 
-def check_bags(
-    offsets: Tensor, num_indices: int, include_last_offset: bool, num_features: int = 1
-) -> None:
+def check_bags(offsets: Tensor, num_indices: int, include_last_offset: bool, num_features: int = 1) -> None:
     """``InvalidOffsetsError`` as native kernels raise it, for the paths without them."""
     num_bags(offsets, include_last_offset)
-    _C.check_offsets(offsets.detach().cpu().contiguous(), num_indices, include_last_offset, num_features)
+    _C.check_offsets(_values(offsets), num_indices, include_last_offset, num_features)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """As native code reads it; under a transform of ``torch.func`` (but ``vmap``), what the tensor wraps."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    if tensor.is_cpu and tensor.is_contiguous():
+        return tensor
+    with torch._C._DisableFuncTorch():
+        return tensor.detach().cpu().contiguous()
 
 
 def check_ids(
@@ -127,8 +135,8 @@ def check_ids(
     features = range(len(bounds)) if features is None else features
     pairs = [(f, -1 if bound is None else bound) for f, bound in zip(features, bounds, strict=True)]
     _C.check_ids(
-        indices.detach().cpu().contiguous(),
-        offsets.detach().cpu().contiguous(),
+        _values(indices),
+        _values(offsets),
         bags,
         len(bounds) if num_features is None else num_features,
         pairs,

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from mprec.errors import DtypeError
@@ -36,6 +37,7 @@ def eager() -> bool:
         or _transforms_active()
         or _tracing()
         or _profiled()
+        or forward_ad._current_level >= 0  # a tensor may carry a tangent
     )
 
 
@@ -72,7 +74,7 @@ def plain(tensor: Tensor | None) -> Tensor | None:
         return tensor.resolve_neg()
     if not tensor.is_contiguous():
         return tensor.contiguous()
-    if tensor.is_cpu and not traced() and tensor.data_ptr() % tensor.itemsize:
+    if tensor.is_cpu and not (traced() or _transforms_active()) and tensor.data_ptr() % tensor.itemsize:
         return tensor.clone()
     return tensor
 
@@ -95,7 +97,9 @@ def rows_as_bags(input: Tensor, per_sample_weights: Tensor | None) -> tuple[Tens
     """IDs ``[n]``, offsets ``[B + 1]`` and weights of bags that are the rows of ``input``: ``[B, L]``, or
     nested of the jagged layout."""
     if input.is_nested:
-        weights = None if per_sample_weights is None else _jagged_values(per_sample_weights, "per_sample_weights")
+        weights = (
+            None if per_sample_weights is None else _jagged_values(per_sample_weights, "per_sample_weights")
+        )
         return _jagged_values(input, "input"), input.offsets(), weights
     offsets = torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
     weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)

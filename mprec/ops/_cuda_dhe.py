@@ -11,6 +11,7 @@ from mprec.ops import _cached_dhe, _csr, _dhe, _dhe_gradient
 from mprec.ops._checks import check_same_device, num_bags
 from mprec.ops._common import ids, plain
 from mprec.ops._cuda_common import KERNEL_DTYPES, aligned, columns_of, rounds, with_last_offset
+from mprec.ops._decoders import check_decoder
 
 
 def dhe_bag(
@@ -28,7 +29,7 @@ def dhe_bag(
     padding_idx: int = -1,
 ) -> Tensor:
     options = (family, activation, last_activation)
-    _dhe.check_decoder(coefficients, weights, biases, *options)
+    check_decoder(coefficients, weights, biases, *options)
     check_same_device(
         indices=indices,
         offsets=offsets,

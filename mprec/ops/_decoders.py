@@ -22,8 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mprec import reference
 from mprec._native import _C
+from mprec.hashing import coefficient_rows
 from mprec.names import ACTIVATIONS, FAMILIES, code
+from mprec.ops._checks import check_weights
 from mprec.ops._common import plain
 
 _LINEAR = ("weight", "bias")
@@ -153,6 +156,57 @@ def check_float16(tensors: Sequence[Tensor], name: str) -> None:
             raise ValueError(f"{name}: float16 holds numbers up to 65504, got {float(numbers.abs().max())}")
 
 
+def check_decoder(
+    coefficients: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    family: str,
+    activation: str,
+    last_activation: str,
+    name: str = "",
+    scaled: bool = False,
+) -> None:
+    """``ValueError`` or ``DtypeError`` if these do not make a decoder. ``name`` precedes arguments' names.
+
+    ``scaled``: weights in float8, with float32 scales and biases ``[2, out]`` in place of biases.
+    """
+    rows = coefficient_rows(family)
+    code(ACTIVATIONS, activation, f"{name}activation")
+    code(ACTIVATIONS, last_activation, f"{name}last_activation")
+    if coefficients.dtype != torch.int32:
+        raise TypeError(f"{name}coefficients: expected int32, got {coefficients.dtype}")
+    if coefficients.dim() != 2 or len(coefficients) != rows or not coefficients.shape[1]:
+        raise ValueError(
+            f"{name}coefficients: expected [{rows}, k] for family {family!r}, got {list(coefficients.shape)}"
+        )
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"{name}weights, biases: expected one of each per layer, at least one layer, "
+            f"got {len(weights)} and {len(biases)}"
+        )
+    inputs = coefficients.shape[1]
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if not scaled:
+            check_weights(weight, f"{name}weights[{layer}]")
+        of_weight = reference.FLOAT8 if scaled else weights[0].dtype
+        of_bias = torch.float32 if scaled else of_weight
+        if weight.dtype != of_weight or bias.dtype != of_bias:
+            raise TypeError(
+                f"{name}layer {layer}: expected weight {of_weight} and bias {of_bias}, "
+                f"got weight {weight.dtype}, bias {bias.dtype}"
+            )
+        if (
+            weight.dim() != 2
+            or weight.shape[1] != inputs
+            or bias.shape != ((2, weight.shape[0]) if scaled else weight.shape[:1])
+        ):
+            raise ValueError(
+                f"{name}layer {layer}: expected weight [out, {inputs}] and bias "
+                f"{'[2, out]' if scaled else '[out]'}, got {list(weight.shape)} and {list(bias.shape)}"
+            )
+        inputs = weight.shape[0]
+
+
 def packable(coefficients: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
     """Whether native decoders can be made of these: float32 on the CPU."""
     return coefficients.is_cpu and all(t.is_cpu and t.dtype is torch.float32 for t in (*weights, *biases))
@@ -167,6 +221,7 @@ def clear_decoders() -> None:
 
 
 def _pack(coefficients, weights, biases, family, activation, last_activation, precision):
+    check_decoder(coefficients, weights, biases, family, activation, last_activation)
     if precision == "float16":
         check_float16(weights, "decoder")
     return _C.Decoder(

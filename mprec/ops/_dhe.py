@@ -7,8 +7,6 @@ from torch import Tensor
 
 from mprec import reference
 from mprec._native import _C
-from mprec.hashing import coefficient_rows
-from mprec.names import ACTIVATIONS, code
 from mprec.ops import _autograd, _csr
 from mprec.ops._checks import (
     check_bags,
@@ -18,11 +16,10 @@ from mprec.ops._checks import (
     check_ndim,
     check_per_sample_weights,
     check_same_device,
-    check_weights,
     num_bags,
 )
 from mprec.ops._common import ids, library, native, plain
-from mprec.ops._decoders import decoder
+from mprec.ops._decoders import check_decoder, decoder
 
 library.define(
     "dhe_bag(Tensor indices, Tensor offsets, Tensor coefficients, Tensor[] weights, Tensor[] biases, str "
@@ -36,57 +33,6 @@ library.define(
     "per_sample_weights=None, "
     "int[]? features=None, int? num_features=None) -> Tensor"
 )
-
-
-def check_decoder(
-    coefficients: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    family: str,
-    activation: str,
-    last_activation: str,
-    name: str = "",
-    scaled: bool = False,
-) -> None:
-    """``ValueError`` or ``DtypeError`` if these do not make a decoder. ``name`` precedes arguments' names.
-
-    ``scaled``: weights in float8, with float32 scales and biases ``[2, out]`` in place of biases.
-    """
-    rows = coefficient_rows(family)
-    code(ACTIVATIONS, activation, f"{name}activation")
-    code(ACTIVATIONS, last_activation, f"{name}last_activation")
-    if coefficients.dtype != torch.int32:
-        raise TypeError(f"{name}coefficients: expected int32, got {coefficients.dtype}")
-    if coefficients.dim() != 2 or len(coefficients) != rows or not coefficients.shape[1]:
-        raise ValueError(
-            f"{name}coefficients: expected [{rows}, k] for family {family!r}, got {list(coefficients.shape)}"
-        )
-    if not weights or len(weights) != len(biases):
-        raise ValueError(
-            f"{name}weights, biases: expected one of each per layer, at least one layer, "
-            f"got {len(weights)} and {len(biases)}"
-        )
-    inputs = coefficients.shape[1]
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if not scaled:
-            check_weights(weight, f"{name}weights[{layer}]")
-        of_weight = reference.FLOAT8 if scaled else weights[0].dtype
-        of_bias = torch.float32 if scaled else of_weight
-        if weight.dtype != of_weight or bias.dtype != of_bias:
-            raise TypeError(
-                f"{name}layer {layer}: expected weight {of_weight} and bias {of_bias}, "
-                f"got weight {weight.dtype}, bias {bias.dtype}"
-            )
-        if (
-            weight.dim() != 2
-            or weight.shape[1] != inputs
-            or bias.shape != ((2, weight.shape[0]) if scaled else weight.shape[:1])
-        ):
-            raise ValueError(
-                f"{name}layer {layer}: expected weight [out, {inputs}] and bias "
-                f"{'[2, out]' if scaled else '[out]'}, got {list(weight.shape)} and {list(bias.shape)}"
-            )
-        inputs = weight.shape[0]
 
 
 def _split(layers: Sequence[int], values: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -151,7 +97,15 @@ def _dhe_bag(
         handle = decoder(coefficients, weights, biases, family, activation, last_activation)
         threads = torch.get_num_threads()
         return _C.dhe_bag(
-            handle, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, None, threads
+            handle,
+            indices,
+            offsets,
+            per_sample_weights,
+            mode,
+            include_last_offset,
+            padding_idx,
+            None,
+            threads,
         )
     check_bags(offsets, len(indices), include_last_offset)
     check_ids(indices, offsets, [None], num_bags(offsets, include_last_offset))
@@ -208,7 +162,9 @@ def _dhe_bag_fake(
 # ---------------------------------------------------------------------------------- one decoder per feature
 
 
-def stacks_of(coefficients, weights, biases, layers, options, scaled=False) -> list[tuple[Tensor, list, list]]:
+def stacks_of(
+    coefficients, weights, biases, layers, options, scaled=False
+) -> list[tuple[Tensor, list, list]]:
     """(coefficients, weights, biases) of each decoder. ``TypeError``, ``ValueError`` if they do not fit."""
     if not layers or not len(coefficients) == len(layers) or not sum(layers) == len(weights) == len(biases):
         raise ValueError(

@@ -80,7 +80,11 @@ def _native_chain(ids, coefficients, weights, biases, family, activation, last_a
     encodings and activations are made again block by block, never stored."""
     handle = decoder(coefficients, weights, biases, family, activation, last_activation, thorough=True)
     threads = torch.get_num_threads()
-    rows = _C.dhe_bag(handle, ids, torch.arange(len(ids)), None, 0, False, -1, None, threads) if need_rows else None
+    rows = (
+        _C.dhe_bag(handle, ids, torch.arange(len(ids)), None, 0, False, -1, None, threads)
+        if need_rows
+        else None
+    )
 
     def backward(grad_rows):
         grads = [
@@ -236,7 +240,9 @@ class _DheBags(torch.autograd.Function):
     """Either operator: its result and gradients by kernels, a gradient's own by formula."""
 
     @staticmethod
-    def forward(ctx, op, keyset, options, layers, mode, rest, indices, offsets, psw, coefficients, *parameters):
+    def forward(
+        ctx, op, keyset, options, layers, mode, rest, indices, offsets, psw, coefficients, *parameters
+    ):
         half = len(parameters) // 2
         tensors = _arguments(layers, coefficients, parameters[:half], parameters[half:])
         ctx.call = layers, options, mode, rest, len(coefficients)

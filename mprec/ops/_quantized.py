@@ -73,9 +73,7 @@ def _quantized_embedding_bag_multi(
         plain(per_sample_weights),
         mode,
         -1,
-        torch.empty(
-            _csr.batch_size(offsets, num_features), sum(dims_of(rows, bits)), dtype=torch.float32
-        ),
+        torch.empty(_csr.batch_size(offsets, num_features), sum(dims_of(rows, bits)), dtype=torch.float32),
         None,
         torch.get_num_threads(),
         list(bits),

@@ -83,17 +83,13 @@ def _embedding_bag(
     if weight.is_cpu and weight.dtype in NATIVE_TABLES:
         csr = _csr.Csr(indices, offsets, per_sample_weights).for_kernels()
         threads = torch.get_num_threads()
-        return _C.embedding_bag(
-            plain(weight), *csr, mode, include_last_offset, padding_idx, None, threads
-        )
+        return _C.embedding_bag(plain(weight), *csr, mode, include_last_offset, padding_idx, None, threads)
     return _by_formula(
         weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx, torch.float64
     )
 
 
-def _by_formula(
-    weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx, dtype
-):
+def _by_formula(weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx, dtype):
     if not _autograd.is_batched(offsets):
         check_bags(offsets, len(indices), include_last_offset)
         if not _autograd.is_batched(indices):
@@ -191,7 +187,9 @@ def _embedding_bag_backward(
             grad_rows, indices, weight, padding_idx, scale_grad_by_freq, sparse, again
         )
     if need_per_sample_weights:
-        return grad_weight, grad_psw.to(grad.dtype if per_sample_weights is None else per_sample_weights.dtype)
+        return grad_weight, grad_psw.to(
+            grad.dtype if per_sample_weights is None else per_sample_weights.dtype
+        )
     return grad_weight, grad.new_empty(0)
 
 

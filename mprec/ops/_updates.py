@@ -9,7 +9,13 @@ import torch
 
 from mprec._native import _C
 from mprec.ops import _csr
-from mprec.ops._checks import check_features, check_mode, check_ndim, check_per_sample_weights, check_same_device
+from mprec.ops._checks import (
+    check_features,
+    check_mode,
+    check_ndim,
+    check_per_sample_weights,
+    check_same_device,
+)
 from mprec.ops._common import ids, library, mutated, plain
 
 _BAGS = (
