@@ -129,8 +129,8 @@ class _TableOptimizer(torch.optim.Optimizer):
         for name, shape in shapes.items():
             if name not in state:
                 raise ValueError(
-                    f"state_dict: no {name!r} for the table {tuple(weight.shape)}; {type(self).__name__} needs "
-                    f"{', '.join(shapes)}"
+                    f"state_dict: no {name!r} for the table {tuple(weight.shape)}; "
+                    f"{type(self).__name__} needs {', '.join(shapes)}"
                 )
             value = torch.as_tensor(state[name], dtype=torch.float32)
             if value.shape != shape:

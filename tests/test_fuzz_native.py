@@ -252,14 +252,14 @@ def stack_watch(draw, guard: Guard):
 @st.composite
 def same_stack(draw, guard: Guard):
     arguments = draw(stack_watch(guard))
-    return arguments | {"watch": _C.StackWatch(**arguments)}
+    return arguments | {"watch": _C.StackWatch.of(**arguments), "thorough": draw(st.booleans())}
 
 
 @st.composite
 def kept_decoder(draw, guard: Guard):
     weight = torch.zeros(draw(st.integers(1, 100)))
     return {
-        "watch": _C.WeightWatch([({"weight": weight}, "weight")]),
+        "watch": _C.WeightWatch.of([({"weight": weight}, "weight")]),
         "decoder": _C.Decoder(**decoder_arguments([16, 5, 9])),
     }
 
@@ -270,6 +270,32 @@ def dhe_bag_kept(draw, guard: Guard):
     del arguments["decoder"], arguments["out"]
     kept = _C.KeptDecoder(**draw(kept_decoder(guard)))
     return arguments | {"kept": kept, "bound": draw(st.sampled_from([None, 2**63 - 1])), "dedupe": None}
+
+
+@st.composite
+def check_offsets(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 6))
+    return {
+        "offsets": offsets,
+        "num_indices": len(indices),
+        "include_last_offset": True,
+        "num_features": features,
+    }
+
+
+@st.composite
+def check_ids(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 6))
+    chosen = draw(st.lists(st.integers(0, features - 1), max_size=3))
+    return {
+        "indices": indices,
+        "offsets": offsets,
+        "bags": batch,
+        "num_features": features,
+        "bounds": [(f, draw(st.sampled_from([-1, 6, 6]))) for f in chosen],
+    }
 
 
 def hashing(dtype: str):
@@ -473,6 +499,12 @@ def tensors_of(draw, guard: Guard):
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "embedding_bag_multi": (_C.embedding_bag_multi, embedding_bag_multi),
     "embedding_bag": (_C.embedding_bag, embedding_bag),
+    "try_embedding_bag_multi": (_C.try_embedding_bag_multi, embedding_bag_multi),
+    "try_embedding_bag": (_C.try_embedding_bag, embedding_bag),
+    "try_dhe_bag_multi": (_C.try_dhe_bag_multi, dhe_bag_multi),
+    "try_dhe_bag": (_C.try_dhe_bag, dhe_bag),
+    "check_offsets": (_C.check_offsets, check_offsets),
+    "check_ids": (_C.check_ids, check_ids),
     "update_tables": (_C.update_tables, update_tables),
     "sparse_gradient": (_C.sparse_gradient, sparse_gradient),
     "Decoder": (_C.Decoder, decoder),
@@ -480,7 +512,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dhe_bag": (_C.dhe_bag, dhe_bag),
     "dhe_bag_kept": (_C.dhe_bag_kept, dhe_bag_kept),
     "KeptDecoder": (_C.KeptDecoder, kept_decoder),
-    "StackWatch": (_C.StackWatch, stack_watch),
+    "StackWatch.of": (_C.StackWatch.of, stack_watch),
     "same_stack": (_C.same_stack, same_stack),
     "hash_encode": (_C.hash_encode, hashing("f4")),
     "hash_values": (_C.hash_values, hashing("i8")),
@@ -495,7 +527,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dhe_backward": (_C.dhe_backward, dhe_backward),
     "select_features": (_C.select_features, select_features),
     "unique_share": (_C.unique_share, unique_share),
-    "WeightWatch": (_C.WeightWatch, weight_watch),
+    "WeightWatch.of": (_C.WeightWatch.of, weight_watch),
     "tensors_of": (_C.tensors_of, tensors_of),
 }
 # They take no argument, or a name only.
@@ -508,7 +540,7 @@ def test_every_native_function_is_a_target():
 
 
 LISTS = {"weights", "biases", "decoders", "out_columns", "columns", "first", "second", "caches", "positions",
-         "grad_weights", "grad_biases", "features", "places"}  # fmt: skip
+         "grad_weights", "grad_biases", "features", "places", "bounds"}  # fmt: skip
 IDS = {"indices", "offsets", "ids"}
 
 

@@ -4,17 +4,12 @@
 
 namespace mprec {
 
-BagLayout BagLayout::even(int64_t num_features, int64_t bags_each) {
-  BagLayout layout;
-  for (int64_t f = 0; f <= num_features; ++f) layout.first_bags.push_back(f * bags_each);
-  return layout;
-}
-
 std::string BagLayout::name(int64_t bag) const {
-  if (num_features() == 1) return message("bag ", bag);
-  const auto next = std::upper_bound(first_bags.begin(), first_bags.end() - 1, bag);
-  const int64_t feature = next - first_bags.begin() - 1;
-  return message("feature ", feature, ", bag ", bag - first_bags[feature]);
+  if (num_features == 1) return message("bag ", bag);
+  int64_t feature = bags_each ? bag / bags_each : 0;
+  if (!first_bags.empty())
+    feature = std::upper_bound(first_bags.begin(), first_bags.end() - 1, bag) - first_bags.begin() - 1;
+  return message("feature ", feature, ", bag ", bag - first_bag(feature));
 }
 
 void check_offsets(const Integers& offsets, int64_t num_indices, const BagLayout& layout) {
@@ -43,7 +38,7 @@ void check_offsets(const Integers& offsets, int64_t num_indices, const BagLayout
 void check_ids(const Integers& indices, const Integers& offsets, const BagLayout& layout,
                const std::vector<std::pair<int64_t, int64_t>>& bounds) {
   for (const auto& [feature, bound] : bounds)
-    for (int64_t bag = layout.first_bags[feature]; bag < layout.first_bags[feature + 1]; ++bag) {
+    for (int64_t bag = layout.first_bag(feature); bag < layout.first_bag(feature + 1); ++bag) {
       const int64_t end = offset_at(offsets, indices.size, bag + 1);
       for (int64_t i = offset_at(offsets, indices.size, bag); i < end; ++i)
         if (indices[i] < 0 || (bound >= 0 && indices[i] >= bound))

@@ -13,13 +13,15 @@
 
 namespace mprec {
 
-// How a batch's bags are shared among its features: those of feature f are [first_bags[f], first_bags[f + 1]).
+// How a batch's bags are shared among its features: those of feature f are [first_bag(f), first_bag(f + 1)).
 struct BagLayout {
-  std::vector<int64_t> first_bags;
+  int64_t num_features, bags_each;
+  std::vector<int64_t> first_bags = {};  // where they are not as many of each; and their number
 
-  static BagLayout even(int64_t num_features, int64_t bags_each);
-  int64_t num_features() const { return static_cast<int64_t>(first_bags.size()) - 1; }
-  int64_t num_bags() const { return first_bags.back(); }
+  int64_t first_bag(int64_t feature) const {
+    return first_bags.empty() ? feature * bags_each : first_bags[feature];
+  }
+  int64_t num_bags() const { return first_bag(num_features); }
   std::string name(int64_t bag) const;  // "feature 2, bag 0"; of one feature, "bag 0"
 };
 

@@ -126,7 +126,7 @@ void check_offsets(const DheBagRequest& r) {
   const int64_t total = r.num_features * r.bags, n = r.indices.size;
   bool valid = r.bag_begin(0) == 0 && r.bag_begin(total) == n;
   for (int64_t b = 0; b < total; ++b) valid &= r.bag_begin(b) <= r.bag_begin(b + 1);
-  if (!valid) check_offsets(r.offsets, n, BagLayout::even(r.num_features, r.bags));
+  if (!valid) check_offsets(r.offsets, n, BagLayout{r.num_features, r.bags});
 }
 
 const int64_t* checked_ids(const DheBagRequest& r, std::vector<int64_t>& storage) {
@@ -145,7 +145,7 @@ const int64_t* checked_ids(const DheBagRequest& r, std::vector<int64_t>& storage
     std::vector<std::pair<int64_t, int64_t>> bounds;
     for (int64_t t = 0; t < r.num_features; ++t)
       bounds.emplace_back(t, r.largest_id == INT64_MAX ? -1 : r.largest_id + 1);
-    check_ids(r.indices, r.offsets, BagLayout::even(r.num_features, r.bags), bounds);
+    check_ids(r.indices, r.offsets, BagLayout{r.num_features, r.bags}, bounds);
   }
   return ids;
 }

@@ -87,7 +87,7 @@ int64_t scratch_size(const BagRequest& r) {
 }  // namespace
 
 void throw_first_error(const BagRequest& r) {
-  BagLayout layout;
+  BagLayout layout{r.num_features, 0};
   std::vector<std::pair<int64_t, int64_t>> bounds;
   for (int64_t t = 0; t <= r.num_features; ++t) {
     layout.first_bags.push_back(r.features[t].first_bag);

@@ -31,7 +31,7 @@ int64_t batch_of(const Tensor& offsets, int64_t num_features) {
 
 // What is checked elsewhere too: offsets of `num_features` features.
 BagLayout checked_layout(const Tensor& ids, const Tensor& starts, int64_t num_features) {
-  const BagLayout layout = BagLayout::even(num_features, batch_of(starts, num_features));
+  const BagLayout layout = BagLayout{num_features, batch_of(starts, num_features)};
   check_offsets(integers(starts), ids.shape[0], layout);
   return layout;
 }
@@ -62,7 +62,7 @@ int64_t select_features_into(py::handle indices, py::handle offsets, py::handle 
   }
   SelectedBags chosen;
   select_features(integers(ids), integers(starts), weighted ? weights.ptr<float>() : nullptr, features,
-                  layout.first_bags[1], chosen);
+                  layout.bags_each, chosen);
   if (out_starts.shape[0] != chosen.offsets.size)
     throw py::value_error(
         message("out_offsets: expected ", chosen.offsets.size, " entries, got ", out_starts.shape[0]));
@@ -82,17 +82,22 @@ void check_offsets_of(py::handle offsets, int64_t num_indices, bool include_last
   if (num_features < 1 || bags < 0 || bags % num_features)
     throw OffsetsError(message("offsets: expected a multiple of the number of features, ", num_features,
                                include_last_offset ? ", and one more" : "", ", got ", starts.size));
-  check_offsets(starts, num_indices, BagLayout::even(num_features, bags / num_features));
+  check_offsets(starts, num_indices, BagLayout{num_features, bags / num_features});
 }
 
 void check_ids_of(py::handle indices, py::handle offsets, int64_t bags, int64_t num_features,
                   const std::vector<std::pair<int64_t, int64_t>>& bounds) {
   const Integers ids = integers(view_ids(indices.ptr(), "indices")),
                  starts = integers(view_ids(offsets.ptr(), "offsets"));
+  const bool too_many = bags > starts.size || (bags > 0 && num_features > starts.size);
+  const int64_t last = too_many ? -1 : starts.size - bags * num_features;
+  if (num_features < 1 || bags < 0 || (last != 0 && last != 1))
+    throw OffsetsError(message("offsets: expected ", num_features, " times ", bags, " or one more, got ",
+                               starts.size));
   for (const auto& [feature, bound] : bounds)
     if (feature < 0 || feature >= num_features)
       throw py::value_error(message("bounds: expected features 0 to ", num_features - 1, ", got ", feature));
-  const BagLayout layout = BagLayout::even(num_features, bags);
+  const BagLayout layout = BagLayout{num_features, bags};
   check_offsets(starts, ids.size, layout);
   check_ids(ids, starts, layout, bounds);
 }

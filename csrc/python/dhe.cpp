@@ -253,7 +253,7 @@ PyObject* dhe_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
       if (chosen.empty()) throw;
       std::vector<std::pair<int64_t, int64_t>> bounds;
       for (const int64_t f : chosen) bounds.emplace_back(f, -1);
-      check_ids(whole.indices, whole.offsets, BagLayout::even(whole.num_features, whole.bags), bounds);
+      check_ids(whole.indices, whole.offsets, BagLayout{whole.num_features, whole.bags}, bounds);
       throw;
     }
     return out;
@@ -372,9 +372,10 @@ void bind_dhe(py::module_& m) {
                              })
       .def_property_readonly("nbytes", &Decoder::nbytes);
   py::class_<WeightWatch>(m, "WeightWatch", "Notices when tensors in modules' dicts change.")
-      .def_static("of", &WeightWatch::of, py::arg("places"),
+      .def_static("of", &WeightWatch::of, py::arg("places"), py::arg("blocks") = INT64_MAX,
                   "Watches the tensors at places (dict, key); None if one cannot be watched: it is not there, "
-                  "not on the CPU, or was made in inference mode and so has no version counter.")
+                  "not on the CPU, or was made in inference mode and so has no version counter. blocks: so "
+                  "many blocks of each tensor's bytes are looked at, besides its counter.")
       .def(
           "changed", [](const WeightWatch& w, int64_t ids) { return w.changed(Share::before(ids)); },
           py::arg("ids") = 0, "Before so many IDs are decoded: the more, the more bytes are compared.")

@@ -159,7 +159,7 @@ struct Served {
   Integers indices, offsets;
   const float* weights;
   std::vector<int64_t> features;  // empty: all
-  BagLayout whole;
+  BagLayout whole{};
 
   Served(PyObject* named, PyObject* of, Py_ssize_t tables, const Integers& all, const Integers& starts,
          const float* psw)
@@ -180,10 +180,10 @@ struct Served {
       features.clear();
       return;
     }
-    whole = BagLayout::even(count, (starts.size - 1) / count);
+    whole = BagLayout{count, (starts.size - 1) / count};
     check_offsets(starts, all.size, whole);
     static thread_local SelectedBags selected;
-    select_features(all, starts, psw, features, whole.first_bags[1], selected);
+    select_features(all, starts, psw, features, whole.bags_each, selected);
     indices = selected.indices;
     offsets = selected.offsets;
     if (psw) weights = selected.weights.data();

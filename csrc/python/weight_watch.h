@@ -21,16 +21,15 @@ class Checksums {
  public:
   static constexpr int64_t block_bytes = 2048;
 
-  explicit Checksums(const Tensor& t) : tensor_(t) {
-    const int64_t elements = block_bytes / t.item_bytes();
-    for (int64_t begin = 0; begin < t.numel(); begin += elements)
-      sums_.push_back(sum(begin, std::min(elements, t.numel() - begin)));
+  // Of a tensor of more than `most` blocks, so many spread over it.
+  Checksums(const Tensor& t, int64_t most)
+      : tensor_(t), elements_(block_bytes / t.item_bytes()), all_((t.numel() + elements_ - 1) / elements_) {
+    const int64_t blocks = std::min(most, all_);
+    sums_.resize(blocks);
+    for (int64_t b = 0; b < blocks; ++b) sums_[b] = sum(b);
   }
   int64_t blocks() const { return static_cast<int64_t>(sums_.size()); }
-  bool same(int64_t block) const {
-    const int64_t elements = block_bytes / tensor_.item_bytes(), begin = block * elements;
-    return sum(begin, std::min(elements, tensor_.numel() - begin)) == sums_[block];
-  }
+  bool same(int64_t block) const { return sum(block) == sums_[block]; }
 
  private:
   // The sum of the words, and the sum of its values on the way, which tells their order.
@@ -44,7 +43,9 @@ class Checksums {
     }
     bool operator==(const Sum& other) const { return std::memcmp(this, &other, sizeof(Sum)) == 0; }
   };
-  Sum sum(int64_t begin, int64_t count) const {
+  Sum sum(int64_t block) const {
+    if (blocks() < all_ && blocks() > 1) block = (all_ - 1) * block / (blocks() - 1);
+    const int64_t begin = block * elements_, count = std::min(elements_, tensor_.numel() - begin);
     Sum s;
     const int64_t item = tensor_.item_bytes();
     if (!tensor_.contiguous()) {  // rare: element by element
@@ -72,6 +73,7 @@ class Checksums {
     return s;
   }
   Tensor tensor_;
+  int64_t elements_, all_;  // in a block; blocks that there are
   std::vector<Sum> sums_;
 };
 
@@ -89,10 +91,10 @@ struct Share {
 class TensorMark {
  public:
   // NotTaken: no torch tensor on the CPU, or one made in inference mode, which has no counter.
-  explicit TensorMark(PyObject* tensor)
+  TensorMark(PyObject* tensor, int64_t blocks)
       : tensor_(tensor),
         view_(view(tensor, "weights", Sign::ignore)),
-        sums_(view_),
+        sums_(view_, blocks),
         version_(version(tensor)) {
     storage_ = pybind11::handle(tensor).attr("detach")();
   }
@@ -146,21 +148,21 @@ class TensorMark {
 // also taken for changed when its dict has grown or shrunk.
 class WeightWatch {
  public:
-  explicit WeightWatch(const std::vector<std::pair<pybind11::dict, pybind11::str>>& places)
+  WeightWatch(const std::vector<std::pair<pybind11::dict, pybind11::str>>& places, int64_t blocks)
       : epoch_(epoch()) {
     for (const auto& [dict, key] : places) {
       PyObject* object = PyDict_GetItemWithError(dict.ptr(), key.ptr());
       if (!object) throw NotTaken(NotTaken::value, message("places: no '", std::string(key), "'"));
       Place place{dict, key, pybind11::reinterpret_borrow<pybind11::object>(object), dict.size(), {}};
-      if (TensorMark::is_torch(object)) place.mark.emplace_back(object);
+      if (TensorMark::is_torch(object)) place.mark.emplace_back(object, blocks);
       places_.push_back(std::move(place));
     }
   }
 
   static std::unique_ptr<WeightWatch> of(
-      const std::vector<std::pair<pybind11::dict, pybind11::str>>& places) {
+      const std::vector<std::pair<pybind11::dict, pybind11::str>>& places, int64_t blocks) {
     try {
-      return std::make_unique<WeightWatch>(places);
+      return std::make_unique<WeightWatch>(places, blocks);
     } catch (const NotTaken&) {
       return nullptr;
     }
@@ -203,7 +205,7 @@ class StackWatch {
   // coefficients: a tensor; weights, biases: lists or tuples of tensors.
   StackWatch(pybind11::handle coefficients, pybind11::handle weights, pybind11::handle biases) {
     visit(coefficients.ptr(), weights.ptr(), biases.ptr(), [&](PyObject* tensor) {
-      marks_.emplace_back(tensor);
+      marks_.emplace_back(tensor, INT64_MAX);
       return true;
     });
   }

@@ -110,8 +110,9 @@ class Rows:
     def forward(
         self, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out, threads=None
     ) -> Tensor | None:
-        """The pooled vectors in ``out``, or a new tensor; arguments as of ``_C.cached_dhe_bag``. None for what
-        native code does not take."""
+        """The pooled vectors in ``out``, or a new tensor; arguments as of ``_C.cached_dhe_bag``.
+
+        None for what native code does not take."""
         native = self._native
         threads = threads or torch.get_num_threads()
         while native is not None or (native := self._bind(None)) is not None:

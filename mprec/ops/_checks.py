@@ -59,7 +59,7 @@ def check_mode(mode: int, per_sample_weights: Tensor | None) -> None:
 
 
 def check_features(features: Sequence[int] | None, num_features: int | None, count: int) -> None:
-    """``ValueError`` unless ``features`` names one of ``num_features`` features for each of ``count`` parts."""
+    """``ValueError`` unless ``features`` names one of ``num_features`` for each of ``count`` parts."""
     if num_features is None:
         num_features = count
     if num_features < 1:

@@ -177,9 +177,9 @@ def _renormalise(weight: Tensor, indices: Tensor, max_norm: float, norm_type: fl
 
 def _operator(operator, sparse_gradient: bool):
     """The operator; out of sight of a compiler if its gradient is sparse, which compilers cannot trace."""
-    if sparse_gradient and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        if torch.is_grad_enabled():
-            return functools.partial(_uncompiled, operator)
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if sparse_gradient and traced and torch.is_grad_enabled():
+        return functools.partial(_uncompiled, operator)
     return operator
 
 
@@ -234,24 +234,23 @@ def embedding_bag_multi(
     for t, weight in enumerate(weights):
         check_ndim(weight, f"weights[{t}]", 2)
     if direct(indices, offsets, per_sample_weights, out, *weights) and len({w.dtype for w in weights}) == 1:
-        if per_sample_weights is None or weights[0].dtype is not torch.float64:
-            pooled = _C.try_embedding_bag_multi(
-                weights,
-                indices,
-                offsets,
-                per_sample_weights,
-                number,
-                -1,
-                out,
-                None,
-                torch.get_num_threads(),
-                features=features,
-                num_features=num_features,
-            )
-            if pooled is not None:
-                if out is not None:
-                    mutated(out)
-                return pooled
+        pooled = _C.try_embedding_bag_multi(
+            weights,
+            indices,
+            offsets,
+            per_sample_weights,
+            number,
+            -1,
+            out,
+            None,
+            torch.get_num_threads(),
+            features=features,
+            num_features=num_features,
+        )
+        if pooled is not None:
+            if out is not None:
+                mutated(out)
+            return pooled
     check_same_device(
         weights=weights, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
     )

@@ -187,10 +187,8 @@ class ProcessExecutor(Executor):
             if entry is not None
         ]
         places += [({"": t}, "") for t in _elsewhere(tensors, modules)]
-        try:
-            self._watch = _C.WeightWatch(places)
-        except (RuntimeError, TypeError):  # tensors made in inference mode: they carry no version counter
-            self._watch = None
+        # Counters, and some bytes: the worker's own watches compare the bytes of what it has packed.
+        self._watch = _C.WeightWatch.of(places, blocks=4)  # None of tensors made in inference mode
         return new
 
     def _weights_changed(self) -> bool:
