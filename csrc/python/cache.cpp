@@ -241,10 +241,13 @@ PyObject* cached_dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyO
       throw py::value_error("out: expected a tensor, as the features' columns do not fill a new one");
     py::object out =
         a[8] == Py_None ? empty_matrix(r.bags, decoders.columns()) : py::reinterpret_borrow<py::object>(a[8]);
-    if (const int64_t width = set_output(r, out.ptr()); width < decoders.columns())
+    if (const int64_t width = set_output(r, out.ptr(), a[8] != Py_None); width < decoders.columns())
       throw py::value_error(message("out: expected at least ", decoders.columns(), " columns, got ", width));
-    py::gil_scoped_release release;
-    decoders.forward(r, admit, threads);
+    {
+      py::gil_scoped_release release;
+      decoders.forward(r, admit, threads);
+    }
+    if (a[8] != Py_None) count_write(out.ptr());
     return out;
   });
 }

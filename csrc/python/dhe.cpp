@@ -98,9 +98,9 @@ const Decoder& decoder_of(PyObject* object, const char* name) {
 }
 
 // Fills in what both functions below have in common, and runs.
-void run_pooled(DheBagRequest r, PyObject* out, PyObject* threads, PyObject* dedupe) {
+void run_pooled(DheBagRequest r, PyObject* out, bool given, PyObject* threads, PyObject* dedupe) {
   r.dedupe = dedupe == Py_None ? Dedupe::automatic : dedupe == Py_True ? Dedupe::always : Dedupe::never;
-  const int64_t width = set_output(r, out);
+  const int64_t width = set_output(r, out, given);
   if (r.num_features == 1) {
     columns_within(r.columns[0], r.decoders[0].dim, width, "out");
   } else {
@@ -110,14 +110,17 @@ void run_pooled(DheBagRequest r, PyObject* out, PyObject* threads, PyObject* ded
     check_apart(std::move(blocks), "out_columns");
   }
   const int thread_count = checked_threads(integer(threads, "threads"));
-  py::gil_scoped_release release;
-  dhe_bag_forward(r, thread_count);
+  {
+    py::gil_scoped_release release;
+    dhe_bag_forward(r, thread_count);
+  }
+  if (given) count_write(out);
 }
 
-void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject* out, PyObject* threads,
-         PyObject* dedupe) {
+void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject* out, bool given,
+         PyObject* threads, PyObject* dedupe) {
   set_pooling(r, mode, per_sample_weights);
-  run_pooled(r, out, threads, dedupe);
+  run_pooled(r, out, given, threads, dedupe);
 }
 
 // The bags of the features that a list names, in place of the whole batch; returns the list.
@@ -164,7 +167,7 @@ PyObject* dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* 
     const OneFeature f(decoder_of(a[0], "decoder"), a[1], a[2], a[5], a[6]);
     const py::object out = a[7] == Py_None ? empty_matrix(f.request.bags, f.view.dim)
                                            : py::reinterpret_borrow<py::object>(a[7]);
-    run(f.request, a[3], a[4], out.ptr(), a[8], a[9]);
+    run(f.request, a[3], a[4], out.ptr(), a[7] != Py_None, a[8], a[9]);
     return out;
   });
 }
@@ -195,7 +198,7 @@ PyObject* dhe_bag_kept(PyObject*, PyObject* const* args, Py_ssize_t count, PyObj
     if (kept.watch->changed(Share::before(f.request.indices.size))) return py::bool_(false);
     set_bound(f.request, a[7]);
     py::object out = empty_matrix(f.request.bags, f.view.dim);
-    run(f.request, a[3], a[4], out.ptr(), a[8], a[9]);
+    run(f.request, a[3], a[4], out.ptr(), false, a[8], a[9]);
     return out;
   });
 }
@@ -248,7 +251,7 @@ PyObject* dhe_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
     const py::object out =
         a[6] == Py_None ? empty_matrix(r.bags, column) : py::reinterpret_borrow<py::object>(a[6]);
     try {
-      run_pooled(r, out.ptr(), a[8], a[9]);
+      run_pooled(r, out.ptr(), a[6] != Py_None, a[8], a[9]);
     } catch (const IdError&) {  // says where in the whole batch
       if (chosen.empty()) throw;
       std::vector<std::pair<int64_t, int64_t>> bounds;

@@ -49,8 +49,8 @@ inline void set_pooling(DheBagRequest& r, PyObject* mode, PyObject* per_sample_w
 }
 
 // Where results go. Returns how many columns there are.
-inline int64_t set_output(DheBagRequest& r, PyObject* object) {
-  const Tensor out = view(object, "out");
+inline int64_t set_output(DheBagRequest& r, PyObject* object, bool given) {
+  const Tensor out = view(object, "out", given ? Sign::ask : Sign::ignore);
   if (out.dtype != DType::f32)
     throw NotTaken(NotTaken::type, message("out: expected float32, got ", dtype_name(out.dtype)));
   if (out.ndim != 2) throw NotTaken(NotTaken::value, message("out: expected 2 dimension(s), got ", out.ndim));
@@ -62,8 +62,11 @@ inline int64_t set_output(DheBagRequest& r, PyObject* object) {
         message("out: expected rows of adjacent values, got stride ", out.strides[1]));
   check_output(out, "out");
   for (const Integers& read : {r.indices, r.offsets})
-    if (share_memory(out, vector_of(read)))
+    if (given && share_memory(out, vector_of(read)))
       throw NotTaken(NotTaken::value, "out: shares memory with indices or offsets");
+  const Integers weights{r.per_sample_weights, (r.indices.size + 1) / 2, true};  // 4 bytes each
+  if (given && r.per_sample_weights && share_memory(out, vector_of(weights)))
+    throw NotTaken(NotTaken::value, "out: shares memory with per_sample_weights");
   r.out = out.ptr<float>();
   r.out_stride = out.strides[0];
   return out.shape[1];

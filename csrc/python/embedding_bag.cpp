@@ -61,7 +61,8 @@ struct Output {
   Format format;
   int64_t item;  // bytes
 
-  Output(PyObject* object, int ndim) : tensor(ndim == 2 ? matrix(object, "out") : view(object, "out")) {
+  Output(PyObject* object, int ndim, Sign sign)
+      : tensor(ndim == 2 ? matrix(object, "out", sign) : view(object, "out", sign)) {
     if (tensor.ndim != ndim || (ndim == 1 && !tensor.contiguous()))
       throw NotTaken(NotTaken::value,
                      message("out: expected ", ndim, " dimension(s), contiguous, got ", tensor.ndim));
@@ -218,6 +219,7 @@ PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count
 
     std::vector<Feature> features(tables + 1);
     std::vector<Tensor> views;
+    views.reserve(tables);
     int64_t width = 0;
     for (Py_ssize_t t = 0; t < tables; ++t) {
       views.push_back(matrix(PyTuple_GET_ITEM(weights.ptr(), t), "weights", Sign::remember));
@@ -226,8 +228,9 @@ PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count
     }
     const int64_t each = (offsets.size - 1) / tables;
     const py::object result = out_or_new(a[6], each, width, views[0].dtype);
-    const Output out(result.ptr(), batch_sizes ? 1 : 2);
-    if (a[6] != Py_None) {
+    const bool given = a[6] != Py_None;
+    const Output out(result.ptr(), batch_sizes ? 1 : 2, given ? Sign::ask : Sign::ignore);
+    if (given) {
       for (const Tensor& table : views) out.check_apart_from(table, "weights");
       out.check_apart_from(all, starts, psw);
     }
@@ -264,6 +267,7 @@ PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count
       if (!bounds.empty()) check_ids(all, starts, served.whole, bounds);
       throw;
     }
+    if (given) count_write(result.ptr());
     return result;
   });
 }
@@ -289,8 +293,9 @@ PyObject* embedding_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
       throw OffsetsError(message("offsets: describe no bags, but there are ", indices.size, " indices"));
     const float* const psw = parse_weights(a[3], indices, mode);
     const py::object result = out_or_new(a[7], bags, features[0].dim, weight.dtype);
-    const Output out(result.ptr(), 2);
-    if (a[7] != Py_None) {
+    const bool given = a[7] != Py_None;
+    const Output out(result.ptr(), 2, given ? Sign::ask : Sign::ignore);
+    if (given) {
       out.check_apart_from(weight, "weight");
       out.check_apart_from(indices, offsets, psw);
     }
@@ -298,6 +303,7 @@ PyObject* embedding_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
     features[1].first_bag = bags;
     run({indices, offsets, features, 1, bags, psw, mode, integer(a[6], "padding_idx")},
         checked_threads(integer(a[8], "threads")));
+    if (given) count_write(result.ptr());
     return result;
   });
 }

@@ -63,6 +63,9 @@ const char* dtype_name(DType);
 // Of float32, float16 or bfloat16.
 pybind11::object empty_matrix(int64_t rows, int64_t columns, DType dtype = DType::f32);
 
+// Raises a torch tensor's version counter, as a write by torch does. Nothing of a numpy array.
+void count_write(PyObject* tensor);
+
 // Registers the Python exception classes of mprec.errors for mprec's C++ errors.
 void register_exceptions();
 

@@ -19,7 +19,7 @@ namespace mprec::python {
 // watch reads short tensors and a share of the long ones' blocks, in turn; see `Share`.
 class Checksums {
  public:
-  static constexpr int64_t block_bytes = 2048;
+  static constexpr int64_t block_bytes = 512;
 
   // Of a tensor of more than `most` blocks, so many spread over it.
   Checksums(const Tensor& t, int64_t most)
@@ -77,13 +77,13 @@ class Checksums {
   std::vector<Sum> sums_;
 };
 
-// What part of the long tensors' bytes a check reads: after `rounds` checks, all of them.
+// What part of the long tensors' blocks a check reads: parts / `of`, in the long run.
 struct Share {
-  int64_t rounds;
-  static constexpr int64_t sparsely = 128;
+  static constexpr int64_t of = 2048;
+  int64_t parts;
   // So many IDs are decoded next: reading takes some hundredth of that time.
-  static Share before(int64_t ids) { return {std::max<int64_t>(1, sparsely * 512 / (512 + sparsely * ids))}; }
-  static constexpr Share all() { return {1}; }
+  static constexpr Share before(int64_t ids) { return {std::min(1 + ids, of)}; }
+  static constexpr Share all() { return {of}; }
 };
 
 // Which tensor it was, its view of its storage, its version counter, which in-place operations raise, and
@@ -112,8 +112,9 @@ class TensorMark {
  private:
   bool same_elements(Share share) const {
     const int64_t blocks = sums_.blocks();
-    const int64_t count = blocks == 1 ? 1 : (blocks + share.rounds - 1) / share.rounds;
-    for (int64_t i = 0; i < count; ++i) {
+    owed_ += blocks == 1 ? Share::of : blocks * share.parts;
+    for (int64_t i = std::min(owed_ / Share::of, blocks); i > 0; --i) {
+      owed_ -= Share::of;
       if (next_ >= blocks) next_ = 0;
       if (!sums_.same(next_++)) return false;
     }
@@ -139,7 +140,7 @@ class TensorMark {
   PyObject* tensor_;  // not owned
   Tensor view_;
   Checksums sums_;
-  mutable int64_t next_ = 0;  // the block to read next; guarded by the GIL
+  mutable int64_t next_ = 0, owed_ = 0;  // the block to read next; parts of blocks to read. Under the GIL
   long version_;
   pybind11::object storage_;
 };

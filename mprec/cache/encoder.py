@@ -186,12 +186,12 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         cache holds then. ``counts``: see :data:`mprec.cache.budget.Counts`."""
         return self._fill(counts)
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> bool:
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
         if options.cache is False:
             return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)
         rows = self._rows_of[group.names[0]]
         mode, threads = group.mode_code, options.threads
         served = rows.forward(indices, offsets, per_sample_weights, mode, True, -1, None, out, threads)
-        return served is not None or super()._run_decoders(
-            group, indices, offsets, per_sample_weights, out, options
-        )
+        if served is not None:
+            return served
+        return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)

@@ -223,8 +223,8 @@ class Cached:
 
     def invalidate(self) -> None:
         """Forget all rows, in constant time. Changed weights do this by themselves, unless ``watch=False``;
-        but writes through ``.data``, NumPy or DLPack, which raise no version counter, may go unnoticed for up
-        to 128 calls: call this after such."""
+        but writes through ``.data``, NumPy or DLPack, which raise no version counter, may go unnoticed until
+        some 2048 IDs have been looked up: call this after such."""
         for rows in self._rows:
             rows.invalidate()
 

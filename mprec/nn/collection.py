@@ -14,7 +14,7 @@ from mprec.nn.config import DEFAULT_OPTIONS, FeatureConfig, Kernel, check_kernel
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.ops._checks import check_ids
-from mprec.ops._common import NATIVE_TABLES, eager, ids, into, mutated
+from mprec.ops._common import NATIVE_TABLES, eager, ids, into
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import group_decoders
 
@@ -176,8 +176,6 @@ class EmbeddingBagCollection(nn.Module):
             ):
                 pooled = self._forward_direct(indices, offsets, per_sample_weights, out)
                 if pooled is not None:
-                    if out is not None:
-                        mutated(out)
                     return pooled
             return into(out, self._forward_ops(indices, offsets, per_sample_weights))
         except IdOutOfRangeError as error:
@@ -187,23 +185,29 @@ class EmbeddingBagCollection(nn.Module):
     def _forward_direct(self, indices, offsets, per_sample_weights, out=None) -> Tensor | None:
         """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code.
         None for what that does not take."""
-        ends = len(offsets) - 1
-        samples = ends // len(self.features)
-        if ends < 0 or samples * len(self.features) != ends or offsets.dim() != 1:
+        if offsets.dim() != 1:
             return None  # the operators say what is wrong
-        dtype = self._dtype()
+        ends = offsets.shape[0] - 1
+        samples = ends // len(self.features)
+        if ends < 0 or samples * len(self.features) != ends:
+            return None
         options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, samples)
+        dtype = self._dtype()
         if out is None:
+            if self._table_groups and self._table_groups[0].alone:  # native code makes it
+                return self._run_tables(
+                    self._table_groups[0], indices, offsets, per_sample_weights, None, options
+                )
             if dtype not in NATIVE_TABLES:
                 return None
             out = torch.empty(samples, self._width, dtype=dtype)
         elif out.dtype is not dtype or out.shape != (samples, self._width):
             return None
         for group in self._table_groups:
-            if not self._run_tables(group, indices, offsets, per_sample_weights, out, options):
+            if self._run_tables(group, indices, offsets, per_sample_weights, out, options) is None:
                 return None
         for group in self._dhe_groups:
-            if not self._run_decoders(group, indices, offsets, per_sample_weights, out, options):
+            if self._run_decoders(group, indices, offsets, per_sample_weights, out, options) is None:
                 return None
         return out
 
@@ -213,56 +217,56 @@ class EmbeddingBagCollection(nn.Module):
             return modules[self._table_groups[0].names[0]]._parameters["weight"].dtype
         return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0].dtype
 
-    def _run_tables(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> bool:
-        """One group's pooled rows into its columns of ``out``; False if native code does not take them."""
+    def _run_tables(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
+        """One group's pooled rows into its columns of ``out``; None if native code does not take them."""
         weights = _C.tensors_of(
             self._modules["tables"]._modules, group.names, "_parameters", "weight", _Parameter
         )
         return self._pool_tables(group, weights, None, indices, offsets, per_sample_weights, out, options)
 
-    def _pool_tables(self, group, tables, bits, indices, offsets, per_sample_weights, out, options) -> bool:
-        return tables is not None and (
-            _C.try_embedding_bag_multi(
-                tables,
-                indices,
-                offsets,
-                per_sample_weights,
-                group.mode_code,
-                -1,
-                out,
-                None if group.alone else group.columns,
-                options.threads or torch.get_num_threads(),
-                bits,
-                None,
-                None if group.whole else group.features,
-                len(self.features),
-            )
-            is not None
+    def _pool_tables(self, group, tables, bits, indices, offsets, per_sample_weights, out, options):
+        if tables is None:
+            return None
+        return _C.try_embedding_bag_multi(
+            tables,
+            indices,
+            offsets,
+            per_sample_weights,
+            group.mode_code,
+            -1,
+            out,
+            None if group.alone else group.columns,
+            options.threads or torch.get_num_threads(),
+            bits,
+            None,
+            None if group.whole else group.features,
+            len(self.features),
         )
 
-    def _run_decoders(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> bool:
-        """One group's vectors into its columns of ``out``; False if native code does not take them."""
+    def _run_decoders(
+        self, group: _Group, indices, offsets, per_sample_weights, out, options
+    ) -> Tensor | None:
+        """One group's vectors into its columns of ``out``; None if native code does not take them."""
         modules = self._modules["dhe"]._modules
         members = [modules[name] for name in group.names]
         decoders = group_decoders(
-            self, group.names[0], members, group.decoder, self._precisions(group), len(indices)
+            self, group.names[0], members, group.decoder, self._precisions(group), indices.numel()
         )
-        return decoders is not None and (
-            _C.try_dhe_bag_multi(
-                decoders,
-                indices,
-                offsets,
-                per_sample_weights,
-                group.mode_code,
-                -1,
-                out,
-                group.columns,
-                options.threads or torch.get_num_threads(),
-                options.dedupe,
-                None if group.whole else group.features,
-                len(self.features),
-            )
-            is not None
+        if decoders is None:
+            return None
+        return _C.try_dhe_bag_multi(
+            decoders,
+            indices,
+            offsets,
+            per_sample_weights,
+            group.mode_code,
+            -1,
+            out,
+            group.columns,
+            options.threads or torch.get_num_threads(),
+            options.dedupe,
+            None if group.whole else group.features,
+            len(self.features),
         )
 
     def _precisions(self, group: _Group) -> list[str] | None:
@@ -271,7 +275,7 @@ class EmbeddingBagCollection(nn.Module):
 
     def invalidate(self) -> None:
         """See writes to decoders through ``.data``, NumPy or DLPack at the next call: such writes raise no
-        version counter and may else go unnoticed for some calls (see :mod:`mprec.ops`)."""
+        version counter and may else go unnoticed until some 2048 IDs have been decoded."""
         ops.clear_decoders()
 
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:

@@ -157,7 +157,8 @@ class DeepHashEmbeddingBag(nn.Module):
 
     def invalidate(self) -> None:
         """See writes to the decoder through ``.data``, NumPy or DLPack at the next call: such writes raise no
-        version counter and may else go unnoticed for up to 128 calls. All other changes are seen at once."""
+        version counter and may else go unnoticed until some 2048 IDs have been decoded. All other changes are
+        seen at once."""
         clear_decoders()
 
     @torch.no_grad()

@@ -206,7 +206,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
-    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> bool:
+    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
         modules = self._modules["tables"]._modules
         rows = _C.tensors_of(modules, group.names, "_buffers", "rows", Tensor)
         bits = [modules[name].bits for name in group.names]
@@ -226,13 +226,13 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
                 }
                 yield group._replace(**lists, whole=group.whole and len(at) == len(group.names))
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> bool:
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
         if not self._in_float8(group.names[0]):
             return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)
         vectors = self._embed_decoders(group, indices, offsets, per_sample_weights)
         for column, part in self._by_column(group, vectors):
             out[:, column : column + part.shape[1]] = part
-        return True
+        return out
 
     def _precisions(self, group) -> list[str]:
         return [self.decoder_precision[name] for name in group.names]

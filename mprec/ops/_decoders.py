@@ -5,10 +5,10 @@ every tensor is still the same object, with the same storage, sizes, version cou
 operations raise the counter, optimizers' steps included: what they change is seen at once.
 
 Writes through ``tensor.data``, NumPy or DLPack raise no counter, and show in the bytes alone. Each call
-compares checksums of short tensors (up to 2 KiB: biases, say) and of a share of the others: 1/128, and 1/512
-more for every ID that the call decodes. So such a write is seen at once by calls of some 500 IDs or more and
-in small decoders, at the 128th call after it at the latest, and at once if :func:`clear_decoders` is called
-(modules' ``invalidate()``). Packing again compares all bytes, and so does a backward pass. Nothing is kept
+compares checksums of short tensors (up to 512 bytes: biases, say) and of a share of the others' bytes, in turn:
+(1 + n) / 2048 of them before n IDs are decoded. So such a write is seen at once by calls of 2048 IDs and in
+small decoders, and else by the time that some 2048 IDs more have been decoded (n IDs in a call: after 2048 /
+(1 + n) calls); or at once if :func:`clear_decoders` is called (modules' ``invalidate()``). Packing again compares all bytes, and so does a backward pass. Nothing is kept
 for tensors made under ``inference_mode``, which carry no counter.
 
 Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`

@@ -13,7 +13,7 @@ from mprec._native import _C
 from mprec.hashing import coefficient_rows
 from mprec.names import FAMILIES, MODES, code
 from mprec.ops._checks import check_features, check_id_list, check_ndim, check_same_device
-from mprec.ops._common import direct, ids, into, mutated, pass_padding, plain, rows_as_bags
+from mprec.ops._common import direct, ids, into, pass_padding, plain, rows_as_bags
 from mprec.ops._decoders import decoder, packable
 
 
@@ -103,8 +103,6 @@ def embedding_bag(
             torch.get_num_threads(),
         )
         if pooled is not None:
-            if out is not None:
-                mutated(out)
             return pooled
     if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
         return handle_torch_function(
@@ -248,8 +246,6 @@ def embedding_bag_multi(
             num_features=num_features,
         )
         if pooled is not None:
-            if out is not None:
-                mutated(out)
             return pooled
     check_same_device(
         weights=weights, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
