@@ -27,9 +27,11 @@ def by_formula(tensors: Iterable[Tensor | None]) -> bool:
 
 def differentiate_again(*tensors: Tensor | None) -> bool:
     """Asked in a backward pass: True if its result is to be differentiated itself, or is batched."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    tensors = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return True
-    return by_formula(tensors)
+    # autograd batches gradients (torch.autograd.functional's vectorize) in an older way
+    return by_formula(tensors) or any(_C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -103,15 +103,18 @@ def table_gradient(
         scattered = torch.ops.aten.embedding_backward(
             grad_rows, indices, len(weight), padding_idx, scale_grad_by_freq, sparse
         )
+        if sparse and weight.dtype != grad_rows.dtype:
+            scattered = scattered.coalesce()  # summed before it is rounded
         return scattered.to(weight.dtype)
     if scale_grad_by_freq:
         times = indices.new_zeros(len(weight)).index_add(0, indices, torch.ones_like(indices))
         grad_rows = grad_rows / times[indices].to(grad_rows.dtype)[:, None]
     if sparse:
         kept = indices != padding_idx
-        return torch.sparse_coo_tensor(
-            indices[kept][None], grad_rows[kept].to(weight.dtype), weight.shape, check_invariants=False
+        scattered = torch.sparse_coo_tensor(
+            indices[kept][None], grad_rows[kept], weight.shape, check_invariants=False
         )
+        return scattered.coalesce().to(weight.dtype) if weight.dtype != grad_rows.dtype else scattered
     return grad_rows.new_zeros(weight.shape).index_add(0, indices, grad_rows).to(weight.dtype)
 
 
