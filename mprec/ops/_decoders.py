@@ -5,11 +5,12 @@ every tensor is still the same object, with the same storage, sizes, version cou
 operations raise the counter, optimizers' steps included: what they change is seen at once.
 
 Writes through ``tensor.data``, NumPy or DLPack raise no counter, and show in the bytes alone. Each call
-compares checksums of short tensors (up to 512 bytes: biases, say) and of a share of the others' bytes, in turn:
-(1 + n) / 2048 of them before n IDs are decoded. So such a write is seen at once by calls of 2048 IDs and in
-small decoders, and else by the time that some 2048 IDs more have been decoded (n IDs in a call: after 2048 /
-(1 + n) calls); or at once if :func:`clear_decoders` is called (modules' ``invalidate()``). Packing again compares all bytes, and so does a backward pass. Nothing is kept
-for tensors made under ``inference_mode``, which carry no counter.
+compares checksums of short tensors (up to 512 bytes: biases, say) and of a share of the others' bytes, in
+turn: (1 + n) / 2048 of them before n IDs are decoded. So such a write is seen at once by calls of 2048 IDs and
+in small decoders, and else by the time that some 2048 IDs more have been decoded (n IDs in a call: after 2048
+/ (1 + n) calls); or at once if :func:`clear_decoders` is called (modules' ``invalidate()``). Packing again
+compares all bytes, and so do forward and backward passes of training. Nothing is kept for tensors made under
+``inference_mode``, which carry no counter.
 
 Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`
 watches where one module keeps them, :func:`group_decoders` where several do.
@@ -55,13 +56,11 @@ def decoder(
     *,
     thorough: bool = False,
 ) -> "_C.Decoder":
-    """The native decoder of one feature: kept from an earlier call, or packed now if gradients are wanted.
+    """The native decoder of one feature: kept from an earlier call, or packed now.
 
     ``thorough``: compare all bytes of the weights, not a share of them.
     """
     options = family, activation, last_activation, precision
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, *biases)):
-        return _pack(coefficients, weights, biases, *options)
     first = weights[0]
     key = id(first), precision
     found = _kept.get(key)
@@ -77,6 +76,14 @@ def decoder(
     if watch is not None:
         _kept[key] = weakref.ref(first, lambda _: _kept.pop(key, None)), options, watch, handle
     return handle
+
+
+def drop_changed(coefficients: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Compare all bytes of what :func:`decoder` has kept of these, before a forward pass of training."""
+    key = id(weights[0]), "float32"
+    found = _kept.get(key)
+    if found is not None and not _C.same_stack(found[2], coefficients, weights, biases, True):
+        _kept.pop(key, None)
 
 
 class ModuleDecoder:

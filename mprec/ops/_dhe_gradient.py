@@ -8,8 +8,8 @@ from mprec._native import _C
 from mprec.names import FAMILIES, code
 from mprec.ops import _autograd, _backward, _csr, _dhe
 from mprec.ops._common import ids as plain_ids
-from mprec.ops._common import library, native, plain
-from mprec.ops._decoders import decoder
+from mprec.ops._common import library, native, plain, traced
+from mprec.ops._decoders import decoder, drop_changed
 from mprec.ops._dhe import _last_weights, _split
 
 library.define(
@@ -246,6 +246,12 @@ class _DheBags(torch.autograd.Function):
         half = len(parameters) // 2
         tensors = _arguments(layers, coefficients, parameters[:half], parameters[half:])
         ctx.call = layers, options, mode, rest, len(coefficients)
+        if not traced():
+            count = [half] if layers is None else layers
+            halves = parameters[:half], parameters[half:]
+            stacks = zip(coefficients, *(_split(count, part) for part in halves), strict=True)
+            for stack in stacks:
+                drop_changed(*stack)
         ctx.save_for_backward(indices, offsets, psw, *coefficients, *parameters)
         return _autograd.below(op, keyset, indices, offsets, *tensors, *options, mode, psw, *rest)
 
