@@ -253,14 +253,14 @@ def stack_watch(draw, guard: Guard):
 @st.composite
 def same_stack(draw, guard: Guard):
     arguments = draw(stack_watch(guard))
-    return arguments | {"watch": _C.StackWatch(**arguments)}
+    return arguments | {"watch": _C.StackWatch.of(**arguments), "thorough": draw(st.booleans())}
 
 
 @st.composite
 def kept_decoder(draw, guard: Guard):
     weight = torch.zeros(draw(st.integers(1, 100)))
     return {
-        "watch": _C.WeightWatch([({"weight": weight}, "weight")]),
+        "watch": _C.WeightWatch.of([({"weight": weight}, "weight")]),
         "decoder": _C.Decoder(**decoder_arguments([16, 5, 9])),
     }
 
@@ -271,6 +271,32 @@ def dhe_bag_kept(draw, guard: Guard):
     del arguments["decoder"], arguments["out"]
     kept = _C.KeptDecoder(**draw(kept_decoder(guard)))
     return arguments | {"kept": kept, "bound": draw(st.sampled_from([None, 2**63 - 1])), "dedupe": None}
+
+
+@st.composite
+def check_offsets(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 6))
+    return {
+        "offsets": offsets,
+        "num_indices": len(indices),
+        "include_last_offset": True,
+        "num_features": features,
+    }
+
+
+@st.composite
+def check_ids(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 6))
+    chosen = draw(st.lists(st.integers(0, features - 1), max_size=3))
+    return {
+        "indices": indices,
+        "offsets": offsets,
+        "bags": batch,
+        "num_features": features,
+        "bounds": [(f, draw(st.sampled_from([-1, 6, 6]))) for f in chosen],
+    }
 
 
 def hashing(dtype: str):
@@ -494,7 +520,7 @@ def program_arguments(modes):
         "top": layers(8 + 6, 7, 1),
         "mixing": [],
         "self_interaction": False,
-        "watch": _C.WeightWatch([(table, "weight") for table in tables]),
+        "watch": _C.WeightWatch.of([(table, "weight") for table in tables]),
     }
 
 
@@ -610,6 +636,12 @@ def tensors_of(draw, guard: Guard):
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "embedding_bag_multi": (_C.embedding_bag_multi, embedding_bag_multi),
     "embedding_bag": (_C.embedding_bag, embedding_bag),
+    "try_embedding_bag_multi": (_C.try_embedding_bag_multi, embedding_bag_multi),
+    "try_embedding_bag": (_C.try_embedding_bag, embedding_bag),
+    "try_dhe_bag_multi": (_C.try_dhe_bag_multi, dhe_bag_multi),
+    "try_dhe_bag": (_C.try_dhe_bag, dhe_bag),
+    "check_offsets": (_C.check_offsets, check_offsets),
+    "check_ids": (_C.check_ids, check_ids),
     "update_tables": (_C.update_tables, update_tables),
     "sparse_gradient": (_C.sparse_gradient, sparse_gradient),
     "Decoder": (_C.Decoder, decoder),
@@ -617,7 +649,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dhe_bag": (_C.dhe_bag, dhe_bag),
     "dhe_bag_kept": (_C.dhe_bag_kept, dhe_bag_kept),
     "KeptDecoder": (_C.KeptDecoder, kept_decoder),
-    "StackWatch": (_C.StackWatch, stack_watch),
+    "StackWatch.of": (_C.StackWatch.of, stack_watch),
     "same_stack": (_C.same_stack, same_stack),
     "hash_encode": (_C.hash_encode, hashing("f4")),
     "hash_values": (_C.hash_values, hashing("i8")),
@@ -667,7 +699,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "Overflow": (_C.Overflow, by_name(load=anything_float, grain=anything_float, bound=anything_float)),
     "Option": (_C.Option, by_name(path=st.just("a"), quality=anything_float, seconds=seconds)),
     "Lane": (_C.Lane, by_name(name=st.just("cpu"), options=st.lists(options, max_size=2))),
-    "WeightWatch": (_C.WeightWatch, weight_watch),
+    "WeightWatch.of": (_C.WeightWatch.of, weight_watch),
     "tensors_of": (_C.tensors_of, tensors_of),
 }
 # They take no argument, or a name only.
@@ -682,7 +714,7 @@ def test_every_native_function_is_a_target():
 
 LISTS = {"weights", "biases", "decoders", "out_columns", "columns", "first", "second", "caches", "positions",
          "grad_weights", "grad_biases", "features", "places", "samples", "starts", "stops", "lanes", "tables",
-         "mixing", "options"}  # fmt: skip
+         "mixing", "options", "bounds"}  # fmt: skip
 IDS = {"indices", "offsets", "ids"}
 
 

@@ -18,8 +18,8 @@ from mprec.data import Batch
 from mprec.data.zipf import zipf_batches
 from mprec.dispatch import BATCH_SIZES, Path, Profile, ProfileError
 from mprec.dispatch.profile import default_file
-from mprec.serving import splits
 from mprec.paths import sampler
+from mprec.serving import splits
 from mprec.serving.build import ModelInputs, model_inputs
 from mprec.serving.executors import Executor
 from mprec.serving.splits import Split
