@@ -124,7 +124,7 @@ def embedding_bag(
     if weight.dtype is torch.int64 and input.is_floating_point():
         warnings.warn("embedding_bag(weight, input): swap the arguments, as torch wants them", stacklevel=2)
         weight, input = input, weight
-    if per_sample_weights is not None and input.shape != per_sample_weights.shape:
+    if per_sample_weights is not None and not input.is_nested and input.shape != per_sample_weights.shape:
         raise ValueError(
             f"per_sample_weights: expected the shape of input, {tuple(input.shape)}, "
             f"got {tuple(per_sample_weights.shape)}"
