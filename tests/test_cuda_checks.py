@@ -5,8 +5,6 @@ import torch
 
 from mprec.ops import _cached_dhe, _cuda_dhe, _cuda_tables, _quantized, _tables
 
-
-
 #: Where the arguments are. The functions that serve CUDA are called past the dispatcher, on tensors without
 #: memory: what they check needs none.
 devices = pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -48,8 +46,18 @@ BAD = [
     ("indices", lambda t: t[None], ValueError, "indices has to be a 1D Tensor"),
     ("offsets", lambda t: t[None], ValueError, "offsets has to be a 1D Tensor"),
     ("mode", lambda _: 7, ValueError, "mode: expected 0"),
-    ("per_sample_weights", lambda _: "short", ValueError, "per_sample_weights: expected the shape of indices"),
-    ("per_sample_weights", lambda _: "double", TypeError, "per_sample_weights: expected to have the same type"),
+    (
+        "per_sample_weights",
+        lambda _: "short",
+        ValueError,
+        "per_sample_weights: expected the shape of indices",
+    ),
+    (
+        "per_sample_weights",
+        lambda _: "double",
+        TypeError,
+        "per_sample_weights: expected to have the same type",
+    ),
     ("indices", lambda _: "elsewhere", ValueError, "expected one device"),
 ]
 OF_SEVERAL = [
@@ -92,7 +100,9 @@ def test_twins_check_alike(name, argument, change, error, message, device):
         bad = {
             "short": lambda: torch.zeros(3, device=device),
             "double": lambda: torch.zeros(4, dtype=torch.float64, device=device),
-            "elsewhere": lambda: torch.zeros(4, dtype=torch.int64, device="meta" if device == "cpu" else "cpu"),
+            "elsewhere": lambda: torch.zeros(
+                4, dtype=torch.int64, device="meta" if device == "cpu" else "cpu"
+            ),
         }[bad]()
     with pytest.raises(error, match=message):
         operator(name, device)(**(call | {argument: bad}))

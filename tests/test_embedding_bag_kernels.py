@@ -232,8 +232,7 @@ def test_bad_ids(name, threads, ids, bad):
         text = str(error.value)
         assert (
             f"indices[{position}] (feature {feature}, bag {bag}) is {bad}, "
-            f"not in the valid range [0, {bound})"
-            in text
+            f"not in the valid range [0, {bound})" in text
         )
 
 

@@ -129,7 +129,9 @@ def test_deep_hash_bag(mode, family):
 
 def test_deep_hash_bag_bound():
     bag = DeepHashEmbeddingBag(4, SMALL, num_embeddings=10)
-    with pytest.raises(IdOutOfRangeError, match=r"indices\[1\] \(bag 0\) is 10, not in the valid range \[0, 10\)"):
+    with pytest.raises(
+        IdOutOfRangeError, match=r"indices\[1\] \(bag 0\) is 10, not in the valid range \[0, 10\)"
+    ):
         bag(torch.tensor([1, 10]), torch.tensor([0]))
 
 
@@ -527,7 +529,9 @@ def test_out_of_range_id_names_the_feature():
     indices, offsets = torch.tensor([999, 3, 7]), torch.tensor([0, 1, 3])
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            with pytest.raises(IdOutOfRangeError, match=r"indices\[2\] \(feature 'type', bag 0\) is 7, .* \[0, 7\)"):
+            with pytest.raises(
+                IdOutOfRangeError, match=r"indices\[2\] \(feature 'type', bag 0\) is 7, .* \[0, 7\)"
+            ):
                 collection(indices, offsets)
             with pytest.raises(IdOutOfRangeError, match=r"indices\[0\] \(feature 'user', bag 0\) is -1"):
                 collection(torch.tensor([-1, 3, 6]), offsets)

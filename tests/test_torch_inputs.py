@@ -221,7 +221,7 @@ def test_numbers_out_of_place_are_named():
     with pytest.raises(ValueError, match="mode has to be one of"):
         ops.embedding_bag(I, table(), O, mode=[])
     for dtype in (torch.float32, torch.float64):
-        with pytest.raises(ValueError, match="mode: expected 0 .sum., 1 .mean. or 2 .max., got 7"):
+        with pytest.raises(ValueError, match=r"mode: expected 0 \(sum\), .*, got 7"):
             torch.ops.mprec.embedding_bag(table().to(dtype), I, O, 7)
     with pytest.raises(RuntimeError, match="not in the valid range"):  # torch's phrases
         ops.embedding_bag(torch.tensor([9]), table(), torch.tensor([0]))
@@ -242,7 +242,10 @@ def test_the_place_of_an_id_is_that_in_the_whole_batch():
     module = DeepHashEmbeddingBag(3, SMALL)
     stack = [module.coefficients], module.weights, module.biases, [2]
     for grad in (False, True):
-        with torch.set_grad_enabled(grad), pytest.raises(IndexError, match=r"indices\[2\] \(feature 1, bag 0\)"):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(IndexError, match=r"indices\[2\] \(feature 1, bag 0\)"),
+        ):
             ops.dhe_bag_multi(torch.tensor([1, 2, -3, 4]), ends, *stack, features=[1], num_features=2)
 
 
@@ -251,7 +254,13 @@ def test_the_place_of_an_id_is_that_in_the_whole_batch():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mode": "max"}, {"mode": "sum", "padding_idx": 1}, {"max_norm": 0.5}, {"include_last_offset": True}],
+    [
+        {},
+        {"mode": "max"},
+        {"mode": "sum", "padding_idx": 1},
+        {"max_norm": 0.5},
+        {"include_last_offset": True},
+    ],
 )
 def test_scripted_modules(options):
     bag = EmbeddingBag(5, 3, _weight=table(), **options)

@@ -23,8 +23,7 @@ inline Tensor vector_of(const Integers& i) {
 // A matrix of adjacent values in each row.
 inline Tensor matrix(PyObject* object, const char* name, Sign sign = Sign::ask) {
   const Tensor t = view(object, name, sign);
-  if (t.ndim != 2)
-    throw NotTaken(NotTaken::value, message(name, ": expected 2 dimensions, got ", t.ndim));
+  if (t.ndim != 2) throw NotTaken(NotTaken::value, message(name, ": expected 2 dimensions, got ", t.ndim));
   if (t.shape[0] > 0 && t.shape[1] > 1 && t.strides[1] != 1)
     throw NotTaken(NotTaken::value,
                    message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
@@ -78,11 +77,9 @@ inline const float* parse_weights(PyObject* object, const Integers& indices, Mod
   if (object == Py_None) return nullptr;
   const Tensor t = view(object, "per_sample_weights", DType::f32, 1);
   if (t.shape[0] != indices.size)
-    throw NotTaken(
-        NotTaken::value,
-        message("per_sample_weights: expected as many as indices, ", indices.size, ", got ", t.shape[0]));
-  if (mode == Mode::max)
-    throw NotTaken(NotTaken::value, "per_sample_weights: mode max does not take any");
+    throw NotTaken(NotTaken::value, message("per_sample_weights: expected as many as indices, ", indices.size,
+                                            ", got ", t.shape[0]));
+  if (mode == Mode::max) throw NotTaken(NotTaken::value, "per_sample_weights: mode max does not take any");
   return t.ptr<float>();
 }
 

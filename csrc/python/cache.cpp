@@ -131,8 +131,7 @@ void rows_by_code(const py::object& codes, const py::object& centroids, const py
   const Tensor i = ids_view(ids);
   const int64_t n = i.shape[0];
   for (int64_t j = 0; j < n; ++j)
-    if (!book.has(i.ptr<int64_t>()[j]))
-      throw id_error("ids", j, "", i.ptr<int64_t>()[j], book.count);
+    if (!book.has(i.ptr<int64_t>()[j])) throw id_error("ids", j, "", i.ptr<int64_t>()[j], book.count);
   const Tensor o = rows_view(out, "out", n, book.dim);
   check_output(o, "out");
   without_gil(n, [&] {
@@ -257,7 +256,8 @@ PyMethodDef methods[] = {
      "cached_dhe_bag(decoders, indices, offsets, per_sample_weights, mode, include_last_offset, "
      "padding_idx, bound, out, admit, threads)\n\nThe features' pooled vectors in their columns of out [B, "
      "total] "
-     "(None: a new tensor), which is returned; False, with nothing done, if the watched weights have changed; "
+     "(None: a new tensor), which is returned; False, with nothing done, if the watched weights have "
+     "changed; "
      "None for tensors in a form that this does not take. bound: refuse IDs not below this (None: any)."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -92,8 +92,8 @@ void check_ids_of(py::handle indices, py::handle offsets, int64_t bags, int64_t 
   const bool too_many = bags > starts.size || (bags > 0 && num_features > starts.size);
   const int64_t last = too_many ? -1 : starts.size - bags * num_features;
   if (num_features < 1 || bags < 0 || (last != 0 && last != 1))
-    throw OffsetsError(message("offsets: expected ", num_features, " times ", bags, " or one more, got ",
-                               starts.size));
+    throw OffsetsError(
+        message("offsets: expected ", num_features, " times ", bags, " or one more, got ", starts.size));
   for (const auto& [feature, bound] : bounds)
     if (feature < 0 || feature >= num_features)
       throw py::value_error(message("bounds: expected features 0 to ", num_features - 1, ", got ", feature));

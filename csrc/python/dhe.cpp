@@ -165,8 +165,8 @@ PyObject* dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* 
         "out",     "threads", "dedupe"};
     const Arguments<10, 9> a("dhe_bag", names, args, count, keywords);
     const OneFeature f(decoder_of(a[0], "decoder"), a[1], a[2], a[5], a[6]);
-    const py::object out = a[7] == Py_None ? empty_matrix(f.request.bags, f.view.dim)
-                                           : py::reinterpret_borrow<py::object>(a[7]);
+    const py::object out =
+        a[7] == Py_None ? empty_matrix(f.request.bags, f.view.dim) : py::reinterpret_borrow<py::object>(a[7]);
     run(f.request, a[3], a[4], out.ptr(), a[7] != Py_None, a[8], a[9]);
     return out;
   });
@@ -375,10 +375,11 @@ void bind_dhe(py::module_& m) {
                              })
       .def_property_readonly("nbytes", &Decoder::nbytes);
   py::class_<WeightWatch>(m, "WeightWatch", "Notices when tensors in modules' dicts change.")
-      .def_static("of", &WeightWatch::of, py::arg("places"), py::arg("blocks") = INT64_MAX,
-                  "Watches the tensors at places (dict, key); None if one cannot be watched: it is not there, "
-                  "not on the CPU, or was made in inference mode and so has no version counter. blocks: so "
-                  "many blocks of each tensor's bytes are looked at, besides its counter.")
+      .def_static(
+          "of", &WeightWatch::of, py::arg("places"), py::arg("blocks") = INT64_MAX,
+          "Watches the tensors at places (dict, key); None if one cannot be watched: it is not there, "
+          "not on the CPU, or was made in inference mode and so has no version counter. blocks: so "
+          "many blocks of each tensor's bytes are looked at, besides its counter.")
       .def(
           "changed", [](const WeightWatch& w, int64_t ids) { return w.changed(Share::before(ids)); },
           py::arg("ids") = 0, "Before so many IDs are decoded: the more, the more bytes are compared.")

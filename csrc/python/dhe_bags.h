@@ -57,9 +57,8 @@ inline int64_t set_output(DheBagRequest& r, PyObject* object, bool given) {
   if (out.shape[0] != r.bags)
     throw NotTaken(NotTaken::value, message("out: expected ", r.bags, " rows, got ", out.shape[0]));
   if (out.shape[1] > 1 && out.strides[1] != 1)
-    throw NotTaken(
-        NotTaken::value,
-        message("out: expected rows of adjacent values, got stride ", out.strides[1]));
+    throw NotTaken(NotTaken::value,
+                   message("out: expected rows of adjacent values, got stride ", out.strides[1]));
   check_output(out, "out");
   if (given) {
     const Extent written(out);

@@ -81,7 +81,8 @@ struct Output {
     const Extent written(tensor);
     bool meets = written.meets(Extent(vector_of(indices))) || written.meets(Extent(vector_of(offsets)));
     if (weights)
-      meets |= written.meets(Extent({const_cast<float*>(weights), DType::f32, 1, {indices.size}, {1}, false}));
+      meets |=
+          written.meets(Extent({const_cast<float*>(weights), DType::f32, 1, {indices.size}, {1}, false}));
     for (size_t t = 0; t < count; ++t) meets |= written.meets(Extent(tables[t]));
     if (meets) throw NotTaken(NotTaken::value, "out: shares memory with what is read");
   }
@@ -89,9 +90,8 @@ struct Output {
   // Rows 0 to bags, from `column` on. Returns the columns taken.
   Columns place_columns(Feature& f, int64_t bags, int64_t column) const {
     if (tensor.shape[0] != bags)
-      throw NotTaken(
-          NotTaken::value,
-          message("out: expected one row for each of the ", bags, " bags, got ", tensor.shape[0]));
+      throw NotTaken(NotTaken::value,
+                     message("out: expected one row for each of the ", bags, " bags, got ", tensor.shape[0]));
     const Columns columns = columns_within(column, f.dim, tensor.shape[1], "out");
     put(f, column, tensor.strides[0]);
     return columns;
@@ -152,8 +152,8 @@ class PerTable {
   py::object items_;
 };
 
-// Some features of the batch, if any are named: `features` is None, or names one of `num_features` features for
-// each of `tables` tables. Offsets of the whole batch are checked then.
+// Some features of the batch, if any are named: `features` is None, or names one of `num_features` features
+// for each of `tables` tables. Offsets of the whole batch are checked then.
 struct Served {
   Integers indices, offsets;
   const float* weights;
@@ -192,10 +192,9 @@ struct Served {
 template <bool strict>
 PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded_object<strict>([&]() -> py::object {
-    static constexpr const char* names[] = {"weights", "indices",     "offsets",     "per_sample_weights",
-                                            "mode",    "padding_idx", "out",         "out_columns",
-                                            "threads", "bits",        "batch_sizes", "features",
-                                            "num_features"};
+    static constexpr const char* names[] = {
+        "weights",     "indices", "offsets", "per_sample_weights", "mode",     "padding_idx", "out",
+        "out_columns", "threads", "bits",    "batch_sizes",        "features", "num_features"};
     const Arguments<13, 9> a("embedding_bag_multi", names, args, count, keywords);
     // Owned: the tables must outlive the call even if another thread empties the list.
     const auto weights = py::reinterpret_steal<py::object>(PySequence_Tuple(a[0]));
@@ -313,9 +312,11 @@ constexpr const char multi_doc[] =
     "num_features features each table serves (None: all, in order). try_...: None for tensors in a form "
     "that this does not take.";
 constexpr const char single_doc[] =
-    "embedding_bag(weight, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, out, "
+    "embedding_bag(weight, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, "
+    "out, "
     "threads,\n              bits=None)\n\n"
-    "Pools one table's bags into out [B, D] (None: a new tensor), which is returned. try_...: None for tensors "
+    "Pools one table's bags into out [B, D] (None: a new tensor), which is returned. try_...: None for "
+    "tensors "
     "in a form that this does not take.";
 
 constexpr int flags = METH_FASTCALL | METH_KEYWORDS;

@@ -71,13 +71,16 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
 
 void check_ndim(int ndim, const char* name) {
   if (ndim > Tensor::max_ndim)
-    throw NotTaken(NotTaken::value, message(name, ": expected at most ", Tensor::max_ndim, " dimensions, got ", ndim));
+    throw NotTaken(NotTaken::value,
+                   message(name, ": expected at most ", Tensor::max_ndim, " dimensions, got ", ndim));
 }
 
 void check_memory(const Tensor& t, int64_t item_bytes, const char* name) {
-  if (!t.data && t.numel() > 0) throw NotTaken(NotTaken::value, message(name, ": the tensor's storage is empty"));
+  if (!t.data && t.numel() > 0)
+    throw NotTaken(NotTaken::value, message(name, ": the tensor's storage is empty"));
   if (item_bytes > 0 && reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(item_bytes) != 0)
-    throw NotTaken(NotTaken::value, message(name, ": expected elements aligned to their ", item_bytes, " bytes"));
+    throw NotTaken(NotTaken::value,
+                   message(name, ": expected elements aligned to their ", item_bytes, " bytes"));
 }
 
 // The method itself: looking it up by name costs as much as what it does.
@@ -166,12 +169,12 @@ Tensor view(PyObject* object, const char* name, Sign sign) {
       if (api->tensor_from_object(object, &d) != 0) throw py::error_already_set();
     } catch (const std::exception& error) {
       const std::string why = error.what();
-      throw NotTaken(NotTaken::value, 
-          message(name, ": expected a CPU tensor with plain storage (", why.substr(0, why.find('\n')), ")"));
+      throw NotTaken(NotTaken::value, message(name, ": expected a CPU tensor with plain storage (",
+                                              why.substr(0, why.find('\n')), ")"));
     }
     if (d.device.type != dlpack::cpu_device && d.device.type != dlpack::cuda_host_device)
-      throw NotTaken(NotTaken::value, 
-          message(name, ": expected a CPU tensor, got one on DLPack device type ", d.device.type));
+      throw NotTaken(NotTaken::value,
+                     message(name, ": expected a CPU tensor, got one on DLPack device type ", d.device.type));
     check_ndim(d.ndim, name);
     t.data = static_cast<char*>(d.data) + d.byte_offset;
     t.dtype = from_dlpack(d.dtype);
@@ -191,8 +194,8 @@ Tensor view(PyObject* object, const char* name, Sign sign) {
   if (!PyObject_CheckBuffer(object) ||
       PyObject_GetBuffer(object, &buffer, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
     PyErr_Clear();
-    throw NotTaken(NotTaken::type, 
-        message(name, ": expected a torch tensor or a numpy array, got ", Py_TYPE(object)->tp_name));
+    throw NotTaken(NotTaken::type, message(name, ": expected a torch tensor or a numpy array, got ",
+                                           Py_TYPE(object)->tp_name));
   }
   t.data = buffer.buf;
   t.dtype = from_buffer(buffer.format, buffer.itemsize);
@@ -215,7 +218,8 @@ Tensor view(PyObject* object, const char* name, Sign sign) {
 Tensor view(PyObject* object, const char* name, DType dtype, int ndim) {
   Tensor t = view(object, name);
   if (t.dtype != dtype)
-    throw NotTaken(NotTaken::type, message(name, ": expected ", dtype_name(dtype), ", got ", dtype_name(t.dtype)));
+    throw NotTaken(NotTaken::type,
+                   message(name, ": expected ", dtype_name(dtype), ", got ", dtype_name(t.dtype)));
   if (t.ndim != ndim)
     throw NotTaken(NotTaken::value, message(name, ": expected ", ndim, " dimension(s), got ", t.ndim));
   if (!t.contiguous()) throw NotTaken(NotTaken::value, message(name, ": expected a contiguous tensor"));
@@ -243,7 +247,7 @@ void check_output(const Tensor& t, const char* name) {
   if (!t.writable) throw NotTaken(NotTaken::value, message(name, ": the array is read-only"));
   if (t.ndim == 2 && t.shape[0] > 1 && std::abs(t.strides[0]) < t.shape[1])
     throw NotTaken(NotTaken::value, message(name, ": rows of ", t.shape[1], " values overlap, ", t.strides[0],
-                                  " values from one to the next"));
+                                            " values from one to the next"));
 }
 
 py::object empty_matrix(int64_t rows, int64_t columns, DType dtype) {

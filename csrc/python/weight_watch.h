@@ -128,7 +128,8 @@ class TensorMark {
           pybind11::object(tensors.attr("_version")).release().ptr());
     }();
     if (!PyObject_TypeCheck(tensor, getter->d_common.d_type))
-      throw NotTaken(NotTaken::type, message("weights: expected torch tensors, got ", Py_TYPE(tensor)->tp_name));
+      throw NotTaken(NotTaken::type,
+                     message("weights: expected torch tensors, got ", Py_TYPE(tensor)->tp_name));
     const auto v = pybind11::reinterpret_steal<pybind11::object>(
         getter->d_getset->get(tensor, getter->d_getset->closure));
     if (!v) {
@@ -160,8 +161,8 @@ class WeightWatch {
     }
   }
 
-  static std::unique_ptr<WeightWatch> of(
-      const std::vector<std::pair<pybind11::dict, pybind11::str>>& places, int64_t blocks) {
+  static std::unique_ptr<WeightWatch> of(const std::vector<std::pair<pybind11::dict, pybind11::str>>& places,
+                                         int64_t blocks) {
     try {
       return std::make_unique<WeightWatch>(places, blocks);
     } catch (const NotTaken&) {

@@ -110,7 +110,8 @@ def rows_as_bags(input: Tensor, per_sample_weights: Tensor | None) -> tuple[Tens
 
 
 def _jagged_values(nested: Tensor, name: str) -> Tensor:
-    if not nested.is_nested or nested.layout is not torch.jagged or nested.lengths() is not None or nested.dim() != 2:
+    jagged = nested.is_nested and nested.layout is torch.jagged and nested.dim() == 2
+    if not jagged or nested.lengths() is not None:
         raise ValueError(f"{name}: expected a nested tensor [B, *] of the jagged layout, without holes")
     return nested.values()
 

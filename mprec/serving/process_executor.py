@@ -49,8 +49,8 @@ class ProcessExecutor(Executor):
     The worker leaves Ctrl-C and SIGTERM to its parent and ends with it.
 
     Raises:
-        ValueError: no threads, too small an arena, or a path whose model cannot be pickled or shared (a lambda,
-            a tensor on CUDA); the message names it. A cache of rows starts empty in the worker.
+        ValueError: no threads, too small an arena, or a path whose model cannot be pickled or shared (a
+            lambda, a tensor on CUDA); the message names it. A cache of rows starts empty in the worker.
     """
 
     def __init__(
