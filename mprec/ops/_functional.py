@@ -275,6 +275,9 @@ def dhe_bag(
 ) -> Tensor:
     """Bags of deep hash embeddings: each ID is hashed k ways, decoded by an MLP, and pooled.
 
+    Gradients of the decoder are summed by threads: their last bits depend on how many there are, and on
+    nothing else.
+
     Args:
         indices: int64 or int32 ``[n]``, any ID >= 0.
         offsets: int64 or int32 ``[B]``, or ``[B + 1]`` with ``include_last_offset``.
