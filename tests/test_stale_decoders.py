@@ -16,11 +16,7 @@ WRITES = {
     "data": lambda t, at, x: t.data.view(-1).__setitem__(at, x),
     "numpy": lambda t, at, x: t.detach().numpy().reshape(-1).__setitem__(at, x),
     "dlpack": lambda t, at, x: np.from_dlpack(t.detach()).reshape(-1).__setitem__(at, x),
-    "storage": lambda t, at, x: torch.frombuffer(
-        t.untyped_storage(), dtype=t.dtype
-    ).__setitem__(at, x) if False else t.data.view(-1).__setitem__(at, x),
-}  # fmt: skip
-del WRITES["storage"]
+}
 
 
 def fresh(module, *call):

@@ -20,19 +20,20 @@ void check_offsets(const Integers& offsets, int64_t num_indices, const BagLayout
   for (int64_t b = 0; b <= bags; ++b) {
     const int64_t begin = offset_at(offsets, num_indices, b);
     const auto where = [&] {
-      return message("offsets[", b, "] (", b < bags ? layout.name(b) : std::string("the end"), ") is ", begin);
+      return message("offsets[", b, "] (", b < bags ? layout.name(b) : std::string("the end"), ") is ",
+                     begin);
     };
     if (b == 0 && begin != 0) throw OffsetsError(message(where(), ", expected 0"));
     if (begin < previous)
-      throw OffsetsError(
-          message(where(), ", less than the offset before it, ", previous, ": expected offsets that never fall"));
+      throw OffsetsError(message(where(), ", less than the offset before it, ", previous,
+                                 ": expected offsets that never fall"));
     if (begin > num_indices)
       throw OffsetsError(message(where(), ", expected at most the number of indices, ", num_indices));
     previous = begin;
   }
   if (previous != num_indices)
-    throw OffsetsError(
-        message("offsets[", bags, "] (the end) is ", previous, ", expected the number of indices, ", num_indices));
+    throw OffsetsError(message("offsets[", bags, "] (the end) is ", previous,
+                               ", expected the number of indices, ", num_indices));
 }
 
 void check_ids(const Integers& indices, const Integers& offsets, const BagLayout& layout,

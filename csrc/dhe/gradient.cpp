@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "common/aligned.h"
 #include "bags/check.h"
+#include "common/aligned.h"
 #include "common/parallel.h"
 #include "dhe/pack.h"
 #include "registry.h"

@@ -39,16 +39,15 @@ struct Output {
   }
 
   // Writing must not change what is read.
-  void check_apart_from(const Tensor& read, const char* name) const {
-    if (share_memory(tensor, read))
-      throw NotTaken(NotTaken::value, message("out: shares memory with ", name));
-  }
-  void check_apart_from(const Integers& indices, const Integers& offsets, const float* weights) const {
-    check_apart_from(vector_of(indices), "indices");
-    check_apart_from(vector_of(offsets), "offsets");
+  void check_apart_from(const Tensor* tables, size_t count, const Integers& indices, const Integers& offsets,
+                        const float* weights) const {
+    const Extent written(tensor);
+    bool meets = written.meets(Extent(vector_of(indices))) || written.meets(Extent(vector_of(offsets)));
     if (weights)
-      check_apart_from({const_cast<float*>(weights), DType::f32, 1, {indices.size}, {1}, false},
-                       "per_sample_weights");
+      meets |=
+          written.meets(Extent({const_cast<float*>(weights), DType::f32, 1, {indices.size}, {1}, false}));
+    for (size_t t = 0; t < count; ++t) meets |= written.meets(Extent(tables[t]));
+    if (meets) throw NotTaken(NotTaken::value, "out: shares memory with what is read");
   }
 
   // Rows 0 to bags, from `column` on. Returns the columns taken.
@@ -192,8 +191,7 @@ PyObject* embedding_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count
     const bool given = a[6] != Py_None;
     const Output out(result.ptr(), batch_sizes ? 1 : 2, given ? Sign::ask : Sign::ignore);
     if (given) {
-      for (const Tensor& table : views) out.check_apart_from(table, "weights");
-      out.check_apart_from(all, starts, psw);
+      out.check_apart_from(views.data(), views.size(), all, starts, psw);
     }
     std::vector<Columns> blocks;
     int64_t place = 0, bags = 0;
@@ -257,8 +255,7 @@ PyObject* embedding_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
     const bool given = a[7] != Py_None;
     const Output out(result.ptr(), 2, given ? Sign::ask : Sign::ignore);
     if (given) {
-      out.check_apart_from(weight, "weight");
-      out.check_apart_from(indices, offsets, psw);
+      out.check_apart_from(&weight, 1, indices, offsets, psw);
     }
     out.place_columns(features[0], bags, 0);
     features[1].first_bag = bags;

@@ -60,12 +60,13 @@ inline int64_t set_output(DheBagRequest& r, PyObject* object, bool given) {
     throw NotTaken(NotTaken::value,
                    message("out: expected rows of adjacent values, got stride ", out.strides[1]));
   check_output(out, "out");
-  for (const Integers& read : {r.indices, r.offsets})
-    if (given && share_memory(out, vector_of(read)))
-      throw NotTaken(NotTaken::value, "out: shares memory with indices or offsets");
-  const Integers weights{r.per_sample_weights, (r.indices.size + 1) / 2, true};  // 4 bytes each
-  if (given && r.per_sample_weights && share_memory(out, vector_of(weights)))
-    throw NotTaken(NotTaken::value, "out: shares memory with per_sample_weights");
+  if (given) {
+    const Extent written(out);
+    const Integers weights{r.per_sample_weights, (r.indices.size + 1) / 2, true};  // 4 bytes each
+    if (written.meets(Extent(vector_of(r.indices))) || written.meets(Extent(vector_of(r.offsets))) ||
+        (r.per_sample_weights && written.meets(Extent(vector_of(weights)))))
+      throw NotTaken(NotTaken::value, "out: shares memory with what is read");
+  }
   r.out = out.ptr<float>();
   r.out_stride = out.strides[0];
   return out.shape[1];

@@ -1,7 +1,6 @@
 #include "python/tensor.h"
 
 #include <cstdlib>
-#include <functional>
 #include <utility>
 
 #include "common/error.h"
@@ -236,17 +235,12 @@ Tensor view_ids(PyObject* object, const char* name) {
   return t;
 }
 
-bool share_memory(const Tensor& a, const Tensor& b) {
-  if (a.numel() == 0 || b.numel() == 0) return false;
-  const auto range = [](const Tensor& t) {
-    int64_t low = 0, high = 0;  // in elements
-    for (int i = 0; i < t.ndim; ++i) (t.strides[i] < 0 ? low : high) += (t.shape[i] - 1) * t.strides[i];
-    const char* const at = static_cast<const char*>(t.data);
-    return std::pair(at + low * t.item_bytes(), at + (high + 1) * t.item_bytes());
-  };
-  const auto [begin_a, end_a] = range(a);
-  const auto [begin_b, end_b] = range(b);
-  return std::less<>()(begin_a, end_b) && std::less<>()(begin_b, end_a);
+Extent::Extent(const Tensor& t) {
+  int64_t low = 0, high = t.numel() > 0 ? 1 : 0;  // in elements
+  for (int i = 0; high && i < t.ndim; ++i) (t.strides[i] < 0 ? low : high) += (t.shape[i] - 1) * t.strides[i];
+  const auto at = reinterpret_cast<uintptr_t>(t.data);
+  begin = at + low * t.item_bytes();
+  end = at + high * t.item_bytes();
 }
 
 void check_output(const Tensor& t, const char* name) {

@@ -44,8 +44,12 @@ enum class Sign { ask, remember, ignore };
 // elements that are not aligned, a lazy negation. `remember`: of a tensor that is passed again and again.
 Tensor view(PyObject* object, const char* name, Sign sign = Sign::ask);
 
-// Whether two tensors' memory, gaps between rows included, has a byte in common.
-bool share_memory(const Tensor& a, const Tensor& b);
+// A tensor's memory, gaps between rows included.
+struct Extent {
+  uintptr_t begin, end;
+  explicit Extent(const Tensor&);
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
 
 // As view(), and: exactly this dtype and number of dimensions, contiguous.
 Tensor view(PyObject* object, const char* name, DType dtype, int ndim);

@@ -134,6 +134,10 @@ class Rows:
             # The watch first: a change while the decoders are packed must not be missed.
             watch = _C.WeightWatch.of(_places(self.modules.values())) if self._watches else None
             stacks = [module.stack() for module in self.modules.values()]
+            if stale is not None:
+                for key, value in stale.stats().items():
+                    self._past[key] += value
+                self._codebooks = {}  # of past weights
             if (self._watches and watch is None) or not all(packable(*stack) for stack in stacks):
                 self._native = None
                 return None
@@ -154,10 +158,6 @@ class Rows:
             for cache in self.caches.values():
                 if cache is not None:
                     cache.invalidate()
-            if stale is not None:
-                for key, value in stale.stats().items():
-                    self._past[key] += value
-                self._codebooks = {}  # of past weights
             books = [self._codebooks.get(name) for name in self.modules]
             self._native = _C.CachedDecoders(
                 handles,

@@ -195,12 +195,11 @@ class EmbeddingBagCollection(nn.Module):
         if ends < 0 or samples * len(self.features) != ends:
             return None
         options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, samples)
+        if out is None and self._table_groups and self._table_groups[0].alone:  # native code makes it
+            group = self._table_groups[0]
+            return self._run_tables(group, indices, offsets, per_sample_weights, None, options)
         dtype = self._dtype()
         if out is None:
-            if self._table_groups and self._table_groups[0].alone:  # native code makes it
-                return self._run_tables(
-                    self._table_groups[0], indices, offsets, per_sample_weights, None, options
-                )
             if dtype not in NATIVE_TABLES:
                 return None
             out = torch.empty(samples, self._width, dtype=dtype)

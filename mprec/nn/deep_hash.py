@@ -15,7 +15,7 @@ from mprec.nn.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
 from mprec.nn.tuning import kernel_options
 from mprec.ops._autograd import is_batched
 from mprec.ops._checks import check_bags, check_ids, num_bags
-from mprec.ops._common import direct, ids, rows_as_bags
+from mprec.ops._common import eager, ids, rows_as_bags
 from mprec.ops._decoders import ModuleDecoder, clear_decoders
 
 
@@ -111,7 +111,12 @@ class DeepHashEmbeddingBag(nn.Module):
                 raise ValueError("offsets has to be a 1D Tensor but got None")
             input, offsets, per_sample_weights = rows_as_bags(input, per_sample_weights)
             include_last_offset = True
-        if not torch.is_grad_enabled() and direct(input, offsets, per_sample_weights):
+        if (
+            not torch.is_grad_enabled()
+            and eager()
+            and type(input) is type(offsets) is Tensor
+            and (per_sample_weights is None or type(per_sample_weights) is Tensor)
+        ):
             out = self._forward_direct(input, offsets, per_sample_weights, include_last_offset)
             if out is not None:
                 return out

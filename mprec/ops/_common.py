@@ -70,17 +70,21 @@ def rows_as_bags(input: Tensor, per_sample_weights: Tensor | None) -> tuple[Tens
     """IDs ``[n]``, offsets ``[B + 1]`` and weights of bags that are the rows of ``input``: ``[B, L]``, or
     nested of the jagged layout."""
     if input.is_nested:
-        weights = (
-            None if per_sample_weights is None else _jagged_values(per_sample_weights, "per_sample_weights")
-        )
-        return _jagged_values(input, "input"), input.offsets(), weights
+        values = _jagged_values(input, "input")
+        if per_sample_weights is None:
+            return values, input.offsets(), None
+        weights = _jagged_values(per_sample_weights, "per_sample_weights")
+        if not torch.equal(input.offsets(), per_sample_weights.offsets()):
+            raise ValueError("per_sample_weights: expected rows as long as those of input")
+        return values, input.offsets(), weights
     offsets = torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
     weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
     return input.reshape(-1), offsets, weights
 
 
 def _jagged_values(nested: Tensor, name: str) -> Tensor:
-    if nested.layout is not torch.jagged or nested.lengths() is not None or nested.dim() != 2:
+    jagged = nested.is_nested and nested.layout is torch.jagged and nested.dim() == 2
+    if not jagged or nested.lengths() is not None:
         raise ValueError(f"{name}: expected a nested tensor [B, *] of the jagged layout, without holes")
     return nested.values()
 

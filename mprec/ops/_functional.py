@@ -124,7 +124,7 @@ def embedding_bag(
     if weight.dtype is torch.int64 and input.is_floating_point():
         warnings.warn("embedding_bag(weight, input): swap the arguments, as torch wants them", stacklevel=2)
         weight, input = input, weight
-    if per_sample_weights is not None and input.shape != per_sample_weights.shape:
+    if per_sample_weights is not None and not input.is_nested and input.shape != per_sample_weights.shape:
         raise ValueError(
             f"per_sample_weights: expected the shape of input, {tuple(input.shape)}, "
             f"got {tuple(per_sample_weights.shape)}"
@@ -274,6 +274,9 @@ def dhe_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """Bags of deep hash embeddings: each ID is hashed k ways, decoded by an MLP, and pooled.
+
+    Gradients of the decoder are summed by threads: their last bits depend on how many there are, and on
+    nothing else.
 
     Args:
         indices: int64 or int32 ``[n]``, any ID >= 0.
