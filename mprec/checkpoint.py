@@ -24,6 +24,7 @@ from torch import nn
 from mprec.errors import CheckpointError
 from mprec.files import write_whole
 from mprec.models import KINDS
+from mprec.nn import folded
 
 __all__ = ["FORMAT", "VERSION", "describe", "load", "save"]
 
@@ -32,7 +33,7 @@ VERSION = 2  # 1: without a digest
 
 
 def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
-    """Write the model. An old file at ``path`` stays whole until the new one is on the disk.
+    """Write the model, its mapped tables folded. An old file at ``path`` stays whole until the new one is on the disk.
 
     ``TypeError`` if the metadata is not JSON-able or the model is none of mprec's; ``OSError`` as the
     disk says.
@@ -47,7 +48,7 @@ def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
         "version": VERSION,
         "kind": kind,
         "config": json.loads(json.dumps(model.config())),
-        "state": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "state": {name: tensor.detach().cpu() for name, tensor in folded(model).state_dict().items()},
         "metadata": json.loads(json.dumps(metadata)),
     }
     content["digest"] = _digest(content)

