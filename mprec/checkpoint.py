@@ -33,7 +33,8 @@ VERSION = 2  # 1: without a digest
 
 
 def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
-    """Write the model, its mapped tables folded. An old file at ``path`` stays whole until the new one is on the disk.
+    """Write the model, its mapped tables folded. An old file at ``path`` stays whole until the new one is on
+    the disk.
 
     ``TypeError`` if the metadata is not JSON-able or the model is none of mprec's; ``OSError`` as the
     disk says.

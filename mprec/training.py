@@ -66,8 +66,9 @@ class TrainOptions:
     ``adam`` for up to a million numbers, where it is fast enough, else ``sparse_adam``. Their
     ``table_learning_rate`` is 0.002, or 0.01 for Adagrad, unless given. ``mapped_tables`` trains each table
     through a map of its feature that is folded into the rows afterwards
-    (:class:`mprec.nn.MappedEmbeddingBagCollection`). ``threads`` are torch's during training: the layers of a small model are
-    too short to share, and on a busy machine waiting for a second thread costs many times the work.
+    (:class:`mprec.nn.MappedEmbeddingBagCollection`). ``threads`` are torch's during training: the layers of a
+    small model are too short to share, and on a busy machine waiting for a second thread costs many times the
+    work.
     """
 
     epochs: int = 20

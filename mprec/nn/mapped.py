@@ -1,15 +1,15 @@
 """Tables whose rows go through a learnt map in training, and are plain rows afterwards.
 
 A row ``v`` of feature f stands for ``W_f v + b_f``. The map changes nothing about what a table can express
-(any table is one, with ``W = I`` and ``b = 0``), but much about how it is learnt: a gradient that moves ``W_f``
-moves all rows of the feature together, the rare ones too, and one that moves a row is scaled by what the
-feature's other rows have found to matter. Afterwards the map is folded into the rows, so a served or saved
-model is a model of tables: the same bytes, look-ups and keys.
+(any table is one, with ``W = I`` and ``b = 0``), but much about how it is learnt: a gradient that moves
+``W_f`` moves all rows of the feature together, the rare ones too, and one that moves a row is scaled by what
+the feature's other rows have found to matter. Afterwards the map is folded into the rows, so a served or
+saved model is a model of tables: the same bytes, look-ups and keys.
 
-The map is linear, so it is applied after pooling, once a bag instead of once an ID: a sum over a bag of n rows
-is ``W_f (sum of v) + n b_f``, a mean ``W_f (mean of v) + b_f``, or zero if the bag is empty. With weights per
-sample the factor of ``b_f`` is what pooling makes of a row of one. A maximum does not commute with a map and
-is refused.
+The map is linear, so it is applied after pooling, once a bag instead of once an ID: a sum over a bag of n
+rows is ``W_f (sum of v) + n b_f``, a mean ``W_f (mean of v) + b_f``, or zero if the bag is empty. With
+weights per sample the factor of ``b_f`` is what pooling makes of a row of one. A maximum does not commute
+with a map and is refused.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
         collection: its features with tables pool by sum or mean.
 
     Attributes:
-        maps: ``maps.{name}``, an ``nn.Linear`` of the feature's ``embedding_dim``: the identity and no bias at
-            first, so that nothing changes until something is learnt.
+        maps: ``maps.{name}``, an ``nn.Linear`` of the feature's ``embedding_dim``: the identity and no bias
+            at first, so that nothing changes until something is learnt.
 
     Raises:
         ValueError: a feature with a table pools by maximum.
@@ -132,8 +132,8 @@ def pooled_ones(
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """The model with every :class:`MappedEmbeddingBagCollection` in it folded: itself if there is none, else a
-    twin that shares all other modules and parameters. What to save, quantise and serve.
+    """The model with every :class:`MappedEmbeddingBagCollection` in it folded: itself if there is none, else
+    a twin that shares all other modules and parameters. What to save, quantise and serve.
     """
     if isinstance(model, MappedEmbeddingBagCollection):
         return model.fold()
