@@ -13,7 +13,8 @@ import torch
 
 from mprec import checkpoint, data
 from mprec.data import ClickDataset
-from mprec.dispatch import BATCH_SIZES, Path, Profile, paths_from_checkpoints, sampler, with_cache
+from mprec.dispatch import BATCH_SIZES, Path, Profile
+from mprec.paths import paths_from_checkpoints, sampler, with_cache
 
 __all__ = [
     "add_path_arguments",

@@ -14,8 +14,9 @@ from pathlib import Path as FilePath
 
 from mprec.cli._setup import add_path_arguments, held_out, load_paths, reporter, say
 from mprec.data.zipf import zipf_batches
-from mprec.dispatch import BATCH_SIZES, Dispatcher, Path, Profile, ProfileError, sampler
+from mprec.dispatch import BATCH_SIZES, Dispatcher, Path, Profile, ProfileError
 from mprec.dispatch.profile import default_file
+from mprec.paths import sampler
 from mprec.serving import Engine
 from mprec.serving.build import ModelInputs, model_inputs
 
