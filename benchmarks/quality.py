@@ -3,9 +3,14 @@ rows of 8 and 4 bits.
 
     python benchmarks/quality.py --data movielens --seeds 3
 
-Trains on the dataset's own split and appends AUC, log-loss and accuracy on the test part to
+    python benchmarks/quality.py --data ml-1m --seeds 5 --trainings
+
+The first command trains on the dataset's own split and appends AUC, log-loss and accuracy on the test part to
 ``benchmarks/results/quality.csv``, one row per path and seed. A seed fixes the initial weights, the hash
 functions and the order of the batches.
+
+The second one trains models of tables in the ways of ``TRAININGS`` and appends to
+``benchmarks/results/training.csv``: what the optimizer of rows and the learnt maps of features are worth.
 """
 
 import argparse
@@ -16,6 +21,38 @@ import torch
 from mprec import data
 from mprec.nn import DheConfig, QuantizedEmbeddingBagCollection
 from mprec.training import MULTI_PATH, REPRESENTATIONS, TrainOptions, evaluate, train_representations
+
+
+#: Ways to train tables, as options of ``TrainOptions``.
+TRAININGS = {
+    "table, Adam 0.001": {"table_learning_rate": 1e-3, "mapped_tables": False},
+    "table": {"mapped_tables": False},
+    "table, sparse Adam": {"mapped_tables": False, "table_optimizer": "sparse_adam"},
+    "mapped": {"mapped_tables": True},
+    "mapped, Adam 0.001": {"table_learning_rate": 1e-3, "mapped_tables": True},
+    "mapped, sparse Adam": {"mapped_tables": True, "table_optimizer": "sparse_adam"},
+    "mapped, row-wise Adagrad": {"mapped_tables": True, "table_optimizer": "rowwise_adagrad"},
+}
+
+
+def training_row(dataset, name: str, seed: int, args: argparse.Namespace) -> dict:
+    options = TrainOptions(epochs=args.epochs, batch_size=args.batch_size, seed=seed, **TRAININGS[name])
+    trained = train_representations(dataset, ["table"], options, split=args.split, dim=args.dim)["table"]
+    valid, test = (trained.metadata["metrics"][part] for part in ("valid", "test"))
+    return {
+        "data": dataset.name,
+        "split": trained.metadata["split"],
+        "training": name,
+        "seed": seed,
+        "dim": args.dim,
+        "batch_size": args.batch_size,
+        "valid_auc": f"{valid['auc']:.5f}",
+        "auc": f"{test['auc']:.5f}",
+        "log_loss": f"{test['log_loss']:.5f}",
+        "accuracy": f"{test['accuracy']:.5f}",
+        "epoch": trained.metadata["epoch"],
+        "train_s": f"{trained.metadata['seconds']:.1f}",
+    }
 
 
 def rows_of(dataset, name: str, seed: int, args: argparse.Namespace) -> list[dict]:
@@ -66,7 +103,9 @@ def main() -> None:
     parser.add_argument("--data", default="movielens", help="as mprec train takes it")
     parser.add_argument("--split", help="default: the data's own")
     parser.add_argument("--models", nargs="+", default=[*REPRESENTATIONS, MULTI_PATH])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trainings", nargs="*", choices=TRAININGS, help="ways to train tables (all)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=TrainOptions().epochs)
     parser.add_argument("--batch-size", type=int, default=TrainOptions().batch_size)
     parser.add_argument("--dim", type=int, default=16)
@@ -76,7 +115,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dataset = data.load(args.data)
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        if args.trainings is not None:
+            for name in args.trainings or TRAININGS:
+                row = training_row(dataset, name, seed, args)
+                harness.append_csv("training", [row])
+                print(*(row[key] for key in ("data", "training", "seed", "auc", "log_loss", "train_s")))
+            continue
         for name in args.models:
             rows = rows_of(dataset, name, seed, args)
             harness.append_csv("quality", rows)

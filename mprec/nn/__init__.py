@@ -5,6 +5,7 @@ from mprec.nn.config import DheConfig, FeatureConfig, with_representation
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
+from mprec.nn.low_rank import LowRankEmbeddingBagCollection, LowRankTable
 from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
 from mprec.nn.memory import use_huge_pages
 from mprec.nn.options import KernelOptions
@@ -21,6 +22,8 @@ __all__ = [
     "FeatureConfig",
     "HybridEmbeddingBag",
     "KernelOptions",
+    "LowRankEmbeddingBagCollection",
+    "LowRankTable",
     "MappedEmbeddingBagCollection",
     "MeanForUnseen",
     "QuantizedEmbeddingBagCollection",
