@@ -15,6 +15,7 @@ from collections.abc import Sequence
 SUBCOMMANDS = {
     "info": "print versions, CPU, instruction set in use, threads, GPU and what is compiled in",
     "train": "train a model on a click log and write its checkpoint",
+    "derive": "make and measure smaller, cheaper paths of one trained model, and bundle them",
     "profile": "measure trained models over batch sizes on this machine, or show such a profile",
     "plan": "choose a representation per feature within a memory budget",
     "serve": "serve trained models over HTTP on this machine, the path chosen per batch",

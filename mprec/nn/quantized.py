@@ -51,6 +51,8 @@ class QuantizedTable(nn.Module):
         weight = weight.detach().to(torch.float32).contiguous()
         if precision == "int8":
             rows = torch.ops.quantized.embedding_bag_byte_prepack(weight)
+        elif precision == "int4" and weight.is_meta:  # torch says nothing of its shape
+            rows = weight.new_empty(len(weight), weight.shape[1] // 2 + 4, dtype=torch.uint8)
         elif precision == "int4":
             rows = torch.ops.quantized.embedding_bag_4bit_prepack(weight)
         else:
