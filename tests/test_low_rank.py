@@ -83,8 +83,7 @@ def test_limits_clip_codes_and_make_the_others_finer():
     one["user"].codes[0] = 100.0
     limits = {f.name: torch.tensor([4.0]) for f in FEATURES}
     wide, clipped = (
-        LowRankEmbeddingBagCollection(FEATURES, one, precision="int8", limits=each)
-        for each in (None, limits)
+        LowRankEmbeddingBagCollection(FEATURES, one, precision="int8", limits=each) for each in (None, limits)
     )
     exact = one["user"].codes @ one["user"].projection + one["user"].bias
     errors = [(c.rows("user") - exact)[1:].abs().mean() for c in (wide, clipped)]

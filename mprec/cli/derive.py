@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mprec import checkpoint
@@ -103,14 +104,14 @@ def derived_table(found: Sequence[Derived], title: str) -> Table:
     for each in found:
         quality, difference = each.quality["test"], each.difference["test"]["auc"]
         table.add_row(
-            each.name,
+            escape(each.name),
             f"{quality['auc'].value:.4f} ±{quality['auc'].error:.4f}",
             f"{difference.value:+.5f} ±{difference.error:.5f}" if difference.error else "",
             f"{quality['log_loss'].value:.4f} ±{quality['log_loss'].error:.4f}",
             f"{quality['accuracy'].value:.4f} ±{quality['accuracy'].error:.4f}",
             format_bytes(each.nbytes),
             *(f"{1e3 * each.seconds[batch]:.3f}" for batch in BATCH_SIZES),
-            "" if each.dominated_by is None else f"no better than {each.dominated_by}",
+            "" if each.dominated_by is None else escape(f"no better than {each.dominated_by}"),
             style=None if each.dominated_by is None else "dim",
         )
     return table

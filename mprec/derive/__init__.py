@@ -4,9 +4,9 @@
     bundle.save("bundle", kept(found), metadata)
 
 The paths of a model share its MLPs and differ in their embeddings: rows in fewer bits, rows of low rank,
-decoders taught by rows, decoders decoded into rows (:mod:`mprec.derive.recipes`). Nothing is trained on labels
-again. All are measured on the same samples and side by side on this machine, and those that another one matches
-in everything are marked (:mod:`mprec.derive.pareto`).
+decoders taught by rows, decoders decoded into rows (:mod:`mprec.derive.recipes`). Nothing is trained on
+labels again. All are measured on the same samples and side by side on this machine, and those that another
+one matches in everything are marked (:mod:`mprec.derive.pareto`).
 """
 
 from mprec.derive.derive import Derived, derive, kept

@@ -72,8 +72,7 @@ def distil(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = DeepHashEmbeddingBag(dim, config, mode, include_last_offset=True)
-    with torch.no_grad():
-        module.biases[-1].zero_()
+    _standardise(module, count, generator)
     optimizer = torch.optim.Adam(module.parameters(), lr=_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
@@ -97,3 +96,16 @@ def distil(
         bias.copy_(last @ bias.double() + mean)
         weight.copy_(last @ weight.double())
     return module.eval()
+
+
+@torch.no_grad()
+def _standardise(module: DeepHashEmbeddingBag, count: int, generator: torch.Generator) -> None:
+    """Scale the untrained last layer so that the vectors of IDs below ``count`` have mean 0 and spread 1."""
+    sample = min(count, 4096)
+    ids = torch.randint(count, (sample,), generator=generator) if count > sample else torch.arange(count)
+    vectors = module(ids, torch.arange(sample + 1))
+    spread = vectors.std(0, correction=0)
+    spread = torch.where(spread > 0, spread, 1)
+    weight, bias = module.weights[-1], module.biases[-1]
+    weight /= spread[:, None]
+    bias.copy_((bias - vectors.mean(0)) / spread)

@@ -42,8 +42,8 @@ Progress = Callable[[float], object]
 class Source:
     """A trained model as recipes take it, with what they ask of its training data.
 
-    ``model``: a DLRM whose embeddings are an :class:`mprec.nn.EmbeddingBagCollection`. ``train``: how often its
-    IDs occur says which rows matter, and its samples what of a row matters; labels are not looked at.
+    ``model``: a DLRM whose embeddings are an :class:`mprec.nn.EmbeddingBagCollection`. ``train``: how often
+    its IDs occur says which rows matter, and its samples what of a row matters; labels are not looked at.
     """
 
     def __init__(self, model: DLRM, train: ClickDataset) -> None:
@@ -78,8 +78,7 @@ class Source:
 
 
 def default_recipes(source: Source) -> list[str]:
-    """Recipes that suit a model, from the most bytes to the fewest. ``dhe`` is for models without decoders: it
-    is taught by rows, which those who have one were not."""
+    """Recipes that suit a model, most bytes first. ``dhe`` is for models without decoders."""
     dim = source.rows.features[0].embedding_dim
     ranks = [dim // part for part in (2, 4, 8, 16) if dim // part >= 1]
     hashed = any(f.has_dhe for f in source.model.embeddings.features)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mprec import ops
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.config import FeatureConfig
 from mprec.nn.mapped import pooled_ones
@@ -123,21 +124,26 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
         if singles and bool((lengths == 1).all()) and not int(offsets[0]):
             ids = indices.view(count, samples)
             self._check(ids, self._sizes)
-            pooled = self.codes[(ids + self._starts).flatten()].to(torch.float32).view(count, samples, -1)
+            rows = self.codes.index_select(0, (ids + self._starts).flatten())
+            pooled = rows.to(torch.float32).view(count, samples, -1)
             bias = self.biases[:, None]
         else:
             check_bags(offsets, len(indices), True)
-            of_feature = torch.repeat_interleave(
-                lengths.view(count, samples).sum(1), output_size=len(indices)
-            )
-            self._check(indices, self._sizes[of_feature, 0])
-            rows = self.codes[indices + self._starts[of_feature, 0]].to(torch.float32)
-            if per_sample_weights is not None:
-                rows = rows * per_sample_weights.to(torch.float32)[:, None]
-            pooled = torch.segment_reduce(
-                rows, "sum", offsets=offsets.to(torch.int64), axis=0, unsafe=True, initial=0
-            )
-            pooled = pooled.view(count, samples, -1)
+            bounds = offsets[::samples] if samples else offsets.new_zeros(count + 1)
+            of_feature = torch.repeat_interleave(bounds.diff(), output_size=len(indices))
+            sizes = torch.cat([self._sizes, self._starts], dim=1)[of_feature]  # of each ID
+            self._check(indices, sizes[:, 0])
+            rows = self.codes.index_select(0, indices + sizes[:, 1]).to(torch.float32)
+            # Each row is its own table's: pooled by the native kernel.
+            each = torch.arange(len(rows), device=rows.device)
+            pooled = ops.embedding_bag(
+                each,
+                rows,
+                offsets.to(torch.int64),
+                mode="sum",
+                per_sample_weights=per_sample_weights,
+                include_last_offset=True,
+            ).view(count, samples, -1)
             modes = [f.mode for f in self.features]
             if "mean" in modes:
                 mean = torch.tensor([mode == "mean" for mode in modes], device=offsets.device)

@@ -18,13 +18,12 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch import nn
 
 from mprec import checkpoint
 from mprec.dispatch.paths import shape_digest
 from mprec.errors import CheckpointError
 from mprec.files import write_whole
-from mprec.models import KINDS
+from mprec.models import DLRM
 from mprec.nn import folded
 from mprec.paths.forms import build, form_of
 
@@ -45,7 +44,7 @@ class Member:
 
     name: str
     representation: str
-    model: nn.Module
+    model: DLRM
     metrics: Mapping[str, Mapping[str, float]]
     facts: Mapping[str, Any]
 
@@ -64,7 +63,7 @@ def save(folder: str | os.PathLike, members: Sequence[Member], metadata: Mapping
     """Write a bundle into ``folder``, which is made if need be; returns the folder.
 
     ``metadata`` (JSON-able) says of the model what a checkpoint's says: dataset, split. ``ValueError`` if two
-    members share a name or there is none, ``TypeError`` if a model is none of mprec's, ``OSError`` as the
+    members share a name or there is none, ``TypeError`` if a model is no DLRM, ``OSError`` as the
     disk says; then a bundle that was there is as it was.
     """
     names = [member.name for member in members]
@@ -72,16 +71,13 @@ def save(folder: str | os.PathLike, members: Sequence[Member], metadata: Mapping
         raise ValueError(f"members: expected at least one, each with a name of its own, got {names}")
     entries, state = [], {}
     for position, member in enumerate(members):
-        kind = next((name for name, cls in KINDS.items() if type(member.model) is cls), None)
-        if kind is None:
-            choices = ", ".join(cls.__name__ for cls in KINDS.values())
-            raise TypeError(f"path {member.name!r}: its model must be one of {choices}")
+        if type(member.model) is not DLRM:
+            raise TypeError(f"path {member.name!r}: its model must be a DLRM, not {type(member.model)}")
         model = folded(member.model)
         entries.append(
             {
                 "name": member.name,
                 "representation": member.representation,
-                "kind": kind,
                 "config": model.config(),
                 "embeddings": form_of(model.embeddings),
                 "metrics": member.metrics,
@@ -151,8 +147,8 @@ def load(folder: str | os.PathLike) -> tuple[list[Member], dict[str, Any]]:
         for position, entry in enumerate(manifest["paths"]):
             prefix = f"{position}/"
             state = {k.removeprefix(prefix): v for k, v in content["state"].items() if k.startswith(prefix)}
-            model = build(KINDS[entry["kind"]], entry["config"], entry["embeddings"], state)
-            known = ("name", "representation", "kind", "config", "embeddings", "metrics")
+            model = build(entry["config"], entry["embeddings"], state)
+            known = ("name", "representation", "config", "embeddings", "metrics")
             facts = {key: value for key, value in entry.items() if key not in known}
             members.append(Member(entry["name"], entry["representation"], model, entry["metrics"], facts))
         return members, dict(manifest["metadata"])

@@ -17,7 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from mprec.models import DLRM
 from mprec.nn import (
+    DheConfig,
     EmbeddingBagCollection,
     FeatureConfig,
     LowRankEmbeddingBagCollection,
@@ -72,16 +74,24 @@ def with_embeddings(model: nn.Module, collection: EmbeddingBagCollection) -> nn.
     return twin
 
 
-def build(cls: type[nn.Module], config: dict[str, Any], form: dict[str, Any], state: dict) -> nn.Module:
-    """The model of class ``cls`` and this config, with embeddings of a form and the tensors of ``state`` as
-    they are: not copied, so tensors that two states share stay shared. In eval mode.
+def build(config: dict[str, Any], form: dict[str, Any], state: dict[str, Any]) -> DLRM:
+    """The DLRM of this config with embeddings of a form, and the tensors of ``state`` as they are, not copied:
+    what two states share stays shared. In eval mode.
 
     ``KeyError``, ``TypeError``, ``ValueError`` or ``RuntimeError`` where the parts do not fit.
     """
-    # Its own embeddings are thrown away at once: one row is enough.
-    small = [{**feature, "num_embeddings": 1} for feature in config["features"]]
-    model = cls.from_config({**config, "features": small})
-    model.embeddings = _empty(form)
+    embeddings, dim = _empty(form), config["embedding_dim"]
+    # Embeddings of one row each, to be replaced at once: what counts is whether a feature gives one vector or
+    # two, be they of a table and a decoder or of rows of twice the width.
+    kinds = ["table" if width == dim else "hybrid" for width in embeddings.output_dims]
+    least = DheConfig(k=1, hidden=())
+    features = [
+        FeatureConfig(f.name, 1, dim, kind, least) for f, kind in zip(embeddings.features, kinds, strict=True)
+    ]
+    model = DLRM(features, **{key: value for key, value in config.items() if key != "features"})
+    if embeddings.output_dims != model.embeddings.output_dims:
+        raise ValueError(f"embeddings of {embeddings.output_dims} columns do not fit vectors of {dim}")
+    model.embeddings = embeddings
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 
