@@ -100,18 +100,18 @@ def derived_table(found: Sequence[Derived], title: str) -> Table:
         table.add_column(heading, justify="right")
     for batch in BATCH_SIZES:
         table.add_column(f"ms @{batch}", justify="right")
-    table.add_column("")
+    table.add_column("no better than")
     for each in found:
         quality, difference = each.quality["test"], each.difference["test"]["auc"]
         table.add_row(
             escape(each.name),
             f"{quality['auc'].value:.4f} ±{quality['auc'].error:.4f}",
-            f"{difference.value:+.5f} ±{difference.error:.5f}" if difference.error else "",
+            f"{difference.value:+.4f} ±{difference.error:.4f}" if difference.error else "",
             f"{quality['log_loss'].value:.4f} ±{quality['log_loss'].error:.4f}",
             f"{quality['accuracy'].value:.4f} ±{quality['accuracy'].error:.4f}",
             format_bytes(each.nbytes),
             *(f"{1e3 * each.seconds[batch]:.3f}" for batch in BATCH_SIZES),
-            "" if each.dominated_by is None else escape(f"no better than {each.dominated_by}"),
+            escape(each.dominated_by or ""),
             style=None if each.dominated_by is None else "dim",
         )
     return table

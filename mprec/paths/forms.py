@@ -75,8 +75,8 @@ def with_embeddings(model: nn.Module, collection: EmbeddingBagCollection) -> nn.
 
 
 def build(config: dict[str, Any], form: dict[str, Any], state: dict[str, Any]) -> DLRM:
-    """The DLRM of this config with embeddings of a form, and the tensors of ``state`` as they are, not copied:
-    what two states share stays shared. In eval mode.
+    """The DLRM of this config with embeddings of a form, in eval mode. The tensors of ``state`` are taken as
+    they are, not copied: what two states share stays shared.
 
     ``KeyError``, ``TypeError``, ``ValueError`` or ``RuntimeError`` where the parts do not fit.
     """
