@@ -22,7 +22,7 @@ SUBCOMMANDS = {
     "loadtest": "serve a random load of held-out samples with the dispatcher and with each path alone",
     "simulate": "serve a load in virtual time on described devices or measured profiles (all simulated)",
     "report": "draw report.html from the JSON that mprec demo wrote",
-    "demo": "train four representations, profile, plan and serve them; one table and one page",
+    "demo": "train a model, derive paths from it, profile, plan and serve them; tables and one page",
 }
 
 

@@ -10,7 +10,6 @@ from pathlib import Path as FilePath
 import torch
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from mprec import checkpoint
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    console = Console(width=None if Console().is_terminal else 150)
+    console = Console(width=None if Console().is_terminal else 150, markup=False)
     console.print(derived_table(found, f"{args.model}: test part ({len(parts[2])} rows)"))
     print(f"{len(members)} of {len(found)} paths in {args.output}, {format_bytes(result['bytes'])}")
     return 0
@@ -104,14 +103,14 @@ def derived_table(found: Sequence[Derived], title: str) -> Table:
     for each in found:
         quality, difference = each.quality["test"], each.difference["test"]["auc"]
         table.add_row(
-            escape(each.name),
+            each.name,
             f"{quality['auc'].value:.4f} ±{quality['auc'].error:.4f}",
             f"{difference.value:+.4f} ±{difference.error:.4f}" if difference.error else "",
             f"{quality['log_loss'].value:.4f} ±{quality['log_loss'].error:.4f}",
             f"{quality['accuracy'].value:.4f} ±{quality['accuracy'].error:.4f}",
             format_bytes(each.nbytes),
             *(f"{1e3 * each.seconds[batch]:.3f}" for batch in BATCH_SIZES),
-            escape(each.dominated_by or ""),
+            each.dominated_by or "",
             style=None if each.dominated_by is None else "dim",
         )
     return table

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    console = Console()
+    console = Console(markup=False)  # [int8] is no style
     for name, paths in plans.items():
         for p in paths:
             console.print(plan_table(p, name))
