@@ -16,6 +16,7 @@ from mprec.derive.pareto import Candidate, front
 from mprec.derive.quality import influence
 from mprec.derive.recipes import Source, make
 from mprec.derive.sensitivity import square_root
+from mprec.dispatch import Profile
 from mprec.errors import CheckpointError
 from mprec.models import DLRM
 from mprec.nn import (
@@ -25,7 +26,8 @@ from mprec.nn import (
     LowRankEmbeddingBagCollection,
     MappedEmbeddingBagCollection,
 )
-from mprec.paths import Scorer, bundle, paths_from_checkpoints, with_cache
+from mprec.paths import Scorer, bundle, paths_from_checkpoints, sampler, with_cache
+from mprec.serving.process_executor import ProcessExecutor
 from mprec.training import TrainOptions, evaluate, predict, train_representations
 
 SPEC = "synthetic:rows=5000,features=3,vocabulary=300,seed=1,dense=2,bag=2"
@@ -398,6 +400,22 @@ def test_a_bundle_is_paths_for_a_choice(folder):
     assert cached.name == "hybrid+cache"
     with pytest.raises(ValueError, match="a cache is for plain decoders, not for quantised ones"):
         with_cache(paths[2], 1 << 12)
+
+
+def test_processes_serve_a_bundle(dataset, folder):
+    """Each in a process that shares the weights, which are pages of a file until then."""
+    folder, found = folder
+    paths = paths_from_checkpoints([folder])
+    profile = Profile.measure(paths, sampler(dataset), (1, 8), seconds=0, conditions=("warm",))
+    batch = dataset.batch(slice(0, 40))
+    executor = ProcessExecutor("cpu", paths, profile)
+    executor.start()
+    try:
+        for path, each in zip(paths, found, strict=True):
+            scores = executor.run(path.name, batch)
+            np.testing.assert_allclose(scores, Scorer(each.model)(batch), atol=1e-6, err_msg=path.name)
+    finally:
+        executor.close()
 
 
 def test_a_bundle_beside_a_checkpoint(folder, trained, tmp_path):
