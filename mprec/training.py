@@ -66,9 +66,9 @@ class TrainOptions:
     ``adam`` for up to a million numbers, where it is fast enough, else ``sparse_adam``. Their
     ``table_learning_rate`` is 0.002, or 0.01 for Adagrad, unless given. ``mapped_tables`` trains each table
     through a map of its feature that is folded into the rows afterwards
-    (:class:`mprec.nn.MappedEmbeddingBagCollection`). ``threads`` are torch's during training: the layers of a
-    small model are too short to share, and on a busy machine waiting for a second thread costs many times the
-    work.
+    (:class:`mprec.nn.MappedEmbeddingBagCollection`); None: where the model's tables allow it. ``threads`` are
+    torch's during training: the layers of a small model are too short to share, and on a busy machine waiting
+    for a second thread costs many times the work.
     """
 
     epochs: int = 20
@@ -76,7 +76,7 @@ class TrainOptions:
     learning_rate: float = 2e-3
     table_optimizer: str = "auto"
     table_learning_rate: float | None = None
-    mapped_tables: bool = False
+    mapped_tables: bool | None = None
     weight_decay: float = 0.0
     patience: int = 2
     monitor: str = "auc"
@@ -154,13 +154,16 @@ def train(
 
 
 @contextlib.contextmanager
-def _mapped(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, the model's tables have maps, if wanted; after it they are as they were."""
+def _mapped(model: nn.Module, wanted: bool | None) -> Iterator[None]:
+    """Inside, the model's tables have maps, if wanted (None: if they can); after it they are as they were."""
+    plain = getattr(model, "embeddings", None)
+    collection = isinstance(plain, EmbeddingBagCollection)
+    if wanted is None:
+        wanted = collection and not any(f.has_table and f.mode == "max" for f in plain.features)
     if not wanted:
         yield
         return
-    plain = getattr(model, "embeddings", None)
-    if not isinstance(plain, EmbeddingBagCollection):
+    if not collection:
         raise ValueError(
             f"mapped_tables: the model's embeddings must be an EmbeddingBagCollection, got {type(plain)}"
         )

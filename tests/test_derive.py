@@ -484,7 +484,7 @@ def test_damage_is_found(folder, tmp_path):
 # ------------------------------------------------------------------------------------------------- command
 
 
-def test_train_derive_profile_loadtest(tmp_path, capsys):
+def test_train_derive_profile_plan(tmp_path, capsys):
     """The documented sequence, small."""
     model, made, profile = (str(tmp_path / name) for name in ("model.pt", "bundle", "profile.json"))
     small = "--epochs 1 --dim 8 --top 8 --bottom 8 --json"
@@ -498,6 +498,15 @@ def test_train_derive_profile_loadtest(tmp_path, capsys):
     arguments = ["--seconds", "0.2", "--batch-sizes", "1,64", "--output", profile, "--json"]
     assert main(["profile", *served, *arguments]) == 0
     assert set(json.loads(capsys.readouterr().out)["paths"]) == set(result["kept"])
+    assert main(["plan", "--checkpoints", made, *common, "--memory", "12KiB", "--json"]) == 0
+    (planned, *_) = json.loads(capsys.readouterr().out)["plans"]["here"]
+    assert planned["bytes"] <= 12 << 10
+    assert {row["choice"] for row in planned["rows"]} <= {
+        "table",
+        "table[float16]",
+        "table[int8]",
+        "table[int4]",
+    }
     assert main(["derive", model, *common, "--output", made, "--seconds", "0.1", "--threads", "1"]) == 0
     shown = capsys.readouterr().out
     assert "low_rank:2[int8]" in shown

@@ -1,12 +1,13 @@
 """Mapped tables: the map in training, its gradients, and the fold into plain rows, against float64."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from mprec import checkpoint, optim, reference
+from mprec import checkpoint, optim, reference, training
 from mprec.cache import CachedEmbeddingBagCollection, materialize
 from mprec.data import load
 from mprec.models import DLRM, MultiPathDLRM
@@ -247,7 +248,8 @@ def test_training_leaves_plain_tables_of_the_quality_that_was_measured(dataset, 
     assert evaluate(model, parts[1]) == result.valid
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     unmapped = build_model(dataset, "table", dim=8, bottom=(16,), top=(16,))
-    train(unmapped, *parts[:2], TrainOptions(epochs=3, batch_size=128, table_optimizer=optimizer))
+    options = dataclasses.replace(options, mapped_tables=False)
+    train(unmapped, *parts[:2], options)
     tables = [m.embeddings.tables["f0"].weight.detach().numpy() for m in (model, unmapped)]
     assert not np.allclose(*tables)
 
@@ -267,3 +269,22 @@ def test_a_training_that_fails_leaves_plain_tables(dataset):
 def test_mapped_tables_need_a_collection(dataset):
     with pytest.raises(ValueError, match="mapped_tables: the model's embeddings must be"):
         train(torch.nn.Linear(2, 2), *dataset.split()[:2], TrainOptions(mapped_tables=True))
+
+
+@pytest.mark.parametrize("mode", ["sum", "max"])
+def test_by_default_tables_are_mapped_where_they_can_be(dataset, mode, monkeypatch):
+    features = [FeatureConfig(name, size, 8, mode=mode) for name, size in dataset.features]
+    model = DLRM(features, dataset.num_dense, 8, (8,), (8,))
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "predict", lambda m, d, **options: seen.append(m) or np.full(len(d), 0.5))
+        optimizers = training._optimizers
+        patch.setattr(
+            training, "_optimizers", lambda m, o: seen.append(type(m.embeddings)) or optimizers(m, o)
+        )
+        train(model, *dataset.split()[:2], TrainOptions(epochs=1, batch_size=512))
+    assert seen[0] is (MappedEmbeddingBagCollection if mode == "sum" else EmbeddingBagCollection)
+    assert type(seen[1].embeddings) is EmbeddingBagCollection
+    if mode == "max":
+        with pytest.raises(ValueError, match="does not commute with mode 'max'"):
+            train(model, *dataset.split()[:2], TrainOptions(mapped_tables=True))

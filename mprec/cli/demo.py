@@ -19,6 +19,7 @@ from mprec.cli import info
 from mprec.cli._progress import training_progress
 from mprec.cli._setup import reporter, say
 from mprec.cli.derive import derived_table
+from mprec.cli.plan import measurement_of
 from mprec.data import ClickDataset
 from mprec.derive import Derived, derive, kept
 from mprec.dispatch import BATCH_SIZES, Profile
@@ -26,7 +27,7 @@ from mprec.errors import DatasetNotInstalledError
 from mprec.models import DLRM
 from mprec.nn import DheConfig, LowRankEmbeddingBagCollection
 from mprec.paths import bundle, paths_from_checkpoints, sampler
-from mprec.planner import Device, MeasuredCosts, Measurement, default_options, fit_effects, plan
+from mprec.planner import Device, MeasuredCosts, default_options, fit_effects, plan
 from mprec.serving.loads import generate_from
 from mprec.serving.loadsweep import best_capacity, warnings_of
 from mprec.serving.loadtest import compare, contestants, ratio_to_best
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     # The load generator and the engine's own work want a core: kernels get the others.
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     say(f"1/4 training one model on {dataset.name} ({len(dataset)} rows, {len(dataset.features)} features)")
-    options = TrainOptions(epochs=setting.epochs, seed=args.seed, mapped_tables=True)
+    options = TrainOptions(epochs=setting.epochs, seed=args.seed)
     with training_progress() as progress:
         trained = train_representations(dataset, ["table"], options, progress=progress)["table"]
     checkpoint.save(args.output / "model.pt", trained.model, trained.metadata)
@@ -207,17 +208,11 @@ def _describe(dataset: ClickDataset, trained: Trained) -> dict:
 def _plan(found: Sequence[Derived], dataset: ClickDataset) -> dict:
     """The best form of each feature, by the qualities of the derived paths, in a budget halfway between the
     least that the features can do with and what their tables take. Low rank is a form of a whole model."""
+    told = [measurement_of(each.member(), "auc") for each in found]
+    shapes = {f.name: f.dhe for features, _ in filter(None, told) for f in features if f.has_dhe}
     features = found[0].model.features
-    measurements, shapes = [], {}
-    for each in found:
-        if each.representation not in ("table", "dhe"):
-            continue
-        labels = {f.name: f.representation for f in each.model.features}
-        shapes |= {f.name: f.dhe for f in each.model.features if f.has_dhe}
-        options = each.name if each.representation == "table" else labels
-        measurements.append(Measurement(options, each.quality["valid"]["auc"].value))
     counts = {feature.name: dataset.counts(feature.name) for feature in features}
-    effects = fit_effects(features, measurements, counts)
+    effects = fit_effects(features, [measurement for _, measurement in filter(None, told)], counts)
     options = default_options(features, lambda f: shapes.get(f.name, DheConfig()), effects)
     least = sum(min(option.nbytes for option in each) for each in options)
     budget = (least + max(least, found[0].nbytes)) // 2

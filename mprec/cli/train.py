@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mapped-tables",
         action=argparse.BooleanOptionalAction,
         default=options.mapped_tables,
-        help="train rows through a map of their feature, folded into them on save (%(default)s)",
+        help="train rows through a map of their feature, folded into them on save (where tables allow it)",
     )
     training.add_argument(
         "--patience", type=int, default=options.patience, help="epochs without improvement (%(default)s)"
