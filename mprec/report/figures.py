@@ -33,8 +33,8 @@ _COLOURS = {
 }
 
 
-# Of paths beyond the four representations: what is left of that palette, and two that differ.
-_FURTHER = ("#E69F00", "#56B4E9", "#F0E442", "#8C564B", "#999999")
+# Of paths beyond the four representations: what is left of that palette, and others that differ.
+_FURTHER = ("#E69F00", "#56B4E9", "#8C564B", "#999999", "#882255", "#44AA99", "#F0E442")
 
 
 def path_colour(path: str) -> str:
@@ -95,11 +95,14 @@ def quality_against_size(result: Mapping) -> str:
     """AUC over embedding memory: up and left is better."""
     figure, axes = _axes("embedding memory, KiB", "AUC on the test split")
     colours = _colours(result)
-    for entry in result["representations"]:
+    # Names of neighbours stand at different heights.
+    heights = itertools.cycle((8, -16, 22, -30))
+    for entry in sorted(result["representations"], key=lambda entry: entry["embedding_bytes"]):
         name = entry["representation"]
         x, y = entry["embedding_bytes"] / 1024, entry["auc"]
         axes.scatter(x, y, color=colours[name], s=45)
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), color=colours[name])
+        place = {"textcoords": "offset points", "xytext": (0, next(heights)), "ha": "center"}
+        axes.annotate(name, (x, y), color=colours[name], fontsize=8, **place)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
