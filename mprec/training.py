@@ -133,11 +133,15 @@ def train(
     options: TrainOptions = TrainOptions(),
     progress: Callable[[Progress], None] | None = None,
     quality: Callable[[nn.Module, ClickDataset], Metrics] | None = None,
+    *,
+    fresh: bool = False,
 ) -> TrainResult:
     """Fit ``model`` in place to ``train``; leaves it in eval mode with the weights of its best epoch on
     ``valid``.
 
-    ``quality`` measures the model after each epoch (default: :func:`evaluate`).
+    ``quality`` measures the model after each epoch (default: :func:`evaluate`). ``fresh`` says that the model
+    is untrained, so that maps of tables may start at random, which is better then; they start at the identity
+    otherwise, and a trained model goes on from where it is.
 
     The same seed, data, threads and machine give the same weights. ``TrainingError`` if the loss is not a
     number.
@@ -146,7 +150,7 @@ def train(
         raise ValueError(f"train and valid must not be empty, got {len(train)} and {len(valid)} rows")
     if options.monitor == "auc" and valid.labels.min() == valid.labels.max():
         raise ValueError("valid has labels of one kind only, so no AUC: monitor log_loss")
-    with _threads(options.threads), _mapped(model, options.mapped_tables):
+    with _threads(options.threads), _mapped(model, options, fresh):
         result, best = _fit(model, train, valid, options, progress, quality or evaluate)
     model.load_state_dict(best)
     model.eval()
@@ -154,8 +158,9 @@ def train(
 
 
 @contextlib.contextmanager
-def _mapped(model: nn.Module, wanted: bool | None) -> Iterator[None]:
+def _mapped(model: nn.Module, options: TrainOptions, fresh: bool) -> Iterator[None]:
     """Inside, the model's tables have maps, if wanted (None: if they can); after it they are as they were."""
+    wanted = options.mapped_tables
     plain = getattr(model, "embeddings", None)
     collection = isinstance(plain, EmbeddingBagCollection)
     if wanted is None:
@@ -167,7 +172,9 @@ def _mapped(model: nn.Module, wanted: bool | None) -> Iterator[None]:
         raise ValueError(
             f"mapped_tables: the model's embeddings must be an EmbeddingBagCollection, got {type(plain)}"
         )
-    model.embeddings = MappedEmbeddingBagCollection(plain)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model.embeddings = MappedEmbeddingBagCollection(plain, fresh)
     try:
         yield
     finally:
@@ -358,7 +365,7 @@ def train_representations(
         model = build_model(dataset, name, seed=options.seed, **model_arguments)
         report = partial(progress, name) if progress else None
         quality = _mean_over_paths if name == MULTI_PATH else evaluate
-        result = train(model, parts["train"], parts["valid"], options, report, quality)
+        result = train(model, parts["train"], parts["valid"], options, report, quality, fresh=True)
         with _threads(options.threads):
             measured = {part: evaluate(model, parts[part]) for part in held_out}
         metadata = {

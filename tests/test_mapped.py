@@ -126,6 +126,9 @@ def test_the_identity_changes_nothing_at_first():
     torch.testing.assert_close(mapped(indices, offsets, psw), plain(indices, offsets, psw))
     for name, table in plain.tables.items():
         assert mapped.tables[name] is table
+    fresh = MappedEmbeddingBagCollection(plain, fresh=True)
+    assert not torch.allclose(fresh(indices, offsets), plain(indices, offsets))
+    torch.testing.assert_close(fresh.fold()(indices, offsets), fresh(indices, offsets))
 
 
 @weighted
