@@ -133,6 +133,7 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         watch: bool = True,
         codebooks: Mapping[str, Codebook] | None = None,
     ) -> None:
+        collection = collection.fold()
         super().__init__(collection.features, collection.sparse, device="meta")
         self.tables, self.dhe = collection.tables, collection.dhe
         hashed = {f.name: f for f in self.features if f.has_dhe}

@@ -5,6 +5,8 @@ from mprec.nn.config import DheConfig, FeatureConfig, with_representation
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
+from mprec.nn.low_rank import LowRankEmbeddingBagCollection, LowRankTable
+from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
 from mprec.nn.memory import use_huge_pages
 from mprec.nn.options import KernelOptions
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
@@ -20,10 +22,14 @@ __all__ = [
     "FeatureConfig",
     "HybridEmbeddingBag",
     "KernelOptions",
+    "LowRankEmbeddingBagCollection",
+    "LowRankTable",
+    "MappedEmbeddingBagCollection",
     "MeanForUnseen",
     "QuantizedEmbeddingBagCollection",
     "QuantizedTable",
     "auto_kernels",
+    "folded",
     "kernel_candidates",
     "swap",
     "tune_kernels",

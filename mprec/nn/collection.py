@@ -120,6 +120,10 @@ class EmbeddingBagCollection(nn.Module):
         for dhe in self.dhe._modules.values():
             dhe.reset_parameters()
 
+    def fold(self) -> "EmbeddingBagCollection":
+        """The same function of the IDs with plain tables and decoders only: here, the collection itself."""
+        return self
+
     def _group(self) -> tuple[list[_Group], list[_Group]]:
         tables: dict[tuple, list[tuple[int, int]]] = {}
         decoders: dict[tuple, list[tuple[int, int]]] = {}

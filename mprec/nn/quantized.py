@@ -51,6 +51,8 @@ class QuantizedTable(nn.Module):
         _check_range(weight, precision)
         if precision == "int8":
             rows = torch.ops.quantized.embedding_bag_byte_prepack(weight)
+        elif precision == "int4" and weight.is_meta:  # torch says nothing of its shape
+            rows = weight.new_empty(len(weight), weight.shape[1] // 2 + 4, dtype=torch.uint8)
         elif precision == "int4":
             rows = torch.ops.quantized.embedding_bag_4bit_prepack(weight)
         else:
@@ -153,6 +155,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         tables: str | Mapping[str, str] = "int8",
         decoders: str | Mapping[str, str] = "float32",
     ) -> None:
+        collection = collection.fold()
         super().__init__(collection.features, device="meta")
         with_tables = [f.name for f in self.features if f.has_table]
         with_decoders = [f.name for f in self.features if f.has_dhe]
