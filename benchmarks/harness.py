@@ -7,7 +7,6 @@ files in ``benchmarks/results/``, whose rows name the command that wrote them.
 
 import csv
 import datetime
-import gc
 import random
 import shlex
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from mprec import _native
+from mprec.dispatch.microbenchmark import no_collection
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -70,7 +70,7 @@ def interleaved(
     names, order = list(candidates), random.Random(0)
     deadline = time.perf_counter() + seconds
     rounds = 0
-    with _no_gc():
+    with no_collection():
         while rounds < min_rounds or time.perf_counter() < deadline:
             draws = None
             order.shuffle(names)
@@ -93,16 +93,6 @@ def _timing(values: list[float]) -> Timing:
         return Timing(values[0], values[0], values[0], len(values))
     p20, _, _, p80 = statistics.quantiles(values, n=5)
     return Timing(p20, statistics.median(values), p80, len(values))
-
-
-@contextmanager
-def _no_gc():
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @contextmanager

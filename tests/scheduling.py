@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from mprec.dispatch.price import FluidPrice
+from mprec.dispatch.scheduler import FluidPrice
 from mprec.simulate import SimulatedExecutor, SimulatedPath, simulate
 
 MAX_BATCH = 2048

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from mprec.dispatch.congestion import Latest, Overflow
+from mprec.dispatch.scheduler import Latest, Overflow
 
 
 @settings(deadline=None)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from mprec.dispatch.correction import Correction
+from mprec.dispatch.scheduler import Correction
 
 
 def feed(correction, name, factor, calls, now=0.0, gap=1e-3, noise=0.0, rng=None):

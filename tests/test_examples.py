@@ -17,11 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from small_checkpoints import expected, save
-
-from mprec import serving
-from mprec.data import Batch
+from small_checkpoints import expected
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRITON = EXAMPLES / "triton_repository" / "mprec_dlrm"
@@ -29,17 +25,7 @@ IDS = [[[3], [6]], [[49], [0]], [[0], [1]]]
 DENSE = [[0.5, -1.0], [0.0, 2.0], [0.25, 0.125]]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return [save(folder, "table"), save(folder, "hybrid")]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # Emptying real caches takes too long for what is tested here.
-    monkeypatch.setattr("mprec.dispatch.profile.Evict", lambda: lambda: None)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def load(file, name):
@@ -193,21 +179,9 @@ def test_triton_config_and_model_name_the_same():
 # -- FastAPI
 
 
-def rows_to_batch(ids, dense, vocabularies, num_dense):
-    """Bags of IDs per sample and feature -> a batch, without checks but one."""
-    if any(not 0 <= value < vocabularies[t] for row in ids for t, bag in enumerate(row) for value in bag):
-        raise ValueError("ids: out of range")
-    bags = [row[t] for t in range(len(vocabularies)) for row in ids]
-    indices = torch.tensor([value for bag in bags for value in bag], dtype=torch.int64)
-    offsets = torch.tensor([0, *map(len, bags)]).cumsum(0)
-    return Batch(torch.tensor(dense).view(len(ids), num_dense), indices, offsets, torch.zeros(len(ids)))
-
-
 def test_fastapi(monkeypatch, files):
     pytest.importorskip("fastapi", reason="fastapi is not installed")
     httpx = pytest.importorskip("httpx", reason="httpx is not installed")
-    if not hasattr(serving, "rows_to_batch"):
-        monkeypatch.setattr(serving, "rows_to_batch", rows_to_batch, raising=False)
     monkeypatch.setenv("MPREC_CHECKPOINTS", " ".join(map(str, files)))
     monkeypatch.setenv("MPREC_SLA_MS", "60000")
     module = load(EXAMPLES / "fastapi_app.py", "fastapi_app")
@@ -260,8 +234,6 @@ def post(url, body):
 def test_ray_serve(files, tmp_path):
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed: pip install 'mprec[ray]'")
-    if not hasattr(serving, "rows_to_batch"):
-        pytest.skip("mprec.serving has no rows_to_batch yet")
     port = free_port()
     url = f"http://127.0.0.1:{port}/"
     options = ["--sla-ms", "60000", "--replicas", "2", "--port", str(port)]

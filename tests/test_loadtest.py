@@ -11,6 +11,7 @@ from dispatch_fakes import Clock, fake_profile
 from mprec.arrivals import Poisson, Steps
 from mprec.data import ClickDataset, Column
 from mprec.dispatch import Dispatcher, Path
+from mprec.dispatch.microbenchmark import no_collection
 from mprec.serving import Engine
 from mprec.serving.loadtest import (
     Outcome,
@@ -21,7 +22,6 @@ from mprec.serving.loadtest import (
     find_max_qps,
     generate,
     generate_from,
-    no_collection,
     ratio_to_best,
     replay,
     suggested_qps,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from mprec.dispatch.price import FluidPrice
+from mprec.dispatch.scheduler import FluidPrice
 
 columns = st.lists(
     st.lists(st.tuples(st.floats(0.1, 1.0), st.floats(1e-7, 1e-4)), min_size=1, max_size=4),

@@ -139,6 +139,16 @@ def test_where_there_is_time_the_better_device_gets_the_query():
     assert result.samples["best", "gpu"] / sizes.sum() > 0.99
 
 
+def test_an_executor_does_not_wait_for_its_twin():
+    made = paths("three")
+    lanes = [Lane(n, [Option(p.name, p.quality, p.curve) for p in made]) for n in "ab"]
+    queue = Scheduler(lanes, max_batch=MAX_BATCH)
+    for _ in range(1000):  # at once, which looks like a high rate: every batch has to wait for others
+        queue.offer(0.0, 100, 100.0)
+    first, second = queue.next(0.0), queue.next(0.0)
+    assert {first.index, second.index} == {0, 1}
+
+
 def test_a_large_query_is_shared_where_one_executor_would_be_late():
     times, sizes = np.arange(50) * 0.1, np.full(50, 1024)
     best = paths("three")[2:]  # 22.8 ms for 1024 samples, 11.6 ms for half of them
@@ -270,5 +280,11 @@ def test_bad_options():
         Scheduler([])
     with pytest.raises(ValueError, match="options of cpu"):
         Lane("cpu", [])
+    with pytest.raises(ValueError, match=r"seconds of b: .* at least 2, got 3 and 2"):
+        Lane("cpu", [Option("a", 0.5, [0.0, 1e-3]), Option("b", 0.5, [0.0, 1e-3, 1e-3])])
+    with pytest.raises(ValueError, match=r"max_batch must be 1 to .*, got 0"):
+        Scheduler([Lane("cpu", [Option("p", 0.5, [0.0, 1e-3])])], max_batch=0)
+    with pytest.raises(ValueError, match="got 0 and"):
+        scheduler().offer(0.0, 0, 1.0)
     with pytest.raises(ValueError, match="late_share"):
         scheduler(late_share=0.0)

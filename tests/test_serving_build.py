@@ -7,22 +7,12 @@ from small_checkpoints import NAMES, NUM_DENSE, VOCABULARIES, expected, save
 
 from mprec import serving
 from mprec.data.zipf import zipf_batches
-from mprec.dispatch import Profile, paths_from_checkpoints
+from mprec.dispatch import Profile
 from mprec.errors import CheckpointError
+from mprec.paths import paths_from_checkpoints
 from mprec.serving.build import engine_from_checkpoints, model_inputs
 
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return [save(folder, "table"), save(folder, "hybrid")]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # Emptying real caches takes too long for what is tested here.
-    monkeypatch.setattr("mprec.dispatch.profile.Evict", lambda: lambda: None)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rows(batch):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mprec.dispatch.traffic import Traffic
+from mprec.dispatch.scheduler import Traffic
 
 
 def stream(rate, seconds, seed=0, sizes=(64,), start=0.0):

@@ -16,6 +16,10 @@ void bind_dhe(py::module_&);            // dhe.cpp
 void bind_cache(py::module_&);          // cache.cpp
 void bind_csr(py::module_&);            // csr.cpp
 void bind_modules(py::module_&);        // modules.cpp
+void bind_batches(py::module_&);        // bind_batches.cpp
+void bind_scheduler(py::module_&);      // bind_scheduler.cpp
+void bind_program(py::module_&);        // bind_program.cpp
+void bind_queries(py::module_&);        // bind_queries.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -53,4 +57,8 @@ PYBIND11_MODULE(_C, m) {
   python::bind_cache(m);
   python::bind_csr(m);
   python::bind_modules(m);
+  python::bind_batches(m);
+  python::bind_scheduler(m);
+  python::bind_program(m);
+  python::bind_queries(m);
 }

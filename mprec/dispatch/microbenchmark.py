@@ -82,7 +82,7 @@ def microbenchmark(
     prepare = before_call or (lambda: None)
     repeats = {size: _warm_up(able, make_input, size, rng, prepare, clock) for size, able in cells.items()}
     rounds = 0
-    with no_gc():
+    with no_collection():
         while rounds < min_rounds or clock() - start < seconds:
             for size, able in cells.items():
                 if able and len(samples[able[0].name, size]) < max_calls:
@@ -130,13 +130,15 @@ def _time(model, inputs, prepare, clock, out: list[float]) -> None:
 
 
 @contextmanager
-def no_gc() -> Iterator[None]:
-    """The garbage collector off, and on again if it was."""
+def no_collection() -> Iterator[None]:
+    """No garbage collection; what is alive now is left out of the next ones until the end."""
     was_on = gc.isenabled()
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_on:
             gc.enable()

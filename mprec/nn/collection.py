@@ -10,13 +10,16 @@ from mprec import ops
 from mprec._native import _C
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
-from mprec.nn.config import DEFAULT_OPTIONS, FeatureConfig, Kernel, check_kernel, kernel_options
+from mprec.nn.config import FeatureConfig
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
+from mprec.nn.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.nn.tuning import kernel_options
 from mprec.ops._checks import check_ids
-from mprec.ops._common import NATIVE_TABLES, eager, ids, into
+from mprec.ops._common import NATIVE_TABLES, ids, into
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import group_decoders
+from mprec.tracing import eager
 
 _Parameter = nn.Parameter
 
@@ -46,7 +49,7 @@ class EmbeddingBagCollection(nn.Module):
         sparse: gradients of tables are sparse tensors (for ``torch.optim.SparseAdam`` and the like).
         device, dtype: of tables and decoders.
         kernel: how native calls without gradients run: ``"auto"`` measures at the first one what is fastest
-            on this machine by batch size (:func:`mprec.dispatch.auto_kernels`), None leaves it to rules; or a
+            on this machine by batch size (:func:`mprec.nn.auto_kernels`), None leaves it to rules; or a
             function from the number of samples to :class:`KernelOptions`. Never changes a result.
 
     Shape: ``indices`` ``[n]`` and ``offsets`` ``[F * B + 1]``: bag b of feature f is
@@ -57,7 +60,7 @@ class EmbeddingBagCollection(nn.Module):
         output_dims: columns of each feature: its ``embedding_dim``, twice that for *hybrid* (table first).
         tables: ``tables.{name}.weight``, uniform in +-1/sqrt(num_embeddings) at first.
         dhe: ``dhe.{name}.coefficients`` and ``dhe.{name}.decoder.{layer}.weight|bias``.
-        kernel: as given, or what was measured (:func:`mprec.dispatch.tune_kernels` does, with your batches).
+        kernel: as given, or what was measured (:func:`mprec.nn.tune_kernels` does, with your batches).
     """
 
     has_cache = False  # of rows before the decoders
@@ -317,6 +320,17 @@ class EmbeddingBagCollection(nn.Module):
             per_sample_weights=per_sample_weights,
             features=None if group.whole else group.features,
             num_features=len(self.features),
+        )
+
+    def kernel_traits(self) -> KernelTraits:
+        """For :mod:`mprec.nn.tuning`."""
+        precisions = [getattr(self, f"{kind}_precision", None) for kind in ("table", "decoder")]
+        return KernelTraits(
+            bool(self._dhe_groups),
+            self.has_cache,
+            [feature.num_embeddings for feature in self.features],
+            [[feature.to_dict() for feature in self.features], precisions],
+            takes_batches=True,
         )
 
     def _weights(self, group: _Group) -> list[Tensor]:

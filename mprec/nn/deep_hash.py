@@ -10,7 +10,9 @@ from mprec import ops
 from mprec._native import _C
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
-from mprec.nn.config import DEFAULT_OPTIONS, DheConfig, Kernel, check_kernel, kernel_options
+from mprec.nn.config import DheConfig
+from mprec.nn.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.nn.tuning import kernel_options
 from mprec.ops._autograd import is_batched
 from mprec.ops._checks import check_bags, check_ids, num_bags
 from mprec.ops._common import eager, ids, rows_as_bags
@@ -186,6 +188,11 @@ class DeepHashEmbeddingBag(nn.Module):
                 include_last_offset=True,
             )
         return table
+
+    def kernel_traits(self) -> KernelTraits:
+        """For :mod:`mprec.nn.tuning`. A bag without a bound is measured on 2**20 IDs."""
+        shape = [[self.config.to_dict(), self.embedding_dim, self.mode], []]
+        return KernelTraits(True, False, [self.num_embeddings or 1 << 20], shape, takes_batches=False)
 
     def extra_repr(self) -> str:
         bound = "" if self.num_embeddings is None else f", num_embeddings={self.num_embeddings}"

@@ -16,6 +16,7 @@ Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors a
 watches where one module keeps them, :func:`group_decoders` where several do.
 """
 
+import functools
 import weakref
 from collections.abc import Hashable, Sequence
 
@@ -42,7 +43,10 @@ def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
             torch.autograd.graph.increment_version(group["params"])
 
 
-register_optimizer_step_post_hook(_count_fused_step)
+@functools.cache
+def _watch_fused_steps() -> None:
+    """From the first packed decoder on, every optimizer's steps in this process are counted."""
+    register_optimizer_step_post_hook(_count_fused_step)
 
 
 def decoder(
@@ -228,6 +232,7 @@ def clear_decoders() -> None:
 
 
 def _pack(coefficients, weights, biases, family, activation, last_activation, precision):
+    _watch_fused_steps()
     check_decoder(coefficients, weights, biases, family, activation, last_activation)
     if precision == "float16":
         check_float16(weights, "decoder")

@@ -8,9 +8,10 @@ from mprec._native import _C
 from mprec.names import FAMILIES, code
 from mprec.ops import _autograd, _backward, _csr, _dhe
 from mprec.ops._common import ids as plain_ids
-from mprec.ops._common import library, native, plain, traced
+from mprec.ops._common import library, native, plain
 from mprec.ops._decoders import decoder, drop_changed
 from mprec.ops._dhe import _last_weights, _split
+from mprec.tracing import traced
 
 library.define(
     "dhe_bag_backward(Tensor grad, Tensor indices, Tensor offsets, Tensor coefficients, Tensor[] weights, "

@@ -15,13 +15,11 @@ punished.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +28,7 @@ import numpy as np
 from mprec.arrivals import LOGNORMAL_SIZES, QuerySizes, Sizes
 from mprec.data import Batch, ClickDataset
 from mprec.dispatch import Dispatcher, Path, Profile
+from mprec.dispatch.microbenchmark import no_collection
 from mprec.serving.engine import Engine, QueryRefusedError
 from mprec.serving.executors import Executor
 from mprec.serving.loads import Arrival, generate, generate_from
@@ -55,21 +54,6 @@ __all__ = [
 
 class UnansweredError(RuntimeError):
     """Queries were refused or failed where all had to be answered."""
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """No garbage collection; what is alive now is left out of the next ones until the end."""
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if was_on:
-            gc.enable()
 
 
 @dataclass

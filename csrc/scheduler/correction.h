@@ -1,0 +1,57 @@
+// How fast the machine is now, compared with its profile.
+//
+// The logarithm of observed over profiled time of a call of path p is modelled as
+//
+//     y = machine + deviation[p] + noise
+//
+// `machine` is common to all paths of an executor: a busy neighbour or a lower clock slows them all. It is a
+// random walk. `deviation[p]` is what one path differs from that; it is small and reverts to zero with time.
+// A Kalman filter follows them together. Since what is known grows old by itself, old observations are
+// forgotten with time, and a path that has not run for a while is expected to follow the machine.
+//
+// Two rules make the filter robust. An observation further than three standard deviations away counts as if
+// it were just three away, so that one hiccup moves little. If the next one lies as far away on the same
+// side, the machine has changed: its variance then grows by the square of the distance, so that the estimate
+// moves there at once.
+#pragma once
+#include <cstddef>
+#include <limits>
+#include <vector>
+
+namespace mprec::scheduler {
+
+class Correction {
+ public:
+  explicit Correction(size_t paths);
+
+  size_t paths() const { return factors_.size(); }
+
+  // Expected over profiled time of each path.
+  const std::vector<double>& factors() const { return factors_; }
+  double least_factor() const { return least_; }
+
+  // Variance of the logarithm of a call's time.
+  double noise() const { return noise_; }
+
+  // Standard deviation of the logarithm of the next call's time, or of the mean of several, around the
+  // expected one.
+  double spread(double now, double calls = 1.0) const;
+
+  // A call of `path` that ended at `now` took `ratio` times what the profile says. Ratios that are not
+  // positive and finite are ignored. A clock that was set back counts as one that stood still.
+  void observe(size_t path, double ratio, double now);
+
+ private:
+  double& covariance(size_t i, size_t j) { return covariance_[i * mean_.size() + j]; }
+  void age(double now);
+
+  std::vector<double> mean_, covariance_;  // the machine, then the paths' deviations
+  std::vector<double> factors_;
+  double least_ = 1.0;
+  double known_;                                            // the machine's variance when last observed
+  double seen_ = -std::numeric_limits<double>::infinity();  // when that was
+  double suspect_ = 0;                                      // the last observation's distance, if an outlier
+  double noise_;
+};
+
+}  // namespace mprec::scheduler

@@ -1,0 +1,17 @@
+import pytest
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Checkpoints of a small table model and a small hybrid."""
+    from small_checkpoints import save
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return [save(folder, "table"), save(folder, "hybrid")]
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """An empty cache directory for profiles. The caches of the CPU are not emptied: it takes too long."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("mprec.dispatch.profile.Evict", lambda: lambda: None)
