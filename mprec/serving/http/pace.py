@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 __all__ = ["Pace"]
 
-_SHARE = 0.15  # of the event loop's time for queries that are refused for load
+import os
+_SHARE = float(os.environ.get("SHARE","0.15"))
+#  # of the event loop's time for queries that are refused for load
 _GAIN = 0.05
+_MOST_S = 5e-4  # that one costs: more is a thread that had to wait
 
 
 class Pace:
@@ -29,7 +32,7 @@ class Pace:
 
     def tell(self, work: Callable[[], None], latest: float, cost_s: float) -> None:
         """Call ``work`` in time, by ``latest`` on the clock. The query has cost ``cost_s`` seconds."""
-        self._cost += _GAIN * (cost_s - self._cost)
+        self._cost += _GAIN * (min(cost_s, _MOST_S) - self._cost)
         now = self._clock()
         if not self._held and now >= self._next:
             self._step(now)
