@@ -108,7 +108,11 @@ class Exchange:
         told = refusal(error)
         if error.reason in FOR_LOAD:
             cost = self._cost + self._scoring.clock() - start
-            self._pace.tell(lambda: self._send(told), self.arrived + max(self._scoring.sla_s, float(__import__("os").environ.get("HOLD","1"))), cost)
+            self._pace.tell(
+                lambda: self._send(told),
+                self.arrived + max(self._scoring.sla_s, float(__import__("os").environ.get("HOLD", "1"))),
+                cost,
+            )
         else:
             self._send(told)
 

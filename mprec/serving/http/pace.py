@@ -9,7 +9,8 @@ from collections.abc import Callable
 __all__ = ["Pace"]
 
 import os
-_SHARE = float(os.environ.get("SHARE","0.15"))
+
+_SHARE = float(os.environ.get("SHARE", "0.04"))
 #  # of the event loop's time for queries that are refused for load
 _GAIN = 0.05
 _MOST_S = 5e-4  # that one costs: more is a thread that had to wait

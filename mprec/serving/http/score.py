@@ -192,7 +192,7 @@ class Score:
             return
         loop = asyncio.get_running_loop()
         if self._turns is None:
-            self._turns = Turns(loop)
+            self._turns = Turns(loop, self._scoring.clock)
         waiter = loop.create_future()
         self._turns.when_done(future, lambda _: waiter.done() or waiter.set_result(None))
         gone = asyncio.ensure_future(_until_gone(receive))
