@@ -66,11 +66,6 @@ class Scoring:
     def clock(self) -> Callable[[], float]:
         return self._service.clock
 
-    @property
-    def sla_s(self) -> float:
-        """The target of queries that have none of their own."""
-        return self._service.engine.sla_s
-
     def ask(self, body: bytes, is_binary: bool, arrived: float) -> Asked:
         """Give the engine the query in a body. ``RequestError`` says why not."""
         service, engine = self._service, self._service.engine

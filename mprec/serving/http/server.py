@@ -22,7 +22,7 @@ __all__ = ["listen", "serve", "url_of"]
 _SPARE_FILES = 64
 _LAST_QUERY_S, _LAST_LOOKS = 0.25, 25
 _BACKLOG = 2048
-_SWITCH_S = float(__import__("os").environ.get("SWITCH", "1e-4"))
+_SWITCH_S = 1e-4
 _log = logging.getLogger("mprec.serving")
 
 
