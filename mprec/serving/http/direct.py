@@ -124,7 +124,7 @@ class Exchange:
         lines += (b"content-length: %d\r\n\r\n" % len(body), body)
         self.response_started, self.status = True, status
         self._write(b"".join(lines))
-        self._scoring.sent(status, self._asked)
+        self._scoring.sent(status, self._asked, self.arrived, self._headers)
         self._end()
 
     def _end(self) -> None:
