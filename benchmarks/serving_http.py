@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -170,6 +171,7 @@ def measure(address, form: str, files: list[str], connections: int, args) -> dic
         "failed": sum(found["others"].values()) - refused,
         "p50_ms": float(np.median(latencies)) if len(late) else float("nan"),
         "p99_ms": float(np.percentile(latencies, 99)) if len(late) else float("nan"),
+        "machine_load": os.getloadavg()[0],
         "client_cpu": found["cpu"] / (args.seconds + args.warm_seconds),
     }
 
