@@ -5,9 +5,10 @@
 
 A client in a process of its own keeps 1, 4, 16 and 64 connections busy: each asks again once it is answered.
 The contestants serve the same DLRM of the Criteo Kaggle shape (random weights, tables of at most ``--rows``
-rows, MLPs of the sizes that ``mprec train`` has by default) and take turns. An answer is late if it is whole at the client after the latency target, counted from
-before the request was sent; refused requests count as such, and the client asks again at once. Rows go to
-``benchmarks/results/serving_http.csv``.
+rows, MLPs of the sizes that ``mprec train`` has by default) and take turns; FastAPI with a pydantic model of
+the query is one where it is installed. An answer is late if it is whole at the client after the latency
+target, counted from before the request was sent. Refused requests are counted apart, and the client asks
+again at once. Rows go to ``benchmarks/results/serving_http.csv``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -113,6 +115,16 @@ def fastapi(file: Path) -> Iterator[tuple[str, int]]:
         yield address
 
 
+def bodies_of(url: str) -> list[str]:
+    """In what forms a server takes queries."""
+    try:
+        with urllib.request.urlopen(f"{url}/openapi.json", timeout=5) as reply:
+            text = reply.read().decode()
+    except OSError:
+        return ["json"]
+    return [form for form, content_type in BODIES.items() if form == "json" or content_type in text]
+
+
 def address_of(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     return parts.hostname, parts.port
@@ -159,6 +171,7 @@ def measure(address, form: str, files: list[str], connections: int, args) -> dic
         "failed": sum(found["others"].values()) - refused,
         "p50_ms": float(np.median(latencies)) if len(late) else float("nan"),
         "p99_ms": float(np.percentile(latencies, 99)) if len(late) else float("nan"),
+        "machine_load": os.getloadavg()[0],
         "client_cpu": found["cpu"] / (args.seconds + args.warm_seconds),
     }
 
@@ -201,7 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--serve", action="append", metavar="NAME=OPTIONS", help="of mprec serve (mprec=, several in turn)"
     )
-    parser.add_argument("--no-fastapi", action="store_true")
+    parser.add_argument("--only-running", action="store_true", help="no contestants but those of --server")
     parser.add_argument("--no-csv", action="store_true")
     args = parser.parse_args()
     rows = []
@@ -209,15 +222,15 @@ def main() -> None:
         folder = Path(name)
         file = save_model(folder, args.rows, args.hidden)
         contestants = {}
-        for entry in args.serve or ["mprec="]:
+        for entry in [] if args.only_running else args.serve or ["mprec="]:
             who, _, options = entry.partition("=")
             address = stack.enter_context(ours(file, args.sla_ms, options.split()))
             contestants[who] = address, args.bodies
-        if not args.no_fastapi and importlib.util.find_spec("fastapi") is not None:
+        if not args.only_running and importlib.util.find_spec("fastapi") is not None:
             contestants["fastapi"] = stack.enter_context(fastapi(file)), ["json"]
         for entry in args.server:
             who, _, url = entry.partition("=")
-            contestants[who] = address_of(url), ["json"]
+            contestants[who] = address_of(url), bodies_of(url)
         for samples in args.samples:
             bodies = save_bodies(folder, args.rows, samples)
             for connections in args.connections:

@@ -24,6 +24,7 @@ from mprec.dispatch.profile import default_file
 from mprec.nn import DheConfig
 from mprec.paths import paths_from_checkpoints, with_cache
 from mprec.planner import Infeasible
+from mprec.serving import splits
 from mprec.training import build_model
 
 DATA = "synthetic:rows=600,seed=1"
@@ -373,9 +374,55 @@ def test_serve_can_be_stopped_before_it_is_ready(checkpoints):
         assert server.returncode == 0, errors
 
 
+def test_serve_on_processes_reloads_and_drains(checkpoints, tmp_path):
+    kept = tmp_path / "table.pt"
+    kept.write_bytes((checkpoints / "table.pt").read_bytes())
+    arguments = ["--checkpoints", kept, "--executors", "process:2", "--profile-seconds", 0.2]
+    with serve_process(*arguments) as (server, said):
+        wait_until_ready(said["url"])
+        assert set(ask(f"{said['url']}/stats")[1]["executors"]) == {"cpu 0", "cpu 1"}
+        row = {"ids": [[0] * len(said["features"])] * 3, "dense": [[0.0] * said["num_dense"]] * 3}
+        assert ask(f"{said['url']}/score", row)[1]["paths"] == {"table": 3}
+        kept.write_bytes((checkpoints / "hybrid.pt").read_bytes())
+        assert ask(f"{said['url']}/reload", {})[0] == 200
+        assert ask(f"{said['url']}/score", row)[1]["paths"] == {"hybrid": 3}
+        server.send_signal(signal.SIGTERM)
+        out, errors = server.communicate(timeout=60)
+        assert server.returncode == 0, errors
+        counts = json.loads(out)
+        assert counts["answered"] == counts["queries"] == 2
+        assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_serve_measures_the_split_of_the_cores_once_and_says_what_it_found(checkpoints):
+    arguments = ["--checkpoints", checkpoints / "table.pt", "--profile-seconds", 0.2]
+    with serve_process(*arguments) as (server, said):
+        wait_until_ready(said["url"])
+        server.send_signal(signal.SIGTERM)
+        _, errors = server.communicate(timeout=60)
+        assert server.returncode == 0, errors
+    lines = [line for line in errors.splitlines() if line.startswith("executors ")]
+    assert len(lines) == len(splits.candidates(len(os.sched_getaffinity(0))))
+    [chosen] = [line for line in lines if line.endswith("(chosen)")]
+    name = chosen.split(":")[0].removeprefix("executors ") + ":" + chosen.split(":")[1]
+    assert f"on {name}" in errors
+    with serve_process(*arguments) as (server, said):
+        wait_until_ready(said["url"])
+        server.send_signal(signal.SIGTERM)
+        _, again = server.communicate(timeout=60)
+    assert "comparing executors" in errors
+    assert "comparing executors" not in again
+    assert f"on {name}" in again
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
+        (["--executors", "threads:2"], "--executors"),
+        (["--executors", "process:0"], "--executors"),
+        (["--executors", "auto", "--threads", "2"], "--threads"),
+        (["--executors", "local:1", "--threads", "2"], "--threads"),
         (["--sla-ms", "inf"], "--sla-ms"),
         (["--port", "70000"], "--port"),
         (["--max-ids", "0"], "max_ids"),

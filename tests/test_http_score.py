@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mprec.serving import QueryRefusedError, QueryTooLargeError, rows_to_batch
 from mprec.serving.http import Limits, decode_scores, encode_query
 from mprec.serving.http.parse import parse_binary, parse_json
+from mprec.serving.http.score import Score
 
 BINARY = {"Content-Type": "application/octet-stream"}
 
@@ -300,3 +301,46 @@ def test_compressed_bodies_are_refused(server):
     status, content = server.ask(GOOD, headers={"Content-Encoding": "gzip"})
     assert (status, content["reason"]) == (415, "unsupported")
     assert server.ask(GOOD, headers={"Content-Encoding": "identity"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps(GOOD).encode(),
+        json.dumps({**GOOD, "ids": [[1, [2, 3]]], "sla_ms": 5000}).encode(),
+        json.dumps({**GOOD, "ids": [[10, 2]]}).encode(),
+        json.dumps({**GOOD, "sla_ms": 0}).encode(),
+        b"{",
+        b"[" * 1000,
+        b'{"ids": ' + b" " * 100_000,
+    ],
+)
+def test_the_short_way_and_the_application_say_the_same(server, body):
+    """A request that says that it is the last of its connection goes through the application."""
+
+    def ask(headers):
+        connection = server.connect()
+        connection.request("POST", "/score", body, headers)
+        response = connection.getresponse()
+        content = json.loads(response.read())
+        connection.close()
+        content.pop("latency_ms", None)
+        names = {name.lower() for name, _ in response.getheaders()} - {"connection"}
+        return response.status, content, names
+
+    assert ask({}) == ask({"Connection": "close"})
+
+
+def test_plain_queries_do_not_go_through_the_application(server, monkeypatch):
+    called = []
+    plain = Score.__call__
+
+    async def noting(self, *args):
+        called.append(1)
+        await plain(self, *args)
+
+    monkeypatch.setattr(Score, "__call__", noting)
+    assert server.ask(GOOD)[0] == 200
+    assert called == []
+    assert server.ask(GOOD, headers={"Connection": "close"})[0] == 200
+    assert called == [1]

@@ -128,9 +128,9 @@ def _dense(rows: Any, size: int, num_dense: int, may_hold_bools: bool) -> np.nda
         return np.zeros((size, 0), dtype=np.float32)
     if not _are_rows(rows) or len(rows) != size:
         raise ValueError(f"dense must have a row for each of the {size} rows of ids")
-    for b, row in enumerate(rows):
-        if not _are_rows(row) or len(row) != num_dense:
-            raise ValueError(f"dense[{b}] must be {num_dense} numbers")
+    if not all(map(_are_rows, rows)) or set(map(len, rows)) != {num_dense}:
+        wrong = next(b for b, row in enumerate(rows) if not _are_rows(row) or len(row) != num_dense)
+        raise ValueError(f"dense[{wrong}] must be {num_dense} numbers")
     values = list(chain.from_iterable(rows))
     if not (may_hold_bools and bool in set(map(type, values))):
         try:

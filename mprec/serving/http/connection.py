@@ -34,6 +34,7 @@ class _Connection(HttpToolsProtocol):
     has_access_log: bool
     turns: Turns | None = None
     pace: Pace | None = None
+    is_last = False  # the next answer is, on this connection
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -45,7 +46,8 @@ class _Connection(HttpToolsProtocol):
         self._limits = self.service.limits
         self.service.connections = self.connections
         if type(self).turns is None:
-            type(self).turns, type(self).pace = Turns(self.loop), Pace(self.loop, self.service.clock)
+            type(self).turns = Turns(self.loop, self._now)
+            type(self).pace = Pace(self.loop, self._now)
 
     # -- of the transport
 
@@ -90,7 +92,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope[ARRIVED] = self.service.clock()
+        self.scope[ARRIVED] = self.turns.arrival()
         self._in_message = self._in_head = True
         self._overhead = 0
 
@@ -98,7 +100,9 @@ class _Connection(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         if not self._is_direct():
-            return super().on_headers_complete()
+            super().on_headers_complete()
+            self.cycle.keep_alive &= not self.is_last
+            return
         self.cycle = self._running = Exchange(
             self.scoring,
             self.turns,
@@ -109,6 +113,7 @@ class _Connection(HttpToolsProtocol):
             self._on_exchange_end,
             self.server_state.default_headers,
         )
+        self._running.keep_alive = not self.is_last
         self._start_timer(self._limits.body_s)
 
     def on_body(self, body: bytes) -> None:
@@ -169,6 +174,10 @@ class _Connection(HttpToolsProtocol):
             self.on_response_complete()
 
     # --
+
+    @classmethod
+    def _now(cls) -> float:
+        return cls.service.clock()  # which is the engine's once there is one
 
     def _is_idle(self) -> bool:
         """Nothing is asked, and uvicorn's own timer does not run: it stops at any byte."""

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from mprec.serving.http.messages import ClientLeftError, RequestError
-from mprec.serving.http.pace import Pace
+from mprec.serving.http.pace import LATEST_S, Pace
 from mprec.serving.http.score import FOR_LOAD, Asked, Reply, Scoring, is_binary, refusal
 from mprec.serving.http.turns import Turns
 
@@ -108,7 +108,7 @@ class Exchange:
         told = refusal(error)
         if error.reason in FOR_LOAD:
             cost = self._cost + self._scoring.clock() - start
-            self._pace.tell(lambda: self._send(told), self.arrived + self._scoring.sla_s, cost)
+            self._pace.tell(lambda: self._send(told), self.arrived + LATEST_S, cost)
         else:
             self._send(told)
 
@@ -124,7 +124,7 @@ class Exchange:
         lines += (b"content-length: %d\r\n\r\n" % len(body), body)
         self.response_started, self.status = True, status
         self._write(b"".join(lines))
-        self._scoring.sent(status, self._asked)
+        self._scoring.sent(status, self._asked, self.arrived, self._headers)
         self._end()
 
     def _end(self) -> None:

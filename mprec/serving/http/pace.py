@@ -6,16 +6,21 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-__all__ = ["Pace"]
+__all__ = ["LATEST_S", "Pace"]
 
-_SHARE = 0.15  # of the event loop's time for queries that are refused for load
+LATEST_S = 1.0  # as the header Retry-After says
+_SHARE = 0.04  # of the event loop's time, for queries that are refused for load
 _GAIN = 0.05
+_MOST_S = 5e-4  # that one costs: more is a thread that had to wait
 
 
 class Pace:
-    """When refusals are told. While they are few, at once; beyond that so that what they cost is a fixed
-    share of the loop's time, but none later than it could have been answered in time. A client that waits
-    for its refusal does not ask meanwhile.
+    """When refusals are told. While they are few, at once; beyond that so that what they cost is a small
+    share of the loop's time, but none later than ``LATEST_S`` after the query came: that is when a client
+    may ask again. One that waits for its refusal does not ask meanwhile.
+
+    The share is less than what there is to spare, for each refusal costs as much again elsewhere: in the
+    kernel, in threads that have to wait for Python's lock, in the client where it is on the same machine.
 
     For one thread, the event loop's. ``clock`` gives seconds.
     """
@@ -29,7 +34,7 @@ class Pace:
 
     def tell(self, work: Callable[[], None], latest: float, cost_s: float) -> None:
         """Call ``work`` in time, by ``latest`` on the clock. The query has cost ``cost_s`` seconds."""
-        self._cost += _GAIN * (cost_s - self._cost)
+        self._cost += _GAIN * (min(cost_s, _MOST_S) - self._cost)
         now = self._clock()
         if not self._held and now >= self._next:
             self._step(now)

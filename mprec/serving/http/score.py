@@ -21,6 +21,7 @@ from mprec.serving.http.messages import JSON, ClientLeftError, RequestError, err
 from mprec.serving.http.parse import parse_binary, parse_json
 from mprec.serving.http.return_trip import ReturnTrip
 from mprec.serving.http.service import Service
+from mprec.serving.http.tracing import find_tracing
 from mprec.serving.http.turns import Turns
 from mprec.serving.rows import QueryTooLargeError
 
@@ -52,6 +53,7 @@ class Asked(NamedTuple):
     future: Future[Answer]
     arrived: float
     is_binary: bool
+    submitted: float
     tells: bool  # of the server's health: it does not if it asks for less time than others have
 
 
@@ -61,15 +63,11 @@ class Scoring:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._return = ReturnTrip()
+        self._tracing = find_tracing(lambda: service.clock())  # which is the engine's once there is one
 
     @property
     def clock(self) -> Callable[[], float]:
         return self._service.clock
-
-    @property
-    def sla_s(self) -> float:
-        """The target of queries that have none of their own."""
-        return self._service.engine.sla_s
 
     def ask(self, body: bytes, is_binary: bool, arrived: float) -> Asked:
         """Give the engine the query in a body. ``RequestError`` says why not."""
@@ -94,7 +92,7 @@ class Scoring:
         tells = sla_s >= engine.sla_s
         if tells:
             service.pulse.asked(now)
-        return Asked(future, arrived, is_binary, tells)
+        return Asked(future, arrived, is_binary, service.clock(), tells)
 
     def reply(self, asked: Asked) -> Reply:
         """What to send, once the future is done. ``RequestError`` for a refusal or an error;
@@ -114,14 +112,24 @@ class Scoring:
                 self._service.pulse.settled(answered)
         return _scores(answer, asked.is_binary)
 
-    def sent(self, status: int, asked: Asked | None = None) -> None:
-        """Count a reply that was handed to the network."""
-        metrics = self._service.metrics
+    def sent(
+        self, status: int, asked: Asked | None, arrived: float, headers: Sequence[tuple[bytes, bytes]]
+    ) -> None:
+        """Count a reply that was handed to the network, to a request that had these headers."""
+        now, metrics = self._service.clock(), self._service.metrics
         metrics.reply(status)
-        if status == 200 and asked is not None:
-            now = self._service.clock()
-            self._return.observe(now, now - asked.future.result().finished_s)
-            metrics.answered(now, now - asked.arrived)
+        answer = asked.future.result() if status == 200 else None
+        if answer is not None:
+            self._return.observe(now, now - answer.finished_s)
+            metrics.answered(now, now - arrived)
+        if self._tracing is not None:
+            times = [("POST /score", arrived, now)]
+            if asked is not None:
+                times.append(("read", arrived, asked.submitted))
+            if answer is not None:
+                times.append(("score", asked.submitted, answer.finished_s))
+                times.append(("reply", answer.finished_s, now))
+            self._tracing.record(headers, status, times, answer and answer.paths)
 
 
 def refusal(error: RequestError) -> Reply:
@@ -184,7 +192,7 @@ class Score:
             return
         status, body, content_type, headers = answer
         await reply(send, status, body, headers, content_type=content_type, unread_from=unread)
-        self._scoring.sent(status, asked)
+        self._scoring.sent(status, asked, arrived, scope["headers"])
 
     async def _wait(self, future: Future, receive) -> None:
         """Until it is done; if the client leaves before, the query is cancelled."""
@@ -192,7 +200,7 @@ class Score:
             return
         loop = asyncio.get_running_loop()
         if self._turns is None:
-            self._turns = Turns(loop)
+            self._turns = Turns(loop, self._scoring.clock)
         waiter = loop.create_future()
         self._turns.when_done(future, lambda _: waiter.done() or waiter.set_result(None))
         gone = asyncio.ensure_future(_until_gone(receive))

@@ -20,8 +20,9 @@ from mprec.serving.http.service import ReloadError, Service
 __all__ = ["listen", "serve", "url_of"]
 
 _SPARE_FILES = 64
+_LAST_QUERY_S, _LAST_LOOKS = 0.25, 25
 _BACKLOG = 2048
-_SWITCH_S = float(__import__("os").environ.get("SWITCH", "1e-4"))
+_SWITCH_S = 1e-4
 _log = logging.getLogger("mprec.serving")
 
 
@@ -38,6 +39,21 @@ def url_of(listener: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
+    async def stop_listening(self, listener: socket.socket) -> None:
+        """Whoever is connected by now has a moment for a query, and is told with the answer that it was the
+        last."""
+        await asyncio.sleep(0)  # take those whose connections the kernel has made
+        for server in getattr(self, "servers", []):  # there are none before it has started
+            server.close()
+        listener.close()
+        connections = self.server_state.connections
+        for connection in list(connections):
+            connection.is_last = True
+        for _ in range(_LAST_LOOKS):
+            if not connections:
+                break
+            await asyncio.sleep(_LAST_QUERY_S / _LAST_LOOKS)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # they are ours: uvicorn's end the process by the signal that it was sent
@@ -54,6 +70,8 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, in the main thread (or until what ``on_start`` is given is called, from
     any thread); then stop listening, answer the queries under way, and return. SIGHUP loads the models again.
+    A client that keeps asking on one connection has a moment for one more query there: closing a connection
+    on which a query is on its way would lose it.
 
     Before it stops listening the server says for ``notice_s`` seconds that it is not ready, so that load
     balancers go elsewhere. Queries that take longer than ``drain_s`` seconds are given up; so is all, at a
@@ -78,18 +96,21 @@ def serve(
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        reloads: set[asyncio.Task] = set()
+        tasks: set[asyncio.Task] = set()  # a loop alone would forget them
 
         def stop() -> None:
             if service.is_draining:
                 server.force_exit = True
             service.is_draining = True
-            loop.call_later(notice_s, setattr, server, "should_exit", True)
+            tasks.add(loop.create_task(drain()))
+
+        async def drain() -> None:
+            await asyncio.sleep(notice_s)
+            await server.stop_listening(listener)
+            server.should_exit = True  # which closes the connections on which nothing is asked
 
         def reload() -> None:
-            task = loop.create_task(_reload(service))
-            reloads.add(task)
-            task.add_done_callback(reloads.discard)
+            tasks.add(loop.create_task(_reload(service)))
 
         handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: reload}
         with _signals(loop, handlers):

@@ -20,17 +20,27 @@ class Turns:
     them.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float]) -> None:
+        self._loop, self._clock = loop, clock
         self._begun: deque[Callable[[], None]] = deque()
         self._done: deque[tuple[Callable[[Future], None], Future]] = deque()
         self._is_scheduled = False  # by the loop's thread
         self._is_woken = False  # by others
+        self._last = self._one_before = 0.0  # when turns began
+
+    def arrival(self) -> float:
+        """When what is read now may have come, at the earliest: it was not there when the loop looked last,
+        which was after the turn before the last one began; while there are no turns it looks all the time.
+        """
+        return self._one_before if self._is_scheduled else self._clock()
 
     def begin(self, work: Callable[[], None]) -> None:
         """Call ``work`` in a turn of its own. For the loop's thread."""
         self._begun.append(work)
-        self._schedule()
+        if not self._is_scheduled:
+            self._last = self._clock()
+            self._one_before = self._last
+            self._schedule()
 
     def when_done(self, future: Future, callback: Callable[[Future], None]) -> None:
         """Call ``callback(future)`` in the loop's thread once it is done, in any way."""
@@ -44,12 +54,12 @@ class Turns:
                 self._loop.call_soon_threadsafe(self._hand_out)
 
     def _schedule(self) -> None:
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            self._loop.call_soon(self._turn)
+        self._is_scheduled = True
+        self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
         self._is_scheduled = False
+        self._one_before, self._last = self._last, self._clock()
         self._hand_out()
         if self._begun:
             work = self._begun.popleft()
