@@ -25,7 +25,6 @@ from mprec.derive import derive
 from mprec.nn import DheConfig, QuantizedEmbeddingBagCollection
 from mprec.training import MULTI_PATH, REPRESENTATIONS, Trained, TrainOptions, evaluate, train_representations
 
-
 #: Ways to train tables, as options of ``TrainOptions``.
 TRAININGS = {
     "table, Adam 0.001": {"table_learning_rate": 1e-3, "mapped_tables": False},
