@@ -10,9 +10,9 @@ The first command trains on the dataset's own split and appends AUC, log-loss an
 functions and the order of the batches.
 
 The second one trains models of tables in the ways of ``TRAININGS`` and appends to
-``benchmarks/results/training.csv``: what the optimizer of rows and the learnt maps of features are worth. With
-``--derive`` the paths that ``mprec derive`` makes of each model are appended to
-``benchmarks/results/derived.csv``, with their differences to the model and these differences' standard errors.
+``benchmarks/results/training.csv``: what the optimizer of rows and the learnt maps of features are worth.
+With ``--derive`` the paths that ``mprec derive`` makes of each model are appended to
+``benchmarks/results/derived.csv``, with their differences to the model and the standard errors of these.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from mprec import data
 from mprec.derive import derive
 from mprec.nn import DheConfig, QuantizedEmbeddingBagCollection
 from mprec.training import MULTI_PATH, REPRESENTATIONS, Trained, TrainOptions, evaluate, train_representations
-
 
 #: Ways to train tables, as options of ``TrainOptions``.
 TRAININGS = {

@@ -21,7 +21,7 @@ from mprec.nn import (
     folded,
     with_representation,
 )
-from mprec.training import TrainOptions, build_model, evaluate, train
+from mprec.training import TrainOptions, build_model, evaluate, predict, train
 
 DHE = DheConfig(k=16, hidden=(8,))
 FEATURES = [
@@ -291,3 +291,19 @@ def test_by_default_tables_are_mapped_where_they_can_be(dataset, mode, monkeypat
     if mode == "max":
         with pytest.raises(ValueError, match="does not commute with mode 'max'"):
             train(model, *dataset.split()[:2], TrainOptions(mapped_tables=True))
+
+
+def test_a_trained_model_goes_on_from_where_it_is(dataset):
+    """Maps start at the identity, unless the model is said to be fresh."""
+    parts = dataset.split()
+    slow = TrainOptions(epochs=1, learning_rate=1e-9, table_learning_rate=1e-9, mapped_tables=True)
+    for fresh in (False, True):
+        model = build_model(dataset, "table", dim=8, bottom=(8,), top=(8,))
+        with torch.no_grad():
+            for table in model.embeddings.tables.values():
+                table.weight.normal_()
+        before = predict(model, parts[1])
+        state = torch.random.get_rng_state()
+        train(model, *parts[:2], slow, fresh=fresh)
+        assert torch.equal(state, torch.random.get_rng_state())
+        assert np.allclose(predict(model, parts[1]), before, atol=1e-4) == (not fresh)

@@ -17,8 +17,7 @@ from mprec import ops
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.config import FeatureConfig
 from mprec.nn.mapped import pooled_ones
-from mprec.ops._common import check_bags, check_ids, into
-from mprec.ops._csr import batch_size
+from mprec.ops._checks import check_bags, check_ids
 
 __all__ = ["CODE_PRECISIONS", "LowRankEmbeddingBagCollection", "LowRankTable"]
 
@@ -79,7 +78,6 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
         self.rank, self.precision = rank, precision
         self.tables = nn.ModuleDict()
         sizes = torch.tensor([f.num_embeddings for f in self.features])
-        self.register_buffer("_sizes", sizes[:, None], persistent=False)
         self.register_buffer("_starts", (sizes.cumsum(0) - sizes)[:, None], persistent=False)
         count = len(self.features)
         self.register_buffer("codes", torch.zeros(int(sizes.sum()), rank, dtype=getattr(torch, precision)))
@@ -113,27 +111,24 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
         with torch.no_grad():
             return super().forward(indices, offsets, per_sample_weights, out=out)
 
-    def _forward_direct(self, indices, offsets, per_sample_weights, out=None) -> Tensor:
-        return into(out, self._forward_ops(indices, offsets, per_sample_weights))
+    def _forward_direct(self, indices, offsets, per_sample_weights, out=None) -> None:
+        return None
 
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
         count = len(self.features)
-        samples = batch_size(offsets, count)
-        singles = len(indices) == count * samples and per_sample_weights is None
+        check_bags(offsets, len(indices), True, count)
+        samples = (len(offsets) - 1) // count
+        check_ids(indices, offsets, [f.num_embeddings for f in self.features], samples)
         lengths = offsets.diff()
-        if singles and bool((lengths == 1).all()) and not int(offsets[0]):
-            ids = indices.view(count, samples)
-            self._check(ids, self._sizes)
-            rows = self.codes.index_select(0, (ids + self._starts).flatten())
-            pooled = rows.to(torch.float32).view(count, samples, -1)
+        singles = len(indices) == count * samples and per_sample_weights is None
+        if singles and bool((lengths == 1).all()):
+            codes = self.codes.index_select(0, (indices.view(count, samples) + self._starts).flatten())
+            pooled = codes.to(torch.float32).view(count, samples, -1)
             bias = self.biases[:, None]
         else:
-            check_bags(offsets, len(indices), True)
             bounds = offsets[::samples] if samples else offsets.new_zeros(count + 1)
-            of_feature = torch.repeat_interleave(bounds.diff(), output_size=len(indices))
-            sizes = torch.cat([self._sizes, self._starts], dim=1)[of_feature]  # of each ID
-            self._check(indices, sizes[:, 0])
-            rows = self.codes.index_select(0, indices + sizes[:, 1]).to(torch.float32)
+            starts = torch.repeat_interleave(self._starts[:, 0], bounds.diff(), output_size=len(indices))
+            rows = self.codes.index_select(0, indices + starts).to(torch.float32)
             # Each row is its own table's: pooled by the native kernel.
             each = torch.arange(len(rows), device=rows.device)
             pooled = ops.embedding_bag(
@@ -152,11 +147,6 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
             ones = pooled_ones(offsets, per_sample_weights, modes, torch.float32)
             bias = ones[:, :, None] * self.biases[:, None]
         return torch.baddbmm(bias, pooled, self.projections).transpose(0, 1).flatten(1)
-
-    @staticmethod
-    def _check(ids: Tensor, sizes: Tensor) -> None:
-        if bool(((ids < 0) | (ids >= sizes)).any()):
-            check_ids(torch.where(ids < sizes, ids, -1), None)  # the caller names feature, ID and position
 
     def rows(self, name: str) -> Tensor:
         """The table that a feature's codes stand for: float32 ``[num_embeddings, embedding_dim]``."""

@@ -38,9 +38,8 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
 
     Args:
         collection: its features with tables pool by sum or mean.
-        fresh: its tables are untrained: maps start at random (Glorot's normal distribution, no bias). From
-            scratch that trains better: from the identity one seed of three stayed .009 AUC behind on
-            MovieLens-1M. For trained tables it would undo what they have learnt.
+        fresh: its tables are untrained: maps start at random, as ``nn.Linear`` does. For trained tables that
+            would undo what they have learnt.
 
     Attributes:
         maps: ``maps.{name}``, an ``nn.Linear`` of the feature's ``embedding_dim``: the identity and no bias
@@ -107,9 +106,10 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
 def _map_for(weight: Tensor, fresh: bool) -> nn.Linear:
     """The map of rows like ``weight`` ``[N, D]``."""
     dim, like = weight.shape[1], {"device": weight.device, "dtype": weight.dtype}
+    if fresh:
+        return nn.Linear(dim, dim, **like)
     linear = nn.Linear(dim, dim, device="meta")  # draws no random numbers
-    start = nn.init.xavier_normal_(torch.empty(dim, dim, **like)) if fresh else torch.eye(dim, **like)
-    linear.weight = nn.Parameter(start)
+    linear.weight = nn.Parameter(torch.eye(dim, **like))
     linear.bias = nn.Parameter(torch.zeros(dim, **like))
     return linear
 

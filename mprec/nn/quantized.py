@@ -48,7 +48,8 @@ class QuantizedTable(nn.Module):
         self.precision = precision
         self.bits = _BITS.get(precision, 8)
         weight = plain(weight.detach().to(torch.float32))
-        _check_range(weight, precision)
+        if not weight.is_meta:  # rows to come from a state_dict
+            _check_range(weight, precision)
         if precision == "int8":
             rows = torch.ops.quantized.embedding_bag_byte_prepack(weight)
         elif precision == "int4" and weight.is_meta:  # torch says nothing of its shape
