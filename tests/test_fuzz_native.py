@@ -499,7 +499,15 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "tensors_of": (_C.tensors_of, tensors_of),
 }
 # They take no argument, or a name only.
-WITHOUT_ARRAYS = {"cpu_features", "cpu_model", "isa", "omp_max_threads", "runnable_isas", "use_isa"}
+WITHOUT_ARRAYS = {
+    "cpu_model",
+    "hash_families",
+    "isa",
+    "omp_max_threads",
+    "row_formats",
+    "runnable_isas",
+    "use_isa",
+}
 
 
 def test_every_native_function_is_a_target():

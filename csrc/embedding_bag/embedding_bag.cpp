@@ -7,6 +7,7 @@
 #include "common/error.h"
 #include "common/parallel.h"
 #include "registry.h"
+#include "rows/rows.h"
 
 namespace mprec {
 namespace {
@@ -20,7 +21,7 @@ int64_t clamped_begin(const BagRequest& r, int64_t bag) {
   return std::clamp<int64_t>(r.bag_begin(bag), 0, r.indices.size);
 }
 
-int64_t row_cost(const Feature& f) { return row_size(f.format, f.dim) / 64 + 1; }
+int64_t row_cost(const Feature& f) { return scalar::row_size(f.format, f.dim) / 64 + 1; }
 
 // Cost of a feature's bags [begin, end).
 int64_t cost(const BagRequest& r, const Feature& f, int64_t begin, int64_t end) {

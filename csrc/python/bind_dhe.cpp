@@ -1,5 +1,3 @@
-#include "dhe/dhe.h"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +9,7 @@
 #include "common/error.h"
 #include "dhe/bag.h"
 #include "dhe/decoder.h"
+#include "dhe/dhe.h"
 #include "dhe/gradient.h"
 #include "python/arguments.h"
 #include "python/bags.h"
@@ -25,7 +24,8 @@ namespace mprec::python {
 namespace {
 
 HashFamily hash_family(int family) {
-  if (family < 0 || family > 4) throw py::value_error(message("family: expected 0 to 4, got ", family));
+  if (family < 0 || family >= num_hash_families)
+    throw py::value_error(message("family: expected 0 to ", num_hash_families - 1, ", got ", family));
   return static_cast<HashFamily>(family);
 }
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mprec.names import ACTIVATIONS, FAMILIES, MODES, code
+from mprec.hashing import check_family
+from mprec.names import ACTIVATIONS, MODES, code
 
 __all__ = ["REPRESENTATIONS", "DheConfig", "FeatureConfig", "with_representation"]
 
@@ -43,11 +44,9 @@ class DheConfig:
         _positive(self.k, "k")
         for width in self.hidden:
             _positive(width, "hidden")
-        code(FAMILIES, self.family, "family")
+        check_family(self.family, self.k)
         code(ACTIVATIONS, self.activation, "activation")
         code(ACTIVATIONS, self.last_activation, "last_activation")
-        if self.family == "artifact_gaussian" and self.k % 2:
-            raise ValueError(f"k: artifact_gaussian turns pairs of hashes into pairs, got an odd {self.k}")
 
     def widths(self, embedding_dim: int) -> tuple[int, ...]:
         """Widths from the hashes to the embedding: ``(k, *hidden, embedding_dim)``."""

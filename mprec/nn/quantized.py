@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mprec import reference
 from mprec._native import _C
+from mprec.hashing import families_for
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.ops._common import check_bags, check_same_device, ids
@@ -14,48 +15,38 @@ from mprec.ops._csr import batch_size
 from mprec.ops._decoders import decoder, group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
 from mprec.ops._tables import run_embedding_bag_multi
+from mprec.row_formats import row_format
 
-TABLE_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
 #: Hash families that a decoder precision serves; None: all.
 DECODER_PRECISIONS = {
     "float32": None,
     "float16": None,
     "bfloat16": None,
     "float8": None,
-    "int8": ("u7", "universal"),
-    "lut": ("sign",),
+    "int8": families_for("int8"),
+    "lut": families_for("lut"),
 }
 ON_CUDA = ("float32", "float8")
-
-_BITS = {"int8": 8, "int4": 4}
 
 
 class QuantizedTable(nn.Module):
     """The rows of a table in one precision: a buffer ``rows``, saved with the model.
 
-    ``float16`` and ``bfloat16``: ``[N, D]``. ``int8`` and ``int4``: uint8 ``[N, bytes]``, each row with its
-    own scale and bias, in the layout of FBGEMM and of ``torch.ops.quantized.embedding_bag_byte_prepack``.
+    ``precision`` names one of :data:`mprec.row_formats.ROW_FORMATS`. ``float16`` and ``bfloat16``:
+    ``[N, D]``. ``int8`` and ``int4``: uint8 ``[N, bytes]``, each row with its own scale and bias, in the
+    layout of FBGEMM and of ``torch.ops.quantized.embedding_bag_byte_prepack``.
     """
 
     rows: Tensor
 
     def __init__(self, weight: Tensor, precision: str) -> None:
         super().__init__()
-        if precision not in TABLE_PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(TABLE_PRECISIONS)}, got {precision!r}")
-        if precision == "int4" and weight.shape[1] % 2:
-            raise ValueError(f"precision: int4 packs pairs, got rows of an odd {weight.shape[1]} numbers")
+        self.format = row_format(precision)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.precision = precision
-        self.bits = _BITS.get(precision, 8)
+        self.bits = self.format.code
         weight = weight.detach().to(torch.float32).contiguous()
-        if precision == "int8":
-            rows = torch.ops.quantized.embedding_bag_byte_prepack(weight)
-        elif precision == "int4":
-            rows = torch.ops.quantized.embedding_bag_4bit_prepack(weight)
-        else:
-            rows = weight.to(getattr(torch, precision), copy=True)
-        self.register_buffer("rows", rows)
+        self.register_buffer("rows", self.format.encode(weight))
 
     @property
     def nbytes(self) -> int:
@@ -63,11 +54,7 @@ class QuantizedTable(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The numbers that the rows stand for: float32 ``[N, D]``."""
-        if self.precision == "int8":
-            return torch.ops.quantized.embedding_bag_byte_unpack(self.rows)
-        if self.precision == "int4":
-            return torch.ops.quantized.embedding_bag_4bit_unpack(self.rows)
-        return self.rows.to(torch.float32)
+        return self.format.decode(self.rows)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.precision}, {self.nbytes:,} bytes"
@@ -116,8 +103,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
 
     Args:
         collection: in float32 on the CPU; not changed, and not kept.
-        tables: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, for all features or
-            by name (features not named stay float32).
+        tables: one of :data:`mprec.row_formats.ROW_FORMATS`, such as ``"int8"``, for all features or by name
+            (features not named stay float32).
         decoders: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"float8"``, ``"int8"`` (hash families u7 and
             universal) or ``"lut"`` (sign), for all features or by name. Other layers than the first are
             float32 in ``"int8"`` and ``"lut"``; ``"bfloat16"`` rounds every layer's inputs too. ``"float8"``

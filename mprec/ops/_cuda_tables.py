@@ -220,7 +220,7 @@ def quantized_embedding_bag_multi(rows, bits, indices, offsets, mode=0, per_samp
     batch = _csr.batch_size(offsets, len(rows) if num_features is None else num_features)
     kinds: dict[tuple, list[int]] = {}
     for t, (table, width) in enumerate(zip(rows, bits, strict=True)):
-        kind = kernels.FLOAT if table.dtype != torch.uint8 else kernels.INT8 if width == 8 else kernels.INT4
+        kind = kernels.FLOAT if table.dtype != torch.uint8 else kernels.kind_of(width)
         kinds.setdefault((kind, table.dtype), []).append(t)
     dims = _quantized.dims_of(rows, bits)
     columns = columns_of(dims)

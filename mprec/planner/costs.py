@@ -19,7 +19,8 @@ import torch
 from mprec.dispatch import Path as DispatchPath
 from mprec.dispatch import microbenchmark
 from mprec.nn import EmbeddingBagCollection, FeatureConfig, QuantizedEmbeddingBagCollection
-from mprec.planner.options import PRECISIONS, Option
+from mprec.planner.options import Option
+from mprec.row_formats import row_format
 
 __all__ = ["MeasuredCosts", "RooflineCosts"]
 
@@ -107,7 +108,7 @@ class RooflineCosts:
     def feature_seconds(self, option: Option) -> float:
         config = option.config
         dim = config.embedding_dim
-        rows = self.batch_size * PRECISIONS[option.precision](dim) * config.has_table
+        rows = self.batch_size * row_format(option.precision).row_bytes(dim) * config.has_table
         rows += self.batch_size * 4 * dim * config.has_dhe  # written
         weights = 4 * config.dhe.num_parameters(config.embedding_dim) if config.has_dhe else 0
         compute = self.batch_size * option.flops / self.flops_per_s

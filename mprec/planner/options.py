@@ -9,23 +9,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mprec.hashing import coefficient_rows
 from mprec.nn import DheConfig, FeatureConfig
 from mprec.nn.config import REPRESENTATIONS
 from mprec.planner.quality import Effects
+from mprec.row_formats import row_format
 
-__all__ = ["PRECISIONS", "Option", "Shape", "default_options", "flops", "nbytes", "sized"]
+__all__ = ["Option", "Shape", "default_options", "flops", "nbytes", "sized"]
 
 #: A decoder's shape, or one for each feature.
 Shape = DheConfig | Callable[[FeatureConfig], DheConfig]
-
-# Bytes of a row of d numbers. The quantised layouts are FBGEMM's fused rows: values, then scale and bias
-# (two float32 for int8, two float16 for int4).
-PRECISIONS = {
-    "float32": lambda d: 4 * d,
-    "float16": lambda d: 2 * d,
-    "int8": lambda d: d + 8,
-    "int4": lambda d: -(-d // 2) + 4,
-}
 
 
 @dataclass(frozen=True)
@@ -38,8 +31,9 @@ class Option:
     precision: str = "float32"  # of the table's rows, where there is a table
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        rows = row_format(self.precision)
+        if self.config.has_table:
+            rows.check_dim(self.config.embedding_dim)
 
     @property
     def nbytes(self) -> int:
@@ -54,9 +48,9 @@ def nbytes(config: FeatureConfig, precision: str = "float32") -> int:
     """Parameters and hash coefficients of a feature, in bytes."""
     total = 0
     if config.has_table:
-        total += config.num_embeddings * PRECISIONS[precision](config.embedding_dim)
+        total += config.num_embeddings * row_format(precision).row_bytes(config.embedding_dim)
     if config.has_dhe:
-        rows = 2 if config.dhe.family.startswith("artifact") else 4
+        rows = coefficient_rows(config.dhe.family)
         total += 4 * config.dhe.num_parameters(config.embedding_dim) + 4 * rows * config.dhe.k
     return total
 

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "guarded.h"
 #include "registry.h"
+#include "rows/rows.h"
 #include "suites.h"
 
 namespace mprec::test {
@@ -16,10 +17,7 @@ namespace {
 
 const char* mode_name(Mode mode) { return mode == Mode::sum ? "sum" : mode == Mode::mean ? "mean" : "max"; }
 
-const char* format_name(Format format) {
-  static const char* const names[] = {"float32", "float16", "bfloat16", "int8", "int4"};
-  return names[static_cast<int>(format)];
-}
+const char* format_name(Format format) { return traits(format).name; }
 
 int64_t item_bytes(Format format) { return format == Format::f32 ? 4 : 2; }  // of values that stand alone
 
@@ -47,8 +45,8 @@ struct Table {
       : format(format),
         num_rows(num_rows),
         dim(dim),
-        row_bytes(row_size(format, dim) + gap * (format >= Format::int8 ? 1 : item_bytes(format))),
-        rows(num_rows ? (num_rows - 1) * row_bytes + row_size(format, dim) : 0, edge) {
+        row_bytes(traits(format).bytes(dim) + gap * (format >= Format::int8 ? 1 : item_bytes(format))),
+        rows(num_rows ? (num_rows - 1) * row_bytes + traits(format).bytes(dim) : 0, edge) {
     for (int64_t r = 0; r < num_rows; ++r) {
       const std::vector<char> row = make_row(random);
       std::copy(row.begin(), row.end(), rows.data() + r * row_bytes);

@@ -1,33 +1,13 @@
-// The integer side of common/vec.h: `Int`, as many 32-bit lanes as Vec has floats, and `Wide`, as many 64-bit
-// lanes, for the products of a hash.
+// What AVX2 and AVX-512 spell alike, over the registers of the including header: it defines IntRegister,
+// MPREC_MM and MPREC_SI (the names of its intrinsics), low_words and cast_register.
 //
 // Lane j of an Int becomes, by widen(), a 64-bit lane of `even` or of `odd`, by j's parity; low() and high()
 // set the halves of the 64-bit lanes side by side again with one shuffle, which takes the lanes of each four
-// in the order 0 2 1 3. Coefficients are packed in that order too (hash_slot in dhe.h), so hashes come out in
+// in the order 0 2 1 3. Coefficients are packed in that order too (slots.h), so hashes come out in
 // their own.
 #pragma once
-#include "common/vec.h"
-#include "dhe/dhe.h"
 
 namespace mprec::MPREC_ISA {
-
-#if defined(__AVX2__)
-
-#if defined(__AVX512F__)
-using IntRegister = __m512i;
-#define MPREC_MM(operation) _mm512_##operation
-#define MPREC_SI(operation) _mm512_##operation##_si512
-inline IntRegister low_words() { return _mm512_set1_epi64(0xffffffff); }
-inline IntRegister cast_register(__m512 a) { return _mm512_castps_si512(a); }
-inline __m512 cast_register(__m512i a) { return _mm512_castsi512_ps(a); }
-#else
-using IntRegister = __m256i;
-#define MPREC_MM(operation) _mm256_##operation
-#define MPREC_SI(operation) _mm256_##operation##_si256
-inline IntRegister low_words() { return _mm256_set1_epi64x(0xffffffff); }
-inline IntRegister cast_register(__m256 a) { return _mm256_castps_si256(a); }
-inline __m256 cast_register(__m256i a) { return _mm256_castsi256_ps(a); }
-#endif
 
 struct Int {
   IntRegister v;
@@ -73,53 +53,38 @@ inline Int high(Wide a) {
 inline Vec pair_first(Vec a) { return {MPREC_MM(shuffle_ps)(a.v, a.v, 0xA0)}; }   // lanes 0 0 2 2 ...
 inline Vec pair_second(Vec a) { return {MPREC_MM(shuffle_ps)(a.v, a.v, 0xF5)}; }  // lanes 1 1 3 3 ...
 
-#else
-
-struct Int {
-  uint32_t v;
-};
-struct Wide {
-  uint64_t v;
-};
-
-inline Int broadcast_int(uint32_t x) { return {x}; }
-inline Int load(const uint32_t* p) { return {*p}; }
-inline Int load_slots(const uint32_t* row, int k) { return {row[hash_slot(k)]}; }
-inline void store(int32_t* p, Int a) { *p = static_cast<int32_t>(a.v); }
-inline Int operator+(Int a, Int b) { return {a.v + b.v}; }
-inline Int operator-(Int a, Int b) { return {a.v - b.v}; }
-inline Int operator*(Int a, Int b) { return {a.v * b.v}; }
-inline Int operator&(Int a, Int b) { return {a.v & b.v}; }
-inline Int operator^(Int a, Int b) { return {a.v ^ b.v}; }
-inline Int operator<<(Int a, int n) { return {a.v << n}; }
-inline Int operator>>(Int a, int n) { return {a.v >> n}; }
-inline Int shift_right_signed(Int a, int n) {
-  return {static_cast<uint32_t>(static_cast<int32_t>(a.v) >> n)};
-}
-inline Int lesser_unsigned(Int a, Int b) { return {a.v < b.v ? a.v : b.v}; }
-inline Int round_to_int(Vec a) {
-  if (!(a.v > -2147483648.0f && a.v < 2147483648.0f)) return {0x80000000u};  // as the vector instruction
-  return {static_cast<uint32_t>(static_cast<int32_t>(__builtin_rintf(a.v)))};
-}
-inline Vec to_float(Int a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
-inline Int bits(Vec a) {
-  Int i;
-  __builtin_memcpy(&i, &a, 4);
-  return i;
-}
-inline Vec from_bits(Int a) {
-  Vec f;
-  __builtin_memcpy(&f, &a, 4);
-  return f;
+// fma(a, b, sum), in the register of `sum`: left to choose, gcc 12 moves a tile's accumulators about, and
+// spills some.
+inline Vec accumulate(Vec a, Vec b, Vec sum) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+  return sum;
 }
 
-inline Wide widen(Int a) { return {a.v}; }
-inline Wide factors(Int a) { return {a.v}; }
-inline Wide operator*(Wide a, Int x) { return {a.v * x.v}; }
-inline Wide operator+(Wide a, Wide b) { return {a.v + b.v}; }
-inline Int low(Wide a) { return {static_cast<uint32_t>(a.v)}; }
-inline Int high(Wide a) { return {static_cast<uint32_t>(a.v >> 32)}; }
+// sum + four products of the bytes of each lane, unsigned times signed; sums of two must fit 16 bits. The
+// addition is no intrinsic: with those gcc 12 keeps a tile's accumulators in memory.
+inline Int dot4_by_pairs(Int sum, Int levels, Int weights) {
+  const IntRegister pairs = MPREC_MM(maddubs_epi16)(levels.v, weights.v);
+  const IntRegister products = MPREC_MM(madd_epi16)(pairs, MPREC_MM(set1_epi16)(1));
+  asm("vpaddd %1, %0, %0" : "+v"(sum.v) : "v"(products));
+  return sum;
+}
 
-#endif
+inline uint32_t sign_bits(Int h);
+inline void store_sign_codes(uint16_t* codes, int j, Int h) {
+  uint16_t* to = codes + j / 4;
+  const uint32_t bits = sign_bits(h);
+  const uint64_t four = _pdep_u64(bits, 0x03c003c003c003c0);  // 16 bits to four codes times 64
+  __builtin_memcpy(to, &four, Vec::width / 2);
+}
+
+inline void to_floats(const Half (&pair)[2], float& first, float& second) {
+  int bits;
+  __builtin_memcpy(&bits, pair, sizeof bits);
+  const __m128 both = _mm_cvtph_ps(_mm_cvtsi32_si128(bits));
+  first = _mm_cvtss_f32(both);
+  second = _mm_cvtss_f32(_mm_movehdup_ps(both));
+}
+
+inline void prefetch_to_write(const void* p) { asm volatile("prefetchw %a0" : : "p"(p)); }
 
 }  // namespace mprec::MPREC_ISA
