@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "common/error.h"
+#include "dense/dense.h"
 #include "dhe/dhe.h"
 #include "embedding_bag/embedding_bag.h"
 #include "gradient/gradient.h"
@@ -17,6 +18,7 @@ namespace mprec {
   extern const EmbeddingBagKernels embedding_bag_kernels; \
   extern const GradientKernels gradient_kernels;          \
   extern const DheKernels dhe_kernels;                    \
+  extern const DenseKernels dense_kernels;                \
   }
 MPREC_KERNEL_TABLES(MPREC_DECLARE)
 #undef MPREC_DECLARE
@@ -25,8 +27,9 @@ namespace {
 
 // In the order of CMakeLists.txt's MPREC_FAMILIES.
 const Kernels tables[] = {
-#define MPREC_TABLE(isa, embedding_bag, gradient, dhe) \
-  {Isa::isa, &embedding_bag::embedding_bag_kernels, &gradient::gradient_kernels, &dhe::dhe_kernels},
+#define MPREC_TABLE(isa, embedding_bag, gradient, dhe, dense)                                       \
+  {Isa::isa, &embedding_bag::embedding_bag_kernels, &gradient::gradient_kernels, &dhe::dhe_kernels, \
+   &dense::dense_kernels},
     MPREC_KERNEL_TABLES(MPREC_TABLE)
 #undef MPREC_TABLE
 };

@@ -455,6 +455,83 @@ def unique_share(draw, guard: Guard):
     return {"indices": indices, "offsets": offsets, "num_features": features}
 
 
+@st.composite
+def join_bags(draw, guard: Guard):
+    features = draw(st.integers(1, 4))
+    samples = draw(st.lists(st.integers(0, 5), min_size=1, max_size=3))
+    parts = [draw(bags(features, batch, 1000)) for batch in samples]
+    starts = [draw(st.integers(0, batch)) for batch in samples]
+    return {
+        "indices": [indices for indices, _ in parts],
+        "offsets": [offsets for _, offsets in parts],
+        "samples": samples,
+        "starts": starts,
+        "stops": [draw(st.integers(start, batch)) for start, batch in zip(starts, samples, strict=True)],
+        "features": features,
+    }
+
+
+seconds = st.lists(st.floats(1e-6, 1.0), min_size=5, max_size=5)
+options = st.builds(_C.Option, st.sampled_from("ab"), st.floats(-1, 1), seconds)
+lanes = st.lists(st.builds(_C.Lane, st.just("cpu"), st.lists(options, min_size=1, max_size=2)), min_size=1)
+
+
+def serve(lanes, steps, **limits):
+    """A scheduler through some calls."""
+    scheduler, jobs = _C.Scheduler(lanes, **limits), []
+    for now, size, deadline, index in steps:
+        ticket = scheduler.offer(now, size, deadline)
+        scheduler.expire(now)
+        while (job := scheduler.next(now)) is not None:
+            jobs.append(job)
+        if isinstance(ticket, _C.Ticket):
+            scheduler.again(ticket) if not scheduler.withdraw(ticket) and not ticket.taken else None
+        scheduler.rest(index, now, deadline)
+        if jobs:
+            scheduler.done(jobs.pop(), now, deadline)
+    for job in jobs:
+        _C.Scheduler(lanes[:1]).done(job, 0.0, 1.0)  # perhaps of an executor that this one has not
+    scheduler.clear()
+
+
+def scheduler(guard: Guard):
+    step = st.tuples(anything_float, st.integers(1, 9), anything_float, st.integers(0, 1))
+    return st.fixed_dictionaries(
+        {
+            "lanes": lanes,
+            "steps": st.lists(step, max_size=6),
+            "max_batch": st.sampled_from([1, 4, 100, INT64.max]),
+            "max_queue": st.sampled_from([1, 100, INT64.max]),
+            "admission": st.booleans(),
+        }
+    )
+
+
+anything_float = st.one_of(st.floats(0, 1), st.floats())
+
+
+def by_name(**arguments):
+    return lambda guard: st.fixed_dictionaries(arguments)
+
+
+def price(executors, executor, rate):
+    found = _C.FluidPrice(executors)
+    found.sample(rate)
+    found.second(executor, rate)
+    found.quality_per_second(rate)
+
+
+def traffic(counts):
+    found = _C.Traffic()
+    for now, size, left in counts:
+        found.count(now, size, left)
+        found.rate(now)
+
+
+def correction(names, name, ratio, now):
+    _C.Correction(names).observe(name, ratio, now)
+
+
 def weight_watch(guard: Guard):
     return st.just({"places": [({"weight": torch.zeros(3)}, "weight")]})
 
@@ -495,6 +572,38 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dhe_backward": (_C.dhe_backward, dhe_backward),
     "select_features": (_C.select_features, select_features),
     "unique_share": (_C.unique_share, unique_share),
+    "join_bags": (_C.join_bags, join_bags),
+    "Scheduler": (serve, scheduler),
+    "FluidPrice": (
+        price,
+        by_name(
+            executors=st.lists(st.lists(st.tuples(anything_float, anything_float), max_size=3), max_size=3),
+            executor=st.integers(0, 3),
+            rate=anything_float,
+        ),
+    ),
+    "Traffic": (
+        traffic,
+        by_name(counts=st.lists(st.tuples(anything_float, st.integers(), anything_float), max_size=70)),
+    ),
+    "Correction": (
+        correction,
+        by_name(
+            names=st.just(["a", "b"]), name=st.sampled_from("abc"), ratio=anything_float, now=anything_float
+        ),
+    ),
+    "Latest": (
+        _C.Latest,
+        by_name(
+            seconds=st.lists(anything_float, max_size=4),
+            sizes=st.lists(st.integers(0, 9), max_size=4),
+            sla=anything_float,
+            spread=anything_float,
+        ),
+    ),
+    "Overflow": (_C.Overflow, by_name(load=anything_float, grain=anything_float, bound=anything_float)),
+    "Option": (_C.Option, by_name(path=st.just("a"), quality=anything_float, seconds=seconds)),
+    "Lane": (_C.Lane, by_name(name=st.just("cpu"), options=st.lists(options, max_size=2))),
     "WeightWatch": (_C.WeightWatch, weight_watch),
     "tensors_of": (_C.tensors_of, tensors_of),
 }
@@ -508,15 +617,17 @@ WITHOUT_ARRAYS = {
     "runnable_isas",
     "use_isa",
 }
+MADE_BY_OTHERS = {"Job", "Piece", "Refusal", "Ticket"}
 
 
 def test_every_native_function_is_a_target():
     native = {name for name in dir(_C) if callable(getattr(_C, name)) and not name.startswith("__")}
-    assert native == {target.partition(".")[0] for target in TARGETS} | WITHOUT_ARRAYS
+    assert native == {target.partition(".")[0] for target in TARGETS} | WITHOUT_ARRAYS | MADE_BY_OTHERS
 
 
 LISTS = {"weights", "biases", "decoders", "out_columns", "columns", "first", "second", "caches", "positions",
-         "grad_weights", "grad_biases", "features", "places"}  # fmt: skip
+         "grad_weights", "grad_biases", "features", "places", "samples", "starts", "stops", "lanes",
+         "options"}  # fmt: skip
 IDS = {"indices", "offsets", "ids"}
 
 

@@ -18,17 +18,13 @@ constexpr int64_t multiply_adds_per_thread = 1 << 21;
 // Fewer IDs than this cannot repay looking for equal ones.
 constexpr int64_t fewest_to_dedupe = 8;
 
-struct Block {
-  int64_t feature, begin, count;
-};
-
 // What a call needs beside its arguments; kept by each calling thread, so that calls do not allocate.
 struct Workspace {
   std::vector<int64_t> ids, distinct;
   std::vector<int32_t> row_of_entry;
   std::vector<DecodeWork> features;
   std::vector<PoolArguments> pools;  // vectors is null where every vector already went to its place in `out`
-  std::vector<Block> blocks;
+  std::vector<DecodeBlock> blocks;
   AlignedBuffer<float> vectors, scratch;
 };
 
@@ -80,21 +76,6 @@ void plan_features(const DheBagRequest& r, const int64_t* ids, Workspace& w) {
   }
 }
 
-// Cuts each feature's IDs into nearly equal blocks, as many for one thread as for another.
-void plan_blocks(const std::vector<DecodeWork>& features, int threads, std::vector<Block>& blocks) {
-  blocks.clear();
-  int64_t total = 0;
-  for (const DecodeWork& f : features) total += f.count;
-  if (total == 0) return;
-  const int64_t rounds = (total + threads * max_ids - 1) / (threads * max_ids);
-  const int64_t largest = std::min<int64_t>(max_ids, (total + threads * rounds - 1) / (threads * rounds));
-  for (size_t t = 0; t < features.size(); ++t) {
-    const int64_t n = features[t].count, parts = (n + largest - 1) / largest;
-    for (int64_t i = 0; i < parts; ++i)
-      blocks.push_back({static_cast<int64_t>(t), n * i / parts, n * (i + 1) / parts - n * i / parts});
-  }
-}
-
 // How many of `threads` repay waking them for this work; plans w.blocks and w.scratch for so many.
 struct Team {
   int threads;
@@ -109,18 +90,33 @@ Team plan_team(const std::vector<DecodeWork>& features, int threads, Workspace& 
   }
   threads = static_cast<int>(
       std::max<int64_t>(1, std::min<int64_t>(threads, multiply_adds / multiply_adds_per_thread)));
-  plan_blocks(features, threads, w.blocks);
+  plan_decode_blocks(features, threads, w.blocks);
   w.scratch.reserve(scratch * threads);
   return {threads, scratch};
 }
 
-void compute(const std::vector<DecodeWork>& features, const Block& b, float* scratch) {
+}  // namespace
+
+void plan_decode_blocks(const std::vector<DecodeWork>& features, int threads,
+                        std::vector<DecodeBlock>& blocks) {
+  blocks.clear();
+  int64_t total = 0;
+  for (const DecodeWork& f : features) total += f.count;
+  if (total == 0) return;
+  const int64_t rounds = (total + threads * max_ids - 1) / (threads * max_ids);
+  const int64_t largest = std::min<int64_t>(max_ids, (total + threads * rounds - 1) / (threads * rounds));
+  for (size_t t = 0; t < features.size(); ++t) {
+    const int64_t n = features[t].count, parts = (n + largest - 1) / largest;
+    for (int64_t i = 0; i < parts; ++i)
+      blocks.push_back({static_cast<int64_t>(t), n * i / parts, n * (i + 1) / parts - n * i / parts});
+  }
+}
+
+void decode_block(const std::vector<DecodeWork>& features, const DecodeBlock& b, float* scratch) {
   const DecodeWork& f = features[b.feature];
   kernels().dhe->forward(f.decoder, f.ids + b.begin, static_cast<int>(b.count),
                          f.vectors + b.begin * f.stride, f.stride, scratch);
 }
-
-}  // namespace
 
 void check_offsets(const DheBagRequest& r) {
   const int64_t total = r.num_features * r.bags, n = r.indices.size;
@@ -172,12 +168,12 @@ void dhe_decode(const std::vector<DecodeWork>& features, int threads) {
   const Team team = plan_team(features, threads, w);
   const int64_t num_blocks = static_cast<int64_t>(w.blocks.size());
   if (team.threads == 1) {
-    for (const Block& b : w.blocks) compute(features, b, w.scratch.data());
+    for (const DecodeBlock& b : w.blocks) decode_block(features, b, w.scratch.data());
     return;
   }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team.threads)
   for (int64_t i = 0; i < num_blocks; ++i)
-    compute(features, w.blocks[i], w.scratch.data() + omp_get_thread_num() * team.scratch);
+    decode_block(features, w.blocks[i], w.scratch.data() + omp_get_thread_num() * team.scratch);
 }
 
 void dhe_bag_forward(const DheBagRequest& r, int threads) {
@@ -195,7 +191,7 @@ void dhe_bag_forward(const DheBagRequest& r, int threads) {
   };
   const int64_t num_blocks = static_cast<int64_t>(w.blocks.size()), num_bags = r.num_features * r.bags;
   if (team.threads == 1) {
-    for (const Block& b : w.blocks) compute(w.features, b, w.scratch.data());
+    for (const DecodeBlock& b : w.blocks) decode_block(w.features, b, w.scratch.data());
     for (int64_t b = 0; b < num_bags; ++b) pool(b);
     return;
   }
@@ -203,7 +199,7 @@ void dhe_bag_forward(const DheBagRequest& r, int threads) {
   {
     float* scratch = w.scratch.data() + omp_get_thread_num() * team.scratch;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_blocks; ++i) compute(w.features, w.blocks[i], scratch);
+    for (int64_t i = 0; i < num_blocks; ++i) decode_block(w.features, w.blocks[i], scratch);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < num_bags; ++b) pool(b);
   }

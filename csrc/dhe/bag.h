@@ -47,6 +47,14 @@ struct DecodeWork {
   float* vectors;
   int64_t stride;
 };
+// IDs of one feature that a thread decodes at once.
+struct DecodeBlock {
+  int64_t feature, begin, count;
+};
+// Cuts each feature's IDs into nearly equal blocks, as many for one thread as for another.
+void plan_decode_blocks(const std::vector<DecodeWork>&, int threads, std::vector<DecodeBlock>&);
+// `scratch`: scratch_floats() of the feature's decoder.
+void decode_block(const std::vector<DecodeWork>&, const DecodeBlock&, float* scratch);
 // The vectors of several features' IDs, not pooled. As many IDs for one thread as for another.
 void dhe_decode(const std::vector<DecodeWork>&, int threads);
 

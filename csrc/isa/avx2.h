@@ -156,4 +156,33 @@ inline uint32_t sign_bits(Int h) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(h.v, 1))));
 }
 
+constexpr int group_rows = 4, group_vectors = 2;
+inline void transpose_tile(const float* rows, int64_t stride, int count, int columns, float* out,
+                           int64_t pitch) {
+  __m256 r[8], t[8];
+  const Mask mask(columns);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    r[i] = i >= count    ? _mm256_setzero_ps()
+           : columns < 8 ? load(rows + i * stride, mask).v
+                         : load(rows + i * stride).v;
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    const __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]),
+                 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    r[k] = _mm256_permute2f128_ps(t[k], t[k + 4], 0x20);
+    r[k + 4] = _mm256_permute2f128_ps(t[k], t[k + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j)
+    if (j < columns) store(out + j * pitch, Vec{r[j]});
+}
+
 }  // namespace mprec::MPREC_ISA

@@ -149,4 +149,36 @@ inline uint32_t sign_bits(Int h) {
   return static_cast<uint32_t>(_mm512_movepi32_mask(_mm512_slli_epi32(h.v, 1)));
 }
 
+constexpr int group_rows = 8, group_vectors = 2;
+inline void transpose_tile(const float* rows, int64_t stride, int count, int columns, float* out,
+                           int64_t pitch) {
+  __m512 r[16], t[16];
+  const Mask mask(columns);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = i < count ? load(rows + i * stride, mask).v : _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // quads of rows: 4 x 4 within each 128 bits
+    const __m512 a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]),
+                 c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm512_shuffle_ps(a, c, 0xEE);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm512_shuffle_ps(b, d, 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {  // then 4 x 4 of those
+    const __m512 a = _mm512_shuffle_f32x4(t[k], t[k + 4], 0x88),
+                 b = _mm512_shuffle_f32x4(t[k], t[k + 4], 0xDD),
+                 c = _mm512_shuffle_f32x4(t[k + 8], t[k + 12], 0x88),
+                 d = _mm512_shuffle_f32x4(t[k + 8], t[k + 12], 0xDD);
+    r[k] = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[k + 8] = _mm512_shuffle_f32x4(a, c, 0xDD);
+    r[k + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[k + 12] = _mm512_shuffle_f32x4(b, d, 0xDD);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; ++j)
+    if (j < columns) store(out + j * pitch, Vec{r[j]});
+}
+
 }  // namespace mprec::MPREC_ISA

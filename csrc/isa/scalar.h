@@ -197,6 +197,14 @@ inline void store_sign_codes(uint16_t* codes, int j, Int h) {
   *to = static_cast<uint16_t>((j % 4 == 0 ? 0 : *to) | bits << (6 + j % 4));
 }
 
+// Of a group of products of pairs; dense/interaction.h says why.
+constexpr int group_rows = 4, group_vectors = 4;
+// rows[i * stride + j], i < count <= width, j < columns <= width, to out[j * pitch + i]; zeros for i >=
+// count.
+inline void transpose_tile(const float* rows, int64_t, int count, int, float* out, int64_t) {
+  *out = count > 0 ? *rows : 0.0f;
+}
+
 inline void prefetch_to_write(const void* p) { prefetch(p); }
 
 }  // namespace mprec::MPREC_ISA

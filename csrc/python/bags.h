@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,6 +39,51 @@ inline Feature feature(const Tensor& weight, int64_t first_bag, const Tensor& ou
           weight.shape[1],    weight.strides[0] * static_cast<int64_t>(sizeof(float)),
           first_bag,          out.ptr<float>() + column,
           out.strides[0]};
+}
+
+inline std::optional<Format> plain_format(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return Format::f32;
+    case DType::f16: return Format::f16;
+    case DType::bf16: return Format::bf16;
+    default: return std::nullopt;
+  }
+}
+
+inline const FormatTraits& quantised_format(long long code) {
+  std::string codes;
+  for (int i = 0; i < num_formats; ++i) {
+    const FormatTraits& format = traits(static_cast<Format>(i));
+    if (!format.quantised) continue;
+    if (format.code == code) return format;
+    codes += (codes.empty() ? "" : " or ") + std::to_string(format.code);
+  }
+  throw pybind11::value_error(message("bits: expected ", codes, ", got ", code));
+}
+
+// A table. uint8 holds quantised rows of `bits` (an int) per value, with their scale and bias.
+inline Feature table(PyObject* object, const char* name, PyObject* bits) {
+  const Tensor t = matrix(object, name);
+  Feature f{};
+  f.rows = t.ptr<char>();
+  f.num_rows = t.shape[0];
+  if (const auto format = plain_format(t.dtype)) {
+    f.format = *format;
+    f.dim = t.shape[1];
+  } else if (t.dtype == DType::u8) {
+    const FormatTraits& format = quantised_format(bits == Py_None ? 8 : integer(bits, "bits"));
+    f.format = format.format;
+    if (t.shape[1] < format.bytes(0))
+      throw pybind11::value_error(message(name, ": expected at least ", format.bytes(0),
+                                          " bytes for the scale of a row of ", format.name, ", got ",
+                                          t.shape[1]));
+    f.dim = format.dim(t.shape[1]);
+  } else {
+    throw pybind11::type_error(message(
+        name, ": expected float32, float16, bfloat16 or uint8 (quantised rows), got ", dtype_name(t.dtype)));
+  }
+  f.row_bytes = t.strides[0] * (f.format == Format::f32 ? 4 : t.dtype == DType::u8 ? 1 : 2);
+  return f;
 }
 
 // A block of columns in a matrix: [begin, end).

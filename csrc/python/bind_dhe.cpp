@@ -14,6 +14,7 @@
 #include "python/arguments.h"
 #include "python/bags.h"
 #include "python/dhe_bags.h"
+#include "python/layers.h"
 #include "python/tensor.h"
 #include "python/weight_watch.h"
 #include "registry.h"
@@ -41,45 +42,9 @@ Precision parse_precision(const std::string& name) {
   throw py::value_error(message("precision: '", name, "' is none of float32, float16, int8, lut, bfloat16"));
 }
 
-Tensor strided(PyObject* object, const char* name, DType dtype, int ndim) {
-  const Tensor t = view(object, name);
-  if (t.dtype != dtype)
-    throw py::type_error(message(name, ": expected ", dtype_name(dtype), ", got ", dtype_name(t.dtype)));
-  if (t.ndim != ndim)
-    throw py::value_error(message(name, ": expected ", ndim, " dimension(s), got ", t.ndim));
-  return t;
-}
-
 Encoder encoder(py::handle coefficients, int family) {
   const Tensor c = strided(coefficients.ptr(), "coefficients", DType::i32, 2);
   return Encoder({c.ptr<int32_t>(), c.shape[0], c.shape[1], c.strides[0], c.strides[1]}, hash_family(family));
-}
-
-// Without biases.
-std::vector<LinearWeights> matrices(const std::vector<py::object>& weights) {
-  std::vector<LinearWeights> layers;
-  for (size_t l = 0; l < weights.size(); ++l) {
-    const Tensor w = strided(weights[l].ptr(), message("weights[", l, "]").c_str(), DType::f32, 2);
-    layers.push_back({w.ptr<float>(), w.shape[0], w.shape[1], w.strides[0], w.strides[1], nullptr, 0});
-  }
-  return layers;
-}
-
-std::vector<LinearWeights> linear_layers(const std::vector<py::object>& weights,
-                                         const std::vector<py::object>& biases) {
-  if (weights.size() != biases.size())
-    throw py::value_error(
-        message("biases: expected one for each of the ", weights.size(), " weights, got ", biases.size()));
-  std::vector<LinearWeights> layers = matrices(weights);
-  for (size_t l = 0; l < layers.size(); ++l) {
-    const Tensor b = strided(biases[l].ptr(), message("biases[", l, "]").c_str(), DType::f32, 1);
-    if (b.shape[0] != layers[l].outputs)
-      throw py::value_error(
-          message("biases[", l, "]: expected ", layers[l].outputs, " values, got ", b.shape[0]));
-    layers[l].bias = b.ptr<float>();
-    layers[l].bias_stride = b.strides[0];
-  }
-  return layers;
 }
 
 std::unique_ptr<Decoder> make_decoder(py::handle coefficients, const std::vector<py::object>& weights,

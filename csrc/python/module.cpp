@@ -19,6 +19,7 @@ void bind_csr(py::module_&);            // bind_csr.cpp
 void bind_modules(py::module_&);        // bind_modules.cpp
 void bind_batches(py::module_&);        // bind_batches.cpp
 void bind_scheduler(py::module_&);      // bind_scheduler.cpp
+void bind_program(py::module_&);        // bind_program.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -50,4 +51,5 @@ PYBIND11_MODULE(_C, m) {
   python::bind_modules(m);
   python::bind_batches(m);
   python::bind_scheduler(m);
+  python::bind_program(m);
 }

@@ -141,6 +141,9 @@ def load_paths(args: argparse.Namespace) -> list[Path]:
         if not hashed:
             raise ValueError("--cache: none of the checkpoints has deep hash embeddings")
         paths += [with_cache(path, args.cache, counts) for path in hashed]
+    for path in paths:
+        if path.note:
+            say(f"path {path.name}: {path.note}")
     return paths
 
 

@@ -23,7 +23,7 @@ class Path:
     paths of a choice (AUC on the validation split, for checkpoints). ``shape`` identifies what was
     measured: a profile of another shape is not this path's. ``supports(batch_size)`` says which batches
     it can take at all (None: any). ``inputs`` are the numbers of features and of dense numbers that a batch
-    must have, where they are known.
+    must have, where they are known. ``note`` is for people: why it does not run as most paths do.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Path:
     shape: str = ""
     supports: Callable[[int], bool] | None = None
     inputs: tuple[int, int] | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -16,28 +16,46 @@ from mprec import checkpoint
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch, ClickDataset
 from mprec.dispatch.paths import Path, shape_digest
-from mprec.errors import CheckpointError
+from mprec.errors import CheckpointError, PathCompileError
+from mprec.models import compile_path
 
 __all__ = ["Scorer", "paths_from_checkpoints", "sampler", "with_cache"]
 
 
 class Scorer:
-    """Click probabilities [B] of a batch, by a model that returns logits."""
+    """Click probabilities [B] of a batch, by a model that returns logits: by its compiled path, or by the
+    model itself where ``reason`` says why it has none (empty: it has)."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model.eval()
+        self.model, self.reason = model.eval(), ""
+        try:
+            self.compiled = compile_path(model)
+        except PathCompileError as error:
+            self.compiled, self.reason = None, str(error)
 
-    @torch.inference_mode()
     def __call__(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+        if self.compiled is not None:
+            return self.compiled(batch.dense, batch.indices, batch.offsets)
+        with torch.inference_mode():
+            return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+
+    def path(self, name: str, representation: str, quality: float, description: Any) -> Path:
+        """The path that scores so; ``description`` says what is measured, beside how it runs."""
+        features, num_dense = self.model.embeddings.features, self.model.num_dense
+        how = "model" if self.compiled is None else f"compiled {self.compiled.precision}"
+        note = f"not compiled: {self.reason}" if self.reason else ""
+        shape, inputs = shape_digest([description, how]), (len(features), num_dense)
+        return Path(name, representation, quality, self, shape, inputs=inputs, note=note)
 
 
 def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = "auc") -> list[Path]:
     """One path per checkpoint, or every path of a multi-path one; the quality is the metadata's validation
     metric of that name.
 
-    A path is named after its representation, or after its file (and representation) where checkpoints share
-    one. ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not take the same inputs.
+    Whole paths are native calls (:func:`mprec.compile_path`) where the model can be compiled; else the path's
+    ``note`` says why not. A path is named after its representation, or after its file (and representation)
+    where checkpoints share one. ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not
+    take the same inputs.
     """
     if not files:
         raise ValueError("files must name at least one checkpoint")
@@ -66,9 +84,7 @@ def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = 
         name = representation
         if shared[representation] > 1:
             name = f"{file.stem}/{representation}" if several else file.stem
-        shape = shape_digest(model.config())
-        sizes = len(model.features), model.num_dense
-        paths.append(Path(name, representation, quality, Scorer(model), shape, inputs=sizes))
+        paths.append(Scorer(model).path(name, representation, quality, model.config()))
     if repeated := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
         raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
     return paths
@@ -90,9 +106,8 @@ def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     twin._modules["embeddings"] = CachedEmbeddingBagCollection(model.embeddings, nbytes, known)
-    shape = shape_digest([path.shape, "cache", nbytes])
-    name = f"{path.name}+cache"
-    return Path(name, path.representation, path.quality, Scorer(twin), shape, inputs=path.inputs)
+    name, description = f"{path.name}+cache", [model.config(), "cache", nbytes]
+    return Scorer(twin).path(name, path.representation, path.quality, description)
 
 
 def sampler(dataset: ClickDataset) -> Callable[[int, np.random.Generator], Batch]:
