@@ -15,7 +15,7 @@ import torch
 
 from mprec import data
 from mprec.nn import DheConfig, QuantizedEmbeddingBagCollection
-from mprec.training import MULTI_PATH, REPRESENTATIONS, TrainOptions, evaluate, train_representations
+from mprec.training import MODELS, MULTI_PATH, TrainOptions, evaluate, train_representations
 
 
 def rows_of(dataset, name: str, seed: int, args: argparse.Namespace) -> list[dict]:
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="movielens", help="as mprec train takes it")
     parser.add_argument("--split", help="default: the data's own")
-    parser.add_argument("--models", nargs="+", default=[*REPRESENTATIONS, MULTI_PATH])
+    parser.add_argument("--models", nargs="+", default=[*MODELS, MULTI_PATH])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=TrainOptions().epochs)
     parser.add_argument("--batch-size", type=int, default=TrainOptions().batch_size)

@@ -11,6 +11,7 @@ from mprec.cache.rows import Cached, Rows
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
 from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection
+from mprec.representations import PARTS
 
 __all__ = ["CachedDeepHashEmbeddingBag", "CachedEmbeddingBagCollection"]
 
@@ -140,7 +141,8 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         codebooks: Mapping[str, Codebook] | None = None,
     ) -> None:
         super().__init__(collection.features, collection.sparse, device="meta")
-        self.tables, self.dhe = collection.tables, collection.dhe
+        for part in PARTS:
+            self._modules[part.container] = collection._modules[part.container]
         hashed = {f.name: f for f in self.features if f.has_dhe}
         if not hashed:
             raise ValueError("collection: has no deep hash embedding to cache")

@@ -9,12 +9,13 @@ from mprec import reference
 from mprec._native import _C
 from mprec.hashing import families_for
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.ops._common import check_bags, check_same_device, ids
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import decoder, group_decoders
 from mprec.ops._dhe import run_dhe_bag_multi
 from mprec.ops._tables import run_embedding_bag_multi
+from mprec.representations import DHE, PARTS, TABLE
+from mprec.representations.deep_hash import DeepHashEmbeddingBag
 from mprec.row_formats import row_format
 
 #: Hash families that a decoder precision serves; None: all.
@@ -122,7 +123,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         decoders: str | Mapping[str, str] = "float32",
     ) -> None:
         super().__init__(collection.features, device="meta")
-        with_tables = [f.name for f in self.features if f.has_table]
+        with_tables = [f.name for f in self.features if f.has_rows]
         with_decoders = [f.name for f in self.features if f.has_dhe]
         self.table_precision = _by_name(tables, with_tables, "tables")
         self.decoder_precision = _by_name(decoders, with_decoders, "decoders")
@@ -134,13 +135,19 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             shared = collection.dhe._modules[name]
             self.dhe._modules[name] = QuantizedDecoder(shared) if self._in_float8(name) else shared
         self._dhe_groups = [part for group in self._dhe_groups for part in self._split_group(group)]
-        self.tables = nn.ModuleDict()
-        for name in with_tables:
-            weight = collection.tables._modules[name].weight
-            try:
-                self.tables._modules[name] = QuantizedTable(weight, self.table_precision[name])
-            except ValueError as error:
-                raise ValueError(f"tables: feature {name!r}: {error}") from None
+        for part in PARTS:
+            if part is not DHE:
+                self._modules[part.container] = nn.ModuleDict()
+        for f in self.features:
+            for part in f.parts:
+                if part is DHE:
+                    continue
+                module, precision = collection._members(part)[f.name], self.table_precision.get(f.name)
+                try:
+                    made = QuantizedTable(module.weight, precision) if part is TABLE else None
+                    self._members(part)[f.name] = made or part.quantised(module, precision)
+                except ValueError as error:
+                    raise ValueError(f"tables: feature {f.name!r}: {error}") from None
         self.train(collection.training)
 
     def _apply(self, fn, recurse=True):
@@ -272,6 +279,10 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def nbytes(self) -> int:
         """Bytes that a call reads: tables, and decoders as packed."""
         total = sum(table.nbytes for table in self.tables._modules.values())
+        for group in self._other_groups:
+            for name in group.names:
+                state = self._members(group.part)[name].state_dict()
+                total += sum(tensor.nbytes for tensor in state.values())
         with torch.no_grad():
             for group in self._dhe_groups:
                 for name in group.names:

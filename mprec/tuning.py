@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mprec.nn.options import KernelOptions
+from mprec.options import KernelOptions
 
 if TYPE_CHECKING:
     from mprec.dispatch import Path, Profile

@@ -11,11 +11,11 @@ from mprec._native import _C
 from mprec.errors import IdOutOfRangeError
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
-from mprec.nn.config import DheConfig
-from mprec.nn.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
-from mprec.nn.tuning import kernel_options
 from mprec.ops._common import direct, num_bags, rows_as_bags
 from mprec.ops._decoders import ModuleDecoder
+from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.representations.dhe_config import DheConfig
+from mprec.tuning import kernel_options
 
 
 class DeepHashEmbeddingBag(nn.Module):
@@ -181,7 +181,7 @@ class DeepHashEmbeddingBag(nn.Module):
         return table
 
     def kernel_traits(self) -> KernelTraits:
-        """For :mod:`mprec.nn.tuning`. A bag without a bound is measured on 2**20 IDs."""
+        """For :mod:`mprec.tuning`. A bag without a bound is measured on 2**20 IDs."""
         shape = [[self.config.to_dict(), self.embedding_dim, self.mode], []]
         return KernelTraits(True, False, [self.num_embeddings or 1 << 20], shape, takes_batches=False)
 
