@@ -1,6 +1,7 @@
 """Collections in fewer bytes, for serving."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -142,10 +143,11 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             for part in f.parts:
                 if part is DHE:
                     continue
-                module, precision = collection._members(part)[f.name], self.table_precision.get(f.name)
+                module = collection._members(part)[f.name]
+                quantise = partial(QuantizedTable, precision=self.table_precision.get(f.name, "float32"))
                 try:
-                    made = QuantizedTable(module.weight, precision) if part is TABLE else None
-                    self._members(part)[f.name] = made or part.quantised(module, precision)
+                    made = quantise(module.weight) if part is TABLE else part.quantised(module, quantise)
+                    self._members(part)[f.name] = made
                 except ValueError as error:
                     raise ValueError(f"tables: feature {f.name!r}: {error}") from None
         self.train(collection.training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -113,8 +113,9 @@ class Part(ABC):
         """
         raise NotImplementedError(f"{self.name}: pooled by the collection")
 
-    def quantised(self, module: nn.Module, precision: str) -> nn.Module:
-        """A module for serving whose rows have this precision, for :meth:`pool` without gradients."""
+    def quantised(self, module: nn.Module, quantise: Callable[[Tensor], nn.Module]) -> nn.Module:
+        """A module for serving, for :meth:`pool` without gradients. ``quantise`` makes a
+        :class:`mprec.nn.QuantizedTable` of a table of rows."""
         raise NotImplementedError(f"{self.name}: quantised by the collection")
 
 
