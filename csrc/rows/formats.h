@@ -8,7 +8,8 @@
   X(f16, PlainRow<Half>, float16)     \
   X(bf16, PlainRow<BFloat>, bfloat16) \
   X(int8, Int8Row, int8)              \
-  X(int4, Int4Row, int4)
+  X(int4, Int4Row, int4)              \
+  X(float8, Float8Row, float8)
 
 namespace mprec {
 

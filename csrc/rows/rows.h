@@ -1,6 +1,7 @@
 // How the rows of a table are stored: each struct gives a register of a row's values from a column on.
 // Quantised rows give the stored numbers; their values are scale * number, + bias if they are `biased`.
 #pragma once
+#include "rows/float8.h"
 #include "rows/formats.h"
 #include "rows/int4.h"
 #include "rows/int8.h"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from mprec.row_formats.base import PlainRows, RowFormat
 from mprec.row_formats.fbgemm import Int4Rows, Int8Rows
+from mprec.row_formats.float8 import Float8Rows
 
 __all__ = ["ROW_FORMATS", "RowFormat", "quantised_format", "row_format"]
 
@@ -17,6 +18,7 @@ _FORMATS = (
     PlainRows("bfloat16"),
     Int8Rows("int8"),
     Int4Rows("int4"),
+    Float8Rows("float8"),
 )
 
 #: By the name that users write.

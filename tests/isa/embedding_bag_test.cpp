@@ -75,6 +75,15 @@ struct Table {
           row.back() = static_cast<char>(row.back() | q << 4);
         continue;
       }
+      if (format == Format::float8) {
+        const auto size = static_cast<uint8_t>(random.below(127));  // 127 is NaN
+        const bool negative = random.below(2);
+        const double number = size < 8 ? std::ldexp(size, -9) : std::ldexp(8 + size % 8, size / 8 - 10),
+                     value = scale * (negative ? -number : number);
+        add(value, std::fabs(value));
+        append(row, static_cast<uint8_t>(size | negative << 7));
+        continue;
+      }
       const float x = random.normal_ish();
       if (format == Format::f32) append(row, x);
       if (format == Format::f16) append(row, static_cast<_Float16>(x));
@@ -86,6 +95,7 @@ struct Table {
       add(value, std::fabs(value));
     }
     if (format == Format::int8) append(row, scale), append(row, bias);
+    if (format == Format::float8) append(row, scale);
     if (format == Format::int4)
       append(row, static_cast<_Float16>(scale)), append(row, static_cast<_Float16>(bias));
     return row;
@@ -272,7 +282,7 @@ void test_dims(const std::string& isa, Mode mode, bool weighted) {
 }
 
 void test_formats(const std::string& isa) {
-  for (Format format : {Format::f16, Format::bf16, Format::int8, Format::int4}) {
+  for (Format format : {Format::f16, Format::bf16, Format::int8, Format::int4, Format::float8}) {
     Case c(isa + " embedding_bag, rows in " + format_name(format));
     Random random(9);
     for (int64_t dim : all_dims()) {
