@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mprec.representations import dhe, hybrid, table
+from mprec.representations import dhe, hybrid, low_rank, table
 from mprec.representations.base import Part, Representation
 
 __all__ = ["PARTS", "REPRESENTATIONS", "SELECT"]
@@ -11,6 +11,7 @@ _LIST = (
     table.REPRESENTATION,
     dhe.REPRESENTATION,
     hybrid.REPRESENTATION,
+    low_rank.REPRESENTATION,
 )
 
 #: By the name that users write.
