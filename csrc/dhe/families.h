@@ -8,7 +8,8 @@
   X(artifact, Artifact)                  \
   X(artifact_gaussian, ArtifactGaussian) \
   X(sign, Sign)                          \
-  X(u7, U7)
+  X(u7, U7)                              \
+  X(u8, U8)
 
 namespace mprec {
 

@@ -4,6 +4,7 @@
 #include "dhe/families/artifact_gaussian.h"
 #include "dhe/families/sign.h"
 #include "dhe/families/u7.h"
+#include "dhe/families/u8.h"
 #include "dhe/families/universal.h"
 
 namespace mprec::MPREC_ISA {
