@@ -5,6 +5,7 @@ Each function is fuzzed in a process of its own: a crash fails one test, which n
 """
 
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -252,14 +253,14 @@ def stack_watch(draw, guard: Guard):
 @st.composite
 def same_stack(draw, guard: Guard):
     arguments = draw(stack_watch(guard))
-    return arguments | {"watch": _C.StackWatch(**arguments)}
+    return arguments | {"watch": _C.StackWatch.of(**arguments), "thorough": draw(st.booleans())}
 
 
 @st.composite
 def kept_decoder(draw, guard: Guard):
     weight = torch.zeros(draw(st.integers(1, 100)))
     return {
-        "watch": _C.WeightWatch([({"weight": weight}, "weight")]),
+        "watch": _C.WeightWatch.of([({"weight": weight}, "weight")]),
         "decoder": _C.Decoder(**decoder_arguments([16, 5, 9])),
     }
 
@@ -270,6 +271,32 @@ def dhe_bag_kept(draw, guard: Guard):
     del arguments["decoder"], arguments["out"]
     kept = _C.KeptDecoder(**draw(kept_decoder(guard)))
     return arguments | {"kept": kept, "bound": draw(st.sampled_from([None, 2**63 - 1])), "dedupe": None}
+
+
+@st.composite
+def check_offsets(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 6))
+    return {
+        "offsets": offsets,
+        "num_indices": len(indices),
+        "include_last_offset": True,
+        "num_features": features,
+    }
+
+
+@st.composite
+def check_ids(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 6))
+    chosen = draw(st.lists(st.integers(0, features - 1), max_size=3))
+    return {
+        "indices": indices,
+        "offsets": offsets,
+        "bags": batch,
+        "num_features": features,
+        "bounds": [(f, draw(st.sampled_from([-1, 6, 6]))) for f in chosen],
+    }
 
 
 def hashing(dtype: str):
@@ -471,6 +498,65 @@ def join_bags(draw, guard: Guard):
     }
 
 
+def layers(*widths):
+    """Weights, biases and activations (ReLU, at last none) of an MLP."""
+    sizes = list(itertools.pairwise(widths))
+    weights = [torch.randn(o, i) for i, o in sizes]
+    return weights, [torch.randn(o) for _, o in sizes], [1] * (len(sizes) - 1) + [0]
+
+
+def program_arguments(modes):
+    """A path of two features (a table, and a table and a decoder) and three dense numbers."""
+    tables = [{"weight": torch.randn(10, 8)} for _ in range(2)]
+    decoder = _C.Decoder(**decoder_arguments([16, 5, 8]))
+    return {
+        "num_features": 2,
+        "num_dense": 3,
+        "dim": 8,
+        "tables": [(tables[0], "weight", 0, 0, modes[0], 8), (tables[1], "weight", 1, 1, modes[1], 8)],
+        "decoders": [(decoder, 1, 2, modes[1])],
+        "bottom": layers(3, 5, 8),
+        "constant": None,
+        "top": layers(8 + 6, 7, 1),
+        "mixing": [],
+        "self_interaction": False,
+        "watch": _C.WeightWatch.of([(table, "weight") for table in tables]),
+    }
+
+
+@st.composite
+def path_program(draw, guard: Guard):
+    return program_arguments(draw(st.tuples(st.integers(0, 2), st.integers(0, 2))))
+
+
+@st.composite
+def program_run(draw, guard: Guard):
+    batch = draw(st.sampled_from([0, 1, 5, 140]))
+    indices, offsets = draw(bags(2, batch, 10))
+    return {
+        "program": _C.PathProgram(**program_arguments((0, 1))),
+        "dense": torch.randn(batch, 3),
+        "indices": indices,
+        "offsets": offsets,
+        "threads": draw(st.sampled_from([1, 2])),
+    }
+
+
+@st.composite
+def json_query(draw, guard: Guard):
+    ids = draw(st.lists(st.lists(st.lists(st.integers(-1, 9), max_size=3), max_size=3), max_size=3))
+    body = json.dumps({"ids": ids, "dense": [[0.5, 1e300]] * len(ids), "sla_ms": 5}).encode()
+    at = draw(st.integers(0, len(body)))
+    body = draw(st.sampled_from([body, body[:at], body[:at] + draw(st.binary(max_size=3)) + body[at:]]))
+    return {
+        "body": body,
+        "vocabularies": torch.tensor([5, 10]),
+        "num_dense": 2,
+        "max_samples": draw(st.integers(0, 5)),
+        "max_ids": draw(st.integers(0, 20)),
+    }
+
+
 seconds = st.lists(st.floats(1e-6, 1.0), min_size=5, max_size=5)
 options = st.builds(_C.Option, st.sampled_from("ab"), st.floats(-1, 1), seconds)
 lanes = st.lists(st.builds(_C.Lane, st.just("cpu"), st.lists(options, min_size=1, max_size=2)), min_size=1)
@@ -550,6 +636,12 @@ def tensors_of(draw, guard: Guard):
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "embedding_bag_multi": (_C.embedding_bag_multi, embedding_bag_multi),
     "embedding_bag": (_C.embedding_bag, embedding_bag),
+    "try_embedding_bag_multi": (_C.try_embedding_bag_multi, embedding_bag_multi),
+    "try_embedding_bag": (_C.try_embedding_bag, embedding_bag),
+    "try_dhe_bag_multi": (_C.try_dhe_bag_multi, dhe_bag_multi),
+    "try_dhe_bag": (_C.try_dhe_bag, dhe_bag),
+    "check_offsets": (_C.check_offsets, check_offsets),
+    "check_ids": (_C.check_ids, check_ids),
     "update_tables": (_C.update_tables, update_tables),
     "sparse_gradient": (_C.sparse_gradient, sparse_gradient),
     "Decoder": (_C.Decoder, decoder),
@@ -557,7 +649,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dhe_bag": (_C.dhe_bag, dhe_bag),
     "dhe_bag_kept": (_C.dhe_bag_kept, dhe_bag_kept),
     "KeptDecoder": (_C.KeptDecoder, kept_decoder),
-    "StackWatch": (_C.StackWatch, stack_watch),
+    "StackWatch.of": (_C.StackWatch.of, stack_watch),
     "same_stack": (_C.same_stack, same_stack),
     "hash_encode": (_C.hash_encode, hashing("f4")),
     "hash_values": (_C.hash_values, hashing("i8")),
@@ -573,6 +665,9 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "select_features": (_C.select_features, select_features),
     "unique_share": (_C.unique_share, unique_share),
     "join_bags": (_C.join_bags, join_bags),
+    "read_json_query": (_C.read_json_query, json_query),
+    "PathProgram": (_C.PathProgram, path_program),
+    "run_program": (_C.run_program, program_run),
     "Scheduler": (serve, scheduler),
     "FluidPrice": (
         price,
@@ -604,7 +699,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "Overflow": (_C.Overflow, by_name(load=anything_float, grain=anything_float, bound=anything_float)),
     "Option": (_C.Option, by_name(path=st.just("a"), quality=anything_float, seconds=seconds)),
     "Lane": (_C.Lane, by_name(name=st.just("cpu"), options=st.lists(options, max_size=2))),
-    "WeightWatch": (_C.WeightWatch, weight_watch),
+    "WeightWatch.of": (_C.WeightWatch.of, weight_watch),
     "tensors_of": (_C.tensors_of, tensors_of),
 }
 # They take no argument, or a name only.
@@ -626,8 +721,8 @@ def test_every_native_function_is_a_target():
 
 
 LISTS = {"weights", "biases", "decoders", "out_columns", "columns", "first", "second", "caches", "positions",
-         "grad_weights", "grad_biases", "features", "places", "samples", "starts", "stops", "lanes",
-         "options"}  # fmt: skip
+         "grad_weights", "grad_biases", "features", "places", "samples", "starts", "stops", "lanes", "tables",
+         "mixing", "options", "bounds"}  # fmt: skip
 IDS = {"indices", "offsets", "ids"}
 
 

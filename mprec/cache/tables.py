@@ -26,6 +26,7 @@ def materialize(
     Raises:
         ValueError: an unknown name.
     """
+    collection = collection.fold()
     others = [f.name for f in collection.features if f.parts != (TABLE,)]
     chosen = set(others if names is None else names)
     if unknown := sorted(chosen - set(others)):

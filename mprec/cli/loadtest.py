@@ -205,7 +205,7 @@ def _give(args, result: dict, tables: list, warnings: Sequence[str] = ()) -> Non
         print(json.dumps(result))
     else:
         for table in tables:
-            Console().print(table)
+            Console(markup=False).print(table)
     for text in warnings[:_MOST_WARNINGS]:
         say(f"warning: {text}")
     if len(warnings) > _MOST_WARNINGS:

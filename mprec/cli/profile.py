@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"file": str(file), "picture": picture and str(picture), **profile.to_dict()}))
         return 0
-    console = Console()
+    console = Console(markup=False)
     console.print(latency.table(profile))
     if args.show is not None:
         console.print(latency.crossover_table(profile))

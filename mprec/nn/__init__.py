@@ -2,6 +2,8 @@
 
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.hybrid import HybridEmbeddingBag
+from mprec.nn.low_rank import LowRankEmbeddingBagCollection, LowRankTable
+from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
 from mprec.nn.memory import use_huge_pages
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import swap
@@ -20,10 +22,14 @@ __all__ = [
     "FeatureConfig",
     "HybridEmbeddingBag",
     "KernelOptions",
+    "LowRankEmbeddingBagCollection",
+    "LowRankTable",
+    "MappedEmbeddingBagCollection",
     "MeanForUnseen",
     "QuantizedEmbeddingBagCollection",
     "QuantizedTable",
     "auto_kernels",
+    "folded",
     "kernel_candidates",
     "swap",
     "tune_kernels",

@@ -10,11 +10,10 @@ from mprec import reference
 from mprec._native import _C
 from mprec.hashing import families_for
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.ops._common import check_bags, check_same_device, ids
+from mprec.ops._checks import check_bags, check_mode, check_per_sample_weights, check_same_device
+from mprec.ops._common import ids, plain
 from mprec.ops._csr import batch_size
-from mprec.ops._decoders import decoder, group_decoders
-from mprec.ops._dhe import run_dhe_bag_multi
-from mprec.ops._tables import run_embedding_bag_multi
+from mprec.ops._decoders import check_float16, decoder
 from mprec.representations import DHE, PARTS, TABLE
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
 from mprec.row_formats import row_format
@@ -47,7 +46,7 @@ class QuantizedTable(nn.Module):
         self.num_embeddings, self.embedding_dim = weight.shape
         self.precision = precision
         self.bits = self.format.code
-        weight = weight.detach().to(torch.float32).contiguous()
+        weight = plain(weight.detach().to(torch.float32))
         self.register_buffer("rows", self.format.encode(weight))
 
     @property
@@ -114,7 +113,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             too, sums are float32; a CPU computes the same, slowly.
 
     Raises:
-        ValueError: unknown precision or feature, or one that does not fit (odd dimension, hash family).
+        ValueError: unknown precision or feature, or one that does not fit (odd dimension, hash family,
+            numbers beyond the range of float16 or of int4's scales).
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         tables: str | Mapping[str, str] = "int8",
         decoders: str | Mapping[str, str] = "float32",
     ) -> None:
+        collection = collection.fold()
         super().__init__(collection.features, device="meta")
         with_tables = [f.name for f in self.features if f.has_rows]
         with_decoders = [f.name for f in self.features if f.has_dhe]
@@ -131,6 +132,9 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         for f in self.features:
             if f.has_dhe:
                 _check_decoder_precision(f, self.decoder_precision[f.name])
+                if self.decoder_precision[f.name] == "float16":
+                    weights = collection.dhe._modules[f.name].weights
+                    check_float16(weights, f"decoders: feature {f.name!r}")
         self.dhe = nn.ModuleDict()
         for name in with_decoders:
             shared = collection.dhe._modules[name]
@@ -180,21 +184,11 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
-    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> None:
+    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
         modules = self._modules["tables"]._modules
-        run_embedding_bag_multi(
-            _C.tensors_of(modules, group.names, "_buffers", "rows", Tensor),
-            indices,
-            offsets,
-            group.mode_code,
-            per_sample_weights,
-            out,
-            None if group.alone else group.columns,
-            None if group.whole else group.features,
-            len(self.features),
-            [modules[name].bits for name in group.names],
-            threads=options.threads,
-        )
+        rows = _C.tensors_of(modules, group.names, "_buffers", "rows", Tensor)
+        bits = [modules[name].bits for name in group.names]
+        return self._pool_tables(group, rows, bits, indices, offsets, per_sample_weights, out, options)
 
     def _in_float8(self, name: str) -> bool:
         return self.decoder_precision[name] == "float8"
@@ -210,28 +204,16 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
                 }
                 yield group._replace(**lists, whole=group.whole and len(at) == len(group.names))
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
-        if self._in_float8(group.names[0]):
-            vectors = self._embed_decoders(group, indices, offsets, per_sample_weights)
-            for column, part in self._by_column(group, vectors):
-                out[:, column : column + part.shape[1]] = part
-            return
-        modules = self._modules["dhe"]._modules
-        members = [modules[name] for name in group.names]
-        precisions = [self.decoder_precision[name] for name in group.names]
-        run_dhe_bag_multi(
-            group_decoders(self, group.names[0], members, group.decoder, precisions),
-            indices,
-            offsets,
-            group.mode_code,
-            per_sample_weights,
-            out,
-            group.columns,
-            None if group.whole else group.features,
-            len(self.features),
-            threads=options.threads,
-            dedupe=options.dedupe,
-        )
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
+        if not self._in_float8(group.names[0]):
+            return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)
+        vectors = self._embed_decoders(group, indices, offsets, per_sample_weights)
+        for column, part in self._by_column(group, vectors):
+            out[:, column : column + part.shape[1]] = part
+        return out
+
+    def _precisions(self, group) -> list[str]:
+        return [self.decoder_precision[name] for name in group.names]
 
     def _embed_tables(self, group, indices, offsets, per_sample_weights) -> Tensor:
         tables = [self.tables._modules[name] for name in group.names]
@@ -270,12 +252,16 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         batch_size(offsets, len(self.features))
         if indices.is_cuda:
             return super()._forward_ops(indices, offsets, per_sample_weights)
-        check_bags(offsets, len(indices), True)
+        check_bags(offsets, len(indices), True, len(self.features))
         if per_sample_weights is not None:
-            per_sample_weights = per_sample_weights.detach().to(torch.float32).contiguous()
-            if any(f.mode == "max" for f in self.features):
-                raise NotImplementedError("per_sample_weights: only modes 'sum' and 'mean' take them")
-        return self._forward_direct(indices, offsets, per_sample_weights)
+            per_sample_weights = plain(per_sample_weights.detach().to(torch.float32))
+            check_per_sample_weights(per_sample_weights, torch.float32, indices)
+        for group in (*self._table_groups, *self._dhe_groups):
+            check_mode(group.mode_code, per_sample_weights)
+        pooled = self._forward_direct(indices, offsets, per_sample_weights)
+        if pooled is None:
+            raise TypeError("expected rows in their own precision, on the CPU: were buffers replaced?")
+        return pooled
 
     @property
     def nbytes(self) -> int:

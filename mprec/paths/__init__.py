@@ -4,6 +4,14 @@ paths = paths_from_checkpoints(["table.pt", "dhe.pt", "hybrid.pt"])
 profile = Profile.load_or_measure(paths, make_input=sampler(test_set))
 """
 
-from mprec.paths.checkpoints import Scorer, paths_from_checkpoints, sampler, with_cache
+from mprec.paths.checkpoints import (
+    Inputs,
+    Scorer,
+    can_cache,
+    inputs_of,
+    paths_from_checkpoints,
+    sampler,
+    with_cache,
+)
 
-__all__ = ["Scorer", "paths_from_checkpoints", "sampler", "with_cache"]
+__all__ = ["Inputs", "Scorer", "can_cache", "inputs_of", "paths_from_checkpoints", "sampler", "with_cache"]

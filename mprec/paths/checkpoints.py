@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from mprec.data import Batch, ClickDataset
 from mprec.dispatch.paths import Path, shape_digest
 from mprec.errors import CheckpointError, PathCompileError
 from mprec.models import compile_path
+from mprec.nn import EmbeddingBagCollection
+from mprec.paths import bundle
+from mprec.paths.forms import form_of
 
-__all__ = ["Scorer", "paths_from_checkpoints", "sampler", "with_cache"]
+__all__ = ["Inputs", "Scorer", "can_cache", "inputs_of", "paths_from_checkpoints", "sampler", "with_cache"]
 
 
 class Scorer:
@@ -49,45 +52,107 @@ class Scorer:
 
 
 def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = "auc") -> list[Path]:
-    """One path per checkpoint, or every path of a multi-path one; the quality is the metadata's validation
-    metric of that name.
+    """One path per checkpoint, or every path of a multi-path one or of a bundle; the quality is the
+    metadata's validation metric of that name.
 
     Whole paths are native calls (:func:`mprec.compile_path`) where the model can be compiled; else the path's
-    ``note`` says why not. A path is named after its representation, or after its file (and representation)
-    where checkpoints share one. ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not
-    take the same inputs.
+    ``note`` says why not. A path of a bundle has its name there, with the folder's before it where two have
+    the same. Another is named after its representation, or after its file (and representation) where
+    checkpoints share one. ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not take
+    the same inputs.
     """
     if not files:
         raise ValueError("files must name at least one checkpoint")
-    found: list[tuple[FilePath, str, float, torch.nn.Module, bool]] = []
+    found: list[_Found] = []
     inputs = None
     for file in map(FilePath, files):
-        model, metadata = checkpoint.load(file)
-        here = ([(f.name, f.num_embeddings) for f in model.features], model.num_dense)
+        here, made = _open(file, metric)
         if inputs is not None and here != inputs:
             raise ValueError(f"{file} takes other inputs (features or dense numbers) than {files[0]}")
         inputs = here
-        try:
-            if "paths" in metadata:  # one model, several paths
-                for name, metrics in metadata["paths"].items():
-                    found.append((file, name, float(metrics["valid"][metric]), model.path(name), True))
-            else:
-                quality = float(metadata["metrics"]["valid"][metric])
-                found.append((file, str(metadata["representation"]), quality, model, False))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file}: its metadata has no representation or no validation {metric}"
-            ) from error
-    shared = Counter(representation for _, representation, _, _, _ in found)
+        found += made
+    shared = Counter(each.name for each in found)
     paths = []
-    for file, representation, quality, model, several in found:
-        name = representation
-        if shared[representation] > 1:
-            name = f"{file.stem}/{representation}" if several else file.stem
-        paths.append(Scorer(model).path(name, representation, quality, model.config()))
+    for each in found:
+        name = each.name
+        if shared[name] > 1:
+            name = f"{each.file.stem}/{name}" if each.several else each.file.stem
+        paths.append(Scorer(each.model).path(name, each.representation, each.quality, each.shape))
     if repeated := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
         raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
     return paths
+
+
+class _Found(NamedTuple):
+    """A path in a file, before it has its name among those of other files."""
+
+    file: FilePath
+    name: str
+    representation: str
+    quality: float
+    model: torch.nn.Module
+    shape: str
+    several: bool  # in that file
+
+
+def _open(file: FilePath, metric: str) -> tuple[tuple[list[tuple[str, int]], int], list[_Found]]:
+    """(inputs, paths) of a checkpoint or a bundle."""
+    if bundle.is_bundle(file):
+        members, metadata = bundle.load(file)
+        model, several = members[0].model, True
+        rows = [(m.name, m.representation, m.metrics, m.model, m.shape) for m in members]
+    else:
+        model, metadata = checkpoint.load(file)
+        several = "paths" in metadata  # one model, several paths
+        rows = []
+        try:
+            if several:
+                for name, metrics in metadata["paths"].items():
+                    path = model.path(name)
+                    rows.append((name, name, metrics, path, shape_digest(path.config())))
+            else:
+                name = str(metadata["representation"])
+                rows.append((name, name, metadata["metrics"], model, shape_digest(model.config())))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file}: its metadata has no representation or no metrics") from error
+    try:
+        found = [
+            _Found(file, name, kind, float(metrics["valid"][metric]), each, shape, several)
+            for name, kind, metrics, each, shape in rows
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: its metadata has no representation or no validation {metric}"
+        ) from error
+    return ([(f.name, f.num_embeddings) for f in model.features], model.num_dense), found
+
+
+class Inputs(NamedTuple):
+    """What the models of a checkpoint or a bundle take, and how their data was split (None: its default)."""
+
+    features: list[tuple[str, int]]  # (name, vocabulary)
+    num_dense: int
+    split: str | None
+
+
+def inputs_of(file: str | os.PathLike) -> Inputs:
+    """The inputs of a checkpoint or a bundle, without making models. ``CheckpointError`` for a bad file."""
+    if bundle.is_bundle(file):
+        manifest = bundle.describe(file)
+        config, metadata = manifest["paths"][0].get("config"), manifest.get("metadata", {})
+    else:
+        config, metadata = checkpoint.describe(file)
+    try:
+        features = [(str(f["name"]), int(f["num_embeddings"])) for f in config["features"]]
+        return Inputs(features, int(config["num_dense"]), metadata.get("split"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its config does not name the model's inputs: {error!r}") from error
+
+
+def can_cache(path: Path) -> bool:
+    """Has the path plain decoders, so that :func:`with_cache` takes it?"""
+    embeddings = getattr(getattr(path.model, "model", None), "embeddings", None)
+    return type(embeddings) is EmbeddingBagCollection and any(f.has_dhe for f in embeddings.features)
 
 
 def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None) -> Path:
@@ -101,6 +166,9 @@ def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None)
     if not isinstance(path.model, Scorer):
         raise ValueError(f"path {path.name!r}: not made by paths_from_checkpoints")
     model = path.model.model
+    if type(model.embeddings) is not EmbeddingBagCollection:
+        form = form_of(model.embeddings)["form"]
+        raise ValueError(f"path {path.name!r}: a cache is for plain decoders, not for {form} ones")
     hashed = {feature.name for feature in model.embeddings.features if feature.has_dhe}
     known = None if counts is None else {name: c for name, c in counts.items() if name in hashed}
     twin = copy.copy(model)

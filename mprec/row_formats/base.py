@@ -63,7 +63,14 @@ class PlainRows(RowFormat):
     """Numbers of a type of torch."""
 
     def encode(self, weight: Tensor) -> Tensor:
-        return weight.to(getattr(torch, self.name), copy=True)
+        """Raises ``ValueError`` if finite numbers would become infinite."""
+        rows = weight.to(getattr(torch, self.name), copy=True)
+        if not rows.is_meta and not bool((rows.isfinite() | ~weight.isfinite()).all()):
+            largest = torch.finfo(rows.dtype).max
+            raise ValueError(
+                f"precision: {self.name} holds numbers up to {largest:g}, got {float(weight.abs().max())}"
+            )
+        return rows
 
     def decode(self, rows: Tensor) -> Tensor:
         return rows.to(torch.float32)

@@ -45,8 +45,7 @@ struct Layers {
     }
     return Mlp(linear, activations);
   }
-  // A sum of n products is off by at most n + 1 units of the sum of their magnitudes; eps is two units. No
-  // activation is steeper than 1.09.
+  // Errors add up like a random walk, as in dhe_network.h; no activation is steeper than 1.09.
   Row operator()(Row x) const {
     for (size_t l = 0; l < weights.size(); ++l) {
       Row y;
@@ -56,11 +55,12 @@ struct Layers {
           const double w = weights[l][o * sizes[l] + i];
           sum += w * x[i].value;
           magnitude += std::fabs(w * x[i].value);
-          inherited += std::fabs(w) * x[i].bound;
+          inherited += w * x[i].bound * w * x[i].bound;
         }
         const double value = activate(after(l), sum);
-        y.push_back({value, 1.09 * (inherited + eps / 2 * static_cast<double>(sizes[l] + 2) * magnitude) +
-                                4 * eps * std::max(std::fabs(value), 1e-3)});
+        const double rounding = eps * (2 + std::sqrt(static_cast<double>(sizes[l])) / 4) * magnitude;
+        y.push_back(
+            {value, 1.09 * (std::sqrt(inherited) + rounding) + 4 * eps * std::max(std::fabs(value), 1e-3)});
       }
       x = y;
     }
