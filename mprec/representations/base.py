@@ -17,11 +17,16 @@ __all__ = ["Feature", "Part", "Representation"]
 class Feature(Protocol):
     """What a part reads of a :class:`mprec.nn.FeatureConfig`."""
 
-    name: str
-    num_embeddings: int
-    embedding_dim: int
-    dhe: DheConfig | None
-    mode: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_embeddings(self) -> int: ...
+    @property
+    def embedding_dim(self) -> int: ...
+    @property
+    def dhe(self) -> DheConfig | None: ...
+    @property
+    def mode(self) -> str: ...
 
     def parameter(self, name: str, default: Any) -> Any: ...
 
@@ -87,7 +92,7 @@ class Part(ABC):
         """Features of equal groups and pooling modes are pooled by one call."""
         return None
 
-    def reset(self, module: nn.Module) -> None:
+    def reset(self, module: Any) -> None:
         """Weights as they start, once more."""
         module.reset_parameters()
 
@@ -97,7 +102,7 @@ class Part(ABC):
 
     def pool(
         self,
-        modules: Sequence[nn.Module],
+        modules: Sequence[Any],
         indices: Tensor,
         offsets: Tensor,
         mode: str,

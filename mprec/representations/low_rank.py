@@ -7,6 +7,7 @@ means that is the same, at one product per bag. Of maxima it is not, so there mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ class LowRankEmbedding(nn.Module):
         projection: ``nn.Linear`` from r to D without bias, N(0, 1/r) at first: vectors then start with the
             variance of a plain table's.
     """
+
+    rows: Any  # EmbeddingBag, or a quantised table
+    projection: nn.Linear
 
     def __init__(self, rows: nn.Module, projection: nn.Linear) -> None:
         super().__init__()
@@ -90,7 +94,7 @@ class LowRank(Part):
 
     def pool(
         self,
-        modules: Sequence[LowRankEmbedding],
+        modules: Sequence[Any],
         indices: Tensor,
         offsets: Tensor,
         mode: str,
