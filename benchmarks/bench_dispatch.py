@@ -50,8 +50,8 @@ from mprec.dispatch import (
 )
 from mprec.models import DLRM
 from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, kernel_candidates, with_representation
-from mprec.nn.tuning import _with
 from mprec.paths import sampler
+from mprec.tuning import _with
 
 FEATURES, VOCABULARY, EXPONENT = 8, 1_000_000, 1.05
 OFF_GRID = (3, 6, 11, 23, 45, 91, 181, 300, 362, 724, 1000, 1448, 1900)

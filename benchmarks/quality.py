@@ -23,7 +23,7 @@ import torch
 from mprec import data
 from mprec.derive import derive
 from mprec.nn import DheConfig, QuantizedEmbeddingBagCollection
-from mprec.training import MULTI_PATH, REPRESENTATIONS, Trained, TrainOptions, evaluate, train_representations
+from mprec.training import MODELS, MULTI_PATH, Trained, TrainOptions, evaluate, train_representations
 
 #: Ways to train tables, as options of ``TrainOptions``.
 TRAININGS = {
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="movielens", help="as mprec train takes it")
     parser.add_argument("--split", help="default: the data's own")
-    parser.add_argument("--models", nargs="+", default=[*REPRESENTATIONS, MULTI_PATH])
+    parser.add_argument("--models", nargs="+", default=[*MODELS, MULTI_PATH])
     parser.add_argument("--trainings", nargs="*", choices=TRAININGS, help="ways to train tables (all)")
     parser.add_argument("--derive", action="store_true", help="with --trainings: also derive paths")
     parser.add_argument("--seeds", type=int, default=3, help="how many")

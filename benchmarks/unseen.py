@@ -13,13 +13,13 @@ import torch
 
 from mprec import data
 from mprec.nn import DheConfig, MeanForUnseen
-from mprec.training import REPRESENTATIONS, TrainOptions, evaluate, train_representations
+from mprec.training import MODELS, TrainOptions, evaluate, train_representations
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="movielens", help="as mprec train takes it")
-    parser.add_argument("--representations", nargs="+", default=REPRESENTATIONS)
+    parser.add_argument("--representations", nargs="+", default=MODELS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--k", type=int, default=DheConfig().k)
     args = parser.parse_args()

@@ -10,19 +10,29 @@
 #include "gradient/gradient.h"
 
 namespace mprec {
+
+// Defined at the end of each family's kernel.h, where that is compiled for the ISA. Those that are not are
+// never used.
+#define MPREC_DECLARE(isa, ...)                           \
+  namespace isa {                                         \
+  extern const EmbeddingBagKernels embedding_bag_kernels; \
+  extern const GradientKernels gradient_kernels;          \
+  extern const DheKernels dhe_kernels;                    \
+  extern const DenseKernels dense_kernels;                \
+  }
+MPREC_KERNEL_TABLES(MPREC_DECLARE)
+#undef MPREC_DECLARE
+
 namespace {
 
-#define MPREC_KERNELS(isa) \
-  {Isa::isa, &isa::embedding_bag_kernels, &isa::gradient_kernels, &isa::dhe_kernels, &isa::dense_kernels}
-const Kernels tables[] = {MPREC_KERNELS(scalar),
-                          MPREC_KERNELS(avx2),
-                          MPREC_KERNELS(avx512),
-                          // VNNI is for dhe's int8, BF16 for its bfloat16.
-                          {Isa::avx512vnni, &avx512::embedding_bag_kernels, &avx512::gradient_kernels,
-                           &avx512vnni::dhe_kernels, &avx512::dense_kernels},
-                          {Isa::avx512bf16, &avx512::embedding_bag_kernels, &avx512::gradient_kernels,
-                           &avx512bf16::dhe_kernels, &avx512::dense_kernels}};
-#undef MPREC_KERNELS
+// In the order of CMakeLists.txt's MPREC_FAMILIES.
+const Kernels tables[] = {
+#define MPREC_TABLE(isa, embedding_bag, gradient, dhe, dense)                                       \
+  {Isa::isa, &embedding_bag::embedding_bag_kernels, &gradient::gradient_kernels, &dhe::dhe_kernels, \
+   &dense::dense_kernels},
+    MPREC_KERNEL_TABLES(MPREC_TABLE)
+#undef MPREC_TABLE
+};
 
 const Kernels* best() {
   const Kernels* found = tables;

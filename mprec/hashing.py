@@ -13,23 +13,73 @@ themselves are in :mod:`mprec.reference`. Coefficients are a buffer of the model
 the same for ever; they also follow from the seed alone, on every machine and with every NumPy version.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
+from mprec._native import _C
 from mprec.names import FAMILIES, code
 
-__all__ = ["ARTIFACT_BUCKETS", "ARTIFACT_PRIME", "PRIME", "coefficient_rows", "coefficients"]
+__all__ = [
+    "ARTIFACT_BUCKETS",
+    "ARTIFACT_PRIME",
+    "PRIME",
+    "Family",
+    "check_family",
+    "coefficient_rows",
+    "coefficients",
+    "families_for",
+]
 
 PRIME = 2**31 - 1
 ARTIFACT_PRIME = 1_000_003
 ARTIFACT_BUCKETS = 1_000_000
 
 
+class Family(NamedTuple):
+    """What native code says of a hash family.
+
+    Attributes:
+        name: as users write it.
+        artifact: the hash modulo 1000003, of two rows of coefficients; else modulo 2**31 - 1, of four.
+        together: so many hashes are transformed together, so k is a multiple of it.
+        level_bits: values are ``2**level_bits`` evenly spaced levels, from the hash's high bits; 0: they are
+            not.
+        int8, lut: whether a decoder's first layer can have that precision.
+    """
+
+    name: str
+    artifact: bool
+    together: int
+    level_bits: int
+    int8: bool
+    lut: bool
+
+
+_FAMILIES = {family["name"]: Family(**family) for family in _C.hash_families()}
+
+
+def families_for(precision: str) -> tuple[str, ...]:
+    """The families for which a decoder's first layer can have this precision, ``"int8"`` or ``"lut"``."""
+    return tuple(name for name, family in _FAMILIES.items() if getattr(family, precision))
+
+
+def check_family(name: str, k: int) -> Family:
+    """The family of this name. ``ValueError`` for an unknown one, or one that does not take ``k`` hashes."""
+    code(FAMILIES, name, "family")
+    family = _FAMILIES[name]
+    if k % family.together:
+        raise ValueError(
+            f"k: {name} transforms {family.together} hashes together, so it must be a multiple, got {k}"
+        )
+    return family
+
+
 def coefficient_rows(family: str) -> int:
     """Rows of the coefficients: ``a, b, c, d`` (limb 0, constant, limbs 1 and 2), or ``a, b`` for
     artifact."""
-    code(FAMILIES, family, "family")
-    return 2 if family.startswith("artifact") else 4
+    return 2 if check_family(family, 0).artifact else 4
 
 
 def coefficients(k: int, family: str = "universal", seed: int = 0) -> torch.Tensor:
@@ -43,11 +93,10 @@ def coefficients(k: int, family: str = "universal", seed: int = 0) -> torch.Tens
     rows = coefficient_rows(family)
     if k < 1:
         raise ValueError(f"k: expected at least 1 hash function, got {k}")
-    if family == "artifact_gaussian" and k % 2:
-        raise ValueError(f"k: artifact_gaussian turns pairs of hashes into pairs of values, got an odd {k}")
+    artifact = check_family(family, k).artifact
     if not 0 <= seed < 2**128:
         raise ValueError(f"seed: expected a number in [0, 2**128), got {seed}")
-    p = np.uint64(ARTIFACT_PRIME if family.startswith("artifact") else PRIME)
+    p = np.uint64(ARTIFACT_PRIME if artifact else PRIME)
     words = np.random.Philox(key=seed).random_raw(rows * k).reshape(rows, k)
     words[0] = 1 + words[0] % (p - np.uint64(1))
     words[1:] %= p

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 
+from mprec._native import _C
+
 __all__ = ["ACTIVATIONS", "FAMILIES", "MODES", "code"]
 
 #: Pooling of a bag; torch's numbers.
 MODES: Mapping[str, int] = {"sum": 0, "mean": 1, "max": 2}
 #: Hash families; see :mod:`mprec.hashing`.
-FAMILIES: Mapping[str, int] = {"universal": 0, "artifact": 1, "artifact_gaussian": 2, "sign": 3, "u7": 4}
+FAMILIES: Mapping[str, int] = {family["name"]: i for i, family in enumerate(_C.hash_families())}
 #: What follows a decoder layer.
 ACTIVATIONS: Mapping[str, int] = {"none": 0, "relu": 1, "sigmoid": 2, "mish": 3}
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mprec.hashing import ARTIFACT_BUCKETS, ARTIFACT_PRIME, PRIME
+from mprec.hashing import ARTIFACT_BUCKETS, ARTIFACT_PRIME, PRIME, check_family
 from mprec.names import MODES
 
 FLOAT8 = torch.float8_e4m3fn
@@ -54,8 +54,9 @@ def encode(coefficients: Tensor, indices: Tensor, family: str) -> Tensor:
     if family == "sign":
         high = torch.tensor(3**-0.5, dtype=torch.float32, device=h.device)
         return torch.where(h >= 2**30, high, -high)
-    if family == "u7":
-        return (2 * (h >> 24) - 127).to(torch.float32) / 127
+    if bits := check_family(family, 0).level_bits:  # evenly spaced levels of the high bits
+        most = 2**bits - 1
+        return (2 * (h >> (31 - bits)) - most).to(torch.float32) / most
     if family == "artifact":
         return h.to(torch.float32) / torch.tensor(ARTIFACT_BUCKETS - 1, dtype=torch.float32) * 2 - 1
     u = (h.to(torch.float64) + 1) / ARTIFACT_BUCKETS

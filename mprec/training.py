@@ -33,10 +33,10 @@ from mprec.nn import (
     with_representation,
 )
 from mprec.optim import Adam, RowWiseAdagrad, split_parameters
+from mprec.representations import REPRESENTATIONS, SELECT
 
 __all__ = [
     "MULTI_PATH",
-    "REPRESENTATIONS",
     "Progress",
     "TrainOptions",
     "TrainResult",
@@ -49,7 +49,8 @@ __all__ = [
     "train_representations",
 ]
 
-REPRESENTATIONS = ("table", "dhe", "select", "hybrid")
+#: What a model's features can all be: a representation, or a choice of one for each.
+MODELS = (*REPRESENTATIONS, SELECT)
 PARTS = ("train", "valid", "test")
 MULTI_PATH = "multi-path"  # all four in one model
 TABLE_OPTIMIZERS = {"adam": 2e-3, "sparse_adam": 2e-3, "rowwise_adagrad": 1e-2}  # and their learning rates
@@ -314,8 +315,8 @@ def build_model(
     :class:`mprec.models.MultiPathDLRM`. The same seed gives the same weights; the global random state is
     left alone.
     """
-    if representation not in (*REPRESENTATIONS, MULTI_PATH):
-        choices = ", ".join((*REPRESENTATIONS, MULTI_PATH))
+    if representation not in (*MODELS, MULTI_PATH):
+        choices = ", ".join((*MODELS, MULTI_PATH))
         raise ValueError(f"representation must be one of {choices}, got {representation!r}")
     dhe = DheConfig() if dhe is None else dhe
     features = [FeatureConfig(name, size, dim, dhe=dhe) for name, size in dataset.features]
@@ -338,7 +339,7 @@ class Trained:
 
 def train_representations(
     dataset: ClickDataset,
-    representations: Iterable[str] = REPRESENTATIONS,
+    representations: Iterable[str] = MODELS,
     options: TrainOptions = TrainOptions(),
     *,
     split: str | None = None,

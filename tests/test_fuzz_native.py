@@ -703,7 +703,15 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "tensors_of": (_C.tensors_of, tensors_of),
 }
 # They take no argument, or a name only.
-WITHOUT_ARRAYS = {"cpu_features", "cpu_model", "isa", "omp_max_threads", "runnable_isas", "use_isa"}
+WITHOUT_ARRAYS = {
+    "cpu_model",
+    "hash_families",
+    "isa",
+    "omp_max_threads",
+    "row_formats",
+    "runnable_isas",
+    "use_isa",
+}
 MADE_BY_OTHERS = {"Job", "Piece", "Refusal", "Ticket"}
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mprec import dispatch
+from mprec import dispatch, tuning
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch
 from mprec.dispatch import Profile
@@ -15,7 +15,6 @@ from mprec.nn import (
     KernelOptions,
     kernel_candidates,
     tune_kernels,
-    tuning,
 )
 
 DHE = DheConfig(k=32, hidden=(16,))

@@ -20,7 +20,7 @@ from mprec.errors import IdOutOfRangeError
 from mprec.models import DLRM, MultiPathDLRM
 from mprec.nn import DheConfig, FeatureConfig, QuantizedEmbeddingBagCollection, with_representation
 from mprec.ops import clear_decoders
-from mprec.paths import Scorer, with_cache
+from mprec.paths import Scorer
 from mprec.serving import Engine, LocalExecutor, ProcessExecutor, QueryRefusedError
 
 DHE = DheConfig(k=32, hidden=(24,))

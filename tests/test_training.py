@@ -13,7 +13,7 @@ from mprec.data import ClickDataset, Column, load, movielens
 from mprec.errors import TrainingError
 from mprec.nn import DheConfig
 from mprec.training import (
-    REPRESENTATIONS,
+    MODELS,
     TrainOptions,
     build_model,
     evaluate,
@@ -38,7 +38,7 @@ def dataset():
     return load("synthetic:rows=20000,features=4,vocabulary=40,seed=1,dense=2,bag=2")
 
 
-@pytest.mark.parametrize("representation", REPRESENTATIONS)
+@pytest.mark.parametrize("representation", MODELS)
 def test_learns_the_planted_model(dataset, representation):
     """Most of the way from guessing to the best AUC that this log allows."""
     options = TrainOptions(epochs=4, batch_size=128, learning_rate=3e-3, table_learning_rate=1e-2)

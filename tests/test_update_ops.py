@@ -91,7 +91,7 @@ def test_bad_rows():
         dims_of([torch.zeros(3, 4, dtype=torch.int32)], [8])
     with pytest.raises(ValueError, match=r"bits\[0\]: expected 8 or 4, got 2"):
         dims_of([torch.zeros(3, 12, dtype=torch.uint8)], [2])
-    with pytest.raises(ValueError, match=r"rows\[0\]: 8 bytes hold no row of 8 bits"):
+    with pytest.raises(ValueError, match=r"rows\[0\]: 8 bytes hold no row of int8"):
         dims_of([torch.zeros(3, 8, dtype=torch.uint8)], [8])
 
 

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from mprec.hashing import check_family
 from mprec.reference import FLOAT8
+from mprec.row_formats import ROW_FORMATS
 
 from . import autotune, dhe, dhe_gradient, embedding_bag, gradient, row_cache
 
@@ -55,7 +57,7 @@ def dhe_case(k, widths, dtype, family="universal", samples=2048) -> Case:
         offsets = (torch.arange(FEATURES + 1) * samples).to(device)  # a "bag" per feature: nothing is pooled
         coefficients, weights, biases = [], [], []
         for _ in range(FEATURES):
-            rows, p = (2, 1000003) if family.startswith("artifact") else (4, 2**31 - 1)
+            rows, p = (2, 1000003) if check_family(family, 0).artifact else (4, 2**31 - 1)
             hashes = torch.randint(1, p, (rows, k), generator=generator, dtype=torch.int32)
             coefficients.append(hashes.to(device))
             fan_in = [k, *widths[:-1]]
@@ -117,7 +119,7 @@ def embedding_bag_case(dim, dtype, kind=embedding_bag.FLOAT, pooling=1, rows=100
         if kind == embedding_bag.FLOAT:
             tables = [torch.randn(small, dim).to(dtype).to(device) for _ in range(FEATURES)]
         else:
-            width = dim + 8 if kind == embedding_bag.INT8 else dim // 2 + 4
+            width = ROW_FORMATS[embedding_bag.QUANTISED[kind]].row_bytes(dim)
             tables = [torch.zeros(small, width, dtype=torch.uint8, device=device) for _ in range(FEATURES)]
         row_bytes = tables[0].shape[1] * tables[0].element_size()
         out_dtype = dtype if kind == embedding_bag.FLOAT else torch.float32
@@ -166,9 +168,8 @@ def embedding_bag_case(dim, dtype, kind=embedding_bag.FLOAT, pooling=1, rows=100
         indices, offsets = _bags(device, samples, rows, pooling)
         return lambda: bags(indices, offsets)
 
-    kinds = {embedding_bag.FLOAT: str(dtype)[6:], embedding_bag.INT8: "int8", embedding_bag.INT4: "int4"}
     return Case(
-        f"embedding_bag d{dim} {kinds[kind]} pooling {pooling}",
+        f"embedding_bag d{dim} {embedding_bag.QUANTISED.get(kind, str(dtype)[6:])} pooling {pooling}",
         make,
         peer=fbgemm if kind == embedding_bag.FLOAT else None,
     )

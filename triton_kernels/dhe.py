@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mprec.hashing import check_family, coefficient_rows
 from mprec.names import ACTIVATIONS, FAMILIES
 
 from . import autotune
@@ -328,7 +329,7 @@ def dhe_forward(
         coefficients: int32 [R, k], the hash parameters as in `mprec.hashing`.
         weights, biases: of each layer, [out, in] and [out] as in `torch.nn.Linear`; float32, bfloat16 or
             float16. Sums are float32; encodings and hidden layers are rounded to the weights' type.
-        family: "universal", "artifact", "artifact_gaussian", "sign" or "u7".
+        family: one of those of `mprec.hashing`.
         activation: "none", "relu", "sigmoid" or "mish", after every layer but the last.
         last_activation: after the last layer.
 
@@ -356,13 +357,12 @@ def _check(indices, coefficients, weights, biases, family, activation, last_acti
         raise TypeError(
             f"indices: int32 or int64 of one dimension, got {indices.dtype} {list(indices.shape)}"
         )
-    rows = 2 if family.startswith("artifact") else 4
+    rows = coefficient_rows(family)
     if coefficients.dtype != torch.int32:
         raise TypeError(f"coefficients: int32, got {coefficients.dtype}")
     if coefficients.dim() != 2 or coefficients.shape[0] != rows or coefficients.shape[1] == 0:
         raise ValueError(f"coefficients: [{rows}, k > 0] for family {family}, got {list(coefficients.shape)}")
-    if family == "artifact_gaussian" and coefficients.shape[1] % 2:
-        raise ValueError(f"coefficients: k is even for artifact_gaussian, got {coefficients.shape[1]}")
+    check_family(family, coefficients.shape[1])
     if not weights or len(weights) != len(biases):
         raise ValueError(f"weights, biases: one of each per layer, got {len(weights)} and {len(biases)}")
     incoming, dtype = coefficients.shape[1], weights[0].dtype

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mprec.row_formats import ROW_FORMATS, quantised_format
+
 from . import faults
 from .faults import count_faults
 from .grouped import address, bag_range, device_table
@@ -24,6 +26,8 @@ from .launching import launchable
 
 #: Kinds of rows: the weight's own float type, or FBGEMM's fused bytes.
 FLOAT, INT8, INT4 = 0, 1, 2
+#: Quantised kinds by the name of the row format.
+QUANTISED = {INT8: "int8", INT4: "int4"}
 _INT8: tl.constexpr = tl.constexpr(INT8)
 _INT4: tl.constexpr = tl.constexpr(INT4)
 _FLOAT: tl.constexpr = tl.constexpr(FLOAT)
@@ -154,7 +158,16 @@ _DTYPES = {
 def row_dim(weight: torch.Tensor, kind: int) -> int:
     """Embedding dimension of a table [rows, columns] of this kind of rows."""
     columns = weight.shape[1]
-    return columns if kind == FLOAT else columns - 8 if kind == INT8 else (columns - 4) * 2
+    return columns if kind == FLOAT else ROW_FORMATS[QUANTISED[kind]].dim(columns)
+
+
+def kind_of(code: int) -> int:
+    """The kind of quantised rows of this code. ``NotImplementedError`` for a format without a kernel here."""
+    found = quantised_format(code).name
+    for kind, name in QUANTISED.items():
+        if name == found:
+            return kind
+    raise NotImplementedError(f"rows of {found} have no kernel for GPUs")
 
 
 def embedding_bag_grouped(

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mprec.hashing import check_family
 from mprec.names import FAMILIES
 
 _UNIVERSAL: tl.constexpr = tl.constexpr(0)
@@ -20,6 +21,20 @@ _P31: tl.constexpr = tl.constexpr(2**31 - 1)
 _LIMB: tl.constexpr = tl.constexpr(2**30 - 1)
 _ARTIFACT_P: tl.constexpr = tl.constexpr(1000003)
 _ARTIFACT_M: tl.constexpr = tl.constexpr(1000000)
+
+
+#: Of each family by number: the bits of a hash that make its level; 0 if it has none.
+_LEVEL_BITS = [check_family(name, 0).level_bits for name in FAMILIES]
+
+
+@triton.constexpr_function
+def _shift(family):
+    return 31 - _LEVEL_BITS[family]
+
+
+@triton.constexpr_function
+def _most(family):
+    return 2 ** _LEVEL_BITS[family] - 1
 
 
 @triton.jit
@@ -118,8 +133,9 @@ def encode(x, coefficients, k, K: tl.constexpr, FAMILY: tl.constexpr, WIDE: tl.c
         elif FAMILY == _SIGN:
             return tl.where(h >= (1 << 30), 0.5773502691896258, -0.5773502691896258)
         else:
-            level = (h >> 24).to(tl.int32, bitcast=True)
-            return divide((2 * level - 127).to(tl.float32), 127.0)
+            MOST: tl.constexpr = _most(FAMILY)
+            level = (h >> _shift(FAMILY)).to(tl.int32, bitcast=True)
+            return divide((2 * level - MOST).to(tl.float32), MOST + 0.0)
 
 
 @triton.jit(do_not_specialize=["n"])

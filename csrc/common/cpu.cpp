@@ -9,22 +9,6 @@
 
 namespace mprec {
 
-const CpuFeatures& cpu_features() {
-  static const CpuFeatures features = [] {
-    __builtin_cpu_init();
-    CpuFeatures f{};
-    // libgcc's test covers the operating system's saved-state bits (XCR0) too.
-    f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-    f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
-    f.avx512_bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
-    return f;
-  }();
-  return features;
-}
-
 const std::string& cpu_model() {
   static const std::string model = [] {
     unsigned regs[12] = {};
@@ -44,23 +28,22 @@ const std::string& cpu_model() {
 }
 
 bool can_run(Isa isa) {
-  switch (isa) {
-    case Isa::avx512bf16: return cpu_features().avx512_vnni && cpu_features().avx512_bf16;
-    case Isa::avx512vnni: return cpu_features().avx512_vnni;
-    case Isa::avx512: return cpu_features().avx512;
-    case Isa::avx2: return cpu_features().avx2;
-    default: return true;
-  }
+  // libgcc's test covers the operating system's saved-state bits (XCR0) too.
+  static const bool supported[] = {
+#define MPREC_SUPPORTED(name, condition) (__builtin_cpu_init(), condition),
+      MPREC_ISAS(MPREC_SUPPORTED)
+#undef MPREC_SUPPORTED
+  };
+  return supported[static_cast<int>(isa)];
 }
 
 const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::avx512bf16: return "avx512bf16";
-    case Isa::avx512vnni: return "avx512vnni";
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    default: return "scalar";
-  }
+  static constexpr const char* names[] = {
+#define MPREC_NAME(name, condition) #name,
+      MPREC_ISAS(MPREC_NAME)
+#undef MPREC_NAME
+  };
+  return names[static_cast<int>(isa)];
 }
 
 Isa parse_isa(const std::string& name) {

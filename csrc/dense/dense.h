@@ -65,14 +65,4 @@ struct DenseKernels {
               int samples, float* vectors, int64_t stride);
 };
 
-namespace scalar {
-extern const DenseKernels dense_kernels;
-}
-namespace avx2 {
-extern const DenseKernels dense_kernels;
-}
-namespace avx512 {
-extern const DenseKernels dense_kernels;
-}
-
 }  // namespace mprec

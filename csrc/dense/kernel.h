@@ -104,4 +104,6 @@ static inline void mix(const MixTerm* terms, int64_t num_terms, int dim, const f
     }
 }
 
+extern const DenseKernels dense_kernels = {gather, scatter, mlp, interact, mix};
+
 }  // namespace mprec::MPREC_ISA

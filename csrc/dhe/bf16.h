@@ -4,8 +4,8 @@
 // Weights are packed in pairs of inputs, [outputs / 16][inputs / 2][16][2], for the instruction that
 // multiplies pairs. An ISA without it multiplies the same rounded numbers in float32.
 #pragma once
-#include "common/vec16.h"
 #include "dhe/gemm.h"
+#include "isa/isa.h"
 
 namespace mprec::MPREC_ISA {
 
@@ -19,7 +19,7 @@ struct BFloatProduct {
   static Vec start(Vec before) { return before; }
   static Vec finish(Vec sum, Vec, const float*) { return sum; }
 
-#if defined(__AVX512BF16__)
+#if defined(MPREC_DOT2)  // isa/ISA.h has the instruction
   using Input = uint16_t;
   static constexpr int row_pitch = 2 * block_pitch;
   static constexpr int unpack_rows = never;
@@ -29,10 +29,7 @@ struct BFloatProduct {
     return from_bits(broadcast_int(pair));
   }
   static Vec load_weights(const uint16_t* p) { return from_bits(load(reinterpret_cast<const uint32_t*>(p))); }
-  static Vec multiply_add(Vec a, Vec w, Vec sum) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(w.v));
-    return sum;
-  }
+  static Vec multiply_add(Vec a, Vec w, Vec sum) { return dot2(sum, a, w); }
   // Rounds a block of float32 inputs in place: each row's numbers move to its first half. A pair's second
   // number is 0 where there is none: past the inputs may be anything.
   static const uint16_t* prepare(float* block, int rows, int inputs) {

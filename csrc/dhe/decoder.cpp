@@ -22,16 +22,17 @@ uint32_t float_bits(double x) {
 }  // namespace
 
 Encoder::Encoder(const CoefficientMatrix& c, HashFamily family) : family_(family) {
-  const bool artifact = family == HashFamily::artifact || family == HashFamily::artifact_gaussian;
+  const FamilyTraits& family_traits = traits(family);
+  const bool artifact = family_traits.artifact;
   const int64_t expected_rows = artifact ? 2 : 4, p = artifact ? artifact_p : mersenne_p;
   if (c.rows != expected_rows)
     throw std::invalid_argument(
         message("coefficients: expected ", expected_rows, " rows for this hash family, got ", c.rows));
   if (c.k < 1 || c.k > largest_size)
     throw std::invalid_argument(message("coefficients: expected 1 to ", largest_size, " columns, got ", c.k));
-  if (family == HashFamily::artifact_gaussian && c.k % 2 != 0)
-    throw std::invalid_argument(
-        message("coefficients: artifact_gaussian transforms pairs of hashes, got an odd number, ", c.k));
+  if (c.k % family_traits.together != 0)
+    throw std::invalid_argument(message("coefficients: ", family_traits.name, " transforms ",
+                                        family_traits.together, " hashes together, got ", c.k));
   for (int64_t r = 0; r < c.rows; ++r)
     for (int64_t j = 0; j < c.k; ++j) {
       const int64_t value = c.at(r, j), least = r == 0 ? 1 : 0;
@@ -61,11 +62,11 @@ Encoder::Encoder(const CoefficientMatrix& c, HashFamily family) : family_(family
 Decoder::Decoder(Encoder encoder, const std::vector<LinearWeights>& layers, Activation activation,
                  Activation last, Precision precision)
     : encoder_(std::move(encoder)), precision_(precision) {
-  const HashFamily family = encoder_.view().family;
-  if (precision == Precision::int8 && family != HashFamily::universal && family != HashFamily::u7)
-    throw std::invalid_argument("precision: int8 needs hash family universal or u7");
-  if (precision == Precision::lut && family != HashFamily::sign)
-    throw std::invalid_argument("precision: lut needs hash family sign");
+  const FamilyTraits& family = traits(encoder_.view().family);
+  if (precision == Precision::int8 && family.int8_unit == 0)
+    throw std::invalid_argument(message("precision: int8 is not for hash family ", family.name));
+  if (precision == Precision::lut && family.lut_magnitude == 0)
+    throw std::invalid_argument(message("precision: lut is not for hash family ", family.name));
   if (layers.empty()) throw std::invalid_argument("weights: expected at least one layer");
   int64_t inputs = encoder_.view().k;
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -89,11 +90,9 @@ Decoder::Decoder(Encoder encoder, const std::vector<LinearWeights>& layers, Acti
     } else if (precision == Precision::bfloat16) {
       weights_.push_back(pack_bfloat16(w));
     } else if (l == 0 && precision == Precision::int8) {
-      // The middle of a level's interval of hashes, for universal; the level itself, for u7.
-      const float unit = family == HashFamily::u7 ? 1.0f / 127.0f : 1.0f / 128.0f;
-      weights_.push_back(pack_int8(w, unit, scale.data(), bias.data()));
+      weights_.push_back(pack_int8(w, family.int8_unit, scale.data(), bias.data()));
     } else if (l == 0 && precision == Precision::lut) {
-      weights_.push_back(pack_tables(w, sign_magnitude, scale.data(), bias.data()));
+      weights_.push_back(pack_tables(w, family.lut_magnitude, scale.data(), bias.data()));
     } else {
       weights_.push_back(pack_float32(w));
     }

@@ -3,19 +3,17 @@
 #pragma once
 #include <cstdint>
 
+#include "dhe/families.h"
+#include "isa/slots.h"
+
 // Functions here that kernels call are always inlined: an emitted copy could be one ISA's, taken for all.
 namespace mprec {
 
-enum class HashFamily : int { universal = 0, artifact = 1, artifact_gaussian = 2, sign = 3, u7 = 4 };
 enum class Activation : int { none = 0, relu = 1, sigmoid = 2, mish = 3 };
 
 constexpr int64_t mersenne_p = 2147483647;  // 2^31 - 1: universal, sign, u7
 constexpr int64_t artifact_p = 1000003, artifact_m = 1000000;
 constexpr float sign_magnitude = 0.57735026918962576f;  // 1 / sqrt(3): the uniform encoding's variance
-
-// Where universal hash k stands in a packed row of coefficients: the middle two of each four change places
-// (int_vec.h says why). Its own inverse.
-[[gnu::always_inline]] constexpr int hash_slot(int k) { return (k & ~3) | (k & 1) << 1 | (k >> 1 & 1); }
 
 // Rows of k_padded words. universal, sign, u7: 2a 2b 2c 2d, by hash_slot. artifact: a, b, and the floats a/p,
 // b/p, in order.
@@ -30,7 +28,7 @@ struct EncoderView {
 
 // How weights are stored and multiplied. float16: float16 weights, float32 arithmetic. bfloat16: bfloat16
 // weights and inputs of every layer, float32 sums (bf16.h). The others change the first layer only, which has
-// most of the weights. int8: int8.h; universal and u7 hashes. lut: lut.h; sign hashes.
+// most of the weights. int8: int8.h; lut: lut.h; for families with int8_unit or lut_magnitude.
 enum class Precision : int { float32 = 0, float16 = 1, int8 = 2, lut = 3, bfloat16 = 4 };
 
 // out = activation(weight in + bias).
@@ -122,21 +120,5 @@ struct DheKernels {
   // One bag: entries [begin, end) into out[0, dim).
   void (*pool)(const PoolArguments&, int64_t begin, int64_t end, float* out);
 };
-
-namespace scalar {
-extern const DheKernels dhe_kernels;
-}
-namespace avx2 {
-extern const DheKernels dhe_kernels;
-}
-namespace avx512 {
-extern const DheKernels dhe_kernels;
-}
-namespace avx512vnni {
-extern const DheKernels dhe_kernels;
-}
-namespace avx512bf16 {
-extern const DheKernels dhe_kernels;
-}
 
 }  // namespace mprec

@@ -14,19 +14,11 @@
 // into a panel that stays in the L1 cache (`unpack`). A single tile of float16 converts as it goes: two
 // instructions on the multiply-adds' ports for each vector, a seventh more with 14 rows.
 #pragma once
-#include "common/vec.h"
 #include "dhe/dhe.h"
 #include "dhe/math.h"
+#include "isa/isa.h"
 
 namespace mprec::MPREC_ISA {
-
-#if defined(__AVX512F__)
-constexpr int tile_rows = 14, tile_vectors = 2;
-#elif defined(__AVX2__)
-constexpr int tile_rows = 6, tile_vectors = 2;
-#else
-constexpr int tile_rows = 4, tile_vectors = 4;
-#endif
 
 template <int n>
 struct Constant {  // a number that a template can take from an argument
@@ -39,33 +31,6 @@ constexpr int accumulator_sets(int size) {
   while (2 * sets * size <= tile_rows * tile_vectors) sets *= 2;
   return sets;
 }
-
-#if defined(__AVX512F__)
-inline Vec load_half(const uint16_t* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
-#elif defined(__AVX2__)
-inline Vec load_half(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
-#else
-inline Vec load_half(const uint16_t* p) {
-  _Float16 half;
-  __builtin_memcpy(&half, p, sizeof half);
-  return {static_cast<float>(half)};
-}
-#endif
-
-// fma(a, b, sum), in the register of `sum`: left to choose, gcc 12 moves a tile's accumulators about, and
-// spills some.
-#if defined(__AVX2__)
-inline Vec accumulate(Vec a, Vec b, Vec sum) {
-  asm("vfmadd231ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
-  return sum;
-}
-#else
-inline Vec accumulate(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
-#endif
 
 constexpr int never = 1 << 30;
 

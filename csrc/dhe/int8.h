@@ -9,29 +9,6 @@
 
 namespace mprec::MPREC_ISA {
 
-// sum + four products of the bytes of each lane, unsigned times signed. The additions are not intrinsics:
-// with those gcc 12 keeps a tile's accumulators in memory.
-#if defined(__AVX512VNNI__)
-inline Int dot4(Int sum, Int levels, Int weights) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(levels.v), "v"(weights.v));
-  return sum;
-}
-#elif defined(__AVX2__)
-inline Int dot4(Int sum, Int levels, Int weights) {
-  const IntRegister pairs = MPREC_MM(maddubs_epi16)(levels.v, weights.v);
-  const IntRegister products = MPREC_MM(madd_epi16)(pairs, MPREC_MM(set1_epi16)(1));
-  asm("vpaddd %1, %0, %0" : "+v"(sum.v) : "v"(products));
-  return sum;
-}
-#else
-inline Int dot4(Int sum, Int levels, Int weights) {
-  int32_t total = static_cast<int32_t>(sum.v);
-  for (int shift = 0; shift < 32; shift += 8)
-    total += static_cast<int32_t>(levels.v >> shift & 0xff) * static_cast<int8_t>(weights.v >> shift & 0xff);
-  return {static_cast<uint32_t>(total)};
-}
-#endif
-
 struct Int8Product {
   using Input = uint8_t;
   using Weight = int8_t;
@@ -54,20 +31,6 @@ struct Int8Product {
     return fma(to_float(sum), load(scale), before);
   }
 };
-
-// The low bytes of the lanes.
-#if defined(__AVX512F__)
-inline void store_bytes(uint8_t* p, Int a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
-}
-#elif defined(__AVX2__)
-inline void store_bytes(uint8_t* p, Int a) {  // values below 128
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
-}
-#else
-inline void store_bytes(uint8_t* p, Int a) { *p = static_cast<uint8_t>(a.v); }
-#endif
 
 struct StoreLevels {
   uint8_t* out;

@@ -38,7 +38,7 @@ void hash_one(const EncoderView& e, int64_t id, int64_t* out) {
 }
 
 static inline void hash(const EncoderView& e, const int64_t* ids, int64_t n, int64_t* out) {
-  const bool artifact = e.family == HashFamily::artifact || e.family == HashFamily::artifact_gaussian;
+  const bool artifact = is_artifact(e.family);
   for (int64_t i = 0; i < n; ++i, out += e.k) {
     if (artifact && ids[i] > artifact_exact_ids)
       for (int k = 0; k < e.k; ++k) out[k] = artifact_wrapped(e, k, ids[i]);
@@ -145,5 +145,7 @@ static inline void pool(const PoolArguments& p, int64_t begin, int64_t end, floa
   if (p.mode == 1 && count > 1)
     for (int64_t j = 0; j < p.dim; ++j) out[j] /= static_cast<float>(count);
 }
+
+extern const DheKernels dhe_kernels = {encode, hash, forward, backward, pool};
 
 }  // namespace mprec::MPREC_ISA

@@ -24,33 +24,11 @@ struct Words {
   WordVector v[line_vectors];
 };
 
-// Of hash h, bit 2^30: as a number of Vec::width bits.
-inline uint32_t sign_bits(Int h) {
-#if defined(__AVX512F__)
-  return static_cast<uint32_t>(_mm512_movepi32_mask(_mm512_slli_epi32(h.v, 1)));
-#elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(h.v, 1))));
-#else
-  return h.v >> 30;
-#endif
-}
-
 // Writes, for each group of four hashes, its code times 64: where its line is in the group's table.
 struct StoreOffsets {
   uint16_t* out;
   int64_t stride;
-  void operator()(int64_t i, int j, Int h) const {
-    uint16_t* to = out + i * stride + j / 4;
-    const uint32_t bits = sign_bits(h);
-    if constexpr (Vec::width == 1) {
-      *to = static_cast<uint16_t>((j % 4 == 0 ? 0 : *to) | bits << (6 + j % 4));
-    } else {
-#if defined(__AVX2__)
-      const uint64_t four = _pdep_u64(bits, 0x03c003c003c003c0);  // 16 bits to four codes times 64
-      __builtin_memcpy(to, &four, Vec::width / 2);
-#endif
-    }
-  }
+  void operator()(int64_t i, int j, Int h) const { store_sign_codes(out + i * stride, j, h); }
 };
 
 // Adds 64 columns of the scaled sums to out, or sets them.

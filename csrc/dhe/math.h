@@ -2,7 +2,7 @@
 // The polynomials for exp and log are Cephes' (expf, logf).
 #pragma once
 #include "dhe/dhe.h"
-#include "dhe/int_vec.h"
+#include "isa/isa.h"
 
 namespace mprec::MPREC_ISA {
 

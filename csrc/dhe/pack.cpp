@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/vec16.h"
+#include "isa/isa.h"
 
 namespace mprec {
 namespace {

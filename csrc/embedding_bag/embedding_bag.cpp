@@ -9,6 +9,7 @@
 #include "bags/check.h"
 #include "common/parallel.h"
 #include "registry.h"
+#include "rows/rows.h"
 
 namespace mprec {
 namespace {
@@ -22,7 +23,7 @@ int64_t clamped_begin(const BagRequest& r, int64_t bag) {
   return std::clamp<int64_t>(r.bag_begin(bag), 0, r.indices.size);
 }
 
-int64_t row_cost(const Feature& f) { return row_size(f.format, f.dim) / 64 + 1; }
+int64_t row_cost(const Feature& f) { return scalar::row_size(f.format, f.dim) / 64 + 1; }
 
 // Cost of a feature's bags [begin, end).
 int64_t cost(const BagRequest& r, const Feature& f, int64_t begin, int64_t end) {

@@ -4,22 +4,11 @@
 #include <cstdint>
 
 #include "common/integers.h"
+#include "rows/formats.h"
 
 namespace mprec {
 
 enum class Mode { sum = 0, mean = 1, max = 2 };
-
-// How rows are stored; rows.h has the layouts. Results are never quantised.
-enum class Format : uint8_t { f32, f16, bf16, int8, int4 };
-
-__attribute__((always_inline)) inline int64_t row_size(Format format, int64_t dim) {  // bytes
-  switch (format) {
-    case Format::f32: return 4 * dim;
-    case Format::int8: return dim + 8;
-    case Format::int4: return dim / 2 + 4;
-    default: return 2 * dim;
-  }
-}
 
 // A table and where its bags' results go. Its bags are [first_bag, first_bag of the next feature).
 struct Feature {
@@ -75,15 +64,5 @@ struct EmbeddingBagKernels {
   // result; null if every result is float32.
   bool (*forward)(const BagRequest&, const Cut& begin, const Cut& end, float* scratch);
 };
-
-namespace scalar {
-extern const EmbeddingBagKernels embedding_bag_kernels;
-}
-namespace avx2 {
-extern const EmbeddingBagKernels embedding_bag_kernels;
-}
-namespace avx512 {
-extern const EmbeddingBagKernels embedding_bag_kernels;
-}
 
 }  // namespace mprec

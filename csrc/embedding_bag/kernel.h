@@ -7,10 +7,10 @@
 // once and a result written once. Sums run in the order of the indices: an unweighted result does not depend
 // on the ISA or on the number of threads.
 #pragma once
-#include "common/vec.h"
 #include "embedding_bag/embedding_bag.h"
 #include "embedding_bag/lookahead.h"
-#include "embedding_bag/rows.h"
+#include "isa/isa.h"
+#include "rows/rows.h"
 
 namespace mprec::MPREC_ISA {
 
@@ -79,8 +79,10 @@ __attribute__((always_inline)) inline Progress pool_columns(const Source& source
     Vec factor = broadcast(weight), term = zero();
     if constexpr (Row::quantised) {
       factor = broadcast(weight * row.scale);
-      term = broadcast(row.bias);
-      bias += weight * row.bias;
+      if constexpr (Row::biased) {
+        term = broadcast(row.bias);
+        bias += weight * row.bias;
+      }
     }
     const auto add = [&](Vec& a, Vec x) {
       if (pool == Pool::max) {
@@ -349,12 +351,12 @@ PoolBags for_pool(const BagRequest& r, int64_t dim) {
 
 inline PoolBags for_format(const BagRequest& r, Format format, int64_t dim) {
   switch (format) {
-    case Format::f16: return for_pool<PlainRow<Half>>(r, dim);
-    case Format::bf16: return for_pool<PlainRow<BFloat>>(r, dim);
-    case Format::int8: return for_pool<Int8Row>(r, dim);
-    case Format::int4: return for_pool<Int4Row>(r, dim);
-    default: return for_pool<PlainRow<float>>(r, dim);
+#define MPREC_CASE(name, Row, users) \
+  case Format::name: return for_pool<Row>(r, dim);
+    MPREC_ROW_FORMATS(MPREC_CASE)
+#undef MPREC_CASE
   }
+  __builtin_unreachable();
 }
 
 inline bool forward(const BagRequest& r, const Cut& begin, const Cut& end, float* scratch) {
@@ -371,5 +373,7 @@ inline bool forward(const BagRequest& r, const Cut& begin, const Cut& end, float
   }
   return true;
 }
+
+extern const EmbeddingBagKernels embedding_bag_kernels = {forward};
 
 }  // namespace mprec::MPREC_ISA

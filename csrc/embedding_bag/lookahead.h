@@ -1,8 +1,9 @@
 // Two walks over the same bags: the pooling's, and a cursor that runs ahead of it, validates each ID once and
 // says which row to prefetch when.
 #pragma once
-#include "common/vec.h"
 #include "embedding_bag/embedding_bag.h"
+#include "isa/isa.h"
+#include "rows/rows.h"
 
 namespace mprec::MPREC_ISA {
 

@@ -56,14 +56,4 @@ struct GradientKernels {
   void (*apply)(const RowGradients&, const TableRows&, const Update&, bool compact, float* scratch);
 };
 
-namespace scalar {
-extern const GradientKernels gradient_kernels;
-}
-namespace avx2 {
-extern const GradientKernels gradient_kernels;
-}
-namespace avx512 {
-extern const GradientKernels gradient_kernels;
-}
-
 }  // namespace mprec

@@ -5,8 +5,8 @@
 // entries ahead. The arithmetic is that of torch's optimizers, operation by operation and without fused
 // multiply-adds, so that results agree to rounding.
 #pragma once
-#include "common/vec.h"
 #include "gradient/gradient.h"
+#include "isa/isa.h"
 
 namespace mprec::MPREC_ISA {
 
@@ -173,5 +173,7 @@ inline void apply(const RowGradients& g, const TableRows& t, const Update& u, bo
     case Rule::adam: return apply_rule<Rule::adam>(g, t, u, compact, scratch);
   }
 }
+
+extern const GradientKernels gradient_kernels = {apply};
 
 }  // namespace mprec::MPREC_ISA

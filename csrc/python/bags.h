@@ -54,6 +54,17 @@ inline std::optional<Format> plain_format(DType dtype) {
   }
 }
 
+inline const FormatTraits& quantised_format(long long code) {
+  std::string codes;
+  for (int i = 0; i < num_formats; ++i) {
+    const FormatTraits& format = traits(static_cast<Format>(i));
+    if (!format.quantised) continue;
+    if (format.code == code) return format;
+    codes += (codes.empty() ? "" : " or ") + std::to_string(format.code);
+  }
+  throw pybind11::value_error(message("bits: expected ", codes, ", got ", code));
+}
+
 // A table. uint8 holds quantised rows of `bits` (an int) per value, with their scale and bias.
 inline Feature table(const Tensor& t, const char* name, PyObject* bits) {
   Feature f{};
@@ -63,15 +74,13 @@ inline Feature table(const Tensor& t, const char* name, PyObject* bits) {
     f.format = *format;
     f.dim = t.shape[1];
   } else if (t.dtype == DType::u8) {
-    const long long width = bits == Py_None ? 8 : integer(bits, "bits");
-    if (width != 8 && width != 4) throw pybind11::value_error(message("bits: expected 8 or 4, got ", width));
-    f.format = width == 8 ? Format::int8 : Format::int4;
-    const int64_t extra = width == 8 ? 8 : 4;  // scale and bias
-    if (t.shape[1] < extra)
-      throw pybind11::value_error(message(name, ": expected at least ", extra,
-                                          " bytes for the scale and bias of a row of ", width,
-                                          "-bit values, got ", t.shape[1]));
-    f.dim = (t.shape[1] - extra) * 8 / width;
+    const FormatTraits& format = quantised_format(bits == Py_None ? 8 : integer(bits, "bits"));
+    f.format = format.format;
+    if (t.shape[1] < format.bytes(0))
+      throw pybind11::value_error(message(name, ": expected at least ", format.bytes(0),
+                                          " bytes for the scale of a row of ", format.name, ", got ",
+                                          t.shape[1]));
+    f.dim = format.dim(t.shape[1]);
   } else {
     throw NotTaken(NotTaken::type,
                    message(name, ": expected float32, float16, bfloat16 or uint8 (quantised rows), got ",

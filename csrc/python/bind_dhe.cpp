@@ -26,7 +26,8 @@ namespace mprec::python {
 namespace {
 
 HashFamily hash_family(int family) {
-  if (family < 0 || family > 4) throw py::value_error(message("family: expected 0 to 4, got ", family));
+  if (family < 0 || family >= num_hash_families)
+    throw py::value_error(message("family: expected 0 to ", num_hash_families - 1, ", got ", family));
   return static_cast<HashFamily>(family);
 }
 

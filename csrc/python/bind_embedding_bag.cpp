@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "bags/check.h"

@@ -10,12 +10,13 @@
 namespace py = pybind11;
 
 namespace mprec::python {
-void bind_embedding_bag(py::module_&);  // embedding_bag.cpp
-void bind_gradient(py::module_&);       // gradient.cpp
-void bind_dhe(py::module_&);            // dhe.cpp
-void bind_cache(py::module_&);          // cache.cpp
-void bind_csr(py::module_&);            // csr.cpp
-void bind_modules(py::module_&);        // modules.cpp
+void bind_lists(py::module_&);          // bind_lists.cpp
+void bind_embedding_bag(py::module_&);  // bind_embedding_bag.cpp
+void bind_gradient(py::module_&);       // bind_gradient.cpp
+void bind_dhe(py::module_&);            // bind_dhe.cpp
+void bind_cache(py::module_&);          // bind_cache.cpp
+void bind_csr(py::module_&);            // bind_csr.cpp
+void bind_modules(py::module_&);        // bind_modules.cpp
 void bind_batches(py::module_&);        // bind_batches.cpp
 void bind_scheduler(py::module_&);      // bind_scheduler.cpp
 void bind_program(py::module_&);        // bind_program.cpp
@@ -30,15 +31,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = MPREC_VERSION;
   m.attr("compiler") = "g++ " __VERSION__;
   m.def("cpu_model", &cpu_model);
-  m.def("cpu_features", [] {
-    const CpuFeatures& f = cpu_features();
-    py::dict d;
-    d["avx2"] = f.avx2;
-    d["avx512"] = f.avx512;
-    d["avx512_vnni"] = f.avx512_vnni;
-    d["avx512_bf16"] = f.avx512_bf16;
-    return d;
-  });
   m.def("isa", [] { return isa_name(kernels().isa); }, "Name of the ISA whose kernels are in use.");
   std::vector<std::string> isas, runnable_isas;
   for (Isa isa : all_isas) {
@@ -51,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
       "use_isa", [](const std::string& name) { use_isa(parse_isa(name)); }, py::arg("name"),
       "Switch kernels; ValueError if the CPU cannot run them.");
   m.def("omp_max_threads", &omp_get_max_threads);
+  python::bind_lists(m);
   python::bind_embedding_bag(m);
   python::bind_gradient(m);
   python::bind_dhe(m);

@@ -7,7 +7,7 @@ from mprec import ops
 from mprec.cache.budget import Counts, hottest
 from mprec.names import MODES
 from mprec.nn import DeepHashEmbeddingBag
-from mprec.nn.deep_hash import check_bound
+from mprec.representations.deep_hash import check_bound
 
 __all__ = ["DeviceCachedDeepHashEmbeddingBag"]
 

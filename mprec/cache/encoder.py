@@ -10,6 +10,7 @@ from mprec.cache.codebook import Codebook
 from mprec.cache.rows import Cached, Rows
 from mprec.names import MODES
 from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection
+from mprec.representations import PARTS
 
 __all__ = ["CachedDeepHashEmbeddingBag", "CachedEmbeddingBagCollection"]
 
@@ -135,7 +136,8 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
     ) -> None:
         collection = collection.fold()
         super().__init__(collection.features, collection.sparse, device="meta")
-        self.tables, self.dhe = collection.tables, collection.dhe
+        for part in PARTS:
+            self._modules[part.container] = collection._modules[part.container]
         hashed = {f.name: f for f in self.features if f.has_dhe}
         if not hashed:
             raise ValueError("collection: has no deep hash embedding to cache")

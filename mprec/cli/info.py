@@ -44,7 +44,6 @@ def collect() -> dict:
         "torch": torch.__version__,
         "packages": {name: _version(name) for name in _PACKAGES},
         "cpu": native.cpu_model(),
-        "cpu_features": native.cpu_features(),
         "isa": native.isa(),
         "isa_compiled": native.isas,
         "isa_runnable": native.runnable_isas(),
@@ -65,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
-    features = [name for name, present in facts["cpu_features"].items() if present]
     packages = [f"{name} {version or 'not installed'}" for name, version in facts["packages"].items()]
     gpu = facts["gpu"]
     rows = {
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         "Python": f"{facts['python']} on {facts['platform']}",
         "torch": facts["torch"],
         "packages": ", ".join(packages),
-        "CPU": f"{facts['cpu']} ({', '.join(features) or 'none of the features used'})",
+        "CPU": facts["cpu"],
         "ISA in use": f"{facts['isa']} (compiled: {', '.join(facts['isa_compiled'])}; "
         f"runnable here: {', '.join(facts['isa_runnable'])}; choose with MPREC_ISA)",
         "threads": f"torch {facts['threads']['torch']}, OpenMP {facts['threads']['openmp']}",

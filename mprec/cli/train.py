@@ -12,9 +12,9 @@ from mprec.cli._progress import training_progress
 from mprec.data.dataset import SPLITS
 from mprec.nn import DheConfig
 from mprec.training import (
+    MODELS,
     MONITORS,
     MULTI_PATH,
-    REPRESENTATIONS,
     TABLE_OPTIMIZERS,
     TrainOptions,
     train_representations,
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help=f"{', '.join(data.available())}, a folder or a file; options follow: criteo:train.txt,rows=1000",
     )
-    parser.add_argument("--representation", required=True, choices=(*REPRESENTATIONS, MULTI_PATH))
+    parser.add_argument("--representation", required=True, choices=(*MODELS, MULTI_PATH))
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="checkpoint to write")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
     parser.add_argument("--split", choices=SPLITS, help="how rows are held out (default: the data's own)")

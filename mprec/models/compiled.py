@@ -20,6 +20,7 @@ from mprec.models.dlrm import DLRM
 from mprec.names import ACTIVATIONS, MODES
 from mprec.nn import EmbeddingBagCollection, QuantizedEmbeddingBagCollection
 from mprec.ops._decoders import decoder
+from mprec.representations import DHE, TABLE
 
 __all__ = ["PRECISIONS", "CompiledPath", "compile_path"]
 
@@ -220,6 +221,8 @@ def _embeddings(collection: nn.Module, places: list) -> tuple[list[tuple], list[
     places += [(collection._modules, "tables"), (collection._modules, "dhe")]
     for i, feature in enumerate(collection.features):
         name, mode = feature.name, MODES[feature.mode]
+        if not {TABLE, DHE}.issuperset(feature.parts):
+            raise PathCompileError(f"embeddings: feature {name!r}: {feature.representation} is not compiled")
         if feature.has_table:
             table = collection.tables._modules[name]
             places.append((collection.tables._modules, name))

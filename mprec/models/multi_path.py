@@ -22,10 +22,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from mprec.data import Batch
 from mprec.models.dlrm import DLRM
 from mprec.nn import FeatureConfig, with_representation
+from mprec.representations import REPRESENTATIONS, SELECT
 
 __all__ = ["PATHS", "MultiPathDLRM"]
 
-PATHS = ("hybrid", "table", "dhe", "select")
+_HYBRID = REPRESENTATIONS["hybrid"]
+PATHS = (_HYBRID.name, *(part.name for part in _HYBRID.parts), SELECT)
 
 
 class MultiPathDLRM(DLRM):

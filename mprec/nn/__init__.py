@@ -1,18 +1,18 @@
 """Modules: embedding bags as tables, deep hash embeddings and hybrids, and a collection of them."""
 
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.nn.config import DheConfig, FeatureConfig, with_representation
-from mprec.nn.deep_hash import DeepHashEmbeddingBag
-from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
 from mprec.nn.low_rank import LowRankEmbeddingBagCollection, LowRankTable
 from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
 from mprec.nn.memory import use_huge_pages
-from mprec.nn.options import KernelOptions
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import swap
-from mprec.nn.tuning import auto_kernels, kernel_candidates, tune_kernels
 from mprec.nn.unseen import MeanForUnseen
+from mprec.options import KernelOptions
+from mprec.representations import DheConfig, FeatureConfig, with_representation
+from mprec.representations.deep_hash import DeepHashEmbeddingBag
+from mprec.representations.embedding_bag import EmbeddingBag
+from mprec.tuning import auto_kernels, kernel_candidates, tune_kernels
 
 __all__ = [
     "DeepHashEmbeddingBag",

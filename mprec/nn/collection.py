@@ -1,6 +1,6 @@
 """All categorical features of a model in one module."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,23 +10,23 @@ from mprec import ops
 from mprec._native import _C
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
-from mprec.nn.config import FeatureConfig
-from mprec.nn.deep_hash import DeepHashEmbeddingBag
-from mprec.nn.embedding_bag import EmbeddingBag
-from mprec.nn.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
-from mprec.nn.tuning import kernel_options
 from mprec.ops._checks import check_ids
 from mprec.ops._common import NATIVE_TABLES, ids, into
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import group_decoders
+from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.representations import DHE, PARTS, REPRESENTATIONS, TABLE, FeatureConfig, Part
 from mprec.tracing import eager
+from mprec.tuning import kernel_options
 
 _Parameter = nn.Parameter
+_PARTS = {part.container for part in PARTS}
 
 
 class _Group(NamedTuple):
     """Parts of one kind that one operator call serves."""
 
+    part: Part
     names: tuple[str, ...]
     features: list[int]  # their positions in the collection
     columns: list[int]  # first output column of each
@@ -34,11 +34,11 @@ class _Group(NamedTuple):
     alone: bool  # all columns, side by side
     mode: str
     mode_code: int
-    decoder: tuple[str, str, str]  # family, activation, last_activation; empty strings for tables
+    decoder: Hashable  # of a deep hash embedding: family, activation, last_activation
 
 
 class EmbeddingBagCollection(nn.Module):
-    """Embeds a batch of many features, each by a table, a deep hash embedding, or both.
+    """Embeds a batch of many features, each in its own representation: a table, a deep hash embedding, both.
 
     *table*, *dhe*, *hybrid* and *select* models are four lists of :class:`FeatureConfig` for this one class
     (see :func:`with_representation`). All tables of one pooling mode are one kernel call, as are all decoders
@@ -84,69 +84,49 @@ class EmbeddingBagCollection(nn.Module):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ValueError(f"features: names must differ, got {', '.join(twice)} more than once")
         self.output_dims = [feature.output_dim for feature in self.features]
-        self.tables, self.dhe = nn.ModuleDict(), nn.ModuleDict()
+        for part in PARTS:
+            self._modules[part.container] = nn.ModuleDict()
         for f in self.features:
-            # Into _modules directly: ModuleDict refuses names of its own methods, such as "type" or "keys"
-            # (with these, all works but torch.export, which looks submodules up by getattr).
-            if f.has_table:
-                table = EmbeddingBag(
-                    f.num_embeddings,
-                    f.embedding_dim,
-                    mode=f.mode,
-                    sparse=sparse,
-                    include_last_offset=True,
-                    device=device,
-                    dtype=dtype,
-                )
-                self.tables._modules[f.name] = table
-            if f.has_dhe:
-                self.dhe._modules[f.name] = DeepHashEmbeddingBag(
-                    f.embedding_dim,
-                    f.dhe,
-                    f.mode,
-                    include_last_offset=True,
-                    device=device,
-                    dtype=dtype,
-                )
-        self._table_groups, self._dhe_groups = self._group()
+            for part in f.parts:
+                # Into _modules directly: ModuleDict refuses names of its own methods, such as "type" or
+                # "keys" (with these, all works but torch.export, which looks submodules up by getattr).
+                module = part.module(f, sparse=sparse, device=device, dtype=dtype)
+                self._members(part)[f.name] = module
+        groups = self._group()
+        self._table_groups = [group for group in groups if group.part is TABLE]
+        self._dhe_groups = [group for group in groups if group.part is DHE]
+        self._other_groups = [group for group in groups if group.part not in (TABLE, DHE)]
         self._width = sum(self.output_dims)
         self.reset_parameters()
 
+    def _members(self, part: Part) -> dict[str, nn.Module]:
+        """The modules of a part, by feature."""
+        return self._modules[part.container]._modules
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for table in self.tables._modules.values():
-            bound = table.num_embeddings**-0.5
-            table.weight.uniform_(-bound, bound)
-        for dhe in self.dhe._modules.values():
-            dhe.reset_parameters()
+        for part in PARTS:
+            for module in self._members(part).values():
+                part.reset(module)
 
     def fold(self) -> "EmbeddingBagCollection":
         """The same function of the IDs with plain tables and decoders only: here, the collection itself."""
         return self
 
-    def _group(self) -> tuple[list[_Group], list[_Group]]:
-        tables: dict[tuple, list[tuple[int, int]]] = {}
-        decoders: dict[tuple, list[tuple[int, int]]] = {}
+    def _group(self) -> list[_Group]:
+        found: dict[tuple, list[tuple[int, int]]] = {}
         column = 0
         for i, f in enumerate(self.features):
-            if f.has_table:
-                tables.setdefault((f.mode, ("", "", "")), []).append((i, column))
+            for part in f.parts:
+                found.setdefault((part, f.mode, part.group(f)), []).append((i, column))
                 column += f.embedding_dim
-            if f.has_dhe:
-                kind = (f.dhe.family, f.dhe.activation, f.dhe.last_activation)
-                decoders.setdefault((f.mode, kind), []).append((i, column))
-                column += f.embedding_dim
-
-        def groups(found):
-            made = []
-            for key, parts in found.items():
-                positions, columns = [i for i, _ in parts], [column for _, column in parts]
-                names = tuple(self.features[i].name for i in positions)
-                whole, alone = len(parts) == len(self.features), len(tables) + len(decoders) == 1
-                made.append(_Group(names, positions, columns, whole, alone, key[0], MODES[key[0]], key[1]))
-            return made
-
-        return groups(tables), groups(decoders)
+        made = []
+        for (part, mode, kind), members in found.items():
+            positions, columns = [i for i, _ in members], [column for _, column in members]
+            names = tuple(self.features[i].name for i in positions)
+            whole, alone = len(members) == len(self.features), len(found) == 1
+            made.append(_Group(part, names, positions, columns, whole, alone, mode, MODES[mode], kind))
+        return made
 
     def forward(
         self,
@@ -215,12 +195,19 @@ class EmbeddingBagCollection(nn.Module):
         for group in self._dhe_groups:
             if self._run_decoders(group, indices, offsets, per_sample_weights, out, options) is None:
                 return None
+        for group in self._other_groups:
+            pooled = self._embed_others(group, indices, offsets, per_sample_weights)
+            for column, part in self._by_column(group, pooled):
+                out[:, column : column + part.shape[1]] = part
         return out
 
     def _dtype(self) -> torch.dtype:
         if self._table_groups:
             modules = self._modules["tables"]._modules
             return modules[self._table_groups[0].names[0]]._parameters["weight"].dtype
+        if not self._dhe_groups:
+            group = self._other_groups[0]
+            return group.part.dtype(self._members(group.part)[group.names[0]])
         return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0].dtype
 
     def _run_tables(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
@@ -296,7 +283,10 @@ class EmbeddingBagCollection(nn.Module):
         for group in self._dhe_groups:
             out = self._embed_decoders(group, indices, offsets, per_sample_weights)
             parts.update(self._by_column(group, out))
-        if len(self._table_groups) + len(self._dhe_groups) == 1:
+        for group in self._other_groups:
+            out = self._embed_others(group, indices, offsets, per_sample_weights)
+            parts.update(self._by_column(group, out))
+        if len(self._table_groups) + len(self._dhe_groups) + len(self._other_groups) == 1:
             return out
         return torch.cat([parts[column] for column in sorted(parts)], dim=1)
 
@@ -326,8 +316,22 @@ class EmbeddingBagCollection(nn.Module):
             num_features=len(self.features),
         )
 
+    def _embed_others(self, group: _Group, indices, offsets, per_sample_weights) -> Tensor:
+        """One group's pooled vectors as its part pools them."""
+        members = self._members(group.part)
+        return group.part.pool(
+            [members[name] for name in group.names],
+            indices,
+            offsets,
+            group.mode,
+            per_sample_weights,
+            group.features,
+            len(self.features),
+            self.sparse,
+        )
+
     def kernel_traits(self) -> KernelTraits:
-        """For :mod:`mprec.nn.tuning`."""
+        """For :mod:`mprec.tuning`."""
         precisions = [getattr(self, f"{kind}_precision", None) for kind in ("table", "decoder")]
         return KernelTraits(
             bool(self._dhe_groups),
@@ -359,7 +363,7 @@ class EmbeddingBagCollection(nn.Module):
         """Raise the error again with the feature's name, if a feature's ID is at fault."""
         batch = batch_size(offsets, len(self.features))
         for i, feature in enumerate(self.features):
-            bound = feature.num_embeddings if feature.has_table else None
+            bound = feature.num_embeddings if feature.has_rows else None
             try:
                 check_ids(
                     ids(indices, "indices"), ids(offsets, "offsets"), [bound], batch, [i], len(self.features)
@@ -372,14 +376,18 @@ class EmbeddingBagCollection(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        saved: dict[str, set[str]] = {}
+        for key in state_dict:
+            container, name, *_ = (*key.removeprefix(prefix).split(".", 2), "")
+            if key.startswith(prefix) and container in _PARTS:
+                saved.setdefault(name, set()).add(container)
         for feature in self.features:
-            table = f"{prefix}tables.{feature.name}"
-            has_table = f"{table}.weight" in state_dict or f"{table}.rows" in state_dict  # rows: quantised
-            has_dhe = f"{prefix}dhe.{feature.name}.coefficients" in state_dict
-            if (has_table or has_dhe) and (has_table, has_dhe) != (feature.has_table, feature.has_dhe):
-                saved = "hybrid" if has_table and has_dhe else "table" if has_table else "dhe"
+            found = saved.get(feature.name)
+            if found and found != {part.container for part in feature.parts}:
+                kinds = [r.name for r in REPRESENTATIONS.values() if found == {p.container for p in r.parts}]
+                was = " or ".join(kinds) or " and ".join(sorted(found))
                 errors.append(
-                    f"feature {feature.name!r} is a {saved} in the state_dict, "
+                    f"feature {feature.name!r} is a {was} in the state_dict, "
                     f"but a {feature.representation} in this module"
                 )
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor, cat, nn
 
-from mprec.nn.config import DheConfig
-from mprec.nn.deep_hash import DeepHashEmbeddingBag
-from mprec.nn.embedding_bag import EmbeddingBag
+from mprec.representations import DheConfig
+from mprec.representations.deep_hash import DeepHashEmbeddingBag
+from mprec.representations.embedding_bag import EmbeddingBag
 
 
 class HybridEmbeddingBag(nn.Module):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mprec import ops
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.nn.config import FeatureConfig
 from mprec.nn.mapped import pooled_ones
 from mprec.ops._checks import check_bags, check_ids
+from mprec.representations import FeatureConfig
 
 __all__ = ["CODE_PRECISIONS", "LowRankEmbeddingBagCollection", "LowRankTable"]
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mprec.names import MODES
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.ops._common import into
+from mprec.representations import PARTS, TABLE
 
 __all__ = ["MappedEmbeddingBagCollection", "folded", "pooled_ones"]
 
@@ -52,19 +53,21 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
     def __init__(self, collection: EmbeddingBagCollection, fresh: bool = False) -> None:
         collection = collection.fold()
         super().__init__(collection.features, collection.sparse, device="meta", kernel=collection.kernel)
-        self.tables, self.dhe, self.maps = collection.tables, collection.dhe, nn.ModuleDict()
-        self._blocks: list[int] = []  # widths of the output's blocks: tables and decoders of each feature
+        for part in PARTS:
+            self._modules[part.container] = collection._modules[part.container]
+        self.maps = nn.ModuleDict()
+        self._blocks: list[int] = []  # widths of the output's blocks: the parts of each feature
         self._by_dim: dict[int, list[tuple[str, int, int]]] = {}  # dim -> (name, feature, block) of tables
         for position, f in enumerate(self.features):
-            if f.has_table:
+            for part in f.parts:
+                self._blocks.append(f.embedding_dim)
+                if part is not TABLE:
+                    continue
                 if f.mode == "max":
                     raise ValueError(f"feature {f.name!r}: a map does not commute with mode 'max'")
                 weight = self.tables._modules[f.name].weight
                 self.maps._modules[f.name] = _map_for(weight, fresh)
-                self._by_dim.setdefault(f.embedding_dim, []).append((f.name, position, len(self._blocks)))
-                self._blocks.append(f.embedding_dim)
-            if f.has_dhe:
-                self._blocks.append(f.embedding_dim)
+                self._by_dim.setdefault(f.embedding_dim, []).append((f.name, position, len(self._blocks) - 1))
         self.train(collection.training)
 
     def forward(
@@ -96,7 +99,9 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
         Its tables are new tensors: training may go on.
         """
         plain = EmbeddingBagCollection(self.features, self.sparse, device="meta", kernel=self.kernel)
-        plain.dhe = self.dhe
+        for part in PARTS:
+            if part is not TABLE:
+                plain._modules[part.container] = self._modules[part.container]
         for name, linear in self.maps._modules.items():
             rows = nn.functional.linear(self.tables._modules[name].weight, linear.weight, linear.bias)
             plain.tables._modules[name].weight = nn.Parameter(rows)

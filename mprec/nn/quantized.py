@@ -1,64 +1,53 @@
 """Collections in fewer bytes, for serving."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mprec import reference
 from mprec._native import _C
+from mprec.hashing import families_for
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.ops._checks import check_bags, check_mode, check_per_sample_weights, check_same_device
 from mprec.ops._common import ids, plain
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import check_float16, decoder
+from mprec.representations import DHE, PARTS, TABLE
+from mprec.representations.deep_hash import DeepHashEmbeddingBag
+from mprec.row_formats import row_format
 
-TABLE_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
 #: Hash families that a decoder precision serves; None: all.
 DECODER_PRECISIONS = {
     "float32": None,
     "float16": None,
     "bfloat16": None,
     "float8": None,
-    "int8": ("u7", "universal"),
-    "lut": ("sign",),
+    "int8": families_for("int8"),
+    "lut": families_for("lut"),
 }
 ON_CUDA = ("float32", "float8")
-
-_BITS = {"int8": 8, "int4": 4}
 
 
 class QuantizedTable(nn.Module):
     """The rows of a table in one precision: a buffer ``rows``, saved with the model.
 
-    ``float16`` and ``bfloat16``: ``[N, D]``. ``int8`` and ``int4``: uint8 ``[N, bytes]``, each row with its
-    own scale and bias, in the layout of FBGEMM and of ``torch.ops.quantized.embedding_bag_byte_prepack``.
+    ``precision`` names one of :data:`mprec.row_formats.ROW_FORMATS`. ``float16`` and ``bfloat16``:
+    ``[N, D]``. ``int8`` and ``int4``: uint8 ``[N, bytes]``, each row with its own scale and bias, in the
+    layout of FBGEMM and of ``torch.ops.quantized.embedding_bag_byte_prepack``.
     """
 
     rows: Tensor
 
     def __init__(self, weight: Tensor, precision: str) -> None:
         super().__init__()
-        if precision not in TABLE_PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(TABLE_PRECISIONS)}, got {precision!r}")
-        if precision == "int4" and weight.shape[1] % 2:
-            raise ValueError(f"precision: int4 packs pairs, got rows of an odd {weight.shape[1]} numbers")
+        self.format = row_format(precision)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.precision = precision
-        self.bits = _BITS.get(precision, 8)
+        self.bits = self.format.code
         weight = plain(weight.detach().to(torch.float32))
-        if not weight.is_meta:  # rows to come from a state_dict
-            _check_range(weight, precision)
-        if precision == "int8":
-            rows = torch.ops.quantized.embedding_bag_byte_prepack(weight)
-        elif precision == "int4" and weight.is_meta:  # torch says nothing of its shape
-            rows = weight.new_empty(len(weight), weight.shape[1] // 2 + 4, dtype=torch.uint8)
-        elif precision == "int4":
-            rows = torch.ops.quantized.embedding_bag_4bit_prepack(weight)
-        else:
-            rows = weight.to(getattr(torch, precision), copy=True)
-        self.register_buffer("rows", rows)
+        self.register_buffer("rows", self.format.encode(weight))
 
     @property
     def nbytes(self) -> int:
@@ -66,32 +55,10 @@ class QuantizedTable(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The numbers that the rows stand for: float32 ``[N, D]``."""
-        if self.precision == "int8":
-            return torch.ops.quantized.embedding_bag_byte_unpack(self.rows)
-        if self.precision == "int4":
-            return torch.ops.quantized.embedding_bag_4bit_unpack(self.rows)
-        return self.rows.to(torch.float32)
+        return self.format.decode(self.rows)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.precision}, {self.nbytes:,} bytes"
-
-
-def _check_range(weight: Tensor, precision: str) -> None:
-    """``ValueError`` for numbers that the precision would turn into others without a word."""
-    if precision == "float16":
-        check_float16([weight], "precision")
-    if precision not in _BITS or not weight.numel():
-        return
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"precision: {precision} is for finite numbers; a row of the table holds others")
-    low, high = weight.amin(1), weight.amax(1)
-    largest = torch.finfo(torch.float16 if precision == "int4" else torch.float32).max
-    step = (high.double() - low.double()) / (2 ** _BITS[precision] - 1)
-    if float(low.abs().max()) > largest or float(step.max()) > largest:
-        raise ValueError(
-            f"precision: {precision} holds the least number of a row and the step between two codes up to "
-            f"{largest:g}, got {float(low.abs().max()):g} and {float(step.max()):g}"
-        )
 
 
 class QuantizedDecoder(nn.Module):
@@ -137,8 +104,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
 
     Args:
         collection: in float32 on the CPU; not changed, and not kept.
-        tables: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, for all features or
-            by name (features not named stay float32).
+        tables: one of :data:`mprec.row_formats.ROW_FORMATS`, such as ``"int8"``, for all features or by name
+            (features not named stay float32).
         decoders: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"float8"``, ``"int8"`` (hash families u7 and
             universal) or ``"lut"`` (sign), for all features or by name. Other layers than the first are
             float32 in ``"int8"`` and ``"lut"``; ``"bfloat16"`` rounds every layer's inputs too. ``"float8"``
@@ -158,7 +125,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     ) -> None:
         collection = collection.fold()
         super().__init__(collection.features, device="meta")
-        with_tables = [f.name for f in self.features if f.has_table]
+        with_tables = [f.name for f in self.features if f.has_rows]
         with_decoders = [f.name for f in self.features if f.has_dhe]
         self.table_precision = _by_name(tables, with_tables, "tables")
         self.decoder_precision = _by_name(decoders, with_decoders, "decoders")
@@ -173,13 +140,20 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             shared = collection.dhe._modules[name]
             self.dhe._modules[name] = QuantizedDecoder(shared) if self._in_float8(name) else shared
         self._dhe_groups = [part for group in self._dhe_groups for part in self._split_group(group)]
-        self.tables = nn.ModuleDict()
-        for name in with_tables:
-            weight = collection.tables._modules[name].weight
-            try:
-                self.tables._modules[name] = QuantizedTable(weight, self.table_precision[name])
-            except ValueError as error:
-                raise ValueError(f"tables: feature {name!r}: {error}") from None
+        for part in PARTS:
+            if part is not DHE:
+                self._modules[part.container] = nn.ModuleDict()
+        for f in self.features:
+            for part in f.parts:
+                if part is DHE:
+                    continue
+                module = collection._members(part)[f.name]
+                quantise = partial(QuantizedTable, precision=self.table_precision.get(f.name, "float32"))
+                try:
+                    made = quantise(module.weight) if part is TABLE else part.quantised(module, quantise)
+                    self._members(part)[f.name] = made
+                except ValueError as error:
+                    raise ValueError(f"tables: feature {f.name!r}: {error}") from None
         self.train(collection.training)
 
     def _apply(self, fn, recurse=True):
@@ -293,6 +267,10 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def nbytes(self) -> int:
         """Bytes that a call reads: tables, and decoders as packed."""
         total = sum(table.nbytes for table in self.tables._modules.values())
+        for group in self._other_groups:
+            for name in group.names:
+                state = self._members(group.part)[name].state_dict()
+                total += sum(tensor.nbytes for tensor in state.values())
         with torch.no_grad():
             for group in self._dhe_groups:
                 for name in group.names:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from mprec.nn.config import DheConfig
-from mprec.nn.deep_hash import DeepHashEmbeddingBag
-from mprec.nn.embedding_bag import EmbeddingBag
+from mprec.representations import DheConfig
+from mprec.representations.deep_hash import DeepHashEmbeddingBag
+from mprec.representations.embedding_bag import EmbeddingBag
 
 #: Which embedding bags become deep hash embeddings: by name, or by a function of name and module.
 Choice = Mapping[str, DheConfig] | Callable[[str, nn.EmbeddingBag], DheConfig | None]

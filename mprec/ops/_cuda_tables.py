@@ -219,7 +219,7 @@ def quantized_embedding_bag_multi(rows, bits, indices, offsets, mode=0, per_samp
     batch = _csr.batch_size(offsets, num_features)
     kinds: dict[tuple, list[int]] = {}
     for t, (table, width) in enumerate(zip(rows, bits, strict=True)):
-        kind = kernels.FLOAT if table.dtype != torch.uint8 else kernels.INT8 if width == 8 else kernels.INT4
+        kind = kernels.FLOAT if table.dtype != torch.uint8 else kernels.kind_of(width)
         kinds.setdefault((kind, table.dtype), []).append(t)
     columns = columns_of(dims)
     out = rows[0].new_empty(batch, sum(dims), dtype=torch.float32)

@@ -20,6 +20,7 @@ from mprec.ops._checks import (
     check_same_device,
 )
 from mprec.ops._common import NATIVE_TABLES, ids, library, plain
+from mprec.row_formats import quantised_format
 
 library.define(
     "quantized_embedding_bag_multi(Tensor[] rows, int[] bits, Tensor indices, Tensor offsets, int mode=0, "
@@ -42,13 +43,12 @@ def dims_of(rows: Sequence[Tensor], bits: Sequence[int]) -> list[int]:
                 f"rows[{t}]: expected [N, bytes] of uint8, or [N, D] of float32, float16 or bfloat16, got "
                 f"{list(table.shape)} of {table.dtype}"
             )
-        if table.dtype == torch.uint8 and width not in (8, 4):
-            raise ValueError(f"bits[{t}]: expected 8 or 4, got {width}")
         columns = table.shape[1]
-        if table.dtype == torch.uint8:  # FBGEMM's fused rows: scale and bias follow the numbers
-            columns = columns - 8 if width == 8 else (columns - 4) * 2
-        if columns < 1:
-            raise ValueError(f"rows[{t}]: {table.shape[1]} bytes hold no row of {width} bits")
+        if table.dtype == torch.uint8:
+            rows_are = quantised_format(width, f"bits[{t}]")
+            columns = rows_are.dim(table.shape[1])
+            if columns < 1:
+                raise ValueError(f"rows[{t}]: {table.shape[1]} bytes hold no row of {rows_are.name}")
         dims.append(columns)
     return dims
 

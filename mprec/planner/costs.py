@@ -19,7 +19,7 @@ import torch
 from mprec.dispatch import Path as DispatchPath
 from mprec.dispatch import microbenchmark
 from mprec.nn import EmbeddingBagCollection, FeatureConfig, QuantizedEmbeddingBagCollection
-from mprec.planner.options import PRECISIONS, Option
+from mprec.planner.options import Option
 
 __all__ = ["MeasuredCosts", "RooflineCosts"]
 
@@ -43,19 +43,29 @@ class MeasuredCosts:
 
     def feature_seconds(self, option: Option) -> float:
         """Median seconds per batch for one feature, as one of several in a call."""
-        config = option.config
         total = 0.0
-        if config.has_table:
-            total += self._table(config.num_embeddings, config.embedding_dim, option.precision)
-        if config.has_dhe:
-            total += self._measure(FeatureConfig("f", 1 << 30, config.embedding_dim, "dhe", config.dhe))
+        for part in option.config.parts:
+            config = dataclasses.replace(
+                option.config,
+                name="f",
+                representation=part.name,
+                dhe=option.config.dhe if part.hashes else None,
+                parameters=option.config.parameters if part.parameters else (),
+                mode="sum",
+            )
+            if part.has_rows:
+                total += self._by_rows(config, option.precision)
+            else:
+                total += self._measure(dataclasses.replace(config, num_embeddings=1 << 30))
         return total
 
-    def _table(self, rows: int, dim: int, precision: str) -> float:
-        rows = min(rows, _MAX_TABLE_BYTES // (4 * dim))
+    def _by_rows(self, config: FeatureConfig, precision: str) -> float:
+        rows = min(config.num_embeddings, _MAX_TABLE_BYTES // (4 * config.embedding_dim))
         step = math.log(rows, 16)
         low, high = 16 ** math.floor(step), 16 ** math.ceil(step)
-        times = [self._measure(FeatureConfig("f", size, dim), precision) for size in (low, high)]
+        times = [
+            self._measure(dataclasses.replace(config, num_embeddings=size), precision) for size in (low, high)
+        ]
         share = 0.0 if low == high else (math.log(rows, 16) - math.floor(step))
         return times[0] ** (1 - share) * times[1] ** share
 
@@ -106,12 +116,10 @@ class RooflineCosts:
 
     def feature_seconds(self, option: Option) -> float:
         config = option.config
-        dim = config.embedding_dim
-        rows = self.batch_size * PRECISIONS[option.precision](dim) * config.has_table
-        rows += self.batch_size * 4 * dim * config.has_dhe  # written
-        weights = 4 * config.dhe.num_parameters(config.embedding_dim) if config.has_dhe else 0
+        ids = sum(part.id_bytes(config, option.precision) for part in config.parts)
+        weights = sum(part.shared_bytes(config) for part in config.parts)
         compute = self.batch_size * option.flops / self.flops_per_s
-        return self.feature_overhead_s + max(compute, (rows + weights) / self.bytes_per_s)
+        return self.feature_overhead_s + max(compute, (self.batch_size * ids + weights) / self.bytes_per_s)
 
     @classmethod
     def load(cls, file: str | os.PathLike, batch_size: int = 128) -> tuple[str, int, RooflineCosts]:

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mprec.nn import DheConfig, FeatureConfig
-from mprec.nn.config import REPRESENTATIONS
 from mprec.planner.quality import Effects
+from mprec.representations import REPRESENTATIONS
+from mprec.row_formats import row_format
 
-__all__ = ["PRECISIONS", "Option", "Shape", "default_options", "flops", "nbytes", "sized"]
+__all__ = ["Option", "Shape", "default_options", "flops", "nbytes", "sized"]
 
 #: A decoder's shape, or one for each feature.
 Shape = DheConfig | Callable[[FeatureConfig], DheConfig]
-
-# Bytes of a row of d numbers. The quantised layouts are FBGEMM's fused rows: values, then scale and bias
-# (two float32 for int8, two float16 for int4).
-PRECISIONS = {
-    "float32": lambda d: 4 * d,
-    "float16": lambda d: 2 * d,
-    "int8": lambda d: d + 8,
-    "int4": lambda d: -(-d // 2) + 4,
-}
 
 
 @dataclass(frozen=True)
@@ -38,8 +29,8 @@ class Option:
     precision: str = "float32"  # of the table's rows, where there is a table
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        row_format(self.precision)
+        self.nbytes  # noqa: B018 - raises for a precision that does not fit the rows
 
     @property
     def nbytes(self) -> int:
@@ -52,21 +43,12 @@ class Option:
 
 def nbytes(config: FeatureConfig, precision: str = "float32") -> int:
     """Parameters and hash coefficients of a feature, in bytes."""
-    total = 0
-    if config.has_table:
-        total += config.num_embeddings * PRECISIONS[precision](config.embedding_dim)
-    if config.has_dhe:
-        rows = 2 if config.dhe.family.startswith("artifact") else 4
-        total += 4 * config.dhe.num_parameters(config.embedding_dim) + 4 * rows * config.dhe.k
-    return total
+    return sum(part.nbytes(config, precision) for part in config.parts)
 
 
 def flops(config: FeatureConfig) -> int:
     """Floating-point operations per ID: two per weight of the decoder, one per number that is pooled."""
-    total = config.output_dim
-    if config.has_dhe:
-        total += sum(2 * a * b for a, b in itertools.pairwise(config.dhe.widths(config.embedding_dim)))
-    return total
+    return sum(part.flops(config) for part in config.parts)
 
 
 def sized(largest: DheConfig, features: Sequence[FeatureConfig]) -> Callable[[FeatureConfig], DheConfig]:
@@ -106,7 +88,7 @@ def default_options(
                 continue
             representation, shape, precision = _parts(label)
             config = None
-            if representation != "table":
+            if any(part.hashes for part in REPRESENTATIONS[representation].parts):
                 shapes = dhe if isinstance(dhe, Mapping) else {"": dhe}
                 if shape not in shapes:
                     raise ValueError(f"option {label!r}: no DHE shape is called {shape!r}")
@@ -125,8 +107,9 @@ def _parts(label: str) -> tuple[str, str, str]:
             f"option {label!r}: expected {', '.join(REPRESENTATIONS)}, then :SHAPE or [PRECISION]"
         )
     representation, shape, precision = found.groups()
-    if shape and representation == "table":
-        raise ValueError(f"option {label!r}: a table has no DHE shape")
-    if precision and representation == "dhe":
+    parts = REPRESENTATIONS[representation].parts
+    if shape and not any(part.hashes for part in parts):
+        raise ValueError(f"option {label!r}: a {representation} has no DHE shape")
+    if precision and not any(part.has_rows for part in parts):
         raise ValueError(f"option {label!r}: a precision is that of a table's rows")
     return representation, shape or "", precision or "float32"

@@ -79,7 +79,7 @@ class Plan:
 
     def table_precisions(self) -> dict[str, str]:
         """For :class:`mprec.nn.QuantizedEmbeddingBagCollection`: the rows' precision of each table."""
-        return {p.feature: p.option.precision for p in self.placements if p.option.config.has_table}
+        return {p.feature: p.option.precision for p in self.placements if p.option.config.has_rows}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with every feature's configuration."""

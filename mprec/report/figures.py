@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from mprec.report.verdict import dispatcher_row, ranked
+from mprec.representations import REPRESENTATIONS, SELECT
 
 __all__ = [
     "chosen_shares",
@@ -25,10 +26,8 @@ __all__ = [
 
 # Okabe and Ito's palette: told apart by colour-blind readers.
 _COLOURS = {
-    "table": "#0072B2",
-    "dhe": "#D55E00",
-    "select": "#009E73",
-    "hybrid": "#CC79A7",
+    **{found.name: found.colour for found in REPRESENTATIONS.values()},
+    SELECT: "#009E73",
     "dispatcher": "#222222",
 }
 
@@ -38,7 +37,7 @@ _FURTHER = ("#E69F00", "#56B4E9", "#8C564B", "#999999", "#882255", "#44AA99", "#
 
 
 def path_colour(path: str) -> str:
-    """The colour of a path's curves and bars; grey for paths beyond the four representations."""
+    """The colour of a path's curves and bars; grey for other paths."""
     return _COLOURS.get(path, "#777777")
 
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mprec.nn.config import DheConfig, FeatureConfig, with_representation
+from mprec.representations import (
+    DHE,
+    REPRESENTATIONS,
+    SELECT,
+    TABLE,
+    DheConfig,
+    FeatureConfig,
+    with_representation,
+)
 
 __all__ = ["PAPER_DHE", "PAPER_QUALITY", "ModelShape", "kaggle", "load_shape", "shape_of", "terabyte"]
 
@@ -67,6 +75,10 @@ class ModelShape:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.features:
             raise ValueError("features: expected at least one, got none")
+        if others := [f for f in self.features if not {TABLE, DHE}.issuperset(f.parts)]:
+            raise ValueError(
+                f"features: tables and deep hash embeddings are simulated, got {others[0].representation}"
+            )
         if len(dims := sorted({feature.embedding_dim for feature in self.features})) > 1:
             raise ValueError(f"features: expected one embedding_dim, got {dims}")
         for field in ("bottom", "top"):
@@ -90,7 +102,7 @@ class ModelShape:
     @property
     def vectors(self) -> int:
         """Vectors per sample that interact: the bottom one, and one or two per feature."""
-        return 1 + sum(feature.has_table + feature.has_dhe for feature in self.features)
+        return 1 + sum(len(feature.parts) for feature in self.features)
 
     @property
     def bottom_widths(self) -> tuple[int, ...]:
@@ -185,10 +197,9 @@ def load_shape(name: str | os.PathLike) -> tuple[ModelShape, dict[str, float]]:
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{text}: not a model's shape: {error}") from error
     for representation, share in quality.items():
-        if representation not in ("table", "dhe", "hybrid", "select"):
-            raise ValueError(
-                f"{text}: quality: expected table, dhe, hybrid or select, got {representation!r}"
-            )
+        if representation not in (*REPRESENTATIONS, SELECT):
+            choices = ", ".join((*REPRESENTATIONS, SELECT))
+            raise ValueError(f"{text}: quality: expected one of {choices}, got {representation!r}")
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise ValueError(f"{text}: quality.{representation}: expected a share in [0, 1], got {share!r}")
     if not quality:

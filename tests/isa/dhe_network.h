@@ -15,12 +15,10 @@ constexpr double eps = std::numeric_limits<float>::epsilon();
 constexpr double pi = 3.14159265358979323846;
 constexpr int64_t largest_id = std::numeric_limits<int64_t>::max();
 
-inline const char* family_name(HashFamily family) {
-  static const char* const names[] = {"universal", "artifact", "artifact_gaussian", "sign", "u7"};
-  return names[static_cast<int>(family)];
-}
-constexpr HashFamily all_families[] = {HashFamily::universal, HashFamily::artifact,
-                                       HashFamily::artifact_gaussian, HashFamily::sign, HashFamily::u7};
+inline const char* family_name(HashFamily family) { return traits(family).name; }
+#define MPREC_NAME(name, Family) HashFamily::name,
+constexpr HashFamily all_families[] = {MPREC_HASH_FAMILIES(MPREC_NAME)};
+#undef MPREC_NAME
 
 inline bool is_artifact(HashFamily f) {
   return f == HashFamily::artifact || f == HashFamily::artifact_gaussian;
@@ -90,14 +88,16 @@ struct Unit {
 
 inline Unit expected_unit(const Coefficients& c, HashFamily family, int64_t id, int64_t j) {
   const auto h = static_cast<float>(expected_hash(c, family, id, j));
+  if (const int bits = traits(family).level_bits) {
+    const int64_t level = expected_hash(c, family, id, j) >> (31 - bits), most = (1 << bits) - 1;
+    return {static_cast<float>(2 * level - most) / static_cast<float>(most), 0};
+  }
   switch (family) {
     case HashFamily::universal: return {h * 0x1p-30f - 1.0f, 0};
     case HashFamily::sign:
       return {expected_hash(c, family, id, j) >= int64_t{1} << 30 ? sign_magnitude : -sign_magnitude, 0};
-    case HashFamily::u7:
-      return {static_cast<float>(2 * (expected_hash(c, family, id, j) >> 24) - 127) / 127.0f, 0};
     case HashFamily::artifact: return {h / static_cast<float>(artifact_m - 1) * 2.0f - 1.0f, 0};
-    case HashFamily::artifact_gaussian: break;
+    default: break;  // artifact_gaussian
   }
   const int64_t even = j / 2 * 2;
   const double u1 = static_cast<double>(expected_hash(c, family, id, even) + 1) / artifact_m,

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "guarded.h"
 #include "registry.h"
+#include "rows/rows.h"
 #include "suites.h"
 
 namespace mprec::test {
@@ -16,10 +17,7 @@ namespace {
 
 const char* mode_name(Mode mode) { return mode == Mode::sum ? "sum" : mode == Mode::mean ? "mean" : "max"; }
 
-const char* format_name(Format format) {
-  static const char* const names[] = {"float32", "float16", "bfloat16", "int8", "int4"};
-  return names[static_cast<int>(format)];
-}
+const char* format_name(Format format) { return traits(format).name; }
 
 int64_t item_bytes(Format format) { return format == Format::f32 ? 4 : 2; }  // of values that stand alone
 
@@ -47,8 +45,8 @@ struct Table {
       : format(format),
         num_rows(num_rows),
         dim(dim),
-        row_bytes(row_size(format, dim) + gap * (format >= Format::int8 ? 1 : item_bytes(format))),
-        rows(num_rows ? (num_rows - 1) * row_bytes + row_size(format, dim) : 0, edge) {
+        row_bytes(traits(format).bytes(dim) + gap * (format >= Format::int8 ? 1 : item_bytes(format))),
+        rows(num_rows ? (num_rows - 1) * row_bytes + traits(format).bytes(dim) : 0, edge) {
     for (int64_t r = 0; r < num_rows; ++r) {
       const std::vector<char> row = make_row(random);
       std::copy(row.begin(), row.end(), rows.data() + r * row_bytes);
@@ -77,6 +75,15 @@ struct Table {
           row.back() = static_cast<char>(row.back() | q << 4);
         continue;
       }
+      if (format == Format::float8) {
+        const auto size = static_cast<uint8_t>(random.below(127));  // 127 is NaN
+        const bool negative = random.below(2);
+        const double number = size < 8 ? std::ldexp(size, -9) : std::ldexp(8 + size % 8, size / 8 - 10),
+                     value = scale * (negative ? -number : number);
+        add(value, std::fabs(value));
+        append(row, static_cast<uint8_t>(size | negative << 7));
+        continue;
+      }
       const float x = random.normal_ish();
       if (format == Format::f32) append(row, x);
       if (format == Format::f16) append(row, static_cast<_Float16>(x));
@@ -88,6 +95,7 @@ struct Table {
       add(value, std::fabs(value));
     }
     if (format == Format::int8) append(row, scale), append(row, bias);
+    if (format == Format::float8) append(row, scale);
     if (format == Format::int4)
       append(row, static_cast<_Float16>(scale)), append(row, static_cast<_Float16>(bias));
     return row;
@@ -274,7 +282,7 @@ void test_dims(const std::string& isa, Mode mode, bool weighted) {
 }
 
 void test_formats(const std::string& isa) {
-  for (Format format : {Format::f16, Format::bf16, Format::int8, Format::int4}) {
+  for (Format format : {Format::f16, Format::bf16, Format::int8, Format::int4, Format::float8}) {
     Case c(isa + " embedding_bag, rows in " + format_name(format));
     Random random(9);
     for (int64_t dim : all_dims()) {

@@ -50,9 +50,10 @@ int main(int argc, char** argv) {
       wanted.push_back(parse_isa(argv[i]));
   if (wanted.empty()) wanted.assign(std::begin(all_isas), std::end(all_isas));
 
-  const CpuFeatures& f = cpu_features();
-  std::printf("# %s: avx2 %d, avx512 %d, vnni %d, bf16 %d; %d thread(s)\n", cpu_model().c_str(), f.avx2,
-              f.avx512, f.avx512_vnni, f.avx512_bf16, threads);
+  std::printf("# %s:", cpu_model().c_str());
+  for (Isa isa : all_isas)
+    if (can_run(isa)) std::printf(" %s", isa_name(isa));
+  std::printf("; %d thread(s)\n", threads);
   test_dispatch();
   std::set<const void*> tested;  // an ISA may share another's kernels
   for (Isa isa : wanted) {

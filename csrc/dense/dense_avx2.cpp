@@ -1,5 +1,0 @@
-#include "dense/kernel.h"
-
-namespace mprec::avx2 {
-const DenseKernels dense_kernels = {gather, scatter, mlp, interact, mix};
-}

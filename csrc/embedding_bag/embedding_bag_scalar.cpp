@@ -1,5 +1,0 @@
-#include "embedding_bag/kernel.h"
-
-namespace mprec::scalar {
-const EmbeddingBagKernels embedding_bag_kernels = {forward};
-}

@@ -1,0 +1,46 @@
+# From list.cmake: a source file for each ISA and family of kernels, which includes isa/ISA.h and then
+# FAMILY/kernel.h, and the header isa/list.h for the registry. The families are those of MPREC_FAMILIES.
+set(MPREC_GENERATED ${CMAKE_BINARY_DIR}/generated)
+set(MPREC_ISA_SOURCES)
+set(isa_entries)
+set(table_entries)
+
+function(mprec_isa name)
+  cmake_parse_arguments(PARSE_ARGV 1 isa "" "BASE" "CPU;FLAGS;FOR")
+  set(flags ${flags_${isa_BASE}} ${isa_FLAGS})
+  set(needs ${needs_${isa_BASE}} ${isa_CPU})
+  set(kernels)
+  foreach(family IN LISTS MPREC_FAMILIES)
+    set(from ${${family}_of_${isa_BASE}})
+    if(isa_FOR STREQUAL "all" OR family IN_LIST isa_FOR)
+      set(from ${name})
+      set(source ${MPREC_GENERATED}/kernels/${family}_${name}.cpp)
+      file(CONFIGURE OUTPUT ${source} CONTENT "#include \"isa/${name}.h\"\n//\n#include \"${family}/kernel.h\"\n")
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
+      list(APPEND MPREC_ISA_SOURCES ${source})
+    endif()
+    set(${family}_of_${name} ${from} PARENT_SCOPE)
+    string(APPEND kernels ", ${from}")
+  endforeach()
+  list(TRANSFORM needs REPLACE "(.+)" "__builtin_cpu_supports(\"\\1\")" OUTPUT_VARIABLE supports)
+  list(JOIN supports " && " condition)
+  if(NOT condition)
+    set(condition true)
+  endif()
+  set(flags_${name} ${flags} PARENT_SCOPE)
+  set(needs_${name} ${needs} PARENT_SCOPE)
+  set(MPREC_ISA_SOURCES ${MPREC_ISA_SOURCES} PARENT_SCOPE)
+  set(isa_entries "${isa_entries} \\\n  X(${name}, ${condition})" PARENT_SCOPE)
+  set(table_entries "${table_entries} \\\n  X(${name}${kernels})" PARENT_SCOPE)
+endfunction()
+
+include(${CMAKE_CURRENT_LIST_DIR}/list.cmake)
+string(REPLACE ";" ", " families "${MPREC_FAMILIES}")
+file(CONFIGURE OUTPUT ${MPREC_GENERATED}/isa/list.h @ONLY CONTENT
+"// Made by CMake from csrc/isa/list.cmake.
+#pragma once
+// X(ISA, whether this CPU can run it), slowest first.
+#define MPREC_ISAS(X)@isa_entries@
+// X(ISA, the ISA whose kernels serve it, for each of: @families@).
+#define MPREC_KERNEL_TABLES(X)@table_entries@
+")

@@ -1,0 +1,14 @@
+# The instruction sets, slowest first. One line here and one header, isa/NAME.h, each.
+#   BASE   whatever it demands of the CPU and the compiler, this one does too
+#   CPU    features that the CPU must have, as __builtin_cpu_supports names them
+#   FLAGS  for the compiler
+#   FOR    the families of kernels that gain by it; those of the nearest BASE serve the others
+mprec_isa(scalar     FOR all)
+mprec_isa(avx2       BASE scalar CPU avx2 fma bmi2 f16c FOR all
+                     FLAGS -mavx2 -mfma -mf16c -mbmi -mbmi2 -mlzcnt -mpopcnt -mprfchw)
+# gcc 12 takes its own AVX-512 intrinsics' undefined registers for uninitialised variables.
+mprec_isa(avx512     BASE avx2 CPU avx512f avx512bw avx512dq avx512vl FOR all
+                     FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
+                           -Wno-maybe-uninitialized -Wno-uninitialized)
+mprec_isa(avx512vnni BASE avx512 CPU avx512vnni FLAGS -mavx512vnni FOR dhe)     # int8 layers
+mprec_isa(avx512bf16 BASE avx512vnni CPU avx512bf16 FLAGS -mavx512bf16 FOR dhe) # bfloat16 layers

@@ -1,0 +1,222 @@
+"""A deep hash embedding with pooling."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mprec import ops
+from mprec._native import _C
+from mprec.hashing import coefficients
+from mprec.names import MODES, code
+from mprec.ops._autograd import is_batched
+from mprec.ops._checks import check_bags, check_ids, num_bags
+from mprec.ops._common import eager, ids, rows_as_bags
+from mprec.ops._decoders import ModuleDecoder, clear_decoders
+from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.representations.dhe_config import DheConfig
+from mprec.tuning import kernel_options
+
+
+class DeepHashEmbeddingBag(nn.Module):
+    """Embeds IDs without a table: k hashes of the ID, decoded by an MLP (Kang et al., KDD 2021), then pooled.
+
+    The size does not depend on the vocabulary, and any ID in ``[0, 2**63)`` has an embedding.
+
+    Args:
+        embedding_dim: D, the size of the vectors.
+        config: hashes and layers.
+        mode: ``"sum"``, ``"mean"`` or ``"max"`` over a bag.
+        include_last_offset: ``offsets`` ends with the number of IDs, as in ``torch.nn.EmbeddingBag``.
+        padding_idx: entries with this ID are left out.
+        num_embeddings: refuse IDs not below this; ``None`` takes any.
+        device, dtype: of the decoder.
+        kernel: how native calls without gradients run, as for :class:`EmbeddingBagCollection`.
+
+    Shape: ``input`` ``[n]`` with ``offsets`` ``[B]``, or ``[B, L]``; output ``[B, D]``.
+
+    Attributes:
+        coefficients: int32 ``[rows, k]``, the hash functions: a buffer, saved with the model.
+        decoder: ``nn.Linear`` layers. Weights start from N(0, 2 / (in + out)), biases from N(0, 1 / out).
+    """
+
+    coefficients: Tensor
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        config: DheConfig | None = None,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        num_embeddings: int | None = None,
+        device=None,
+        dtype=None,
+        kernel: Kernel = None,
+    ) -> None:
+        super().__init__()
+        self.kernel = check_kernel(kernel)
+        code(MODES, mode, "mode")
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
+        if padding_idx is not None and padding_idx < 0:
+            raise ValueError(f"padding_idx: expected an ID >= 0, got {padding_idx}")
+        self.embedding_dim = embedding_dim
+        self.config = config or DheConfig()
+        self.mode = mode
+        self.include_last_offset = include_last_offset
+        self.padding_idx = padding_idx
+        self.num_embeddings = num_embeddings
+        hashes = coefficients(self.config.k, self.config.family, self.config.seed)
+        self.register_buffer("coefficients", hashes.to(device) if device is not None else hashes)
+        widths = self.config.widths(embedding_dim)
+        self.decoder = nn.ModuleList(
+            nn.Linear(inputs, outputs, device=device, dtype=dtype)
+            for inputs, outputs in itertools.pairwise(widths)
+        )
+        self.reset_parameters()
+        self._packed = ModuleDecoder()
+
+    def reset_parameters(self) -> None:
+        for layer in self.decoder:
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=math.sqrt(1 / layer.out_features))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [layer.weight for layer in self.decoder]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        return [layer.bias for layer in self.decoder]
+
+    def stack(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Coefficients, weights, biases: what operators take."""
+        layers = self._modules["decoder"]._modules.values()
+        try:  # past nn.Module.__getattr__, which would cost a microsecond
+            weights = [layer._parameters["weight"] for layer in layers]
+            return self._buffers["coefficients"], weights, [layer._parameters["bias"] for layer in layers]
+        except KeyError:  # parametrised or pruned layers
+            for layer in layers:
+                _recompute(layer)
+            return self.coefficients, self.weights, self.biases
+
+    def forward(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        include_last_offset = self.include_last_offset
+        if offsets is None:
+            if input.dim() != 2 and not input.is_nested:
+                raise ValueError("offsets has to be a 1D Tensor but got None")
+            input, offsets, per_sample_weights = rows_as_bags(input, per_sample_weights)
+            include_last_offset = True
+        if (
+            not torch.is_grad_enabled()
+            and eager()
+            and type(input) is type(offsets) is Tensor
+            and (per_sample_weights is None or type(per_sample_weights) is Tensor)
+        ):
+            out = self._forward_direct(input, offsets, per_sample_weights, include_last_offset)
+            if out is not None:
+                return out
+        if input.dim() == 2:
+            raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
+        if self.num_embeddings is not None:
+            check_bound(input, offsets, include_last_offset, self.num_embeddings)
+        return ops.dhe_bag(
+            input,
+            offsets,
+            *self.stack(),
+            self.config.family,
+            self.config.activation,
+            self.config.last_activation,
+            self.mode,
+            per_sample_weights,
+            include_last_offset,
+            self.padding_idx,
+        )
+
+    def _forward_direct(self, input, offsets, per_sample_weights, include_last_offset) -> Tensor | None:
+        """As :meth:`forward`, without the operator: one native call. None for what that does not take."""
+        padding_idx, packed = self.padding_idx, self._packed
+        options = DEFAULT_OPTIONS
+        if self.kernel is not None:
+            options = kernel_options(self, num_bags(offsets, include_last_offset))
+        kept = packed.kept if packed.config is self.config else packed.pack(self)
+        while kept is not None:
+            out = _C.dhe_bag_kept(
+                kept,
+                input,
+                offsets,
+                per_sample_weights,
+                MODES[self.mode],
+                include_last_offset,
+                -1 if padding_idx is None else padding_idx,
+                self.num_embeddings,
+                options.threads or torch.get_num_threads(),
+                options.dedupe,
+            )
+            if out is not False:
+                return out
+            kept = packed.pack(self)
+        return None
+
+    def invalidate(self) -> None:
+        """See writes to the decoder through ``.data``, NumPy or DLPack at the next call: such writes raise no
+        version counter and may else go unnoticed until some 2048 IDs have been decoded. All other changes are
+        seen at once."""
+        clear_decoders()
+
+    @torch.no_grad()
+    def materialize(self, num_embeddings: int | None = None, chunk: int = 16384) -> Tensor:
+        """The table this module stands for: ``[num_embeddings, D]``, row i the embedding of ID i."""
+        count = self.num_embeddings if num_embeddings is None else num_embeddings
+        if count is None:
+            raise ValueError("num_embeddings: this module has no bound of its own, so give one")
+        device = self.coefficients.device
+        table = torch.empty(count, self.embedding_dim, device=device, dtype=self.decoder[0].weight.dtype)
+        for begin in range(0, count, chunk):
+            ids = torch.arange(begin, min(begin + chunk, count), device=device)
+            table[begin : begin + chunk] = ops.dhe_bag(
+                ids,
+                torch.arange(len(ids) + 1, device=device),
+                *self.stack(),
+                self.config.family,
+                self.config.activation,
+                self.config.last_activation,
+                include_last_offset=True,
+            )
+        return table
+
+    def kernel_traits(self) -> KernelTraits:
+        """For :mod:`mprec.tuning`. A bag without a bound is measured on 2**20 IDs."""
+        shape = [[self.config.to_dict(), self.embedding_dim, self.mode], []]
+        return KernelTraits(True, False, [self.num_embeddings or 1 << 20], shape, takes_batches=False)
+
+    def extra_repr(self) -> str:
+        bound = "" if self.num_embeddings is None else f", num_embeddings={self.num_embeddings}"
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        c = self.config
+        return (
+            f"{c.k} {c.family} hashes, {'-'.join(map(str, c.widths(self.embedding_dim)))}, {c.activation}, "
+            f"last {c.last_activation}, mode={self.mode!r}{bound}{padding}"
+        )
+
+
+def _recompute(layer: nn.Module) -> None:
+    """What torch's pruning and weight norm do before a layer's own forward pass: make its weight anew from
+    the parameters that stand for it."""
+    for hook in layer._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(layer, ())
+
+
+def check_bound(indices: Tensor, offsets: Tensor, include_last_offset: bool, bound: int) -> None:
+    """``IdOutOfRangeError`` if an ID is not below ``bound``. On a GPU this would wait for it: not checked
+    there."""
+    if torch.compiler.is_compiling() or not indices.is_cpu or is_batched(indices) or indices.dim() != 1:
+        return
+    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
+    check_bags(offsets, len(indices), include_last_offset)
+    check_ids(indices, offsets, [bound], num_bags(offsets, include_last_offset))

@@ -1,0 +1,24 @@
+"""The list of representations: one line each."""
+
+from collections.abc import Mapping
+
+from mprec.representations import dhe, hybrid, low_rank, table
+from mprec.representations.base import Part, Representation
+
+__all__ = ["PARTS", "REPRESENTATIONS", "SELECT"]
+
+_LIST = (
+    table.REPRESENTATION,
+    dhe.REPRESENTATION,
+    hybrid.REPRESENTATION,
+    low_rank.REPRESENTATION,
+)
+
+#: By the name that users write.
+REPRESENTATIONS: Mapping[str, Representation] = {found.name: found for found in _LIST}
+
+#: Every part once, in the order of the list.
+PARTS: tuple[Part, ...] = tuple(dict.fromkeys(part for found in _LIST for part in found.parts))
+
+#: No representation but a choice of one for each feature of a model: see ``with_representation``.
+SELECT = "select"
