@@ -463,7 +463,7 @@ def test_concurrent_calls():
 
 
 def test_python_runs_during_a_call():
-    """With an endless switch interval no other thread runs unless the call gives up the interpreter's lock."""
+    """With an endless switch interval another thread runs only if the call gives the lock up."""
     model = make(bottom=(512,), top=(512, 512))
     path = mprec.compile_path(model)
     inputs = batch(model, 4000, 1)
@@ -563,5 +563,5 @@ def test_what_is_not_compiled_says_why(reason):
 
 
 def test_unknown_precision():
-    with pytest.raises(ValueError, match="precision: expected one of float32.*, got 'float4'"):
+    with pytest.raises(ValueError, match=r"precision: expected one of float32.*, got 'float4'"):
         mprec.compile_path(make(), precision="float4")

@@ -178,7 +178,7 @@ def test_transforms_check_ids_too(bad):
     with pytest.raises(IdOutOfRangeError, match=str(bad)):
         torch.func.jvp(f, (table(),), (table(),))
     w = table()
-    with pytest.raises((IndexError, RuntimeError), match="range|bounds"):
+    with pytest.raises((IndexError, RuntimeError), match=r"range|bounds"):
         torch.func.vmap(lambda i: ops.embedding_bag(i[None], w))(torch.tensor([[1, bad]]))
 
 
