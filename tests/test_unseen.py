@@ -139,7 +139,7 @@ def test_bad_input():
     for offsets in ([0, 2, 1, 3], [0, 1, 2, 4], [1, 1, 2, 3], [0, 1, 2], []):
         with pytest.raises(InvalidOffsetsError):
             wrapped(torch.tensor([1, 0, 2]), torch.tensor(offsets, dtype=torch.int64))
-    with pytest.raises(TypeError, match="expected int64 or int32"):
+    with pytest.raises(TypeError, match="expected integers"):
         wrapped(torch.tensor([1.0, 0, 2]), good)
     none = torch.empty(0, dtype=torch.int64)
     assert wrapped(none, torch.tensor([0])).shape == (0, 12)
