@@ -6,11 +6,12 @@ operations raise the counter, optimizers' steps included: what they change is se
 
 Writes through ``tensor.data``, NumPy or DLPack raise no counter, and show in the bytes alone. Each call
 compares checksums of short tensors (up to 512 bytes: biases, say) and of a share of the others' bytes, in
-turn: (1 + n) / 2048 of them before n IDs are decoded. So such a write is seen at once by calls of 2048 IDs
-and in small decoders, and else by the time that some 2048 IDs more have been decoded (n IDs in a call: after
-2048 / (1 + n) calls); or at once if :func:`clear_decoders` is called (modules' ``invalidate()``). Packing
-again compares all bytes, and so do forward and backward passes of training. Nothing is kept for tensors made
-under ``inference_mode``, which carry no counter.
+turn: (1 + n) / 2048 of them before n IDs are decoded; and a few elements of each tensor. So such a write is
+seen at once by calls of 2048 IDs, in small decoders, and where it changes a whole tensor; else by the time
+that some 2048 IDs more have been decoded (n IDs in a call: after 2048 / (1 + n) calls); or at once if
+:func:`clear_decoders` is called (modules' ``invalidate()``). Packing again compares all bytes, and so do
+forward and backward passes of training. Nothing is kept for tensors made under ``inference_mode``, which
+carry no counter.
 
 Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`
 watches where one module keeps them, :func:`group_decoders` where several do.
