@@ -22,7 +22,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ceilings
 import harness
 
-MODULES = ("compare_embedding_bag", "compare_optimizers", "compare_dhe", "compare_dispatch", "compare_cache")
+MODULES = (
+    "compare_embedding_bag",
+    "compare_optimizers",
+    "compare_dhe",
+    "compare_dispatch",
+    "compare_cache",
+    "compare_whole_path",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,7 @@ DIM, NUM_DENSE = 16, 13
 DHE = DheConfig(k=64, hidden=(64,))
 QUALITY = PAPER_QUALITY["kaggle"]
 DISTINCT = 4096  # queries that a load repeats
+WARM_UP = 100  # queries before a load
 
 
 def vocabularies(rows: int) -> list[int]:
@@ -163,6 +164,8 @@ class Watch:
 
 def run(engine: Engine, watch: Watch, times: np.ndarray) -> np.ndarray:
     """Submit queries when they are due and wait until each has ended. Resident bytes, every second."""
+    for future in [engine.submit(batch, sla_s=60.0) for batch in watch.batches[:WARM_UP]]:
+        future.result()  # first calls are slow, in a new process most of all
     memory, done = [], threading.Event()
 
     def look() -> None:

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "common/error.h"
+#include "dense/dense.h"
 #include "dhe/dhe.h"
 #include "embedding_bag/embedding_bag.h"
 #include "gradient/gradient.h"
@@ -11,14 +12,16 @@
 namespace mprec {
 namespace {
 
-#define MPREC_KERNELS(isa) {Isa::isa, &isa::embedding_bag_kernels, &isa::gradient_kernels, &isa::dhe_kernels}
-const Kernels tables[] = {
-    MPREC_KERNELS(scalar),
-    MPREC_KERNELS(avx2),
-    MPREC_KERNELS(avx512),
-    // VNNI is for dhe's int8, BF16 for its bfloat16.
-    {Isa::avx512vnni, &avx512::embedding_bag_kernels, &avx512::gradient_kernels, &avx512vnni::dhe_kernels},
-    {Isa::avx512bf16, &avx512::embedding_bag_kernels, &avx512::gradient_kernels, &avx512bf16::dhe_kernels}};
+#define MPREC_KERNELS(isa) \
+  {Isa::isa, &isa::embedding_bag_kernels, &isa::gradient_kernels, &isa::dhe_kernels, &isa::dense_kernels}
+const Kernels tables[] = {MPREC_KERNELS(scalar),
+                          MPREC_KERNELS(avx2),
+                          MPREC_KERNELS(avx512),
+                          // VNNI is for dhe's int8, BF16 for its bfloat16.
+                          {Isa::avx512vnni, &avx512::embedding_bag_kernels, &avx512::gradient_kernels,
+                           &avx512vnni::dhe_kernels, &avx512::dense_kernels},
+                          {Isa::avx512bf16, &avx512::embedding_bag_kernels, &avx512::gradient_kernels,
+                           &avx512bf16::dhe_kernels, &avx512::dense_kernels}};
 #undef MPREC_KERNELS
 
 const Kernels* best() {

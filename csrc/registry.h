@@ -7,12 +7,14 @@ namespace mprec {
 struct EmbeddingBagKernels;  // embedding_bag/embedding_bag.h
 struct GradientKernels;      // gradient/gradient.h
 struct DheKernels;           // dhe/dhe.h
+struct DenseKernels;         // dense/dense.h
 
 struct Kernels {
   Isa isa;
   const EmbeddingBagKernels* embedding_bag;
   const GradientKernels* gradient;
   const DheKernels* dhe;
+  const DenseKernels* dense;
 };
 
 // The table in use: the best the CPU can run, until use_isa says otherwise.

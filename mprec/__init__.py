@@ -5,9 +5,10 @@
 :mod:`mprec.ops`              operators, also as ``torch.ops.mprec.*``
 :mod:`mprec.optim`            optimizers that update tables during the backward pass
 :mod:`mprec.data`             click logs: readers, batches, splits
-:mod:`mprec.models`           DLRM
+:mod:`mprec.models`           DLRM; ``mprec.compile_path`` makes its whole path one native call
 :mod:`mprec.training`         training loop; :mod:`mprec.checkpoint` saves and loads its results
 :mod:`mprec.dispatch`         profiles of this device, and the choice of a path for each batch
+:mod:`mprec.paths`            paths from trained models
 :mod:`mprec.planner`          which representation for each feature under a memory budget
 :mod:`mprec.cache`            rows of hot IDs in front of decoders
 :mod:`mprec.serving`          a serving engine and a load test
@@ -41,6 +42,7 @@ _MODULES = (
     "nn",
     "ops",
     "optim",
+    "paths",
     "planner",
     "reference",
     "report",
@@ -50,7 +52,8 @@ _MODULES = (
     "training",
 )
 _NATIVE = ("_C", "__version__")
-__all__ = ["__version__", "nn", "ops"]
+_FUNCTIONS = {"compile_path": "mprec.models"}
+__all__ = ["__version__", "compile_path", "nn", "ops"]
 
 
 def __getattr__(name: str) -> Any:
@@ -58,11 +61,13 @@ def __getattr__(name: str) -> Any:
         # First of all modules: it explains itself where torch or the native module cannot load.
         native = importlib.import_module("mprec._native")
         return getattr(native, name) if name in _NATIVE else importlib.import_module(f"mprec.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     raise AttributeError(f"module 'mprec' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *_NATIVE})
+    return sorted({*globals(), *_MODULES, *_NATIVE, *_FUNCTIONS})
 
 
 if "torch" in sys.modules:

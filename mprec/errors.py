@@ -8,6 +8,7 @@ __all__ = [
     "DtypeError",
     "IdOutOfRangeError",
     "InvalidOffsetsError",
+    "PathCompileError",
 ]
 
 
@@ -40,6 +41,10 @@ class DatasetNotInstalledError(DataError):
 
 class CheckpointError(ValueError):
     """A file is not a checkpoint of mprec's, is damaged, or was written by a newer version."""
+
+
+class PathCompileError(ValueError):
+    """A model that :func:`mprec.compile_path` does not take; the message says what in it, and why."""
 
 
 class TrainingError(RuntimeError):

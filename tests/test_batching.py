@@ -67,7 +67,7 @@ def test_take_is_a_slice(parts, start, stop):
 
 def test_refusals():
     one, two = make([[[1]]]), make([[[1], [2]]])
-    with pytest.raises(ValueError, match="different numbers of features"):
+    with pytest.raises(ValueError, match="expected 1 features of 1 samples each"):
         concatenate([one, two])
     with pytest.raises(ValueError):
         concatenate([])

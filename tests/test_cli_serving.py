@@ -19,9 +19,10 @@ from dispatch_fakes import fake_profile
 
 from mprec import checkpoint, data
 from mprec.cli import _executors
-from mprec.dispatch import Path, paths_from_checkpoints, with_cache
+from mprec.dispatch import Path
 from mprec.dispatch.profile import default_file
 from mprec.nn import DheConfig
+from mprec.paths import paths_from_checkpoints, with_cache
 from mprec.planner import Infeasible
 from mprec.serving import splits
 from mprec.training import build_model

@@ -460,3 +460,76 @@ def test_paths_are_replaced_while_serving_and_no_query_is_lost():
         assert answer.scores.tolist() == [shift, 1 + shift, 2 + shift, 3 + shift]
     assert found[-1].paths == {"new": 4}
     assert engine.statistics()["answered"] == 80
+
+
+def two_executors(score_of_b):
+    """Two executors with one path each, of the same name; ``b`` is as given."""
+    made = []
+    for name, score in (("a", lambda b: b.indices.float()), ("b", score_of_b)):
+
+        def model(batch, score=score):
+            time.sleep(2e-4)
+            if (batch.indices == POISON).any():
+                raise IndexError(f"ID {POISON} is out of range")
+            return score(batch)
+
+        path = Path("table", "table", 0.7, model, "shape of table", inputs=(1, 0))
+        made.append(LocalExecutor(name, [path], fake_profile(COSTS)))
+    return made
+
+
+def test_an_executor_none_of_whose_paths_works_loses_no_query_and_rests():
+    calls = []
+
+    def lost(batch):
+        calls.append(len(batch))
+        raise RuntimeError("device lost")
+
+    with Engine(executors=two_executors(lost), sla_s=60.0, max_batch=8) as engine:
+        for _ in range(5):
+            futures = [engine.submit(query(4)) for _ in range(40)]
+            for future in futures:
+                assert future.result(60).scores.tolist() == [0, 1, 2, 3]
+    about = engine.statistics()
+    assert about["failed"] == 0
+    assert about["answered"] == 200
+    assert about["executor_errors"]["b"] >= 1
+    assert sum(calls) < 400  # it was left alone for a while
+
+
+def test_a_bad_query_fails_once_and_stops_no_executor():
+    with Engine(executors=two_executors(lambda b: b.indices.float()), sla_s=60.0, max_batch=8) as engine:
+        for _ in range(20):
+            bad = engine.submit(batch(POISON))
+            good = [engine.submit(query(4)) for _ in range(10)]
+            with pytest.raises(IndexError, match="out of range"):
+                bad.result(60)
+            for future in good:
+                assert future.result(60).scores.tolist() == [0, 1, 2, 3]
+    about = engine.statistics()
+    assert about["failed"] == 20
+    assert about["answered"] == 200
+    assert not about["executor_errors"]
+    assert all(executor["batches"] for executor in about["executors"].values())
+
+
+def test_an_executor_is_closed_when_its_last_batch_is_done():
+    ends = []
+
+    class Watched(LocalExecutor):
+        def close(self):
+            ends.append("closed")
+
+    def slow(b):
+        time.sleep(0.2)
+        ends.append("scored")
+        return b.indices.float()
+
+    _, old = answers("p", 0.5, slow, {"p": (0.2, 1e-6)})
+    _, new = answers("p", 0.5, lambda b: b.indices.float(), {"p": (1e-6, 1e-6)})
+    with Engine(executors=[Watched("cpu", old.paths, old.profile)], sla_s=60.0) as engine:
+        future = engine.submit(query(4))
+        time.sleep(0.05)
+        engine.replace(new)
+        assert future.result(60).scores.tolist() == [0, 1, 2, 3]
+    assert ends == ["scored", "closed"]

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "bags/check.h"
 #include "common/aligned.h"
 #include "common/distinct.h"
-#include "common/error.h"
 #include "registry.h"
 
 namespace mprec {
@@ -18,17 +18,13 @@ constexpr int64_t multiply_adds_per_thread = 1 << 21;
 // Fewer IDs than this cannot repay looking for equal ones.
 constexpr int64_t fewest_to_dedupe = 8;
 
-struct Block {
-  int64_t feature, begin, count;
-};
-
 // What a call needs beside its arguments; kept by each calling thread, so that calls do not allocate.
 struct Workspace {
   std::vector<int64_t> ids, distinct;
   std::vector<int32_t> row_of_entry;
   std::vector<DecodeWork> features;
   std::vector<PoolArguments> pools;  // vectors is null where every vector already went to its place in `out`
-  std::vector<Block> blocks;
+  std::vector<DecodeBlock> blocks;
   AlignedBuffer<float> vectors, scratch;
 };
 
@@ -80,21 +76,6 @@ void plan_features(const DheBagRequest& r, const int64_t* ids, Workspace& w) {
   }
 }
 
-// Cuts each feature's IDs into nearly equal blocks, as many for one thread as for another.
-void plan_blocks(const std::vector<DecodeWork>& features, int threads, std::vector<Block>& blocks) {
-  blocks.clear();
-  int64_t total = 0;
-  for (const DecodeWork& f : features) total += f.count;
-  if (total == 0) return;
-  const int64_t rounds = (total + threads * max_ids - 1) / (threads * max_ids);
-  const int64_t largest = std::min<int64_t>(max_ids, (total + threads * rounds - 1) / (threads * rounds));
-  for (size_t t = 0; t < features.size(); ++t) {
-    const int64_t n = features[t].count, parts = (n + largest - 1) / largest;
-    for (int64_t i = 0; i < parts; ++i)
-      blocks.push_back({static_cast<int64_t>(t), n * i / parts, n * (i + 1) / parts - n * i / parts});
-  }
-}
-
 // How many of `threads` repay waking them for this work; plans w.blocks and w.scratch for so many.
 struct Team {
   int threads;
@@ -109,55 +90,59 @@ Team plan_team(const std::vector<DecodeWork>& features, int threads, Workspace& 
   }
   threads = static_cast<int>(
       std::max<int64_t>(1, std::min<int64_t>(threads, multiply_adds / multiply_adds_per_thread)));
-  plan_blocks(features, threads, w.blocks);
+  plan_decode_blocks(features, threads, w.blocks);
   w.scratch.reserve(scratch * threads);
   return {threads, scratch};
 }
 
-void compute(const std::vector<DecodeWork>& features, const Block& b, float* scratch) {
+}  // namespace
+
+void plan_decode_blocks(const std::vector<DecodeWork>& features, int threads,
+                        std::vector<DecodeBlock>& blocks) {
+  blocks.clear();
+  int64_t total = 0;
+  for (const DecodeWork& f : features) total += f.count;
+  if (total == 0) return;
+  const int64_t rounds = (total + threads * max_ids - 1) / (threads * max_ids);
+  const int64_t largest = std::min<int64_t>(max_ids, (total + threads * rounds - 1) / (threads * rounds));
+  for (size_t t = 0; t < features.size(); ++t) {
+    const int64_t n = features[t].count, parts = (n + largest - 1) / largest;
+    for (int64_t i = 0; i < parts; ++i)
+      blocks.push_back({static_cast<int64_t>(t), n * i / parts, n * (i + 1) / parts - n * i / parts});
+  }
+}
+
+void decode_block(const std::vector<DecodeWork>& features, const DecodeBlock& b, float* scratch) {
   const DecodeWork& f = features[b.feature];
   kernels().dhe->forward(f.decoder, f.ids + b.begin, static_cast<int>(b.count),
                          f.vectors + b.begin * f.stride, f.stride, scratch);
 }
 
-}  // namespace
-
 void check_offsets(const DheBagRequest& r) {
   const int64_t total = r.num_features * r.bags, n = r.indices.size;
-  if (total == 0 && n > 0)
-    throw OffsetsError(message("offsets: describe no bags, but there are ", n, " indices"));
-  int64_t previous = 0;
-  for (int64_t b = 0; b <= total; ++b) {
-    const int64_t o = r.bag_begin(b);
-    if (b == 0 && o != 0 && total > 0) throw OffsetsError(message("offsets[0] has to be 0, got ", o));
-    if (o < previous)
-      throw OffsetsError(message("offsets[", b, "] is ", o, ", less than the offset before it, ", previous));
-    if (o > n)
-      throw OffsetsError(message("offsets[", b, "] is ", o, ", expected at most the number of indices, ", n));
-    previous = o;
-  }
-  if (previous != n)
-    throw OffsetsError(message("offsets end at ", previous, ", expected the number of indices, ", n));
+  bool valid = r.bag_begin(0) == 0 && r.bag_begin(total) == n;
+  for (int64_t b = 0; b < total; ++b) valid &= r.bag_begin(b) <= r.bag_begin(b + 1);
+  if (!valid) check_offsets(r.offsets, n, BagLayout{r.num_features, r.bags});
 }
 
-const int64_t* checked_ids(const Integers& indices, std::vector<int64_t>& storage, int64_t largest) {
-  const int64_t* ids = static_cast<const int64_t*>(indices.data);
-  if (!indices.wide) {
-    storage.resize(indices.size);
-    for (int64_t i = 0; i < indices.size; ++i) storage[i] = indices[i];
+const int64_t* checked_ids(const DheBagRequest& r, std::vector<int64_t>& storage) {
+  const int64_t* ids = static_cast<const int64_t*>(r.indices.data);
+  if (!r.indices.wide) {
+    storage.resize(r.indices.size);
+    for (int64_t i = 0; i < r.indices.size; ++i) storage[i] = r.indices[i];
     ids = storage.data();
   }
   uint64_t signs = 0;  // the highest bit: of any ID, or of any difference to the largest allowed
-  for (int64_t i = 0; i < indices.size; ++i) {
+  for (int64_t i = 0; i < r.indices.size; ++i) {
     const uint64_t id = static_cast<uint64_t>(ids[i]);
-    signs |= id | (static_cast<uint64_t>(largest) - id);
+    signs |= id | (static_cast<uint64_t>(r.largest_id) - id);
   }
-  if (static_cast<int64_t>(signs) < 0)
-    for (int64_t i = 0; i < indices.size; ++i) {
-      if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
-      if (ids[i] > largest)
-        throw IdError(message("indices[", i, "]: ID ", ids[i], " is not in [0, ", largest + 1, ")"));
-    }
+  if (static_cast<int64_t>(signs) < 0) {
+    std::vector<std::pair<int64_t, int64_t>> bounds;
+    for (int64_t t = 0; t < r.num_features; ++t)
+      bounds.emplace_back(t, r.largest_id == INT64_MAX ? -1 : r.largest_id + 1);
+    check_ids(r.indices, r.offsets, BagLayout{r.num_features, r.bags}, bounds);
+  }
   return ids;
 }
 
@@ -172,18 +157,18 @@ void dhe_decode(const std::vector<DecodeWork>& features, int threads) {
   const Team team = plan_team(features, threads, w);
   const int64_t num_blocks = static_cast<int64_t>(w.blocks.size());
   if (team.threads == 1) {
-    for (const Block& b : w.blocks) compute(features, b, w.scratch.data());
+    for (const DecodeBlock& b : w.blocks) decode_block(features, b, w.scratch.data());
     return;
   }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team.threads)
   for (int64_t i = 0; i < num_blocks; ++i)
-    compute(features, w.blocks[i], w.scratch.data() + omp_get_thread_num() * team.scratch);
+    decode_block(features, w.blocks[i], w.scratch.data() + omp_get_thread_num() * team.scratch);
 }
 
 void dhe_bag_forward(const DheBagRequest& r, int threads) {
   Workspace& w = own_workspace;  // the same object in every thread of the region below
   check_offsets(r);
-  plan_features(r, checked_ids(r.indices, w.ids, r.largest_id), w);
+  plan_features(r, checked_ids(r, w.ids), w);
   const Team team = plan_team(w.features, threads, w);
 
   const auto pool = [&](int64_t bag) {
@@ -195,7 +180,7 @@ void dhe_bag_forward(const DheBagRequest& r, int threads) {
   };
   const int64_t num_blocks = static_cast<int64_t>(w.blocks.size()), num_bags = r.num_features * r.bags;
   if (team.threads == 1) {
-    for (const Block& b : w.blocks) compute(w.features, b, w.scratch.data());
+    for (const DecodeBlock& b : w.blocks) decode_block(w.features, b, w.scratch.data());
     for (int64_t b = 0; b < num_bags; ++b) pool(b);
     return;
   }
@@ -203,7 +188,7 @@ void dhe_bag_forward(const DheBagRequest& r, int threads) {
   {
     float* scratch = w.scratch.data() + omp_get_thread_num() * team.scratch;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_blocks; ++i) compute(w.features, w.blocks[i], scratch);
+    for (int64_t i = 0; i < num_blocks; ++i) decode_block(w.features, w.blocks[i], scratch);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < num_bags; ++b) pool(b);
   }

@@ -37,7 +37,7 @@ void dhe_bag_forward(const DheBagRequest&, int threads);
 // The two checks, for callers that pool by themselves.
 void check_offsets(const DheBagRequest&);
 // The IDs as int64, in `storage` if they come as int32.
-const int64_t* checked_ids(const Integers& indices, std::vector<int64_t>& storage, int64_t largest);
+const int64_t* checked_ids(const DheBagRequest&, std::vector<int64_t>& storage);
 
 // One feature's IDs, all >= 0, and where their vectors go: vectors[i * stride] and on.
 struct DecodeWork {
@@ -47,6 +47,14 @@ struct DecodeWork {
   float* vectors;
   int64_t stride;
 };
+// IDs of one feature that a thread decodes at once.
+struct DecodeBlock {
+  int64_t feature, begin, count;
+};
+// Cuts each feature's IDs into nearly equal blocks, as many for one thread as for another.
+void plan_decode_blocks(const std::vector<DecodeWork>&, int threads, std::vector<DecodeBlock>&);
+// `scratch`: scratch_floats() of the feature's decoder.
+void decode_block(const std::vector<DecodeWork>&, const DecodeBlock&, float* scratch);
 // The vectors of several features' IDs, not pooled. As many IDs for one thread as for another.
 void dhe_decode(const std::vector<DecodeWork>&, int threads);
 

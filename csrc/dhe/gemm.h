@@ -283,4 +283,20 @@ inline void multiply_few(const LayerView& layer, const typename Product::Input* 
   finish_layer(layer, rows, out, block_stride);
 }
 
+// A whole layer, from blocks of activations to blocks of activations.
+template <class Product>
+inline void next_layer(const LayerView& layer, int n, bool backwards, float* in, float* out,
+                       int64_t block_stride) {
+  const typename Product::Input* first = nullptr;
+  for (int k0 = 0; k0 < layer.inputs; k0 += block_columns) {
+    const int count = layer.inputs - k0 < block_columns ? layer.inputs - k0 : block_columns;
+    const auto* block = Product::prepare(in + k0 / block_columns * block_stride, n, count);
+    if (k0 == 0) first = block;
+    if (n > few_rows) multiply_block<Product>(layer, k0, count, block, n, out, block_stride);
+  }
+  if (n <= few_rows)
+    multiply_few<Product>(layer, first, static_cast<int>(block_stride / block_pitch), n, backwards, out,
+                          block_stride);
+}
+
 }  // namespace mprec::MPREC_ISA

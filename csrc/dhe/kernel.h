@@ -68,19 +68,6 @@ inline void first_layer(const DecoderView& d, int n, bool backwards, float* hash
   if (whole) multiply_few<Product>(d.layers[0], first, n, n, backwards, out, block_stride);
 }
 
-template <class Product>
-inline void next_layer(const LayerView& layer, int n, bool backwards, float* in, float* out,
-                       int64_t block_stride) {
-  const typename Product::Input* first = nullptr;
-  for (int k0 = 0; k0 < layer.inputs; k0 += block_columns) {
-    const int count = layer.inputs - k0 < block_columns ? layer.inputs - k0 : block_columns;
-    const auto* block = Product::prepare(in + k0 / block_columns * block_stride, n, count);
-    if (k0 == 0) first = block;
-    if (n > few_rows) multiply_block<Product>(layer, k0, count, block, n, out, block_stride);
-  }
-  if (n <= few_rows) multiply_few<Product>(layer, first, max_ids, n, backwards, out, block_stride);
-}
-
 static inline void forward(const DecoderView& d, const int64_t* ids, int n, float* out, int64_t stride,
                            float* scratch) {
   const int64_t block_stride = int64_t{max_ids} * block_pitch;

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,20 +17,24 @@ namespace mprec::python {
 
 inline Integers integers(const Tensor& t) { return {t.data, t.shape[0], t.dtype == DType::i64}; }
 
+inline Tensor vector_of(const Integers& i) {
+  return {const_cast<void*>(i.data), i.wide ? DType::i64 : DType::i32, 1, {i.size}, {1}, false};
+}
+
 // A matrix of adjacent values in each row.
-inline Tensor matrix(PyObject* object, const char* name) {
-  const Tensor t = view(object, name);
-  if (t.ndim != 2) throw pybind11::value_error(message(name, ": expected 2 dimensions, got ", t.ndim));
+inline Tensor matrix(PyObject* object, const char* name, Sign sign = Sign::ask) {
+  const Tensor t = view(object, name, sign);
+  if (t.ndim != 2) throw NotTaken(NotTaken::value, message(name, ": expected 2 dimensions, got ", t.ndim));
   if (t.shape[0] > 0 && t.shape[1] > 1 && t.strides[1] != 1)
-    throw pybind11::value_error(
-        message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
+    throw NotTaken(NotTaken::value,
+                   message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
   return t;
 }
 
 inline Tensor float_matrix(PyObject* object, const char* name) {
   const Tensor t = matrix(object, name);
   if (t.dtype != DType::f32)
-    throw pybind11::type_error(message(name, ": expected float32, got ", dtype_name(t.dtype)));
+    throw NotTaken(NotTaken::type, message(name, ": expected float32, got ", dtype_name(t.dtype)));
   return t;
 }
 
@@ -38,6 +43,42 @@ inline Feature feature(const Tensor& weight, int64_t first_bag, const Tensor& ou
           weight.shape[1],    weight.strides[0] * static_cast<int64_t>(sizeof(float)),
           first_bag,          out.ptr<float>() + column,
           out.strides[0]};
+}
+
+inline std::optional<Format> plain_format(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return Format::f32;
+    case DType::f16: return Format::f16;
+    case DType::bf16: return Format::bf16;
+    default: return std::nullopt;
+  }
+}
+
+// A table. uint8 holds quantised rows of `bits` (an int) per value, with their scale and bias.
+inline Feature table(const Tensor& t, const char* name, PyObject* bits) {
+  Feature f{};
+  f.rows = t.ptr<char>();
+  f.num_rows = t.shape[0];
+  if (const auto format = plain_format(t.dtype)) {
+    f.format = *format;
+    f.dim = t.shape[1];
+  } else if (t.dtype == DType::u8) {
+    const long long width = bits == Py_None ? 8 : integer(bits, "bits");
+    if (width != 8 && width != 4) throw pybind11::value_error(message("bits: expected 8 or 4, got ", width));
+    f.format = width == 8 ? Format::int8 : Format::int4;
+    const int64_t extra = width == 8 ? 8 : 4;  // scale and bias
+    if (t.shape[1] < extra)
+      throw pybind11::value_error(message(name, ": expected at least ", extra,
+                                          " bytes for the scale and bias of a row of ", width,
+                                          "-bit values, got ", t.shape[1]));
+    f.dim = (t.shape[1] - extra) * 8 / width;
+  } else {
+    throw NotTaken(NotTaken::type,
+                   message(name, ": expected float32, float16, bfloat16 or uint8 (quantised rows), got ",
+                           dtype_name(t.dtype)));
+  }
+  f.row_bytes = t.strides[0] * (f.format == Format::f32 ? 4 : t.dtype == DType::u8 ? 1 : 2);
+  return f;
 }
 
 // A block of columns in a matrix: [begin, end).
@@ -73,9 +114,9 @@ inline const float* parse_weights(PyObject* object, const Integers& indices, Mod
   if (object == Py_None) return nullptr;
   const Tensor t = view(object, "per_sample_weights", DType::f32, 1);
   if (t.shape[0] != indices.size)
-    throw pybind11::value_error(
-        message("per_sample_weights: expected as many as indices, ", indices.size, ", got ", t.shape[0]));
-  if (mode == Mode::max) throw pybind11::value_error("per_sample_weights: mode max does not take any");
+    throw NotTaken(NotTaken::value, message("per_sample_weights: expected as many as indices, ", indices.size,
+                                            ", got ", t.shape[0]));
+  if (mode == Mode::max) throw NotTaken(NotTaken::value, "per_sample_weights: mode max does not take any");
   return t.ptr<float>();
 }
 

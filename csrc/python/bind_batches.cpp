@@ -61,23 +61,21 @@ void fill(const std::vector<Part>& parts, int64_t features, Id* ids, Offset* off
   *offsets = static_cast<Offset>(total);
 }
 
-py::tuple join_bags(const py::list& indices, const py::list& offsets, const std::vector<int64_t>& starts,
-                    const std::vector<int64_t>& stops, int64_t features) {
+py::tuple join_bags(const py::list& indices, const py::list& offsets, const std::vector<int64_t>& samples,
+                    const std::vector<int64_t>& starts, const std::vector<int64_t>& stops, int64_t features) {
   const size_t count = indices.size();
-  if (!count || offsets.size() != count || starts.size() != count || stops.size() != count)
-    throw py::value_error(
-        message("indices, offsets, starts, stops: expected equally many, at least one, got ", count, ", ",
-                offsets.size(), ", ", starts.size(), " and ", stops.size()));
+  if (!count || offsets.size() != count || samples.size() != count || starts.size() != count ||
+      stops.size() != count)
+    throw py::value_error("indices, offsets, samples, starts, stops: expected equally many, at least one");
   if (features < 1) throw py::value_error(message("features: expected at least 1, got ", features));
   std::vector<Part> parts;
   bool wide_ids = false, wide_offsets = false;
-  int64_t ids = 0, samples = 0;
+  int64_t ids = 0, total = 0;
   for (size_t i = 0; i < count; ++i) {
-    Part p{{indices[i], "indices"}, {offsets[i], "offsets"}, 0, starts[i], stops[i]};
-    if (p.offsets.size() < 1 || (p.offsets.size() - 1) % features)
-      throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", features,
-                                 ", got ", p.offsets.size()));
-    p.samples = (p.offsets.size() - 1) / features;
+    const Part p{{indices[i], "indices"}, {offsets[i], "offsets"}, samples[i], starts[i], stops[i]};
+    if (p.samples < 0 || p.offsets.size() != features * p.samples + 1)
+      throw OffsetsError(message("offsets: expected ", features, " features of ", p.samples,
+                                 " samples each, so ", features * p.samples + 1, ", got ", p.offsets.size()));
     if (p.start < 0 || p.start > p.stop || p.stop > p.samples)
       throw py::value_error(message("starts, stops: expected samples within 0 to ", p.samples, ", got ",
                                     p.start, " to ", p.stop));
@@ -89,14 +87,14 @@ py::tuple join_bags(const py::list& indices, const py::list& offsets, const std:
                                    ", got ", begin, " to ", end));
       ids += end - begin;
     }
-    samples += p.stop - p.start;
+    total += p.stop - p.start;
     wide_ids |= p.indices.wide();
     wide_offsets |= p.offsets.wide();
     parts.push_back(p);
   }
   const auto dtype = [](bool wide) { return wide ? DType::i64 : DType::i32; };
   const py::object out_ids = make_tensor(ids, dtype(wide_ids));
-  const py::object out_offsets = make_tensor(features * samples + 1, dtype(wide_offsets));
+  const py::object out_offsets = make_tensor(features * total + 1, dtype(wide_offsets));
   const Tensor to = view_ids(out_ids.ptr(), "indices"), ends = view_ids(out_offsets.ptr(), "offsets");
   const auto write = [&](auto* id) {
     if (wide_offsets)
@@ -114,8 +112,8 @@ py::tuple join_bags(const py::list& indices, const py::list& offsets, const std:
 }  // namespace
 
 void bind_batches(py::module_& m) {
-  m.def("join_bags", &join_bags, py::arg("indices"), py::arg("offsets"), py::arg("starts"), py::arg("stops"),
-        py::arg("features"),
+  m.def("join_bags", &join_bags, py::arg("indices"), py::arg("offsets"), py::arg("samples"),
+        py::arg("starts"), py::arg("stops"), py::arg("features"),
         "(indices, offsets) of samples starts[i] to stops[i] of feature-major batch i, of all batches in "
         "order.\n"
         "int32 where all of them are, int64 otherwise.");

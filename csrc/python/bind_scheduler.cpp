@@ -211,6 +211,10 @@ void bind_scheduler(py::module_& m) {
           py::arg("now"), py::arg("size"), py::arg("deadline"), py::arg("item") = py::none())
       .def(
           "withdraw", [](Scheduler& s, const Query& ticket) { return s.withdraw(ticket); }, py::arg("ticket"))
+      .def(
+          "again", [](Scheduler& s, std::shared_ptr<Query> ticket) { s.again(std::move(ticket)); },
+          py::arg("ticket"))
+      .def("rest", &Scheduler::rest, py::arg("index"), py::arg("now"), py::arg("rest_s"))
       .def("clear", [](Scheduler& s) { return queries_of(s.clear()); })
       .def(
           "expire", [](Scheduler& s, double now) { return queries_of(s.expire(now)); }, py::arg("now"))

@@ -18,6 +18,7 @@ void bind_csr(py::module_&);            // csr.cpp
 void bind_modules(py::module_&);        // modules.cpp
 void bind_batches(py::module_&);        // bind_batches.cpp
 void bind_scheduler(py::module_&);      // bind_scheduler.cpp
+void bind_program(py::module_&);        // bind_program.cpp
 void bind_queries(py::module_&);        // bind_queries.cpp
 }  // namespace mprec::python
 
@@ -58,5 +59,6 @@ PYBIND11_MODULE(_C, m) {
   python::bind_modules(m);
   python::bind_batches(m);
   python::bind_scheduler(m);
+  python::bind_program(m);
   python::bind_queries(m);
 }

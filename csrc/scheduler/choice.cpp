@@ -43,7 +43,7 @@ std::shared_ptr<Job> Scheduler::next(double now) {
   const std::vector<Batch> possible = batches(free);
   std::optional<Candidate> chosen;
   for (size_t i = 0; i < lanes_.size(); ++i) {
-    if (lanes_[i]->busy) continue;
+    if (lanes_[i]->busy || is_out(*lanes_[i], now)) continue;
     const auto candidate = best(state, i, possible);
     if (candidate && (!chosen || *chosen < *candidate)) chosen = candidate;
   }

@@ -61,6 +61,7 @@ struct Lane {
 
   size_t option(const std::string& path) const;  // its place; std::out_of_range
   bool resting(size_t option, double now) const { return rests[option] > now; }
+  bool resting(double now) const;  // all its options
 
   std::string name;
   std::vector<Option> options;
@@ -119,6 +120,10 @@ class Scheduler {
   void done(const Job& job, double now, double seconds);
   // A job gave nothing: its executor is free, its path is left alone for `rest_s` seconds.
   void failed(const Job& job, double now, double rest_s);
+  // Put back a query that a job took and nobody answered.
+  void again(std::shared_ptr<Ticket> ticket);
+  // Leave all paths of an executor alone for `rest_s` seconds from now; 0: no longer.
+  void rest(size_t index, double now, double rest_s);
   // Other paths for the same executors, from the next job on. std::invalid_argument if their number differs.
   void replace(std::vector<std::shared_ptr<Lane>> lanes);
 
@@ -148,6 +153,7 @@ class Scheduler {
 
   Lane& release(const Job& job, double now);
   bool is_probe(double now) const;
+  bool is_out(const Lane& lane, double now) const;
   void refresh();
   double demand(double now, double rate) const;
   int64_t fitting(const std::vector<double>& seconds, double limit) const;

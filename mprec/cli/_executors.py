@@ -16,8 +16,9 @@ import torch
 from mprec.cli._setup import held_out, load_paths, say
 from mprec.data import Batch
 from mprec.data.zipf import zipf_batches
-from mprec.dispatch import BATCH_SIZES, Path, Profile, ProfileError, sampler
+from mprec.dispatch import BATCH_SIZES, Path, Profile, ProfileError
 from mprec.dispatch.profile import default_file
+from mprec.paths import sampler
 from mprec.serving import splits
 from mprec.serving.build import ModelInputs, model_inputs
 from mprec.serving.executors import Executor

@@ -13,7 +13,8 @@ import torch
 
 from mprec import checkpoint, data
 from mprec.data import ClickDataset
-from mprec.dispatch import BATCH_SIZES, Path, Profile, paths_from_checkpoints, sampler, with_cache
+from mprec.dispatch import BATCH_SIZES, Path, Profile
+from mprec.paths import paths_from_checkpoints, sampler, with_cache
 
 __all__ = [
     "add_path_arguments",
@@ -140,6 +141,9 @@ def load_paths(args: argparse.Namespace) -> list[Path]:
         if not hashed:
             raise ValueError("--cache: none of the checkpoints has deep hash embeddings")
         paths += [with_cache(path, args.cache, counts) for path in hashed]
+    for path in paths:
+        if path.note:
+            say(f"path {path.name}: {path.note}")
     return paths
 
 

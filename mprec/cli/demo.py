@@ -17,10 +17,11 @@ from mprec.cli import info
 from mprec.cli._progress import training_progress
 from mprec.cli._setup import reporter, say
 from mprec.data import ClickDataset
-from mprec.dispatch import BATCH_SIZES, Profile, paths_from_checkpoints, sampler
+from mprec.dispatch import BATCH_SIZES, Profile
 from mprec.errors import DatasetNotInstalledError
 from mprec.models import DLRM
 from mprec.nn import DheConfig, with_representation
+from mprec.paths import paths_from_checkpoints, sampler
 from mprec.planner import Device, MeasuredCosts, Measurement, default_options, fit_effects, plan
 from mprec.serving.loads import generate_from
 from mprec.serving.loadsweep import best_capacity, warnings_of

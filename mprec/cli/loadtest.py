@@ -22,7 +22,7 @@ from mprec.cli._setup import (
     reporter,
     say,
 )
-from mprec.dispatch import sampler
+from mprec.paths import sampler
 from mprec.report.load_tables import load_table, loadgen_table, sweep_tables, with_error
 from mprec.report.sweep import draw
 from mprec.serving.loadgen import run_loadgen

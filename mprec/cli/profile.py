@@ -9,8 +9,9 @@ from pathlib import Path as FilePath
 from rich.console import Console
 
 from mprec.cli._setup import add_path_arguments, batch_sizes, held_out, load_paths, reporter, say
-from mprec.dispatch import BATCH_SIZES, Profile, sampler
+from mprec.dispatch import BATCH_SIZES, Profile
 from mprec.dispatch.profile import default_file
+from mprec.paths import sampler
 from mprec.report import latency
 
 

@@ -17,7 +17,7 @@ __all__ = ["concatenate", "join", "num_features", "take"]
 
 def num_features(batch: Batch) -> int:
     """Categorical features of a batch; ``ValueError`` if its offsets do not fit its samples."""
-    samples, bags = len(batch), len(batch.offsets) - 1
+    samples, bags = len(batch), batch.offsets.shape[0] - 1
     if samples < 1 or bags < 0 or bags % samples:
         raise ValueError(f"offsets of length {bags + 1} do not describe bags of {samples} samples")
     return bags // samples
@@ -34,15 +34,13 @@ def join(batches: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) 
     first = batches[0]
     if len(batches) == 1 and starts[0] == 0 and stops[0] == len(first):
         return first
-    counts = {num_features(batch) for batch in batches}
-    if len(counts) > 1:
-        raise ValueError(f"batches have different numbers of features: {sorted(counts)}")
     indices, offsets = _C.join_bags(
         [batch.indices for batch in batches],
         [batch.offsets for batch in batches],
+        [len(batch) for batch in batches],
         starts,
         stops,
-        counts.pop(),
+        num_features(first),
     )
     return Batch(
         dense=_rows([batch.dense for batch in batches], starts, stops),
@@ -56,7 +54,7 @@ def _rows(tensors: list[torch.Tensor], starts: Sequence[int], stops: Sequence[in
     """The rows of each, joined. Only queries that were split are sliced: a slice costs as much as a copy."""
     return torch.cat(
         [
-            tensor if start == 0 and stop == len(tensor) else tensor[start:stop]
+            tensor if start == 0 and stop == tensor.shape[0] else tensor[start:stop]
             for tensor, start, stop in zip(tensors, starts, stops, strict=True)
         ]
     )

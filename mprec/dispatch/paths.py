@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import Any
 
-import numpy as np
-import torch
-
 from mprec._native import _C
-from mprec.data import Batch, ClickDataset
+from mprec.data import Batch
 from mprec.data.batching import num_features
 
-__all__ = ["Path", "paths_from_checkpoints", "sampler", "shape_digest", "unique_share", "with_cache"]
+__all__ = ["Path", "shape_digest", "unique_share"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +23,7 @@ class Path:
     paths of a choice (AUC on the validation split, for checkpoints). ``shape`` identifies what was
     measured: a profile of another shape is not this path's. ``supports(batch_size)`` says which batches
     it can take at all (None: any). ``inputs`` are the numbers of features and of dense numbers that a batch
-    must have, where they are known.
+    must have, where they are known. ``note`` is for people: why it does not run as most paths do.
     """
 
     name: str
@@ -40,6 +33,7 @@ class Path:
     shape: str = ""
     supports: Callable[[int], bool] | None = None
     inputs: tuple[int, int] | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -51,96 +45,6 @@ class Path:
 def shape_digest(config: Any) -> str:
     """Sixteen hex digits of a JSON-able description."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class _Scorer:
-    """Click probabilities [B] of a batch, by a model that returns logits."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model.eval()
-
-    @torch.inference_mode()
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
-
-
-def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = "auc") -> list[Path]:
-    """One path per checkpoint, or every path of a multi-path one; the quality is the metadata's validation
-    metric of that name.
-
-    A path is named after its representation, or after its file (and representation) where checkpoints share
-    one. ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not take the same inputs.
-    """
-    from mprec import checkpoint  # models are above dispatch's own needs: only this function loads any
-    from mprec.errors import CheckpointError
-
-    if not files:
-        raise ValueError("files must name at least one checkpoint")
-    found: list[tuple[FilePath, str, float, torch.nn.Module, bool]] = []
-    inputs = None
-    for file in map(FilePath, files):
-        model, metadata = checkpoint.load(file)
-        here = ([(f.name, f.num_embeddings) for f in model.features], model.num_dense)
-        if inputs is not None and here != inputs:
-            raise ValueError(f"{file} takes other inputs (features or dense numbers) than {files[0]}")
-        inputs = here
-        try:
-            if "paths" in metadata:  # one model, several paths
-                for name, metrics in metadata["paths"].items():
-                    found.append((file, name, float(metrics["valid"][metric]), model.path(name), True))
-            else:
-                quality = float(metadata["metrics"]["valid"][metric])
-                found.append((file, str(metadata["representation"]), quality, model, False))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file}: its metadata has no representation or no validation {metric}"
-            ) from error
-    shared = Counter(representation for _, representation, _, _, _ in found)
-    paths = []
-    for file, representation, quality, model, several in found:
-        name = representation
-        if shared[representation] > 1:
-            name = f"{file.stem}/{representation}" if several else file.stem
-        shape = shape_digest(model.config())
-        sizes = len(model.features), model.num_dense
-        paths.append(Path(name, representation, quality, _Scorer(model), shape, inputs=sizes))
-    if repeated := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
-        raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
-    return paths
-
-
-def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None) -> Path:
-    """The same checkpoint's path with hot IDs' embeddings kept in ``nbytes`` (MP-Cache's encoder stage):
-    exact, so of equal quality; it shares the path's weights.
-
-    ``counts``: how often each ID of a feature occurs (``[vocabulary]``, by feature), to fill the cache at
-    once and to divide its bytes. ``ValueError`` for a path without deep hash embeddings, or not of
-    ``paths_from_checkpoints``.
-    """
-    from mprec.cache import CachedEmbeddingBagCollection  # beside dispatch, not below it
-
-    if not isinstance(path.model, _Scorer):
-        raise ValueError(f"path {path.name!r}: not made by paths_from_checkpoints")
-    model = path.model.model
-    hashed = {feature.name for feature in model.embeddings.features if feature.has_dhe}
-    known = None if counts is None else {name: c for name, c in counts.items() if name in hashed}
-    twin = copy.copy(model)
-    twin._modules = dict(model._modules)
-    twin._modules["embeddings"] = CachedEmbeddingBagCollection(model.embeddings, nbytes, known)
-    shape = shape_digest([path.shape, "cache", nbytes])
-    name = f"{path.name}+cache"
-    return Path(name, path.representation, path.quality, _Scorer(twin), shape, inputs=path.inputs)
-
-
-def sampler(dataset: ClickDataset) -> Callable[[int, np.random.Generator], Batch]:
-    """Inputs for the microbenchmark: batches of random rows of a dataset."""
-    if not len(dataset):
-        raise ValueError(f"{dataset.name}: no rows to draw batches from")
-
-    def draw(batch_size: int, rng: np.random.Generator) -> Batch:
-        return dataset.batch(rng.integers(len(dataset), size=batch_size))
-
-    return draw
 
 
 def unique_share(batch: Batch) -> float:

@@ -16,8 +16,9 @@ import numpy as np
 
 from mprec import checkpoint
 from mprec.data.zipf import zipf_batches
-from mprec.dispatch import Dispatcher, Profile, paths_from_checkpoints
+from mprec.dispatch import Dispatcher, Profile
 from mprec.errors import CheckpointError
+from mprec.paths import paths_from_checkpoints
 from mprec.serving.engine import Engine
 
 __all__ = ["ModelInputs", "engine_from_checkpoints", "model_inputs"]

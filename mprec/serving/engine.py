@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import torch
 
@@ -23,69 +22,15 @@ from mprec.data.batching import join, num_features
 from mprec.dispatch import Dispatcher
 from mprec.dispatch.scheduler import Job, Lane, Option, Piece, Refusal, Scheduler, Ticket
 from mprec.serving.executors import Executor, LocalExecutor
+from mprec.serving.finisher import Finisher
+from mprec.serving.queries import Answer, Query, QueryRefusedError, Statistics
 
 __all__ = ["Answer", "Engine", "QueryRefusedError", "Statistics"]
 
 _OWN_WORK_S = 20e-6  # of the engine for a query, about
 _OWN_WORK_GAIN = 0.05  # share of the way that one batch moves the time of the engine's own work
-_SLOW_CALLBACK_S = 1e-3
 _LOOK_AGAIN_S = 0.005
-_FIRST_REST_S, _LONGEST_REST_S = 0.25, 30.0  # of a path that raised
-
-
-class QueryRefusedError(RuntimeError):
-    """The engine did not score a query. ``reason``: ``full``, ``overload``, ``expired`` or ``closed``."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Answer:
-    """``scores`` float [B] in the order of the query's samples; ``paths``: samples scored by each path.
-
-    Times are the engine's clock in seconds: when the query came, when the last of it was scored.
-    """
-
-    scores: torch.Tensor
-    paths: dict[str, int]
-    arrived_s: float
-    finished_s: float
-
-    @property
-    def latency_s(self) -> float:
-        return self.finished_s - self.arrived_s
-
-
-@dataclass
-class Statistics:
-    """Counts since the engine was made."""
-
-    queries: int = 0
-    answered: int = 0
-    late: int = 0  # answered, after the deadline
-    failed: int = 0  # the query's own input raised, on every path
-    cancelled: int = 0  # by the client, before it was scored
-    refused: Counter = field(default_factory=Counter)  # by reason
-    batches: int = 0
-    samples: Counter = field(default_factory=Counter)  # by path
-    path_errors: Counter = field(
-        default_factory=Counter
-    )  # by path: batches that it failed and another answered
-
-
-class _Query:
-    """A query and how far it is."""
-
-    __slots__ = ("arrived", "batch", "future", "missing", "paths", "scores")
-
-    def __init__(self, batch: Batch, arrived: float) -> None:
-        self.batch, self.arrived = batch, arrived
-        self.future: Future[Answer] = Future()
-        self.missing = len(batch)
-        self.scores: dict[int, torch.Tensor] = {}  # by the first sample's position
-        self.paths: Counter[str] = Counter()
+_FIRST_REST_S, _LONGEST_REST_S = 0.25, 30.0  # of a path that raised, or an executor all of whose paths did
 
 
 class Engine:
@@ -129,13 +74,14 @@ class Engine:
         )
         self._offset, self._last = 0.0, -math.inf  # of a clock that was set back
         self._inputs = _inputs(self._executors)
-        self._rests: dict[tuple[int, str], float] = {}
+        self._rests: dict[tuple[int, str | None], float] = {}  # of (executor, path or all of them)
+        self._in_use: list[Executor | None] = [None] * len(self._executors)  # by the workers
         self._jobs: list[Job | None] = [None] * len(self._executors)  # started, not yet seen by the worker
         self._closed = False
         self._lock = threading.Lock()
         self._wakes = [threading.Condition(self._lock) for _ in self._executors]
         self._workers: list[threading.Thread] = []
-        self._finisher = _Finisher()
+        self._finisher = Finisher()
         self._statistics = Statistics()
         self._busy = [0.0] * len(self._executors)
         self._batches = [0] * len(self._executors)
@@ -173,7 +119,7 @@ class Engine:
         with self._lock:
             now = self._now()
             arrived = now if arrived_s is None else arrived_s + self._offset
-            query = _Query(batch, arrived)
+            query = Query(batch, arrived)
             self._statistics.queries += 1
             if self._closed:
                 outcome = Refusal(("closed", "the engine is closed"))
@@ -206,7 +152,7 @@ class Engine:
             several = len(lanes) > 1
             return {
                 **counts,
-                **{key: dict(counts[key]) for key in ("refused", "samples", "path_errors")},
+                **{key: dict(value) for key, value in counts.items() if isinstance(value, Counter)},
                 "waiting_samples": self._scheduler.waiting,
                 "waiting_queries": len(self._scheduler),
                 "corrections": {
@@ -235,6 +181,7 @@ class Engine:
             ]
         for executor in self._executors:
             executor.start()
+        self._finisher.start()
         with self._lock:
             self._assign(self._now())
         for worker in self._workers:
@@ -290,6 +237,8 @@ class Engine:
             self._inputs = _inputs(fresh) or self._inputs
             self._rests.clear()
         for executor in old:
+            while executor in self._in_use:  # a batch that began before
+                time.sleep(_LOOK_AGAIN_S)
             executor.close()
 
     def __enter__(self) -> Engine:
@@ -349,6 +298,7 @@ class Engine:
     def _run(self, index: int, job: Job) -> None:
         """Score a job and settle the queries that it completes."""
         executor, settled = self._executors[index], []
+        self._in_use[index] = executor
         pieces = [piece for piece in job.pieces if self._is_wanted(piece.ticket)]
         path_s, own = 0.0, len(pieces) == len(job.pieces)
         try:
@@ -358,16 +308,18 @@ class Engine:
             settled += [(piece, error) for piece in pieces]
         with self._lock:
             now = self._now()
+            self._in_use[index] = None
             if path_s > 0 and own:
                 self._rests.pop((index, job.path), None)
+                self._rests.pop((index, None), None)
                 self._scheduler.done(job, now, path_s)
             elif path_s < 0:  # the job's path raised where another did not
-                rest = self._rests.get((index, job.path), _FIRST_REST_S / 2) * 2
-                self._rests[index, job.path] = min(rest, _LONGEST_REST_S)
-                self._scheduler.failed(job, now, self._rests[index, job.path])
+                self._scheduler.failed(job, now, self._longer_rest(index, job.path))
                 self._statistics.path_errors[job.path] += 1
             else:
                 self._scheduler.failed(job, now)
+            if len(self._executors) > 1:
+                settled = self._try_elsewhere(index, settled, now)
             self._statistics.batches += 1
             self._batches[index] += 1
             self._busy[index] += now - job.started
@@ -403,7 +355,7 @@ class Engine:
                 start = self._now()
                 scores = executor.run(name, batch)
                 end = self._now()
-                if scores.shape != (len(batch),):
+                if scores.shape != batch.labels.shape:
                     shape = tuple(scores.shape)
                     raise RuntimeError(f"path {name!r} gave {shape} scores for {len(batch)} samples")
                 if not (math.isfinite(scores.sum().item()) or torch.isfinite(scores).all()):
@@ -411,11 +363,8 @@ class Engine:
             except BaseException as error:
                 first_error = first_error or error
                 continue
-            offset = 0
-            for piece in pieces:
-                size = piece.stop - piece.start
-                settled.append((piece, (name, scores[offset : offset + size])))
-                offset += size
+            parts = scores.split([stop - start for _, start, stop in pieces])
+            settled += [(piece, (name, part)) for piece, part in zip(pieces, parts, strict=True)]
             return max(end - start, 1e-9) if first_error is None else -1.0
         if len(pieces) == 1:
             settled.append((pieces[0], first_error))
@@ -425,6 +374,33 @@ class Engine:
         return min(min(parts), 0.0)
 
     # -- the lock is held
+
+    def _longer_rest(self, index: int, path: str | None) -> float:
+        """Seconds for which a path (None: all) of an executor is left alone; each time twice as long."""
+        rest = min(2 * self._rests.get((index, path), _FIRST_REST_S / 2), _LONGEST_REST_S)
+        self._rests[index, path] = rest
+        return rest
+
+    def _try_elsewhere(self, index: int, settled: list[tuple[Piece, object]], now: float) -> list:
+        """Queries that no path of executor ``index`` could score wait for another executor, which is asked
+        alone until it has shown whose fault that was; what is left is settled.
+        """
+        left = []
+        for piece, outcome in settled:
+            query, failed = piece.ticket.item, isinstance(outcome, BaseException)
+            whole = piece.stop - piece.start == piece.ticket.size
+            if failed and query.failed_on is None and whole and query.missing and not self._closed:
+                query.failed_on = index
+                self._scheduler.again(piece.ticket)
+                self._scheduler.rest(index, now, _FIRST_REST_S)
+                continue
+            if query.failed_on is not None:
+                culprit = query.failed_on
+                self._scheduler.rest(culprit, now, 0.0 if failed else self._longer_rest(culprit, None))
+                if not failed:
+                    self._statistics.executor_errors[self._executors[culprit].name] += 1
+            left.append((piece, outcome))
+        return left
 
     def _now(self) -> float:
         """The clock's time. If it was set back, time stands still there and then goes on."""
@@ -459,7 +435,7 @@ class Engine:
         path, scores = outcome
         size = piece.stop - piece.start
         self._statistics.samples[path] += size
-        query.paths[path] += size
+        query.paths[path] = query.paths.get(path, 0) + size
         query.scores[piece.start] = scores
         query.missing -= size
         if query.missing:
@@ -471,7 +447,7 @@ class Engine:
             scores = torch.cat([query.scores[start] for start in sorted(query.scores)])
         return (
             query.future,
-            Answer(scores, dict(query.paths), query.arrived - self._offset, now - self._offset),
+            Answer(scores, query.paths, query.arrived - self._offset, now - self._offset),
             None,
         )
 
@@ -491,73 +467,6 @@ class Engine:
                 f"batch has {inputs[0]} features and {inputs[1]} dense numbers, "
                 f"the paths take {self._inputs[0]} and {self._inputs[1]}"
             )
-
-
-class _Finisher:
-    """Settles futures. Callbacks run in the thread that settles; once one has been slow, on a thread of their
-    own, so that a slow client does not keep an executor waiting."""
-
-    def __init__(self) -> None:
-        self._later: list[tuple[Future, BaseException]] = []
-        self._thread: threading.Thread | None = None
-        self._queue: list[tuple] = []
-        self._wake = threading.Condition()
-        self._closed = False
-
-    def later(self, future: Future, error: BaseException) -> None:
-        """Settle at the next ``flush``, where no lock is held."""
-        self._later.append((future, error))
-
-    @property
-    def has_some(self) -> bool:
-        return bool(self._later)
-
-    def flush(self) -> None:
-        while self._later:
-            future, error = self._later.pop()
-            self.settle(future, error=error)
-
-    def settle(
-        self, future: Future, answer: Answer | None = None, error: BaseException | None = None
-    ) -> None:
-        """Never raises: a client may have cancelled, and callbacks' errors are logged by the future."""
-        if self._thread is not None:
-            with self._wake:
-                self._queue.append((future, answer, error))
-                self._wake.notify()
-            return
-        start = time.perf_counter()
-        _settle(future, answer, error)
-        if time.perf_counter() - start > _SLOW_CALLBACK_S and not self._closed:
-            self._thread = threading.Thread(target=self._run, name="mprec-answers", daemon=True)
-            self._thread.start()
-
-    def close(self) -> None:
-        self.flush()
-        self._closed = True
-        if self._thread is not None:
-            with self._wake:
-                self._wake.notify()
-            self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._queue:
-                    if self._closed:
-                        return
-                    self._wake.wait()
-                items, self._queue = self._queue, []
-            for item in items:
-                _settle(*item)
-
-
-def _settle(future: Future, answer: Answer | None, error: BaseException | None) -> None:
-    if future.set_running_or_notify_cancel():
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(answer)
 
 
 def _as_executors(dispatcher: Dispatcher | None, executors: Sequence[Executor] | None) -> list[Executor]:

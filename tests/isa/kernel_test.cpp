@@ -68,6 +68,7 @@ int main(int argc, char** argv) {
       test::dhe_suite(isa_name(isa), threads);
       test::cache_suite(isa_name(isa), threads);
     }
+    if (tested.insert(table.dense).second) test::dense_suite(isa_name(isa), threads);
   }
   return test::finish();
 }

@@ -9,5 +9,6 @@ void embedding_bag_suite(const std::string& isa, int threads);
 void gradient_suite(const std::string& isa, int threads);
 void dhe_suite(const std::string& isa, int threads);
 void cache_suite(const std::string& isa, int threads);
+void dense_suite(const std::string& isa, int threads);
 
 }  // namespace mprec::test

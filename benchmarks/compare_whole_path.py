@@ -1,0 +1,215 @@
+"""Rows of ``compare.py``: whole paths of a DLRM as one native call, against the same model in torch and
+compiled by torch, the MLPs alone in ONNX Runtime (where that is installed), and the machine."""
+
+import importlib.util
+import io
+from collections.abc import Callable, Iterator
+
+import ceilings
+import harness
+import torch
+from compare import Row
+from torch import Tensor, nn
+
+import mprec
+from mprec.models import DLRM
+from mprec.nn import FeatureConfig
+
+BATCHES = (1, 16, 128, 2048)
+KAGGLE = (
+    3,
+    4,
+    10,
+    15,
+    18,
+    24,
+    27,
+    105,
+    305,
+    583,
+    633,
+    1460,
+    2173,
+    3194,
+    5652,
+    5683,
+    12517,
+    14992,
+    93145,
+    142572,
+)
+TERABYTE = (3, 4, 10, 14, 36, 61, 101, 122, 970, 1442, 2208, 7112, 7378, 11156, 12420, 17217, 20134, 36084)
+#: Vocabularies (capped at a million), vector size, hidden layers of the bottom and the top MLP.
+SHAPES = {
+    "Kaggle d16": ((*KAGGLE, 286181, *[10**6] * 5), 16, (512, 256, 64), (512, 256)),
+    "Terabyte d64": ((*TERABYTE, 313829, 415421, *[10**6] * 6), 64, (512, 256), (512, 512, 256)),
+}
+VS_EAGER = (8, 4, 1.8, 1.5)
+VS_COMPILED = (3, 2, 1.2, 1.12)
+PEAK_SHARE, READ_SHARE, TWO_THREADS = 0.88, 1 / 1.4, 1.85
+
+
+class Plain(nn.Module):
+    """The model as one writes it in torch, on the weights of ``model``."""
+
+    def __init__(self, model: DLRM) -> None:
+        super().__init__()
+        self.bottom, self.top = model.bottom, model.top
+        tables = model.embeddings.tables.values()
+        self.tables = nn.ModuleList(
+            nn.EmbeddingBag.from_pretrained(table.weight.detach(), mode="sum", include_last_offset=True)
+            for table in tables
+        )
+        count = 1 + len(self.tables)
+        rows, columns = torch.tril_indices(count, count, offset=-1)
+        self.register_buffer("pairs", rows * count + columns)
+
+    def forward(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+        """``indices`` [T, B], one ID a bag; ``offsets`` [B + 1]."""
+        first = self.bottom(dense)
+        vectors = [first] + [table(ids, offsets) for table, ids in zip(self.tables, indices, strict=True)]
+        stacked = torch.stack(vectors, dim=1)
+        products = torch.bmm(stacked, stacked.transpose(1, 2)).flatten(1)[:, self.pairs]
+        return self.top(torch.cat([first, products], dim=1)).squeeze(1).sigmoid()
+
+
+def make_model(shape: str) -> DLRM:
+    vocabularies, dim, bottom, top = SHAPES[shape]
+    features = [FeatureConfig(f"f{i}", size, dim) for i, size in enumerate(vocabularies)]
+    return DLRM(features, 13, dim, bottom, top).eval()
+
+
+def multiply_adds(model: DLRM) -> int:
+    """Products of one sample: weights, and pairs of vectors."""
+    weights = sum(m.weight.numel() for m in (*model.bottom, *model.top) if isinstance(m, nn.Linear))
+    return weights + len(model._pairs) * model.embedding_dim
+
+
+def draws(model: DLRM, batch: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    sizes = torch.tensor([[f.num_embeddings] for f in model.features])
+    return lambda: (
+        torch.randn(batch, model.num_dense),
+        (torch.rand(len(sizes), batch, dtype=torch.float64) * sizes).long(),
+    )
+
+
+def compiled_by_torch(plain: Plain, batch: int) -> Callable | None:
+    """As torch compiles it with its weights frozen; None where it cannot."""
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    try:
+        with inductor.patch(freezing=True), torch.no_grad():
+            call = torch.compile(plain, dynamic=False)
+            inputs = _example(plain, batch)
+            for _ in range(2):
+                call(*inputs)
+    except Exception as error:  # no compiler, say: the other rows are still worth having
+        print(f"torch.compile: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return None
+    return call
+
+
+def _example(plain: Plain, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    indices = torch.zeros(len(plain.tables), batch, dtype=torch.int64)
+    return torch.randn(batch, plain.bottom[0].in_features), indices, torch.arange(batch + 1)
+
+
+def onnx_mlps(model: DLRM) -> Callable[[Tensor, Tensor], object] | None:
+    """Both MLPs in ONNX Runtime, on one thread; None where it is not installed."""
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+        return None
+    import onnx
+    import onnxruntime
+
+    def session(mlp: nn.Sequential) -> "onnxruntime.InferenceSession":
+        nodes, weights, name = [], [], "x"
+        for i, layer in enumerate(mlp):
+            out = f"y{i}"
+            if isinstance(layer, nn.Linear):
+                for key, tensor in (("w", layer.weight), ("b", layer.bias)):
+                    weights.append(onnx.numpy_helper.from_array(tensor.detach().numpy(), f"{key}{i}"))
+                nodes.append(onnx.helper.make_node("Gemm", [name, f"w{i}", f"b{i}"], [out], transB=1))
+            else:
+                nodes.append(onnx.helper.make_node("Relu", [name], [out]))
+            name = out
+        value = onnx.helper.make_tensor_value_info
+        ends = [value(n, onnx.TensorProto.FLOAT, ["batch", None]) for n in ("x", name)]
+        graph = onnx.helper.make_graph(nodes, "mlp", ends[:1], ends[1:], weights)
+        made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+        file, options = io.BytesIO(), onnxruntime.SessionOptions()
+        onnx.save(made, file)
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        return onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+
+    bottom, top = session(model.bottom), session(model.top)
+    return lambda dense, products: (
+        bottom.run(None, {"x": dense.numpy()}),
+        top.run(None, {"x": products.numpy()}),
+    )
+
+
+def names() -> list[str]:
+    return [f"whole path, {shape}, batch {batch}" for shape in SHAPES for batch in BATCHES]
+
+
+def rows(seconds: float, only: str) -> Iterator[Row]:
+    for shape in SHAPES:
+        wanted = [i for i, batch in enumerate(BATCHES) if only in f"whole path, {shape}, batch {batch}"]
+        if not wanted:
+            continue
+        model = make_model(shape)
+        path, plain, mlps = mprec.compile_path(model), Plain(model).eval(), onnx_mlps(model)
+        for i in wanted:
+            yield from _rows_of_batch(
+                f"whole path, {shape}, batch {BATCHES[i]}", i, path, plain, mlps, seconds
+            )
+
+
+def _rows_of_batch(work, i, path, plain, mlps, seconds) -> Iterator[Row]:
+    batch, model = BATCHES[i], path.model
+    offsets, bags = torch.arange(len(model.features) * batch + 1), torch.arange(batch + 1)
+    flops = 2 * multiply_adds(model) * batch
+    products = torch.randn(batch, model.top[0].in_features)
+    candidates = {
+        "ours": lambda x: path(x[0], x[1].view(-1), offsets),
+        "eager": lambda x: plain(x[0], x[1], bags),
+        "module": lambda x: model(x[0], x[1].view(-1), offsets).sigmoid(),
+    }
+    if (call := compiled_by_torch(plain, batch)) is not None:
+        candidates["compiled"] = lambda x: call(x[0], x[1], bags)
+    item = draws(model, batch)()
+    for name in candidates:
+        torch.testing.assert_close(candidates[name](item), candidates["ours"](item), rtol=1e-4, atol=1e-5)
+    candidates["peak"] = lambda x: ceilings.multiply_add(flops)
+    if mlps is not None:
+        candidates["mlps"] = lambda x: mlps(x[0], products)
+    t = harness.interleaved(candidates, draws(model, batch), seconds=seconds)
+    us = {name: timing.p50 * 1e6 for name, timing in t.items()}
+    ours, note = us["ours"], f"{us['peak'] / us['ours']:.0%} of the FMA peak of its products"
+    yield Row(work, "torch, nn.EmbeddingBag", ours, us["eager"], VS_EAGER[i], note)
+    yield Row(work, "mprec's DLRM module", ours, us["module"], 1)
+    if "compiled" in us:
+        yield Row(work, "torch.compile, frozen", ours, us["compiled"], VS_COMPILED[i])
+    if "mlps" in us:
+        yield Row(work, "ONNX Runtime, MLPs alone", ours, us["mlps"], VS_COMPILED[i])
+    if batch == 1:
+        read = path.nbytes / ceilings.read_bandwidth(path.nbytes) * 1e6
+        yield Row(work, "reading its weights once", ours, read, READ_SHARE)
+    if batch >= 128:
+        yield Row(work, "FMA peak of its products", ours, us["peak"], PEAK_SHARE)
+        yield from _two_threads(work, path, model, batch, offsets, seconds)
+
+
+def _two_threads(work, path, model, batch, offsets, seconds) -> Iterator[Row]:
+    def on(threads):
+        def call(x):
+            torch.set_num_threads(threads)
+            path(x[0], x[1].view(-1), offsets)
+
+        return call
+
+    with harness.threads(1):
+        t = harness.interleaved({"one": on(1), "two": on(2)}, draws(model, batch), seconds=seconds / 2)
+    one, two = t["one"].p50 * 1e6, t["two"].p50 * 1e6
+    yield Row(work, "itself on one thread", two, one, TWO_THREADS, ceilings.two_threads_note())

@@ -1,0 +1,5 @@
+#include "dense/kernel.h"
+
+namespace mprec::scalar {
+const DenseKernels dense_kernels = {gather, scatter, mlp, interact, mix};
+}

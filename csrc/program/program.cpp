@@ -1,0 +1,308 @@
+#include "program/program.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+#include "bags/check.h"
+#include "common/aligned.h"
+#include "common/distinct.h"
+#include "common/error.h"
+#include "dhe/bag.h"
+#include "dhe/pack.h"
+#include "registry.h"
+
+namespace mprec {
+namespace {
+
+// Work that repays waking a thread: some 20 microseconds.
+constexpr int64_t multiply_adds_per_thread = 1 << 21;
+
+int64_t bag_begin(const Batch& b, int64_t bag) { return b.offsets[bag]; }
+
+DheBagRequest all_bags(const Batch& b, int64_t num_features) {
+  DheBagRequest r{};
+  r.num_features = num_features;
+  r.bags = b.samples;
+  r.indices = b.indices;
+  r.offsets = b.offsets;
+  return r;
+}
+
+// 0 = offsets[0] <= offsets[1] <= ... = indices: no bit of sign in any offset, difference or distance to the
+// end. A loop without branches.
+template <class Offset>
+bool offsets_hold(const Offset* offsets, int64_t count, int64_t indices) {
+  uint64_t signs = 0, before = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto offset = static_cast<uint64_t>(static_cast<int64_t>(offsets[i]));
+    signs |= offset | (static_cast<uint64_t>(indices) - offset) | (offset - before);
+    before = offset;
+  }
+  return static_cast<int64_t>(signs) >= 0 && offsets[0] == 0 && offsets[count - 1] == indices;
+}
+
+void check_bags(const Batch& b, int64_t num_features) {
+  const int64_t count = num_features * b.samples + 1;
+  if (b.offsets.size != count)
+    throw OffsetsError(message("offsets: expected ", count, " for ", num_features, " features of ", b.samples,
+                               " samples, got ", b.offsets.size));
+  const bool hold = b.offsets.wide
+                        ? offsets_hold(static_cast<const int64_t*>(b.offsets.data), count, b.indices.size)
+                        : offsets_hold(static_cast<const int32_t*>(b.offsets.data), count, b.indices.size);
+  if (!hold) {
+    check_offsets(all_bags(b, num_features));
+    throw OffsetsError("offsets were changed by another thread during the call");
+  }
+}
+
+template <class Stages>
+void check_stages(const Stages& stages, int64_t num_features, std::vector<bool>& filled) {
+  for (const auto& stage : stages) {
+    if (stage.feature < 0 || stage.feature >= num_features)
+      throw std::invalid_argument(
+          message("stages: feature ", stage.feature, " is none of the ", num_features));
+    if (stage.part < 0 || stage.part >= static_cast<int64_t>(filled.size()) || filled[stage.part])
+      throw std::invalid_argument(
+          message("stages: expected each part below ", filled.size(), " once, got ", stage.part));
+    filled[stage.part] = true;
+  }
+}
+
+}  // namespace
+
+// Offsets into one thread's scratch, in floats.
+struct Program::Layout {
+  int64_t activations;  // of each of two
+  int64_t vectors, parts, transposed, decoding, total;
+  int64_t vectors_stride, parts_stride;  // from sample to sample
+};
+
+// What a call needs beside its arguments; kept by each calling thread.
+struct Program::Workspace {
+  AlignedBuffer<float> scratch, decoded;
+  std::vector<Feature> features;  // of all threads
+  std::vector<int64_t> ids, distinct;
+  std::vector<int32_t> row_of_entry;
+  std::vector<DecodeWork> work;
+  std::vector<PoolArguments> pools;
+  std::vector<DecodeBlock> blocks;
+};
+
+Program::Program(Parts parts) : parts_(std::move(parts)) {
+  const auto& p = parts_;
+  if (p.num_features < 1) throw std::invalid_argument("num_features: expected at least 1");
+  if (p.dim < 1) throw std::invalid_argument(message("dim: expected at least 1, got ", p.dim));
+  const auto num_parts = static_cast<int64_t>(p.tables.size() + p.decoders.size());
+  std::vector<bool> filled(num_parts);
+  check_stages(p.tables, p.num_features, filled);
+  check_stages(p.decoders, p.num_features, filled);
+  for (const DecoderStage& stage : p.decoders)
+    if (stage.decoder.dim != p.dim)
+      throw std::invalid_argument(
+          message("decoders: expected vectors of ", p.dim, " numbers, got ", stage.decoder.dim));
+  if (p.bottom ? p.bottom->inputs() != p.num_dense || p.bottom->outputs() != p.dim
+               : p.num_dense != 0 || static_cast<int>(p.constant.size()) != p.dim)
+    throw std::invalid_argument(message("bottom: expected layers from ", p.num_dense, " numbers to ", p.dim));
+
+  int64_t vectors = 1 + num_parts;
+  if (!p.mixing.empty()) {
+    int last = 0;
+    for (const MixTerm& term : p.mixing) {
+      if (term.vector != last && term.vector != last + 1)
+        throw std::invalid_argument("mixing: expected terms of vectors 1, 2, and so on, in order");
+      if (term.vector < 1 || term.part < 0 || term.part >= num_parts)
+        throw std::invalid_argument(message("mixing: vector ", term.vector, " of part ", term.part));
+      last = term.vector;
+    }
+    vectors = 1 + last;
+  }
+  if (vectors > 4096)
+    throw std::invalid_argument(message("stages: at most 4096 vectors interact, got ", vectors));
+  interaction_ = {static_cast<int>(vectors), p.dim, p.self_interaction};
+  const int64_t inputs = p.dim + interaction_.products();
+  if (!p.top || p.top->inputs() != inputs || p.top->outputs() != 1)
+    throw std::invalid_argument(message("top: expected layers from ", inputs, " numbers to 1"));
+
+  for (size_t i = 0; i < p.tables.size(); ++i) {
+    const TableStage& t = p.tables[i];
+    const bool follows = i > 0 && t.feature == p.tables[i - 1].feature + 1;
+    if (i > 0 && t.feature <= p.tables[i - 1].feature)
+      throw std::invalid_argument("tables: expected features in order");
+    if (follows && runs_.back().mode == t.mode)
+      ++runs_.back().count;
+    else
+      runs_.push_back({i, 1, t.mode});
+  }
+  multiply_adds_ = p.top->view().multiply_adds() + (p.bottom ? p.bottom->view().multiply_adds() : 0) +
+                   interaction_.products() * p.dim;
+}
+
+int64_t Program::nbytes() const {
+  return parts_.top->nbytes() + (parts_.bottom ? parts_.bottom->nbytes() : 0);
+}
+
+Program::Layout Program::layout() const {
+  const auto& p = parts_;
+  const int widest = std::max({p.top->view().widest, p.bottom ? p.bottom->view().widest : 0, p.dim});
+  Layout l{};
+  l.activations = blocks_of(widest) * sample_block_stride + 16;  // a kernel stores whole registers
+  l.vectors_stride = int64_t{interaction_.vectors} * p.dim;
+  l.parts_stride = static_cast<int64_t>(p.tables.size() + p.decoders.size()) * p.dim;
+  l.vectors = 2 * l.activations;
+  l.parts = l.vectors + round_up(max_samples * l.vectors_stride + 16, 16);
+  l.transposed = l.parts + (p.mixing.empty() ? 0 : round_up(max_samples * l.parts_stride + 16, 16));
+  l.decoding = l.transposed + round_up(interaction_.transposed_floats() + 16, 16);
+  int64_t decoding = 0;
+  for (const DecoderStage& stage : p.decoders) decoding = std::max(decoding, scratch_floats(stage.decoder));
+  l.total = l.decoding + round_up(decoding, 16);
+  return l;
+}
+
+// Which IDs of the whole batch are decoded: equal ones of a feature once.
+void Program::plan_decoding(const Batch& b, int threads, Workspace& w) const {
+  const auto& stages = parts_.decoders;
+  w.work.resize(stages.size());
+  w.pools.resize(stages.size());
+  int64_t entries = 0;
+  for (const DecoderStage& s : stages)
+    entries += bag_begin(b, (s.feature + 1) * b.samples) - bag_begin(b, s.feature * b.samples);
+  w.distinct.resize(entries);
+  w.row_of_entry.resize(entries);
+  const int64_t* ids = checked_ids(all_bags(b, parts_.num_features), w.ids);
+  int64_t place = 0, floats = 0;
+  for (size_t t = 0; t < stages.size(); ++t) {
+    const int64_t begin = bag_begin(b, stages[t].feature * b.samples),
+                  count = bag_begin(b, (stages[t].feature + 1) * b.samples) - begin;
+    int64_t* const distinct = w.distinct.data() + place;
+    int32_t* const rows = w.row_of_entry.data() + place;
+    const int64_t found = find_distinct(count, -1, [&](int64_t i) { return ids[begin + i]; }, distinct, rows);
+    w.work[t] = {stages[t].decoder, distinct, found, nullptr, parts_.dim};
+    w.pools[t] = {nullptr, parts_.dim, found < count ? rows : nullptr, nullptr,
+                  static_cast<int>(stages[t].mode)};
+    place += count;
+    floats += found * parts_.dim;
+  }
+  float* vectors = w.decoded.reserve(floats + 1);
+  for (size_t t = 0; t < stages.size(); ++t) {
+    w.pools[t].vectors = w.work[t].vectors = vectors;
+    vectors += w.work[t].count * parts_.dim;
+  }
+  plan_decode_blocks(w.work, threads, w.blocks);
+}
+
+// Samples [begin, begin + samples), whose IDs are decoded; false if a table has no such ID.
+bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layout& l, Workspace& w,
+                          int thread, bool backwards, float* scores) const {
+  const Kernels& k = kernels();
+  const auto& p = parts_;
+  float* const scratch = w.scratch.data() + thread * l.total;
+  float *in = scratch, *spare = scratch + l.activations, *vectors = scratch + l.vectors;
+  const bool mixed = !p.mixing.empty();
+  float* const parts = mixed ? scratch + l.parts : vectors + p.dim;
+  const int64_t parts_stride = mixed ? l.parts_stride : l.vectors_stride;
+
+  const size_t features = p.tables.size() + runs_.size();
+  Feature* feature = w.features.data() + thread * features;
+  for (const TableRun& run : runs_) {
+    BagRequest r{b.indices, b.offsets, feature, static_cast<int64_t>(run.count), 0, nullptr,
+                 run.mode,  -1,        samples};
+    for (size_t i = run.first; i < run.first + run.count; ++i) {
+      const TableStage& t = p.tables[i];
+      *feature++ = {
+          t.rows,       t.num_rows, p.dim, t.row_bytes, t.feature * b.samples + begin, parts + t.part * p.dim,
+          parts_stride, t.format};
+    }
+    // The bags between this and the next feature's first are as many as the batch has; a block is `samples`.
+    feature->first_bag = feature[-1].first_bag + b.samples;
+    r.num_bags = feature->first_bag;
+    ++feature;
+    if (!k.embedding_bag->forward(r, {0, 0, 0}, {1, 0, 0}, nullptr)) return false;
+  }
+  for (size_t t = 0; t < p.decoders.size(); ++t) {
+    const int64_t first = p.decoders[t].feature * b.samples, start = bag_begin(b, first);
+    for (int s = 0; s < samples; ++s)
+      k.dhe->pool(w.pools[t], bag_begin(b, first + begin + s) - start,
+                  bag_begin(b, first + begin + s + 1) - start,
+                  parts + s * parts_stride + p.decoders[t].part * p.dim);
+  }
+  if (mixed)
+    k.dense->mix(p.mixing.data(), static_cast<int64_t>(p.mixing.size()), p.dim, parts, parts_stride, samples,
+                 vectors, l.vectors_stride);
+
+  if (p.bottom) {
+    k.dense->gather(b.dense + begin * b.dense_stride, b.dense_stride, samples, p.num_dense, in,
+                    sample_block_stride, 0);
+    const float* out = k.dense->mlp(p.bottom->view(), samples, backwards, in, spare, sample_block_stride);
+    k.dense->scatter(out, sample_block_stride, samples, p.dim, vectors, l.vectors_stride);
+  } else {
+    for (int s = 0; s < samples; ++s)
+      std::copy(p.constant.begin(), p.constant.end(), vectors + s * l.vectors_stride);
+  }
+  k.dense->gather(vectors, l.vectors_stride, samples, p.dim, in, sample_block_stride, 0);
+  k.dense->interact(interaction_, vectors, l.vectors_stride, samples, scratch + l.transposed, in,
+                    sample_block_stride, p.dim);
+  const float* out = k.dense->mlp(p.top->view(), samples, backwards, in, spare, sample_block_stride);
+  for (int s = 0; s < samples; ++s) scores[begin + s] = out[s * block_pitch];
+  return true;
+}
+
+void Program::throw_first_bad_id(const Batch& b) const {
+  std::vector<std::pair<int64_t, int64_t>> bounds;
+  for (const TableStage& t : parts_.tables) bounds.emplace_back(t.feature, t.num_rows);
+  check_ids(b.indices, b.offsets, BagLayout{parts_.num_features, b.samples}, bounds);
+  throw std::runtime_error("indices or offsets were changed by another thread during the call");
+}
+
+void Program::run(const Batch& b, float* scores, int threads) const {
+  check_bags(b, parts_.num_features);
+  if (b.samples == 0) return;
+  static thread_local Workspace own_workspace;
+  Workspace& w = own_workspace;  // the same object in every thread of the region below
+  static thread_local bool forwards;
+  const bool backwards = forwards = !forwards;
+
+  int64_t multiply_adds = multiply_adds_ * b.samples;
+  if (!parts_.decoders.empty()) {
+    plan_decoding(b, threads, w);
+    for (const DecodeWork& work : w.work) multiply_adds += work.count * work.decoder.multiply_adds();
+  }
+  threads = static_cast<int>(std::clamp<int64_t>(multiply_adds / multiply_adds_per_thread, 1, threads));
+  const Layout l = layout();
+  w.scratch.reserve(l.total * threads);
+  w.features.resize((parts_.tables.size() + runs_.size()) * threads);
+
+  const int64_t rounds = (b.samples + threads * max_samples - 1) / (threads * max_samples);
+  const int64_t blocks = std::min(b.samples, rounds * threads);
+  const auto score = [&](int64_t i, int thread) {
+    const int64_t begin = b.samples * i / blocks, end = b.samples * (i + 1) / blocks;
+    return score_block(b, begin, static_cast<int>(end - begin), l, w, thread, backwards, scores);
+  };
+  const int64_t decode_blocks = parts_.decoders.empty() ? 0 : static_cast<int64_t>(w.blocks.size());
+  bool valid = true;
+  if (threads == 1) {
+    for (const DecodeBlock* block = w.blocks.data(); block != w.blocks.data() + decode_blocks; ++block)
+      decode_block(w.work, *block, w.scratch.data() + l.decoding);
+    for (int64_t i = 0; i < blocks && valid; ++i) valid = score(i, 0);
+  } else {
+    std::atomic<bool> all_valid{true};
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num();
+      if (decode_blocks > 0) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < decode_blocks; ++i)
+          decode_block(w.work, w.blocks[i], w.scratch.data() + thread * l.total + l.decoding);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < blocks; ++i)
+        if (!score(i, thread)) all_valid = false;
+    }
+    valid = all_valid;
+  }
+  if (!valid) throw_first_bad_id(b);
+}
+
+}  // namespace mprec

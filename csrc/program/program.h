@@ -1,0 +1,80 @@
+// A ranking model's whole path from a batch to its scores: look-up -> decoders -> bottom MLP -> interaction
+// -> top MLP. README.md says how.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/integers.h"
+#include "dense/mlp.h"
+#include "dhe/dhe.h"
+#include "embedding_bag/embedding_bag.h"
+
+namespace mprec {
+
+// Stages make vectors of `dim` numbers: of each sample one `part`, pooled from the bag of `feature`.
+struct TableStage {
+  const char* rows;
+  int64_t num_rows, row_bytes;
+  Format format;
+  int64_t feature, part;
+  Mode mode;
+};
+struct DecoderStage {
+  DecoderView decoder;
+  int64_t feature, part;
+  Mode mode;
+};
+
+struct Batch {
+  const float* dense;  // [samples][num_dense], rows `dense_stride` apart
+  int64_t dense_stride;
+  int64_t samples;
+  Integers indices;  // feature-major
+  Integers offsets;  // bag b of feature f: indices[offsets[f * samples + b]] ... up to the next offset
+};
+
+// Does not own rows and decoders.
+class Program {
+ public:
+  struct Parts {
+    int64_t num_features = 0;
+    int num_dense = 0, dim = 0;
+    std::vector<TableStage> tables;      // in order of feature
+    std::vector<DecoderStage> decoders;  // parts of tables and decoders together: each of 0 ... n - 1, once
+    std::optional<Mlp> bottom;           // num_dense -> dim; or, without dense numbers,
+    std::vector<float> constant;         // dim numbers in its output's place
+    // The vectors 1 ... that interact, 0 being the bottom's; none: the parts as they are.
+    std::vector<MixTerm> mixing;
+    bool self_interaction = false;
+    std::optional<Mlp> top;  // dim + products -> 1
+  };
+  // std::invalid_argument if the parts do not fit together.
+  explicit Program(Parts);
+
+  // The scores of all samples. OffsetsError or IdError for what a bag cannot be; scores are then unspecified.
+  // Does not allocate once a calling thread has run a batch of that size.
+  void run(const Batch&, float* scores, int threads) const;
+
+  int64_t nbytes() const;  // of the packed MLPs
+
+ private:
+  struct TableRun {  // stages of adjacent features, pooled in one call
+    size_t first, count;
+    Mode mode;
+  };
+  struct Layout;
+  struct Workspace;
+  Layout layout() const;
+  void plan_decoding(const Batch&, int threads, Workspace&) const;
+  bool score_block(const Batch&, int64_t begin, int samples, const Layout&, Workspace&, int thread,
+                   bool backwards, float* scores) const;
+  [[noreturn]] void throw_first_bad_id(const Batch&) const;
+
+  Parts parts_;
+  std::vector<TableRun> runs_;
+  InteractionView interaction_;
+  int64_t multiply_adds_;  // per sample, without decoders
+};
+
+}  // namespace mprec

@@ -1,0 +1,181 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/error.h"
+#include "dhe/decoder.h"
+#include "program/program.h"
+#include "python/arguments.h"
+#include "python/bags.h"
+#include "python/layers.h"
+#include "python/tensor.h"
+#include "python/weight_watch.h"
+
+namespace py = pybind11;
+
+namespace mprec::python {
+namespace {
+
+// A table that is read where it lies: the dict and key where a module keeps its tensor, which may be written
+// to but neither replaced nor moved.
+class TablePlace {
+ public:
+  TablePlace(py::dict dict, py::str key) : dict_(std::move(dict)), key_(std::move(key)) {
+    PyObject* const found = PyDict_GetItemWithError(dict_.ptr(), key_.ptr());
+    if (!found) throw py::key_error(message("tables: no '", std::string(key_), "' in the dict"));
+    tensor_ = py::reinterpret_borrow<py::object>(found);
+    view_ = view(found, "tables");
+    if (TensorMark::is_torch(found)) storage_ = tensor_.attr("detach")();  // keeps what is read
+  }
+  PyObject* tensor() const { return tensor_.ptr(); }
+  bool changed() const {
+    PyObject* const found = PyDict_GetItemWithError(dict_.ptr(), key_.ptr());
+    if (found != tensor_.ptr()) return true;
+    const Tensor now = view(found, "tables");
+    return now.data != view_.data || now.ndim != view_.ndim || now.shape[0] != view_.shape[0] ||
+           now.shape[1] != view_.shape[1] || now.strides[0] != view_.strides[0];
+  }
+
+ private:
+  py::dict dict_;
+  py::str key_;
+  py::object tensor_, storage_;
+  Tensor view_;
+};
+
+// Python's arguments of an MLP: weights, biases, activations.
+using MlpArguments = std::tuple<std::vector<py::object>, std::vector<py::object>, std::vector<int>>;
+
+Mlp make_mlp(const MlpArguments& arguments) {
+  const auto& [weights, biases, activations] = arguments;
+  std::vector<Activation> parsed;
+  for (int a : activations) {
+    if (a < 0 || a > 3) throw py::value_error(message("activations: expected 0 to 3, got ", a));
+    parsed.push_back(static_cast<Activation>(a));
+  }
+  return Mlp(linear_layers(weights, biases), parsed);
+}
+
+struct PathProgram {
+  Program program;
+  std::vector<TablePlace> tables;
+  std::vector<py::object> decoders;  // owned
+  py::object watch;                  // of all that is packed
+  int64_t num_features;
+  int num_dense;
+
+  // Looked at before a call of so many IDs.
+  bool changed(int64_t ids) const {
+    if (watch.cast<const WeightWatch&>().changed(Share::before(ids))) return true;
+    for (const TablePlace& table : tables)
+      if (table.changed()) return true;
+    return false;
+  }
+};
+
+using TableArguments = std::tuple<py::dict, py::str, int64_t, int64_t, int, int>;
+using DecoderArguments = std::tuple<py::object, int64_t, int64_t, int>;
+
+Mode mode_of(int mode) {
+  if (mode < 0 || mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", mode));
+  return static_cast<Mode>(mode);
+}
+
+std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, int dim,
+                                          const std::vector<TableArguments>& tables,
+                                          const std::vector<DecoderArguments>& decoders,
+                                          const std::optional<MlpArguments>& bottom,
+                                          const py::object& constant, const MlpArguments& top,
+                                          const std::vector<std::tuple<int, int, float>>& mixing,
+                                          bool self_interaction, const py::object& watch) {
+  Program::Parts parts;
+  parts.num_features = num_features;
+  parts.num_dense = num_dense;
+  parts.dim = dim;
+  std::vector<TablePlace> places;
+  for (const auto& [dict, key, feature, part, mode, bits] : tables) {
+    places.emplace_back(dict, key);
+    const Feature f = table(matrix(places.back().tensor(), "tables"), "tables", py::int_(bits).ptr());
+    if (f.dim != dim)
+      throw py::value_error(message("tables: expected rows of ", dim, " numbers, got ", f.dim));
+    parts.tables.push_back({f.rows, f.num_rows, f.row_bytes, f.format, feature, part, mode_of(mode)});
+  }
+  std::vector<py::object> owned;
+  for (const auto& [decoder, feature, part, mode] : decoders) {
+    owned.push_back(decoder);
+    parts.decoders.push_back({decoder.cast<const Decoder&>().view(), feature, part, mode_of(mode)});
+  }
+  if (bottom) parts.bottom.emplace(make_mlp(*bottom));
+  if (!constant.is_none()) {
+    const Tensor t = view(constant.ptr(), "constant", DType::f32, 1);
+    parts.constant.assign(t.ptr<float>(), t.ptr<float>() + t.shape[0]);
+  }
+  parts.top.emplace(make_mlp(top));
+  for (const auto& [vector, part, weight] : mixing) parts.mixing.push_back({vector, part, weight});
+  parts.self_interaction = self_interaction;
+  watch.cast<const WeightWatch&>();  // TypeError for anything else
+  return std::make_unique<PathProgram>(PathProgram{Program(std::move(parts)), std::move(places),
+                                                   std::move(owned), watch, num_features, num_dense});
+}
+
+// torch.empty(samples): called from here, Python's own way to it costs as much as torch's.
+py::object empty_scores(int64_t samples) {
+  static PyObject* const empty = py::object(py::module_::import("torch").attr("empty")).release().ptr();
+  const py::int_ size(samples);
+  PyObject* const sizes[] = {size.ptr()};
+  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, sizes, 1, nullptr));
+  if (!made) throw py::error_already_set();
+  return made;
+}
+
+PyObject* run_program(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  return guarded_object([&]() -> py::object {
+    static constexpr const char* names[] = {"program", "dense", "indices", "offsets", "threads"};
+    const Arguments<5> a("run_program", names, args, count, keywords);
+    if (!py::isinstance<PathProgram>(a[0]))
+      throw py::type_error(message("program: expected a PathProgram, got ", Py_TYPE(a[0])->tp_name));
+    const auto& path = *py::handle(a[0]).cast<const PathProgram*>();
+    const Integers indices = integers(view_ids(a[2], "indices"));
+    if (path.changed(indices.size)) return py::none();
+    const Tensor dense = float_matrix(a[1], "dense");
+    if (dense.shape[1] != path.num_dense)
+      throw py::value_error(message("dense: expected [B, ", path.num_dense, "], got [", dense.shape[0], ", ",
+                                    dense.shape[1], "]"));
+    const Batch batch{dense.ptr<float>(), dense.strides[0], dense.shape[0], indices,
+                      integers(view_ids(a[3], "offsets"))};
+    const int threads = checked_threads(integer(a[4], "threads"));
+    py::object scores = empty_scores(batch.samples);
+    const Tensor out = view(scores.ptr(), "scores", DType::f32, 1);
+    {
+      py::gil_scoped_release release;
+      path.program.run(batch, out.ptr<float>(), threads);
+    }
+    return scores;
+  });
+}
+
+PyMethodDef methods[] = {
+    {"run_program", fastcall<&run_program>(), METH_FASTCALL | METH_KEYWORDS,
+     "run_program(program, dense, indices, offsets, threads)\n\n"
+     "The scores of a batch, a new tensor [B]; None, with nothing done, if weights have changed. Holds no "
+     "lock of Python's meanwhile."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void bind_program(py::module_& m) {
+  py::class_<PathProgram>(m, "PathProgram", "A model's whole path, its weights packed for the kernels.")
+      .def(py::init(&make_program), py::arg("num_features"), py::arg("num_dense"), py::arg("dim"),
+           py::arg("tables"), py::arg("decoders"), py::arg("bottom"), py::arg("constant"), py::arg("top"),
+           py::arg("mixing"), py::arg("self_interaction"), py::arg("watch"))
+      .def_property_readonly("nbytes", [](const PathProgram& p) { return p.program.nbytes(); })
+      .def("changed", &PathProgram::changed, py::arg("ids") = 0);
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+}
+
+}  // namespace mprec::python

@@ -1,0 +1,276 @@
+"""A model's whole path as one native call: from a batch to click probabilities without a step of Python's,
+and without its interpreter lock.
+
+    path = mprec.compile_path(model)
+    scores = path(dense, indices, offsets)  # [B], as model(dense, indices, offsets).sigmoid()
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mprec._native import _C
+from mprec.errors import PathCompileError
+from mprec.models.dlrm import DLRM
+from mprec.names import ACTIVATIONS, MODES
+from mprec.nn import EmbeddingBagCollection, QuantizedEmbeddingBagCollection
+from mprec.ops._decoders import decoder
+
+__all__ = ["PRECISIONS", "CompiledPath", "compile_path"]
+
+#: Of dense layers.
+PRECISIONS = ("float32",)
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
+
+
+def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
+    """The model's whole path as one native call, ``(dense, indices, offsets) -> click probabilities [B]``.
+
+    Takes a :class:`mprec.models.DLRM`, a path of a multi-path model (``model.path(name)``) or a multi-path
+    model itself (its hybrid path), in float32 on the CPU, whose embeddings are tables of any precision, deep
+    hash embeddings of any precision but float8, or hybrids of both. Tables are read where they lie; other
+    weights are packed once, and again when they have changed (as packed decoders are: see
+    :func:`mprec.ops.clear_decoders`).
+
+    Args:
+        model: evaluated as it is at each call; without gradients.
+        precision: of the dense layers, one of ``PRECISIONS``.
+
+    Raises:
+        PathCompileError: what is not compiled, and why; ``model(...).sigmoid()`` still serves.
+        ValueError: unknown precision.
+    """
+    return CompiledPath(model, precision)
+
+
+class CompiledPath:
+    """What :func:`compile_path` returns. Safe for concurrent calls, which release the interpreter lock.
+
+    Scores differ from the model's by float32's rounding. Forward hooks that are registered later are not run.
+    A call that the native code does not take goes to the model: it serves that call (IDs of other integer
+    types, strided rows), or raises what it raises for such an input.
+
+    Attributes:
+        model, precision: as given.
+    """
+
+    def __init__(self, model: nn.Module, precision: str = "float32") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.model, self.precision = model, precision
+        self._lock = threading.Lock()
+        self._native = _pack(model)
+
+    def __call__(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+        """Click probabilities.
+
+        Args:
+            dense: float32 ``[B, num_dense]``.
+            indices: int64 or int32 ``[n]``, feature after feature.
+            offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
+
+        Returns:
+            float32 ``[B]``.
+
+        Raises:
+            IdOutOfRangeError, InvalidOffsetsError, DtypeError, ValueError: as the model's ``forward``.
+        """
+        native = self._native
+        try:
+            while True:
+                scores = _C.run_program(native, dense, indices, offsets, torch.get_num_threads())
+                if scores is not None:
+                    return scores
+                native = self._pack_again(native)
+        except (TypeError, ValueError, IndexError):
+            return self._by_model(dense, indices, offsets)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed dense layers."""
+        return self._native.nbytes
+
+    @torch.no_grad()
+    def _by_model(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+        return self.model(dense, indices, offsets).sigmoid()
+
+    def _pack_again(self, stale: _C.PathProgram) -> _C.PathProgram:
+        with self._lock:
+            if self._native is stale:  # else another thread did
+                self._native = _pack(self.model)
+            return self._native
+
+    def __reduce__(self):
+        return CompiledPath, (self.model, self.precision)
+
+    def __repr__(self) -> str:
+        return f"CompiledPath({type(self.model).__name__}, {self.precision})"
+
+
+@torch.no_grad()
+def _pack(model: nn.Module) -> _C.PathProgram:
+    _check_model(model)
+    places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
+    places.append((model._buffers, "_mixing"))
+    bottom = constant = None
+    if model.bottom is None:
+        places += [(model.__dict__, "bottom"), (model._parameters, "constant")]
+        constant = _dense(model.constant, "constant")
+    else:
+        places.append((model._modules, "bottom"))
+        bottom = _layers(model.bottom, "bottom", places)
+    weights, biases, activations = _layers(model.top, "top", places)
+    if activations[-1] != ACTIVATIONS["none"]:
+        raise PathCompileError("top: expected no activation after the last layer, which gives logits")
+    activations[-1] = ACTIVATIONS["sigmoid"]
+    tables, decoders = _embeddings(model.embeddings, places)
+    mixing = _mixing(model._mixing)
+    _check_pairs(model, len(tables) + len(decoders) if model._mixing is None else len(model._mixing))
+    watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
+    if watch is None:
+        raise PathCompileError("weights: made in inference mode, so that their changes cannot be noticed")
+    handles = [(decoder(*stack), feature, part, mode) for stack, feature, part, mode in decoders]
+    try:
+        return _C.PathProgram(
+            len(model.embeddings.features),
+            model.num_dense,
+            model.embedding_dim,
+            tables,
+            handles,
+            bottom,
+            constant,
+            (weights, biases, activations),
+            mixing,
+            False,
+            watch,
+        )
+    except (TypeError, ValueError) as error:
+        raise PathCompileError(str(error)) from error
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, DLRM):
+        raise PathCompileError(f"model: expected a DLRM, got {type(model).__name__}")
+    for name in ("forward", "mix", "score"):
+        if getattr(type(model), name) is not getattr(DLRM, name) or name in model.__dict__:
+            raise PathCompileError(
+                f"model: {type(model).__name__} computes in its own way: it has a {name}()"
+            )
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise PathCompileError(f"{name or 'model'}: has forward hooks, which a native call does not run")
+
+
+def _dense(tensor: Tensor, name: str) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype is not torch.float32 or not tensor.is_cpu:
+        raise PathCompileError(
+            f"{name}: expected a float32 tensor on the CPU, got {type(tensor).__name__} of {tensor.dtype} on "
+            f"{tensor.device}"
+        )
+    return tensor.detach()
+
+
+def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Weights, biases and activations of a Sequential of linear layers."""
+    if type(mlp) is not nn.Sequential:
+        raise PathCompileError(f"{name}: expected a torch.nn.Sequential, got {type(mlp).__name__}")
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    activations: list[int] = []
+    for position, layer in mlp._modules.items():
+        places.append((mlp._modules, position))
+        kind = type(layer)
+        if kind is nn.Linear:
+            places += [(layer._parameters, key) for key in ("weight", "bias")]
+            weights.append(_dense(layer.weight, f"{name}[{position}].weight"))
+            if layer.bias is None:
+                biases.append(torch.zeros(layer.out_features))
+            else:
+                biases.append(_dense(layer.bias, f"{name}[{position}].bias"))
+            activations.append(ACTIVATIONS["none"])
+        elif kind in _ACTIVATIONS and activations and activations[-1] == ACTIVATIONS["none"]:
+            activations[-1] = ACTIVATIONS[_ACTIVATIONS[kind]]
+        else:
+            raise PathCompileError(
+                f"{name}[{position}]: expected linear layers, each with at most one of ReLU, Sigmoid and Mish "
+                f"behind it, got {kind.__name__}"
+            )
+    if not weights:
+        raise PathCompileError(f"{name}: expected at least one linear layer")
+    return weights, biases, activations
+
+
+def _embeddings(collection: nn.Module, places: list) -> tuple[list[tuple], list[tuple]]:
+    """Tables ``(dict, key, feature, part, mode, bits)`` and decoders ``(stack, feature, part, mode)``."""
+    quantised = type(collection) is QuantizedEmbeddingBagCollection
+    if not quantised and type(collection) is not EmbeddingBagCollection:
+        raise PathCompileError(
+            f"embeddings: expected an EmbeddingBagCollection or a quantised one, got "
+            f"{type(collection).__name__}"
+        )
+    tables: list[tuple] = []
+    decoders: list[tuple] = []
+    part = 0
+    places += [(collection._modules, "tables"), (collection._modules, "dhe")]
+    for i, feature in enumerate(collection.features):
+        name, mode = feature.name, MODES[feature.mode]
+        if feature.has_table:
+            table = collection.tables._modules[name]
+            places.append((collection.tables._modules, name))
+            if quantised:
+                tables.append((table._buffers, "rows", i, part, mode, table.bits))
+                on_cpu = table.rows.is_cpu
+            else:
+                _dense(table._parameters["weight"], f"embeddings.tables.{name}")
+                tables.append((table._parameters, "weight", i, part, mode, 8))
+                on_cpu = True
+            if not on_cpu:
+                raise PathCompileError(f"embeddings.tables.{name}: expected rows on the CPU")
+            part += 1
+        if feature.has_dhe:
+            places.append((collection.dhe._modules, name))
+            precision = collection.decoder_precision[name] if quantised else "float32"
+            decoders.append((_stack(collection.dhe._modules[name], name, precision, places), i, part, mode))
+            part += 1
+    return tables, decoders
+
+
+def _stack(module: nn.Module, name: str, precision: str, places: list) -> tuple[Any, ...]:
+    """Arguments of :func:`mprec.ops._decoders.decoder`."""
+    if precision == "float8":
+        raise PathCompileError(f"embeddings.dhe.{name}: float8 decoders are for CUDA")
+    places += [(module.__dict__, "config"), (module._buffers, "coefficients"), (module._modules, "decoder")]
+    for layer, linear in module.decoder._modules.items():
+        places.append((module.decoder._modules, layer))
+        for key in ("weight", "bias"):
+            if key not in linear._parameters:
+                raise PathCompileError(f"embeddings.dhe.{name}: layer {layer} is parametrised")
+            _dense(linear._parameters[key], f"embeddings.dhe.{name}: {key} of layer {layer}")
+            places.append((linear._parameters, key))
+    config = module.config
+    return *module.stack(), config.family, config.activation, config.last_activation, precision
+
+
+def _mixing(matrix: Tensor | None) -> list[tuple[int, int, float]]:
+    """Terms (vector, part, weight); vector 0 is the bottom MLP's."""
+    if matrix is None:
+        return []
+    return list(_terms(_dense(matrix, "mixing")))
+
+
+def _terms(matrix: Tensor) -> Iterator[tuple[int, int, float]]:
+    for vector, row in enumerate(matrix.tolist(), 1):
+        terms = [(vector, part, weight) for part, weight in enumerate(row) if weight != 0]
+        yield from terms or [(vector, 0, 0.0)]
+
+
+def _check_pairs(model: DLRM, embedded: int) -> None:
+    rows, columns = torch.tril_indices(1 + embedded, 1 + embedded, offset=-1)
+    if not torch.equal(model._pairs, rows * (1 + embedded) + columns):
+        raise PathCompileError("model: its pairs are not those below the diagonal, row by row")

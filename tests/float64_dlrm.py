@@ -1,0 +1,88 @@
+"""A DLRM's dense half in float64, with a bound of what float32 may be off by.
+
+A sum of n products, in any order, is off by less than 4 sqrt(n) units of the sum of magnitudes, but for a
+few cases in a thousand (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); in practice by far less. Errors that terms
+bring with them add up as their squares do; twice that, for those that have a cause in common.
+"""
+
+import torch
+from torch import nn
+
+UNIT = 2.0**-24  # float32's unit roundoff
+
+
+class Bounded:
+    """Numbers in float64 and how far a float32 computation may be from each."""
+
+    def __init__(self, value, error=None):
+        self.value = value.double()
+        self.error = torch.zeros_like(self.value) if error is None else error
+
+
+def _sum(terms: int, magnitude: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """The error of a sum: of its terms' magnitudes and of the squares of their own errors."""
+    return 2 * squares.sqrt() + 4 * (terms + 2) ** 0.5 * UNIT * magnitude
+
+
+def linear(x: Bounded, layer: nn.Linear) -> Bounded:
+    weight = layer.weight.detach().double()
+    bias = torch.zeros(len(weight)).double() if layer.bias is None else layer.bias.detach().double()
+    magnitude = x.value.abs() @ weight.abs().T + bias.abs()
+    squares = x.error.square() @ weight.square().T
+    return Bounded(x.value @ weight.T + bias, _sum(layer.in_features, magnitude, squares))
+
+
+def mlp(x: Bounded, layers: nn.Sequential) -> Bounded:
+    for layer in layers:
+        if isinstance(layer, nn.ReLU):
+            x = Bounded(x.value.relu(), x.error)
+        elif isinstance(layer, nn.Sigmoid):
+            x = sigmoid(x)
+        else:
+            x = linear(x, layer)
+    return x
+
+
+def sigmoid(x: Bounded) -> Bounded:
+    """Its slope is at most 1/4; the function itself is good to a few units."""
+    return Bounded(x.value.sigmoid(), x.error / 4 + 8 * UNIT)
+
+
+def scores(model, dense, embedded, embedded_error=0.0) -> Bounded:
+    """Click probabilities of ``model`` from its collection's output [B, P * D]."""
+    dim = model.embedding_dim
+    parts = embedded.double().unflatten(1, (-1, dim))
+    parts = Bounded(parts, torch.full_like(parts, embedded_error))
+    if model._mixing is not None:
+        mixing = model._mixing.double()
+        magnitude = torch.einsum("vp,bpd->bvd", mixing.abs(), parts.value.abs())
+        error = torch.einsum("vp,bpd->bvd", mixing.abs(), parts.error) + 4 * UNIT * magnitude
+        parts = Bounded(torch.einsum("vp,bpd->bvd", mixing, parts.value), error)
+    if model.bottom is None:
+        first = Bounded(model.constant.detach().expand(len(embedded), -1))
+    else:
+        first = mlp(Bounded(dense), model.bottom)
+    vectors = torch.cat([first.value[:, None], parts.value], dim=1)
+    errors = torch.cat([first.error[:, None], parts.error], dim=1)
+    rows, columns = torch.tril_indices(vectors.shape[1], vectors.shape[1], offset=-1)
+    a, b, ea, eb = vectors[:, rows], vectors[:, columns], errors[:, rows], errors[:, columns]
+    squares = ((a * eb).square() + (b * ea).square()).sum(2)
+    error = _sum(dim, (a * b).abs().sum(2), squares)
+    products = Bounded((a * b).sum(2), error)
+    x = Bounded(torch.cat([first.value, products.value], 1), torch.cat([first.error, products.error], 1))
+    out = sigmoid(mlp(x, model.top))
+    return Bounded(out.value[:, 0], out.error[:, 0])
+
+
+def check(model, got, dense, indices, offsets, scale=1.0) -> None:
+    """Holds scores against float64, within the bound. Decoders add in another order for other numbers of IDs,
+    so that vectors may differ by some units."""
+    with torch.no_grad():
+        embedded = model.embeddings(indices, offsets)
+    assert got.shape == (len(dense),)
+    assert got.dtype == torch.float32
+    has_decoders = any(f.has_dhe for f in model.embeddings.features)
+    largest = float(embedded.abs().max()) if has_decoders and embedded.numel() else 0.0
+    want = scores(model, dense, embedded, 32 * UNIT * largest)
+    over = (got.double() - want.value).abs() / (scale * want.error)
+    assert not len(got) or float(over.max()) <= 1, f"{float(over.max())} times the bound"
