@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from mprec.data import Batch
-from mprec.dispatch import paths_from_checkpoints
+from mprec.paths import paths_from_checkpoints
 
 app = FastAPI()
 
