@@ -190,7 +190,7 @@ def test_bad_arguments():
     i, o, out = torch.tensor([1]), torch.tensor([0, 1]), torch.empty(1, 4)
     _C.embedding_bag(w, i, o, None, SUM, True, -1, out, 1)
     for error, match, rows, bits, result in [
-        (ValueError, "bits: expected 8 or 4, got 2", w, 2, out),
+        (ValueError, "bits: expected 8 or 4 or 43, got 2", w, 2, out),
         (ValueError, "expected at least 8 bytes for the scale of a row of int8", w[:, :7], 8, out),
         (ValueError, "out: expected at least 16 columns, got 4", w, 4, out),
         (TypeError, "out: expected float32, float16 or bfloat16, got float64", w, 8, out.double()),
