@@ -276,7 +276,7 @@ def test_bad_decoders():
     with pytest.raises(ValueError, match=r"coefficients\[0, 2\] is 0"):
         _C.Decoder(bad, weights, biases, 0, 1, 1)
     odd = make_coefficients("artifact", 7)
-    with pytest.raises(ValueError, match="odd number"):
+    with pytest.raises(ValueError, match="2 hashes together, got 7"):
         hash_encode(odd, torch.tensor([1]), "artifact_gaussian")
     with pytest.raises(ValueError, match="at least one layer"):
         _C.Decoder(coefficients, [], [], 0, 1, 1)
