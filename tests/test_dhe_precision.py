@@ -166,9 +166,9 @@ def test_quantised_weights_that_are_not_finite_give_nan():
 def test_bad_precisions():
     with pytest.raises(ValueError, match="none of float32"):
         make_precise(Net((8, 4)), "float8")
-    with pytest.raises(ValueError, match="int8 needs hash family"):
+    with pytest.raises(ValueError, match="int8 is not for hash family"):
         make_precise(Net((8, 4), "artifact"), "int8")
-    with pytest.raises(ValueError, match="lut needs hash family sign"):
+    with pytest.raises(ValueError, match="lut is not for hash family universal"):
         make_precise(Net((8, 4)), "lut")
     net = Net((8, 4))
     net.weights[0][1, 1] = 1e5
