@@ -193,7 +193,10 @@ def test_shapes_from_files(tmp_path):
     assert (shape.dim, shape.pooling, len(shape.features), quality) == (8, 3, 2, {"table": 0.7})
     for change, says in (
         ({"quality": {"table": 1.2}}, r"quality.table: expected a share in \[0, 1\], got 1.2"),
-        ({"quality": {"tables": 0.2}}, "quality: expected one of table, dhe, hybrid, low_rank, select, got 'tables'"),
+        (
+            {"quality": {"tables": 0.2}},
+            "quality: expected one of table, dhe, hybrid, low_rank, select, got 'tables'",
+        ),
         ({"quality": {}}, "quality: expected at least one"),
         ({"dim": 0}, "embedding_dim: expected a positive integer, got 0"),
         ({"pooling": -1}, "pooling: expected a finite number above 0, got -1"),
