@@ -15,3 +15,14 @@ def own_cache(monkeypatch, tmp_path):
     """An empty cache directory for profiles. The caches of the CPU are not emptied: it takes too long."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("mprec.dispatch.profile.Evict", lambda: lambda: None)
+
+
+@pytest.fixture
+def one_thread():
+    """torch's threads during a test."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -34,12 +34,7 @@ SPEC = "synthetic:rows=5000,features=3,vocabulary=300,seed=1,dense=2,bag=2"
 MODEL = {"dim": 8, "dhe": DheConfig(k=32, hidden=(16,)), "bottom": (8,), "top": (8,)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,7 @@ from mprec.training import (
 SMALL = {"dim": 8, "dhe": DheConfig(k=256, hidden=(32,)), "bottom": (16,), "top": (16,)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

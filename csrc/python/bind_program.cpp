@@ -13,6 +13,7 @@
 #include "python/arguments.h"
 #include "python/bags.h"
 #include "python/layers.h"
+#include "python/make_tensor.h"
 #include "python/tensor.h"
 #include "python/weight_watch.h"
 
@@ -123,16 +124,6 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
                                                    std::move(owned), watch, num_features, num_dense});
 }
 
-// torch.empty(samples): called from here, Python's own way to it costs as much as torch's.
-py::object empty_scores(int64_t samples) {
-  static PyObject* const empty = py::object(py::module_::import("torch").attr("empty")).release().ptr();
-  const py::int_ size(samples);
-  PyObject* const sizes[] = {size.ptr()};
-  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, sizes, 1, nullptr));
-  if (!made) throw py::error_already_set();
-  return made;
-}
-
 PyObject* run_program(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded_object([&]() -> py::object {
     static constexpr const char* names[] = {"program", "dense", "indices", "offsets", "threads"};
@@ -149,7 +140,7 @@ PyObject* run_program(PyObject*, PyObject* const* args, Py_ssize_t count, PyObje
     const Batch batch{dense.ptr<float>(), dense.strides[0], dense.shape[0], indices,
                       integers(view_ids(a[3], "offsets"))};
     const int threads = checked_threads(integer(a[4], "threads"));
-    py::object scores = empty_scores(batch.samples);
+    py::object scores = make_tensor(batch.samples, DType::f32);
     const Tensor out = view(scores.ptr(), "scores", DType::f32, 1);
     {
       py::gil_scoped_release release;
