@@ -76,7 +76,8 @@ class Plain(nn.Module):
 def make_model(shape: str) -> DLRM:
     vocabularies, dim, bottom, top = SHAPES[shape]
     features = [FeatureConfig(f"f{i}", size, dim) for i, size in enumerate(vocabularies)]
-    return DLRM(features, 13, dim, bottom, top).eval()
+    with torch.inference_mode(False):  # weights of inference mode have no counter of changes
+        return DLRM(features, 13, dim, bottom, top).eval()
 
 
 def multiply_adds(model: DLRM) -> int:

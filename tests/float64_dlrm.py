@@ -1,8 +1,8 @@
 """A DLRM's dense half in float64, with a bound of what float32 may be off by.
 
-A sum of n products, in any order, is off by less than 4 sqrt(n) units of the sum of magnitudes, but for a
-few cases in a thousand (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); in practice by far less. Errors that terms
-bring with them add up as their squares do; twice that, for those that have a cause in common.
+A sum of n products, in any order, is off by less than 4 sqrt(n) units of the sum of magnitudes, but for a few
+cases in a thousand (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); in practice by far less. Errors that
+terms bring with them add up as their squares do; twice that, for those that have a cause in common.
 """
 
 import torch

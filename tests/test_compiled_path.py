@@ -17,8 +17,13 @@ import mprec
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError, PathCompileError
 from mprec.models import DLRM, PATHS, MultiPathDLRM
-from mprec.nn import DheConfig, FeatureConfig, MeanForUnseen, QuantizedEmbeddingBagCollection
-from mprec.nn import with_representation
+from mprec.nn import (
+    DheConfig,
+    FeatureConfig,
+    MeanForUnseen,
+    QuantizedEmbeddingBagCollection,
+    with_representation,
+)
 from mprec.testing import isa, runnable_isas
 
 VOCABULARIES = (50, 7, 300, 1000)
@@ -242,7 +247,7 @@ def test_numbers_that_are_not_finite(name, bad):
 
 
 def raised(call, *inputs):
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - compared with the model's
+    with pytest.raises(Exception) as caught:
         call(*inputs)
     return type(caught.value), str(caught.value)
 
@@ -558,5 +563,5 @@ def test_what_is_not_compiled_says_why(reason):
 
 
 def test_unknown_precision():
-    with pytest.raises(ValueError, match="precision: expected one of float32.*, got 'float4'"):
+    with pytest.raises(ValueError, match=r"precision: expected one of float32.*, got 'float4'"):
         mprec.compile_path(make(), precision="float4")

@@ -1,5 +1,5 @@
 #include "dense/kernel.h"
 
 namespace mprec::avx2 {
-const DenseKernels dense_kernels = {gather, scatter, mlp, interact, mix};
+const DenseKernels dense_kernels = {gather, scatter, mlp, interact, interact_backward, mix};
 }

@@ -1,5 +1,3 @@
-#include "program/program.h"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +9,7 @@
 
 #include "common/error.h"
 #include "dhe/decoder.h"
+#include "program/program.h"
 #include "python/arguments.h"
 #include "python/bags.h"
 #include "python/layers.h"
@@ -54,12 +53,7 @@ using MlpArguments = std::tuple<std::vector<py::object>, std::vector<py::object>
 
 Mlp make_mlp(const MlpArguments& arguments) {
   const auto& [weights, biases, activations] = arguments;
-  std::vector<Activation> parsed;
-  for (int a : activations) {
-    if (a < 0 || a > 3) throw py::value_error(message("activations: expected 0 to 3, got ", a));
-    parsed.push_back(static_cast<Activation>(a));
-  }
-  return Mlp(linear_layers(weights, biases), parsed);
+  return Mlp(linear_layers(weights, biases), parse_activations(activations));
 }
 
 struct PathProgram {

@@ -199,8 +199,8 @@ def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list
             activations[-1] = ACTIVATIONS[_ACTIVATIONS[kind]]
         else:
             raise PathCompileError(
-                f"{name}[{position}]: expected linear layers, each with at most one of ReLU, Sigmoid and Mish "
-                f"behind it, got {kind.__name__}"
+                f"{name}[{position}]: expected linear layers, each with at most one of ReLU, Sigmoid and "
+                f"Mish behind it, got {kind.__name__}"
             )
     if not weights:
         raise PathCompileError(f"{name}: expected at least one linear layer")

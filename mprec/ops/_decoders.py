@@ -24,7 +24,7 @@ from mprec.ops._common import contiguous
 
 _LINEAR = ("weight", "bias")
 _groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
-_kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.StackWatch", "_C.Decoder"]] = {}
+_kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.StackWatch", "_C.Decoder | _C.Mlp"]] = {}
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
