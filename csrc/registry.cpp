@@ -17,11 +17,11 @@ namespace {
 const Kernels tables[] = {MPREC_KERNELS(scalar),
                           MPREC_KERNELS(avx2),
                           MPREC_KERNELS(avx512),
-                          // VNNI is for dhe's int8, BF16 for its bfloat16.
+                          // VNNI is for dhe's int8, BF16 for bfloat16.
                           {Isa::avx512vnni, &avx512::embedding_bag_kernels, &avx512::gradient_kernels,
                            &avx512vnni::dhe_kernels, &avx512::dense_kernels},
                           {Isa::avx512bf16, &avx512::embedding_bag_kernels, &avx512::gradient_kernels,
-                           &avx512bf16::dhe_kernels, &avx512::dense_kernels}};
+                           &avx512bf16::dhe_kernels, &avx512bf16::dense_kernels}};
 #undef MPREC_KERNELS
 
 const Kernels* best() {

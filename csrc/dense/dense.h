@@ -13,8 +13,9 @@ namespace mprec {
 constexpr int max_samples = 2 * max_ids;
 constexpr int64_t sample_block_stride = int64_t{max_samples} * block_pitch;
 
-// Layers of one precision. A float32 layer of a single output is a row of weights, [inputs]: in a panel of 16
-// columns it would cost 16 times as much.
+// Layers of one precision, float32 or bfloat16: of weights, and of inputs, which are rounded in place. A
+// layer of a single output is a row of float32 weights, [inputs]: in a panel of 16 columns it would cost 16
+// times as much.
 struct MlpView {
   const LayerView* layers;
   int num_layers;
@@ -79,6 +80,9 @@ namespace avx2 {
 extern const DenseKernels dense_kernels;
 }
 namespace avx512 {
+extern const DenseKernels dense_kernels;
+}
+namespace avx512bf16 {
 extern const DenseKernels dense_kernels;
 }
 
