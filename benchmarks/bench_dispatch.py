@@ -45,14 +45,13 @@ from mprec.dispatch import (
     Dispatcher,
     Path,
     Profile,
-    kernel_candidates,
     microbenchmark,
-    sampler,
     unique_share,
 )
-from mprec.dispatch.kernels import _with
 from mprec.models import DLRM
-from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, with_representation
+from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, kernel_candidates, with_representation
+from mprec.nn.tuning import _with
+from mprec.paths import sampler
 
 FEATURES, VOCABULARY, EXPONENT = 8, 1_000_000, 1.05
 OFF_GRID = (3, 6, 11, 23, 45, 91, 181, 300, 362, 724, 1000, 1448, 1900)

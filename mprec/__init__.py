@@ -8,6 +8,7 @@
 :mod:`mprec.models`           DLRM; ``mprec.compile_path`` makes its whole path one native call
 :mod:`mprec.training`         training loop; :mod:`mprec.checkpoint` saves and loads its results
 :mod:`mprec.dispatch`         profiles of this device, and the choice of a path for each batch
+:mod:`mprec.paths`            paths from trained models
 :mod:`mprec.planner`          which representation for each feature under a memory budget
 :mod:`mprec.cache`            rows of hot IDs in front of decoders
 :mod:`mprec.serving`          a serving engine and a load test
@@ -41,6 +42,7 @@ _MODULES = (
     "nn",
     "ops",
     "optim",
+    "paths",
     "planner",
     "reference",
     "report",

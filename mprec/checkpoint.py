@@ -24,15 +24,17 @@ from torch import nn
 from mprec.errors import CheckpointError
 from mprec.files import write_whole
 from mprec.models import KINDS
+from mprec.nn import folded
 
-__all__ = ["FORMAT", "VERSION", "describe", "load", "save"]
+__all__ = ["FORMAT", "VERSION", "describe", "digest_of", "load", "read_digested", "save"]
 
 FORMAT = "mprec checkpoint"
 VERSION = 2  # 1: without a digest
 
 
 def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
-    """Write the model. An old file at ``path`` stays whole until the new one is on the disk.
+    """Write the model, its mapped tables folded. An old file at ``path`` stays whole until the new one is on
+    the disk.
 
     ``TypeError`` if the metadata is not JSON-able or the model is none of mprec's; ``OSError`` as the
     disk says.
@@ -47,10 +49,10 @@ def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
         "version": VERSION,
         "kind": kind,
         "config": json.loads(json.dumps(model.config())),
-        "state": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "state": {name: tensor.detach().cpu() for name, tensor in folded(model).state_dict().items()},
         "metadata": json.loads(json.dumps(metadata)),
     }
-    content["digest"] = _digest(content)
+    content["digest"] = digest_of(content)
     write_whole(path, lambda stream: torch.save(content, stream))
 
 
@@ -84,19 +86,7 @@ def describe(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The file's content, found whole; its tensors are views of the file's pages."""
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickles of other kinds: the error says it
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # damage shows as anything from OSError to AssertionError
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path} is damaged or no checkpoint of mprec's: {first_line}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of mprec's (it was saved by something else)")
+    content = _load(path, FORMAT)
     match content.get("version"):
         case 1:
             _check_archive(path)
@@ -106,6 +96,38 @@ def _read(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has checkpoint version {other!r}; this mprec reads versions 1 to {VERSION}"
             )
+    return content
+
+
+def read_digested(path: Path, form: str, version: int) -> dict[str, Any]:
+    """The content of a file of tensors in another format of mprec's, whose ``digest`` fits: ``format``,
+    ``version`` and ``state``, the tensors, which are views of the file's pages. ``CheckpointError`` says what
+    is wrong with the file.
+    """
+    content = _load(path, form)
+    if content.get("version") != version:
+        raise CheckpointError(
+            f"{path} has version {content.get('version')!r} of {form}; this mprec reads version {version}"
+        )
+    _check_digest(path, content)
+    return content
+
+
+def _load(path: Path, form: str) -> dict[str, Any]:
+    noun = form.removeprefix("mprec ")
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {noun} {path}: {error.strerror or error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles of other kinds: the error says it
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # damage shows as anything from OSError to AssertionError
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{path} is damaged or no {noun} of mprec's: {first_line}") from error
+    if not isinstance(content, dict) or content.get("format") != form:
+        raise CheckpointError(f"{path} is no {noun} of mprec's (it was saved by something else)")
     return content
 
 
@@ -122,14 +144,14 @@ def _check_archive(path: Path) -> None:
 
 def _check_digest(path: Path, content: dict[str, Any]) -> None:
     try:
-        digest = _digest(content)
+        digest = digest_of(content)
     except Exception as error:  # what was read is not of the kinds that were saved
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if digest != content.get("digest"):
         raise CheckpointError(f"{path} is damaged: the digest does not fit the content")
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest_of(content: dict[str, Any]) -> str:
     """BLAKE2b of the content but its digest: a line of JSON, then the bytes of the tensors in its order."""
     state = sorted(content["state"].items())
     described = {key: value for key, value in content.items() if key not in ("state", "digest")}

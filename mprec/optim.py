@@ -7,9 +7,14 @@ CUDA: SGD and RowWiseAdagrad, by Triton kernels.
 
 An optimizer of this module takes over the tables that it is given: from then on ``loss.backward()`` updates
 them, their ``.grad`` stays ``None`` and ``step()`` has nothing left to do for them. So a backward pass is a
-step: gradients are not accumulated over several passes, and cannot be clipped or scaled in between. The
-results are those of torch's optimizer of the same name with ``sparse=True`` gradients, to rounding, and do
-not depend on the number of threads.
+step: one for each table, however often the pass met it. Gradients are not accumulated over several passes
+(a pass within a pass, as of reentrant checkpointing, is one of its own), and cannot be clipped or scaled in
+between. ``torch.autograd.grad`` updates nothing. The results are those of torch's optimizer of the same name
+with ``sparse=True`` gradients, to rounding, and do not depend on the number of threads.
+
+Gradients are not exchanged between processes. Where ``torch.distributed`` runs with more than one, a backward
+pass raises ``RuntimeError`` rather than let replicas drift apart; ``sharded=True`` says that each process
+holds tables of its own.
 
     model = DLRM(...)
     tables, rest = mprec.optim.split_parameters(model)
@@ -24,10 +29,14 @@ from torch import Tensor, nn
 
 from mprec._native import _C
 from mprec.ops import fused
+from mprec.ops._common import mutated
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "split_parameters"]
 
 _RULES = {"sgd": 1, "adagrad": 2, "rowwise_adagrad": 3, "adam": 4}  # csrc/gradient/gradient.h
+
+#: Options of torch's optimizers that would change an update here.
+_UNSUPPORTED = {"weight_decay", "maximize", "momentum", "nesterov", "amsgrad", "dampening"}
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -55,7 +64,8 @@ class _TableOptimizer(torch.optim.Optimizer):
     #: Its operator for CUDA tables, with the names of its hyperparameters; None: it has none.
     _on_device: tuple[str, tuple[str, ...]] | None = None
 
-    def __init__(self, params: Iterable, defaults: dict):
+    def __init__(self, params: Iterable, defaults: dict, sharded: bool):
+        self.sharded = sharded
         for name in ("lr", "eps"):
             _non_negative(name, defaults.get(name, 0.0))
         super().__init__(params, defaults)
@@ -80,9 +90,71 @@ class _TableOptimizer(torch.optim.Optimizer):
             raise ValueError(f"params: expected contiguous tables, got strides {weight.stride()}")
 
     def _init_state(self, weight: Tensor, group: dict) -> None:
-        self.state[weight]["step"] = torch.tensor(0.0)
+        self.state[weight]["step"] = torch.zeros((), dtype=torch.float32)
         for name in self._states:
-            self.state[weight][name] = torch.zeros_like(weight, requires_grad=False)
+            shape = self._state_shape(weight)
+            self.state[weight][name] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+
+    def _state_shape(self, weight: Tensor) -> tuple[int, int]:
+        return tuple(weight.shape)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's. Takes the state of torch's optimizer of the same name too, and a table without state
+        starts anew.
+
+        Raises:
+            ValueError: a state that this optimizer needs is missing, or not of the table's shape; nothing
+                has been loaded then.
+        """
+        before = super().state_dict()
+        super().load_state_dict(state_dict)
+        try:
+            for group in self.param_groups:
+                for name in sorted(_UNSUPPORTED & group.keys()):
+                    if group[name]:
+                        raise ValueError(f"state_dict: {name}={group[name]} is not supported")
+                group.update({name: value for name, value in self.defaults.items() if name not in group})
+                for weight in group["params"]:
+                    self._adopt_state(weight, group)
+        except ValueError:
+            super().load_state_dict(before)
+            raise
+
+    def _adopt_state(self, weight: Tensor, group: dict) -> None:
+        state = self.state[weight]
+        if not state:
+            self._init_state(weight, group)
+            return
+        shapes = {"step": (), **dict.fromkeys(self._states, self._state_shape(weight))}
+        for name, shape in shapes.items():
+            if name not in state:
+                raise ValueError(
+                    f"state_dict: no {name!r} for the table {tuple(weight.shape)}; "
+                    f"{type(self).__name__} needs {', '.join(shapes)}"
+                )
+            value = torch.as_tensor(state[name], dtype=torch.float32)
+            if value.shape != shape:
+                raise ValueError(
+                    f"state_dict: {name!r} of the table {tuple(weight.shape)}: expected shape {shape}, got "
+                    f"{tuple(value.shape)}"
+                )
+            state[name] = value.contiguous()
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "sharded": self.sharded}
+
+    def check_ranks(self) -> None:
+        """``RuntimeError`` if other processes train replicas of the tables that would not see an update."""
+        ranks = torch.distributed
+        if self.sharded or not ranks.is_available() or not ranks.is_initialized():
+            return
+        if (size := ranks.get_world_size()) > 1:
+            raise RuntimeError(
+                f"mprec.optim.{type(self).__name__} updates tables from gradients of its own process, and "
+                f"torch.distributed runs {size}: replicas would drift apart. Train replicated tables by "
+                "torch.optim, whose gradients are exchanged, or pass sharded=True if each process holds "
+                "tables of its own"
+            )
 
     def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
         """(lr, eps, beta1, beta2) of the native update at the given step, counted from 1."""
@@ -123,7 +195,6 @@ class _TableOptimizer(torch.optim.Optimizer):
                 mode, per_sample_weights, padding_idx, features, num_features, columns or [0],
                 *({"lr": lr, "eps": eps}[key] for key in hyperparameters),
             )  # fmt: skip
-            torch.autograd.graph.increment_version(weights)
             return
         _C.update_tables(
             list(weights),
@@ -143,7 +214,7 @@ class _TableOptimizer(torch.optim.Optimizer):
             beta2,
             torch.get_num_threads(),
         )
-        torch.autograd.graph.increment_version(weights)
+        mutated(*weights)
 
     def group_key(self, weight: Tensor) -> tuple[int, int]:
         """Tables of equal keys can be updated by one call."""
@@ -187,8 +258,8 @@ class SGD(_TableOptimizer):
     _rule = "sgd"
     _on_device = "table_sgd_", ("lr",)
 
-    def __init__(self, params: Iterable, lr: float = 1e-3):
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params: Iterable, lr: float = 1e-3, *, sharded: bool = False):
+        super().__init__(params, {"lr": lr}, sharded)
 
 
 class Adagrad(_TableOptimizer):
@@ -207,6 +278,8 @@ class Adagrad(_TableOptimizer):
         lr_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        *,
+        sharded: bool = False,
     ):
         _non_negative("lr_decay", lr_decay)
         _non_negative("initial_accumulator_value", initial_accumulator_value)
@@ -216,7 +289,7 @@ class Adagrad(_TableOptimizer):
             "eps": eps,
             "initial_accumulator_value": initial_accumulator_value,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, sharded)
 
     def _init_state(self, weight: Tensor, group: dict) -> None:
         super()._init_state(weight, group)
@@ -237,12 +310,11 @@ class RowWiseAdagrad(_TableOptimizer):
     _states = ("sum",)
     _on_device = "table_rowwise_adagrad_", ("lr", "eps")
 
-    def __init__(self, params: Iterable, lr: float = 1e-2, eps: float = 1e-8):
-        super().__init__(params, {"lr": lr, "eps": eps})
+    def __init__(self, params: Iterable, lr: float = 1e-2, eps: float = 1e-8, *, sharded: bool = False):
+        super().__init__(params, {"lr": lr, "eps": eps}, sharded)
 
-    def _init_state(self, weight: Tensor, group: dict) -> None:
-        self.state[weight]["step"] = torch.tensor(0.0)
-        self.state[weight]["sum"] = torch.zeros(len(weight), 1, device=weight.device)
+    def _state_shape(self, weight: Tensor) -> tuple[int, int]:
+        return len(weight), 1
 
 
 class Adam(_TableOptimizer):
@@ -260,11 +332,13 @@ class Adam(_TableOptimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        *,
+        sharded: bool = False,
     ):
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas[{i}]: expected 0 <= beta < 1, got {beta}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, sharded)
 
     def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
         beta1, beta2 = group["betas"]

@@ -30,6 +30,7 @@ __all__ = [
     "encode",
     "float8",
     "hash_values",
+    "maxima",
     "mlp",
     "pool",
 ]
@@ -114,6 +115,28 @@ def bag_ids(offsets: Tensor, num_indices: int, num_bags: int) -> Tensor:
     return torch.searchsorted(offsets[:num_bags].contiguous(), positions, right=True) - 1
 
 
+def maxima(rows: Tensor, bag: Tensor, num_bags: int, keep: Tensor | None = None) -> Tensor:
+    """The position in ``rows`` ``[n, D]`` of each bag's maximum: int64 ``[B, D]``, n where a bag is empty.
+
+    Of equal numbers the first. As in torch's kernels, a later entry takes over if it is greater: a NaN stays
+    where it is a bag's first entry, and is passed over elsewhere.
+    """
+    n = len(rows)
+    where, positions = bag[:, None].expand_as(rows), torch.arange(n, device=rows.device)
+    of_kept = positions if keep is None else torch.where(keep, positions, n)
+    first = positions.new_full((num_bags,), n).scatter_reduce(0, bag, of_kept, "amin")
+    is_first = positions == first[bag]
+    rank = torch.where(rows.isnan(), torch.where(is_first, torch.inf, -torch.inf)[:, None], rows)
+    if keep is not None:
+        rank = torch.where(keep[:, None], rank, -torch.inf)
+    top = rank.new_full((num_bags, rows.shape[1]), -torch.inf).scatter_reduce(0, where, rank, "amax")
+    is_top = rank == top.gather(0, where)
+    if keep is not None:
+        is_top = is_top & keep[:, None]
+    candidates = torch.where(is_top, positions[:, None], n)
+    return positions.new_full((num_bags, rows.shape[1]), n).scatter_reduce(0, where, candidates, "amin")
+
+
 def pool(
     rows: Tensor,
     offsets: Tensor,
@@ -125,21 +148,27 @@ def pool(
     """Pool one vector per index, ``[n, D]``, into one per bag, ``[B, D]``; empty bags give zeros.
 
     ``keep`` (bool ``[n]``) leaves out entries (padding). The mean divides by the number of entries kept, also
-    when they are weighted.
+    when they are weighted. A maximum's gradient goes to the entry that it was taken from, see :func:`maxima`.
     """
     num_bags = offsets.numel() - include_last_offset
     bag = bag_ids(offsets, len(rows), num_bags)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.to(rows.dtype)[:, None]
-    if keep is not None:
-        rows, bag = rows[keep], bag[keep]
-    zeros = rows.new_zeros(num_bags, rows.shape[1])
     if mode == MODES["max"]:
-        return zeros.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax", include_self=False)
-    total = zeros.index_add(0, bag, rows)
+        chosen = maxima(rows.detach(), bag, num_bags, keep)
+        return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).gather(0, chosen)
+    if keep is not None:
+        rows = torch.where(keep[:, None], rows, 0)
+    total = rows.new_zeros(num_bags, rows.shape[1]).index_add(0, bag, rows)
     if mode == MODES["mean"]:
-        total = total / torch.bincount(bag, minlength=num_bags).clamp(min=1)[:, None]
+        total = total / bag_sizes(bag, num_bags, keep).clamp(min=1).to(rows.dtype)[:, None]
     return total
+
+
+def bag_sizes(bag: Tensor, num_bags: int, keep: Tensor | None) -> Tensor:
+    """The number of entries kept in each bag: int64 ``[B]``."""
+    counted = torch.ones_like(bag) if keep is None else keep.to(bag.dtype)
+    return bag.new_zeros(num_bags).index_add(0, bag, counted)
 
 
 def embedding_bag(
@@ -154,7 +183,7 @@ def embedding_bag(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Bags of rows of one table ``[N, D]``: ``[B, D]``."""
-    rows = weight[indices].to(dtype)
+    rows = weight.index_select(0, indices).to(dtype)
     keep = None if padding_idx < 0 else indices != padding_idx
     return pool(rows, offsets, mode, per_sample_weights, include_last_offset, keep)
 

@@ -2,7 +2,7 @@
 
     result = train(model, *dataset.split()[:2], TrainOptions(epochs=10), progress=print)
 
-MLPs and DHE decoders are trained by Adam, tables by Adam or, if they are large, row-wise Adagrad.
+MLPs and DHE decoders are trained by Adam; tables too, if they are large on the rows of each batch only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ from mprec.data import ClickDataset
 from mprec.errors import TrainingError
 from mprec.metrics import Metrics
 from mprec.models import DLRM, PATHS, MultiPathDLRM
-from mprec.nn import DheConfig, FeatureConfig, with_representation
-from mprec.optim import RowWiseAdagrad, split_parameters
+from mprec.nn import (
+    DheConfig,
+    EmbeddingBagCollection,
+    FeatureConfig,
+    MappedEmbeddingBagCollection,
+    folded,
+    with_representation,
+)
+from mprec.optim import Adam, RowWiseAdagrad, split_parameters
 
 __all__ = [
     "MULTI_PATH",
@@ -45,7 +52,7 @@ __all__ = [
 REPRESENTATIONS = ("table", "dhe", "select", "hybrid")
 PARTS = ("train", "valid", "test")
 MULTI_PATH = "multi-path"  # all four in one model
-TABLE_OPTIMIZERS = {"adam": 1e-3, "rowwise_adagrad": 1e-2}  # and their learning rates
+TABLE_OPTIMIZERS = {"adam": 2e-3, "sparse_adam": 2e-3, "rowwise_adagrad": 1e-2}  # and their learning rates
 DENSE_NUMBERS = 1 << 20
 MONITORS = {"auc": -1.0, "log_loss": 1.0}  # sign that makes smaller better
 
@@ -54,10 +61,14 @@ MONITORS = {"auc": -1.0, "log_loss": 1.0}  # sign that makes smaller better
 class TrainOptions:
     """``patience``: epochs without a better ``monitor`` (``auc`` or ``log_loss`` of the validation part)
     before training stops; the best epoch's weights are kept. ``learning_rate`` is Adam's for MLPs and DHE
-    decoders. Tables take ``adam`` or ``rowwise_adagrad``, which touches only the rows of a batch; ``auto``
-    takes the first for up to a million numbers, where it is fast enough. Their ``table_learning_rate`` is
-    0.001 and 0.01 unless given. ``threads`` are torch's during training: the layers of a small model are
-    too short to share, and on a busy machine waiting for a second thread costs many times the work.
+    decoders. Tables take ``adam`` or, touching only the rows of a batch, ``sparse_adam``
+    (:class:`mprec.optim.Adam`) or ``rowwise_adagrad``, whose state is a dim-th of Adam's; ``auto`` takes
+    ``adam`` for up to a million numbers, where it is fast enough, else ``sparse_adam``. Their
+    ``table_learning_rate`` is 0.002, or 0.01 for Adagrad, unless given. ``mapped_tables`` trains each table
+    through a map of its feature that is folded into the rows afterwards
+    (:class:`mprec.nn.MappedEmbeddingBagCollection`); None: where the model's tables allow it. ``threads`` are
+    torch's during training: the layers of a small model are too short to share, and on a busy machine waiting
+    for a second thread costs many times the work.
     """
 
     epochs: int = 20
@@ -65,6 +76,7 @@ class TrainOptions:
     learning_rate: float = 2e-3
     table_optimizer: str = "auto"
     table_learning_rate: float | None = None
+    mapped_tables: bool | None = None
     weight_decay: float = 0.0
     patience: int = 2
     monitor: str = "auc"
@@ -121,11 +133,15 @@ def train(
     options: TrainOptions = TrainOptions(),
     progress: Callable[[Progress], None] | None = None,
     quality: Callable[[nn.Module, ClickDataset], Metrics] | None = None,
+    *,
+    fresh: bool = False,
 ) -> TrainResult:
     """Fit ``model`` in place to ``train``; leaves it in eval mode with the weights of its best epoch on
     ``valid``.
 
-    ``quality`` measures the model after each epoch (default: :func:`evaluate`).
+    ``quality`` measures the model after each epoch (default: :func:`evaluate`). ``fresh`` says that the model
+    is untrained, so that maps of tables may start at random, which is better then; they start at the identity
+    otherwise, and a trained model goes on from where it is.
 
     The same seed, data, threads and machine give the same weights. ``TrainingError`` if the loss is not a
     number.
@@ -134,8 +150,35 @@ def train(
         raise ValueError(f"train and valid must not be empty, got {len(train)} and {len(valid)} rows")
     if options.monitor == "auc" and valid.labels.min() == valid.labels.max():
         raise ValueError("valid has labels of one kind only, so no AUC: monitor log_loss")
-    with _threads(options.threads):
-        return _fit(model, train, valid, options, progress, quality or evaluate)
+    with _threads(options.threads), _mapped(model, options, fresh):
+        result, best = _fit(model, train, valid, options, progress, quality or evaluate)
+    model.load_state_dict(best)
+    model.eval()
+    return result
+
+
+@contextlib.contextmanager
+def _mapped(model: nn.Module, options: TrainOptions, fresh: bool) -> Iterator[None]:
+    """Inside, the model's tables have maps, if wanted (None: if they can); after it they are as they were."""
+    wanted = options.mapped_tables
+    plain = getattr(model, "embeddings", None)
+    collection = isinstance(plain, EmbeddingBagCollection)
+    if wanted is None:
+        wanted = collection and not any(f.has_table and f.mode == "max" for f in plain.features)
+    if not wanted:
+        yield
+        return
+    if not collection:
+        raise ValueError(
+            f"mapped_tables: the model's embeddings must be an EmbeddingBagCollection, got {type(plain)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model.embeddings = MappedEmbeddingBagCollection(plain, fresh)
+    try:
+        yield
+    finally:
+        model.embeddings = plain
 
 
 @contextlib.contextmanager
@@ -155,7 +198,8 @@ def _fit(
     options: TrainOptions,
     progress: Callable[[Progress], None] | None,
     quality: Callable[[nn.Module, ClickDataset], Metrics],
-) -> TrainResult:
+) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+    """What came of it, and the best epoch's weights, maps folded."""
     optimizers = _optimizers(model, options)
     sign = MONITORS[options.monitor]
     steps = math.ceil(len(train) / options.batch_size)
@@ -181,7 +225,8 @@ def _fit(
                 progress(
                     Progress(epoch, options.epochs, step, steps, total / step, time.perf_counter() - start)
                 )
-        measured = quality(model, valid)
+        plain = folded(model)  # as it will be saved
+        measured = quality(plain, valid)
         _check(measured.log_loss, f"the validation loss after epoch {epoch}", options)
         seconds = time.perf_counter() - start
         history.append({"epoch": epoch, "loss": total / steps, "seconds": seconds, **measured.to_dict()})
@@ -190,12 +235,10 @@ def _fit(
         score = sign * getattr(measured, options.monitor)
         if best_state is None or score < best:
             best, best_epoch, best_valid = score, epoch, measured
-            best_state = copy.deepcopy(model.state_dict())
+            best_state = copy.deepcopy(plain.state_dict())
         elif epoch - best_epoch >= options.patience:
             break
-    model.load_state_dict(best_state)
-    model.eval()
-    return TrainResult(best_epoch, best_valid, time.perf_counter() - start, history)
+    return TrainResult(best_epoch, best_valid, time.perf_counter() - start, history), best_state
 
 
 def _check(loss: float, what: str, options: TrainOptions) -> None:
@@ -232,7 +275,7 @@ def _optimizers(model: nn.Module, options: TrainOptions) -> list[torch.optim.Opt
     size = sum(table.numel() for table in tables)
     chosen = options.table_optimizer
     if chosen == "auto":
-        chosen = "adam" if size <= DENSE_NUMBERS else "rowwise_adagrad"
+        chosen = "adam" if size <= DENSE_NUMBERS else "sparse_adam"
     decay = {"weight_decay": options.weight_decay}
     optimizers = [torch.optim.Adam(others, lr=options.learning_rate, **decay, fused=True)]
     if tables:
@@ -240,7 +283,8 @@ def _optimizers(model: nn.Module, options: TrainOptions) -> list[torch.optim.Opt
         if chosen == "adam":
             optimizers.append(torch.optim.Adam(tables, lr=rate, fused=True))
         else:
-            optimizers.append(RowWiseAdagrad(tables, lr=rate))
+            by_rows = {"sparse_adam": Adam, "rowwise_adagrad": RowWiseAdagrad}[chosen]
+            optimizers.append(by_rows(tables, lr=rate))
     return optimizers
 
 
@@ -321,7 +365,7 @@ def train_representations(
         model = build_model(dataset, name, seed=options.seed, **model_arguments)
         report = partial(progress, name) if progress else None
         quality = _mean_over_paths if name == MULTI_PATH else evaluate
-        result = train(model, parts["train"], parts["valid"], options, report, quality)
+        result = train(model, parts["train"], parts["valid"], options, report, quality, fresh=True)
         with _threads(options.threads):
             measured = {part: evaluate(model, parts[part]) for part in held_out}
         metadata = {

@@ -11,7 +11,7 @@ import torch
 from dispatch_fakes import fake_profile
 
 from mprec.dispatch import Dispatcher, Path
-from mprec.serving import Engine
+from mprec.serving import Engine, LocalExecutor
 from mprec.serving.build import ModelInputs
 from mprec.serving.http import Limits, Service, listen, serve
 
@@ -30,6 +30,11 @@ def score(batch):
 def dispatcher(model=score, name="p"):
     path = Path(name, "table", 0.5, model, f"shape of {name}")
     return Dispatcher([path], fake_profile({name: (1e-5, 1e-8)}))
+
+
+def executors(model=score, name="p"):
+    found = dispatcher(model, name)
+    return [LocalExecutor("cpu", found.paths, found.profile)]
 
 
 class Server:

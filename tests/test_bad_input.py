@@ -70,16 +70,16 @@ def test_padding_may_be_any_id(bag):
     assert torch.equal(bag(I([1, 2]), I([0]), padding_idx=2, mode="sum"), bag(I([1]), I([0]), mode="sum"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 def test_ids_that_are_no_integers(bag, dtype):
-    with pytest.raises(DtypeError, match="expected int64 or int32") as error:
+    with pytest.raises(DtypeError, match="expected integers, got") as error:
         bag(I([1, 2]).to(dtype), I([0]))
     assert isinstance(error.value, RuntimeError)  # as torch
-    with pytest.raises(DtypeError, match="offsets: expected int64 or int32"):
+    with pytest.raises(DtypeError, match="offsets: expected integers"):
         bag(I([1, 2]), I([0]).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16])
 def test_narrow_ids_are_widened(bag, dtype):
     assert torch.equal(bag(I([1, 2], dtype=dtype), I([0])), bag(I([1, 2]), I([0])))
 

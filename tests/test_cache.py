@@ -295,7 +295,7 @@ def test_budget_by_feature_and_its_errors():
 def test_a_bad_id_is_reported_with_its_feature():
     cached = CachedEmbeddingBagCollection(small_collection(), 60_000)
     indices, offsets = torch.tensor([1, 2, 3, -4, 5]), torch.arange(6)
-    with pytest.raises(IdOutOfRangeError, match=r"indices\[3\]: ID -4 of feature 'words'"):
+    with pytest.raises(IdOutOfRangeError, match=r"indices\[3\] \(feature 'words', bag 0\) is -4"):
         cached(indices, offsets)
 
 
@@ -512,7 +512,7 @@ def test_codebooks_of_a_collection():
         CachedEmbeddingBagCollection(
             collection, 60_000, codebooks={"city": Codebook.fit(torch.randn(9, 4), max_error=None)}
         )
-    with pytest.raises(IdOutOfRangeError, match=r"ids\[1\] is 500, expected less than 500"):
+    with pytest.raises(IdOutOfRangeError, match=r"ids\[1\] is 500, not in the valid range \[0, 500\)"):
         books["city"].rows(torch.tensor([0, 500]))
 
 

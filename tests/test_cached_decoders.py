@@ -173,22 +173,20 @@ def test_bad_input():
 
     cached = _C.CachedDecoders([d], [cache], [0], [0], 1)
     indices, offsets, out = torch.arange(3), torch.arange(4), torch.empty(3, 8)
-    with pytest.raises(IdOutOfRangeError, match=r"indices\[1\] is -5"):
+    with pytest.raises(IdOutOfRangeError, match=r"indices\[1\] \(bag 1\) is -5"):
         forward(cached, torch.tensor([1, -5, 2]), offsets, out)
     with pytest.raises(InvalidOffsetsError, match=r"offsets\[0\]"):
         forward(cached, indices, torch.tensor([1, 2, 2, 3]), out)
-    with pytest.raises(InvalidOffsetsError, match=r"offsets end at 2"):
+    with pytest.raises(InvalidOffsetsError, match=r"offsets\[3\] \(the end\) is 2"):
         forward(cached, indices, torch.tensor([0, 1, 1, 2]), out)
     with pytest.raises(InvalidOffsetsError, match="multiple of the number of features"):
         forward(_C.CachedDecoders([d], [None], [0], [0], 2), indices, offsets, out)
-    with pytest.raises(ValueError, match="out: expected 3 rows"):
-        forward(cached, indices, offsets, out[:2])
+    # None of what callers serve in another way
+    assert forward(cached, indices, offsets, out[:2]) is None
+    assert forward(cached, indices, offsets, out, weights=torch.ones(2)) is None
+    assert forward(cached, indices, offsets, out, weights=torch.ones(3), mode=2) is None
     with pytest.raises(ValueError, match="out: expected at least 8 columns, got 7"):
         forward(cached, indices, offsets, out[:, :7])
-    with pytest.raises(ValueError, match="per_sample_weights"):
-        forward(cached, indices, offsets, out, weights=torch.ones(2))
-    with pytest.raises(ValueError, match="mode max"):
-        forward(cached, indices, offsets, out, weights=torch.ones(3), mode=2)
     with pytest.raises(ValueError, match="threads"):
         forward(cached, indices, offsets, out, threads=0)
     assert len(cache) == 0

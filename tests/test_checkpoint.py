@@ -209,12 +209,12 @@ def test_the_digest_knows_names_dtypes_and_shapes():
         {"a": a.to(torch.int64)},
         {},
     ]
-    digests = [checkpoint._digest({"state": state}) for state in states]
+    digests = [checkpoint.digest_of({"state": state}) for state in states]
     assert len(set(digests)) == len(states)
     square = torch.arange(9.0).view(3, 3)
     transposed = {"state": {"a": square.t(), "b": torch.tensor(1.0), "c": torch.zeros(0, 2).bfloat16()}}
     copied = {"state": {name: t.clone() for name, t in reversed(transposed["state"].items())}}
-    assert checkpoint._digest(transposed) == checkpoint._digest(copied)
+    assert checkpoint.digest_of(transposed) == checkpoint.digest_of(copied)
 
 
 def test_version_1_still_loads(path, model):
@@ -310,6 +310,6 @@ def test_contents_that_do_not_fit(path):
         {"metadata": 3},
     ):
         changed = {**content, **changes}
-        torch.save({**changed, "digest": checkpoint._digest(changed)}, path)
+        torch.save({**changed, "digest": checkpoint.digest_of(changed)}, path)
         with pytest.raises(CheckpointError, match="do not fit the model described"):
             checkpoint.load(path)

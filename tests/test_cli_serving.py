@@ -18,10 +18,11 @@ import torch
 from dispatch_fakes import fake_profile
 
 from mprec import checkpoint, data
-from mprec.cli import serve
-from mprec.dispatch import Path, paths_from_checkpoints, with_cache
+from mprec.cli import _executors
+from mprec.dispatch import Path
 from mprec.dispatch.profile import default_file
 from mprec.nn import DheConfig
+from mprec.paths import paths_from_checkpoints, with_cache
 from mprec.planner import Infeasible
 from mprec.training import build_model
 
@@ -392,13 +393,13 @@ def test_a_quick_profile_does_not_pass_for_a_whole_one(tmp_path, monkeypatch):
     paths = [Path("p", "table", 0.5, len, "shape of p")]
     args = argparse.Namespace(profile=None, data=None)
     whole = default_file(paths)
-    quick = serve._profile_file(args, paths)
+    quick = _executors.profile_file(args, paths)
     assert quick != whole
     assert quick.parent == whole.parent
     on_data = argparse.Namespace(profile=None, data="movielens")
-    assert serve._profile_file(on_data, paths) not in (quick, whole)
+    assert _executors.profile_file(on_data, paths) not in (quick, whole)
     fake_profile({"p": (1e-6, 1e-9)}).save(whole)
-    assert serve._profile_file(args, paths) == whole
+    assert _executors.profile_file(args, paths) == whole
     whole.write_text("damaged")
-    assert serve._profile_file(args, paths) == quick
-    assert serve._profile_file(argparse.Namespace(profile="x.json", data=None), paths).name == "x.json"
+    assert _executors.profile_file(args, paths) == quick
+    assert _executors.profile_file(argparse.Namespace(profile="x.json", data=None), paths).name == "x.json"

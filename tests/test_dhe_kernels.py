@@ -250,7 +250,7 @@ def test_bad_ids_and_offsets():
         offsets, out = torch.tensor(bad, dtype=torch.int64), torch.zeros(max(len(bad) - 1, 0), 4)
         with pytest.raises(InvalidOffsetsError, match="offsets"):
             _C.dhe_bag(net.handle, ids, offsets, None, 0, True, -1, out, 1)
-    with pytest.raises(IdOutOfRangeError, match=r"indices\[1\] is -4"):
+    with pytest.raises(IdOutOfRangeError, match=r"indices\[1\] \(bag 1\) is -4"):
         net.one_each(torch.tensor([0, -4]))
     with pytest.raises(IdOutOfRangeError, match=r"indices\[0\] is -1"):
         hash_encode(net.coefficients, torch.tensor([-1]), "universal")

@@ -5,6 +5,7 @@ Each function is fuzzed in a process of its own: a crash fails one test, which n
 """
 
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -252,14 +253,14 @@ def stack_watch(draw, guard: Guard):
 @st.composite
 def same_stack(draw, guard: Guard):
     arguments = draw(stack_watch(guard))
-    return arguments | {"watch": _C.StackWatch(**arguments)}
+    return arguments | {"watch": _C.StackWatch.of(**arguments), "thorough": draw(st.booleans())}
 
 
 @st.composite
 def kept_decoder(draw, guard: Guard):
     weight = torch.zeros(draw(st.integers(1, 100)))
     return {
-        "watch": _C.WeightWatch([({"weight": weight}, "weight")]),
+        "watch": _C.WeightWatch.of([({"weight": weight}, "weight")]),
         "decoder": _C.Decoder(**decoder_arguments([16, 5, 9])),
     }
 
@@ -270,6 +271,32 @@ def dhe_bag_kept(draw, guard: Guard):
     del arguments["decoder"], arguments["out"]
     kept = _C.KeptDecoder(**draw(kept_decoder(guard)))
     return arguments | {"kept": kept, "bound": draw(st.sampled_from([None, 2**63 - 1])), "dedupe": None}
+
+
+@st.composite
+def check_offsets(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 6))
+    return {
+        "offsets": offsets,
+        "num_indices": len(indices),
+        "include_last_offset": True,
+        "num_features": features,
+    }
+
+
+@st.composite
+def check_ids(draw, guard: Guard):
+    features, batch = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    indices, offsets = draw(bags(features, batch, 6))
+    chosen = draw(st.lists(st.integers(0, features - 1), max_size=3))
+    return {
+        "indices": indices,
+        "offsets": offsets,
+        "bags": batch,
+        "num_features": features,
+        "bounds": [(f, draw(st.sampled_from([-1, 6, 6]))) for f in chosen],
+    }
 
 
 def hashing(dtype: str):
@@ -455,6 +482,142 @@ def unique_share(draw, guard: Guard):
     return {"indices": indices, "offsets": offsets, "num_features": features}
 
 
+@st.composite
+def join_bags(draw, guard: Guard):
+    features = draw(st.integers(1, 4))
+    samples = draw(st.lists(st.integers(0, 5), min_size=1, max_size=3))
+    parts = [draw(bags(features, batch, 1000)) for batch in samples]
+    starts = [draw(st.integers(0, batch)) for batch in samples]
+    return {
+        "indices": [indices for indices, _ in parts],
+        "offsets": [offsets for _, offsets in parts],
+        "samples": samples,
+        "starts": starts,
+        "stops": [draw(st.integers(start, batch)) for start, batch in zip(starts, samples, strict=True)],
+        "features": features,
+    }
+
+
+def layers(*widths):
+    """Weights, biases and activations (ReLU, at last none) of an MLP."""
+    sizes = list(itertools.pairwise(widths))
+    weights = [torch.randn(o, i) for i, o in sizes]
+    return weights, [torch.randn(o) for _, o in sizes], [1] * (len(sizes) - 1) + [0]
+
+
+def program_arguments(modes):
+    """A path of two features (a table, and a table and a decoder) and three dense numbers."""
+    tables = [{"weight": torch.randn(10, 8)} for _ in range(2)]
+    decoder = _C.Decoder(**decoder_arguments([16, 5, 8]))
+    return {
+        "num_features": 2,
+        "num_dense": 3,
+        "dim": 8,
+        "tables": [(tables[0], "weight", 0, 0, modes[0], 8), (tables[1], "weight", 1, 1, modes[1], 8)],
+        "decoders": [(decoder, 1, 2, modes[1])],
+        "bottom": layers(3, 5, 8),
+        "constant": None,
+        "top": layers(8 + 6, 7, 1),
+        "mixing": [],
+        "self_interaction": False,
+        "watch": _C.WeightWatch.of([(table, "weight") for table in tables]),
+    }
+
+
+@st.composite
+def path_program(draw, guard: Guard):
+    return program_arguments(draw(st.tuples(st.integers(0, 2), st.integers(0, 2))))
+
+
+@st.composite
+def program_run(draw, guard: Guard):
+    batch = draw(st.sampled_from([0, 1, 5, 140]))
+    indices, offsets = draw(bags(2, batch, 10))
+    return {
+        "program": _C.PathProgram(**program_arguments((0, 1))),
+        "dense": torch.randn(batch, 3),
+        "indices": indices,
+        "offsets": offsets,
+        "threads": draw(st.sampled_from([1, 2])),
+    }
+
+
+@st.composite
+def json_query(draw, guard: Guard):
+    ids = draw(st.lists(st.lists(st.lists(st.integers(-1, 9), max_size=3), max_size=3), max_size=3))
+    body = json.dumps({"ids": ids, "dense": [[0.5, 1e300]] * len(ids), "sla_ms": 5}).encode()
+    at = draw(st.integers(0, len(body)))
+    body = draw(st.sampled_from([body, body[:at], body[:at] + draw(st.binary(max_size=3)) + body[at:]]))
+    return {
+        "body": body,
+        "vocabularies": torch.tensor([5, 10]),
+        "num_dense": 2,
+        "max_samples": draw(st.integers(0, 5)),
+        "max_ids": draw(st.integers(0, 20)),
+    }
+
+
+seconds = st.lists(st.floats(1e-6, 1.0), min_size=5, max_size=5)
+options = st.builds(_C.Option, st.sampled_from("ab"), st.floats(-1, 1), seconds)
+lanes = st.lists(st.builds(_C.Lane, st.just("cpu"), st.lists(options, min_size=1, max_size=2)), min_size=1)
+
+
+def serve(lanes, steps, **limits):
+    """A scheduler through some calls."""
+    scheduler, jobs = _C.Scheduler(lanes, **limits), []
+    for now, size, deadline, index in steps:
+        ticket = scheduler.offer(now, size, deadline)
+        scheduler.expire(now)
+        while (job := scheduler.next(now)) is not None:
+            jobs.append(job)
+        if isinstance(ticket, _C.Ticket):
+            scheduler.again(ticket) if not scheduler.withdraw(ticket) and not ticket.taken else None
+        scheduler.rest(index, now, deadline)
+        if jobs:
+            scheduler.done(jobs.pop(), now, deadline)
+    for job in jobs:
+        _C.Scheduler(lanes[:1]).done(job, 0.0, 1.0)  # perhaps of an executor that this one has not
+    scheduler.clear()
+
+
+def scheduler(guard: Guard):
+    step = st.tuples(anything_float, st.integers(1, 9), anything_float, st.integers(0, 1))
+    return st.fixed_dictionaries(
+        {
+            "lanes": lanes,
+            "steps": st.lists(step, max_size=6),
+            "max_batch": st.sampled_from([1, 4, 100, INT64.max]),
+            "max_queue": st.sampled_from([1, 100, INT64.max]),
+            "admission": st.booleans(),
+        }
+    )
+
+
+anything_float = st.one_of(st.floats(0, 1), st.floats())
+
+
+def by_name(**arguments):
+    return lambda guard: st.fixed_dictionaries(arguments)
+
+
+def price(executors, executor, rate):
+    found = _C.FluidPrice(executors)
+    found.sample(rate)
+    found.second(executor, rate)
+    found.quality_per_second(rate)
+
+
+def traffic(counts):
+    found = _C.Traffic()
+    for now, size, left in counts:
+        found.count(now, size, left)
+        found.rate(now)
+
+
+def correction(names, name, ratio, now):
+    _C.Correction(names).observe(name, ratio, now)
+
+
 def weight_watch(guard: Guard):
     return st.just({"places": [({"weight": torch.zeros(3)}, "weight")]})
 
@@ -473,6 +636,12 @@ def tensors_of(draw, guard: Guard):
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "embedding_bag_multi": (_C.embedding_bag_multi, embedding_bag_multi),
     "embedding_bag": (_C.embedding_bag, embedding_bag),
+    "try_embedding_bag_multi": (_C.try_embedding_bag_multi, embedding_bag_multi),
+    "try_embedding_bag": (_C.try_embedding_bag, embedding_bag),
+    "try_dhe_bag_multi": (_C.try_dhe_bag_multi, dhe_bag_multi),
+    "try_dhe_bag": (_C.try_dhe_bag, dhe_bag),
+    "check_offsets": (_C.check_offsets, check_offsets),
+    "check_ids": (_C.check_ids, check_ids),
     "update_tables": (_C.update_tables, update_tables),
     "sparse_gradient": (_C.sparse_gradient, sparse_gradient),
     "Decoder": (_C.Decoder, decoder),
@@ -480,7 +649,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dhe_bag": (_C.dhe_bag, dhe_bag),
     "dhe_bag_kept": (_C.dhe_bag_kept, dhe_bag_kept),
     "KeptDecoder": (_C.KeptDecoder, kept_decoder),
-    "StackWatch": (_C.StackWatch, stack_watch),
+    "StackWatch.of": (_C.StackWatch.of, stack_watch),
     "same_stack": (_C.same_stack, same_stack),
     "hash_encode": (_C.hash_encode, hashing("f4")),
     "hash_values": (_C.hash_values, hashing("i8")),
@@ -495,20 +664,57 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dhe_backward": (_C.dhe_backward, dhe_backward),
     "select_features": (_C.select_features, select_features),
     "unique_share": (_C.unique_share, unique_share),
-    "WeightWatch": (_C.WeightWatch, weight_watch),
+    "join_bags": (_C.join_bags, join_bags),
+    "read_json_query": (_C.read_json_query, json_query),
+    "PathProgram": (_C.PathProgram, path_program),
+    "run_program": (_C.run_program, program_run),
+    "Scheduler": (serve, scheduler),
+    "FluidPrice": (
+        price,
+        by_name(
+            executors=st.lists(st.lists(st.tuples(anything_float, anything_float), max_size=3), max_size=3),
+            executor=st.integers(0, 3),
+            rate=anything_float,
+        ),
+    ),
+    "Traffic": (
+        traffic,
+        by_name(counts=st.lists(st.tuples(anything_float, st.integers(), anything_float), max_size=70)),
+    ),
+    "Correction": (
+        correction,
+        by_name(
+            names=st.just(["a", "b"]), name=st.sampled_from("abc"), ratio=anything_float, now=anything_float
+        ),
+    ),
+    "Latest": (
+        _C.Latest,
+        by_name(
+            seconds=st.lists(anything_float, max_size=4),
+            sizes=st.lists(st.integers(0, 9), max_size=4),
+            sla=anything_float,
+            spread=anything_float,
+        ),
+    ),
+    "Overflow": (_C.Overflow, by_name(load=anything_float, grain=anything_float, bound=anything_float)),
+    "Option": (_C.Option, by_name(path=st.just("a"), quality=anything_float, seconds=seconds)),
+    "Lane": (_C.Lane, by_name(name=st.just("cpu"), options=st.lists(options, max_size=2))),
+    "WeightWatch.of": (_C.WeightWatch.of, weight_watch),
     "tensors_of": (_C.tensors_of, tensors_of),
 }
 # They take no argument, or a name only.
 WITHOUT_ARRAYS = {"cpu_features", "cpu_model", "isa", "omp_max_threads", "runnable_isas", "use_isa"}
+MADE_BY_OTHERS = {"Job", "Piece", "Refusal", "Ticket"}
 
 
 def test_every_native_function_is_a_target():
     native = {name for name in dir(_C) if callable(getattr(_C, name)) and not name.startswith("__")}
-    assert native == {target.partition(".")[0] for target in TARGETS} | WITHOUT_ARRAYS
+    assert native == {target.partition(".")[0] for target in TARGETS} | WITHOUT_ARRAYS | MADE_BY_OTHERS
 
 
 LISTS = {"weights", "biases", "decoders", "out_columns", "columns", "first", "second", "caches", "positions",
-         "grad_weights", "grad_biases", "features", "places"}  # fmt: skip
+         "grad_weights", "grad_biases", "features", "places", "samples", "starts", "stops", "lanes", "tables",
+         "mixing", "options", "bounds"}  # fmt: skip
 IDS = {"indices", "offsets", "ids"}
 
 

@@ -8,7 +8,7 @@ import time
 import orjson
 import pytest
 import torch
-from http_serving import GOOD, INPUTS, dispatcher, score, serving, wait_until
+from http_serving import GOOD, INPUTS, executors, score, serving, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
@@ -176,7 +176,7 @@ def test_models_are_reloaded_without_losing_a_query():
     def reload():
         loads.append(1)
         grown = INPUTS._replace(vocabularies=[10, 2000])
-        return dispatcher(other, "q"), grown
+        return executors(other, "q"), grown
 
     statuses = []
     with serving(reload=reload) as server:
@@ -213,7 +213,7 @@ def test_models_are_reloaded_without_losing_a_query():
     ],
 )
 def test_models_that_do_not_fit_are_not_taken(inputs, match):
-    with serving(reload=lambda: (dispatcher(other, "q"), inputs)) as server:
+    with serving(reload=lambda: (executors(other, "q"), inputs)) as server:
         status, content = server.ask({}, path="/reload")
         assert (status, content["reason"]) == (500, "reload")
         assert match in content["error"]
@@ -244,7 +244,7 @@ def test_a_reload_that_fails_leaves_all_as_it_was_and_one_runs_at_a_time():
 
 def test_only_this_machine_may_reload_and_only_with_the_token():
     def reload():
-        return dispatcher(other, "q"), INPUTS
+        return executors(other, "q"), INPUTS
 
     with serving(reload=reload, reload_token="geheim") as server:
         bearer = {"Authorization": "Bearer geheim"}

@@ -2,11 +2,21 @@ import numpy as np
 import pytest
 import torch
 
+from mprec import dispatch
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch
-from mprec.dispatch import Profile, kernel_candidates, kernels, tune_kernels
+from mprec.dispatch import Profile
 from mprec.errors import IdOutOfRangeError
-from mprec.nn import DeepHashEmbeddingBag, DheConfig, EmbeddingBagCollection, FeatureConfig, KernelOptions
+from mprec.nn import (
+    DeepHashEmbeddingBag,
+    DheConfig,
+    EmbeddingBagCollection,
+    FeatureConfig,
+    KernelOptions,
+    kernel_candidates,
+    tune_kernels,
+    tuning,
+)
 
 DHE = DheConfig(k=32, hidden=(16,))
 FEATURES = [
@@ -146,8 +156,8 @@ BAG = {"mode": "mean", "include_last_offset": True, "num_embeddings": 1000}
 )
 def test_auto_measures_at_the_first_call_without_gradients_and_keeps_the_profile(make, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_AUTO_SECONDS", 0.0)
-    monkeypatch.setattr(kernels, "BATCH_SIZES", (1, 8))
+    monkeypatch.setattr(tuning, "_AUTO_SECONDS", 0.0)
+    monkeypatch.setattr(dispatch, "BATCH_SIZES", (1, 8))
     torch.manual_seed(0)
     module = make("auto")
     torch.manual_seed(0)
@@ -179,8 +189,8 @@ def test_auto_measures_at_the_first_call_without_gradients_and_keeps_the_profile
 def test_auto_does_without_a_cache_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(kernels, "_AUTO_SECONDS", 0.0)
-    monkeypatch.setattr(kernels, "BATCH_SIZES", (1,))
+    monkeypatch.setattr(tuning, "_AUTO_SECONDS", 0.0)
+    monkeypatch.setattr(dispatch, "BATCH_SIZES", (1,))
     collection = EmbeddingBagCollection(FEATURES, kernel="auto")
     batch = draw(2, np.random.default_rng(0))
     with torch.no_grad():

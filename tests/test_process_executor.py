@@ -16,11 +16,11 @@ from dispatch_fakes import fake_profile
 
 from mprec.data import Batch
 from mprec.dispatch import Path
-from mprec.dispatch.paths import _Scorer, with_cache
 from mprec.errors import IdOutOfRangeError
 from mprec.models import DLRM, MultiPathDLRM
 from mprec.nn import DheConfig, FeatureConfig, QuantizedEmbeddingBagCollection, with_representation
 from mprec.ops import clear_decoders
+from mprec.paths import Scorer, with_cache
 from mprec.serving import Engine, LocalExecutor, ProcessExecutor, QueryRefusedError
 
 DHE = DheConfig(k=32, hidden=(24,))
@@ -64,7 +64,7 @@ def model_paths():
     quantised = DLRM(with_representation(FEATURES, "hybrid"), NUMBERS, 8, (16,), (16,))
     quantised.embeddings = QuantizedEmbeddingBagCollection(quantised.embeddings, "int8", "bfloat16")
     models["quantised"] = quantised
-    return [Path(name, name, 0.5, _Scorer(m), name, inputs=(2, NUMBERS)) for name, m in models.items()]
+    return [Path(name, name, 0.5, Scorer(m), name, inputs=(2, NUMBERS)) for name, m in models.items()]
 
 
 @pytest.fixture(scope="module")
@@ -190,17 +190,13 @@ def test_before_start_and_after_close_the_caller_scores():
     made.close()
 
 
-@pytest.mark.parametrize("trouble", ["lambda", "cache", "gradients", "threads", "arena"])
+@pytest.mark.parametrize("trouble", ["lambda", "gradients", "threads", "arena"])
 def test_what_cannot_go_to_a_process_is_named(trouble):
     paths, options, name = plain_paths("echo"), {}, "path 'bad'"
     if trouble == "lambda":
         paths.append(Path("bad", "table", 0.5, lambda b: b.labels))
-    elif trouble == "cache":
-        dhe = model_paths()[1]
-        cached = with_cache(dhe, 1 << 14)
-        paths, name = [cached], "path 'dhe\\+cache'"
     elif trouble == "gradients":
-        scorer = _Scorer(torch.nn.Linear(2, 2))
+        scorer = Scorer(torch.nn.Linear(2, 2))
         scorer.extra = torch.ones(2, requires_grad=True) * 2
         paths.append(Path("bad", "table", 0.5, scorer))
     elif trouble == "threads":

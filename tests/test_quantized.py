@@ -185,13 +185,52 @@ def test_bad_input():
     with pytest.raises(ValueError, match="odd 3"):
         QuantizedTable(torch.zeros(2, 3), "int4")
     quantized = QuantizedEmbeddingBagCollection(EmbeddingBagCollection(FEATURES))
-    with pytest.raises(IdOutOfRangeError, match=r"indices\[1\]: ID 7 of feature 'day'"):
+    with pytest.raises(IdOutOfRangeError, match=r"indices\[1\] \(feature 'day', bag 0\) is 7"):
         quantized(torch.tensor([1, 7, 1]), torch.tensor([0, 1, 2, 3]))
     with pytest.raises(InvalidOffsetsError):
         quantized(torch.tensor([1, 2, 1]), torch.tensor([0, 1, 2, 4]))
     with pytest.raises(InvalidOffsetsError):
         quantized(torch.tensor([1, 2, 1]), torch.tensor([0, 1, 3]))
-    with pytest.raises(TypeError, match="expected int64 or int32"):
+    with pytest.raises(TypeError, match="indices: expected integers"):
         quantized(torch.tensor([1.0, 2, 1]), torch.tensor([0, 1, 2, 3]))
     with pytest.raises(DeviceError, match="indices is on meta"):
         quantized(torch.empty(3, dtype=torch.int64, device="meta"), torch.tensor([0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "int4"])
+def test_numbers_beyond_a_precision_are_refused(precision):
+    largest = {"float16": 65504.0, "int8": 3e38, "int4": 65504.0}[precision]
+    rows = torch.zeros(3, 4)
+    rows[1, 2] = largest
+    table = QuantizedTable(rows, precision)
+    assert table.dequantize().isfinite().all()
+    rows[1, 2] = float("nan") if precision == "int8" else 1e6
+    rows[0, 0] = -1e6
+    with pytest.raises(ValueError, match=precision):
+        QuantizedTable(rows, precision)
+    collection = EmbeddingBagCollection(FEATURES[:1])
+    with torch.no_grad():
+        weight = next(iter(collection.tables._modules.values())).weight
+        weight[1, 2] = float("inf") if precision == "int8" else -7e4
+    with pytest.raises(ValueError, match=f"tables: feature '{FEATURES[0].name}': precision: {precision}"):
+        QuantizedEmbeddingBagCollection(collection, precision)
+
+
+def test_infinities_stay_what_they_are_in_float16():
+    rows = torch.tensor([[1.0, float("inf")], [float("nan"), -float("inf")]])
+    torch.testing.assert_close(QuantizedTable(rows, "float16").dequantize(), rows, equal_nan=True)
+
+
+@torch.no_grad()
+def test_decoders_beyond_float16_are_refused():
+    features = with_representation(FEATURES[:1], "dhe", DheConfig(k=32))
+    collection = EmbeddingBagCollection(features)
+    layer = collection.dhe._modules[FEATURES[0].name].decoder[0]
+    quantized = QuantizedEmbeddingBagCollection(collection, decoders="float16")
+    call = torch.arange(3), torch.arange(4)
+    quantized(*call)
+    layer.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match="float16 holds numbers up to 65504"):
+        quantized(*call)
+    with pytest.raises(ValueError, match=f"feature '{FEATURES[0].name}': float16"):
+        QuantizedEmbeddingBagCollection(collection, decoders="float16")

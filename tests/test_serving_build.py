@@ -7,8 +7,9 @@ from small_checkpoints import NAMES, NUM_DENSE, VOCABULARIES, expected, save
 
 from mprec import serving
 from mprec.data.zipf import zipf_batches
-from mprec.dispatch import Profile, paths_from_checkpoints
+from mprec.dispatch import Profile
 from mprec.errors import CheckpointError
+from mprec.paths import paths_from_checkpoints
 from mprec.serving.build import engine_from_checkpoints, model_inputs
 
 pytestmark = pytest.mark.usefixtures("own_cache")

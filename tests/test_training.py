@@ -60,7 +60,7 @@ def test_table_optimizers(dataset, optimizer):
 def test_large_tables_take_the_optimizer_that_touches_a_batchs_rows():
     dataset = load("synthetic:rows=400,features=1,vocabulary=200000")
     before = build_model(dataset, "table", **SMALL).embeddings.tables["f0"].weight.detach().clone()
-    options = TrainOptions(epochs=1, batch_size=100)
+    options = TrainOptions(epochs=1, batch_size=100, mapped_tables=False)  # a map moves every row
     after = (
         train_representations(dataset, ["table"], options, **SMALL)["table"]
         .model.embeddings.tables["f0"]
@@ -145,7 +145,7 @@ def test_bad_arguments(dataset):
     for name, value in (("epochs", 0), ("batch_size", 0), ("patience", 0), ("learning_rate", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             TrainOptions(**{name: value})
-    with pytest.raises(ValueError, match="table_optimizer must be one of auto, adam, rowwise_adagrad"):
+    with pytest.raises(ValueError, match="table_optimizer must be one of auto, adam, sparse_adam, "):
         TrainOptions(table_optimizer="sgd")
     with pytest.raises(ValueError, match="monitor must be one of auc, log_loss, got 'loss'"):
         TrainOptions(monitor="loss")

@@ -124,7 +124,7 @@ def test_bad_input():
         MeanForUnseen(collection, {"users": torch.tensor([1])})
     with pytest.raises(ValueError, match="'user' has no seen ID"):
         MeanForUnseen(collection, {"user": torch.tensor([], dtype=torch.int64)})
-    with pytest.raises(IdOutOfRangeError, match=r"seen\['user'\]\[0\]: ID 40"):
+    with pytest.raises(IdOutOfRangeError, match=r"seen\['user'\]\[0\] is 40"):
         MeanForUnseen(collection, {"user": torch.tensor([40])})
     with pytest.raises(ValueError, match="pooled by maximum"):
         MeanForUnseen(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from mprec.errors import IdOutOfRangeError
-from mprec.ops._common import traced
+from mprec.tracing import traced
 
 _FIELDS = 4  # how many; then of the first one found: feature, position among the indices, ID
 

@@ -2,7 +2,7 @@
 
 from torch.library import wrap_triton
 
-from mprec.ops._common import traced
+from mprec.tracing import traced
 
 
 def launchable(kernel):

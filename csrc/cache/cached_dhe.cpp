@@ -164,7 +164,7 @@ void cached_dhe_bag_forward(const DheBagRequest& r, const std::vector<CachedFeat
   Workspace& w = own;  // the same object in every thread of the region below
   const uint64_t start = now();
   check_offsets(r);
-  plan(r, checked_ids(r.indices, w.ids, r.largest_id), features, w);
+  plan(r, checked_ids(r, w.ids), features, w);
   parallel_ranges(static_cast<int64_t>(features.size()), team(r.indices.size, lookups_per_thread, threads),
                   [&](int64_t from, int64_t to) {
                     for (int64_t t = from; t < to; ++t) look_up(features[t], w.parts[t]);

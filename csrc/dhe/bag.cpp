@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "bags/check.h"
 #include "common/aligned.h"
 #include "common/distinct.h"
-#include "common/error.h"
 #include "registry.h"
 
 namespace mprec {
@@ -120,40 +120,29 @@ void decode_block(const std::vector<DecodeWork>& features, const DecodeBlock& b,
 
 void check_offsets(const DheBagRequest& r) {
   const int64_t total = r.num_features * r.bags, n = r.indices.size;
-  if (total == 0 && n > 0)
-    throw OffsetsError(message("offsets: describe no bags, but there are ", n, " indices"));
-  int64_t previous = 0;
-  for (int64_t b = 0; b <= total; ++b) {
-    const int64_t o = r.bag_begin(b);
-    if (b == 0 && o != 0 && total > 0) throw OffsetsError(message("offsets[0] has to be 0, got ", o));
-    if (o < previous)
-      throw OffsetsError(message("offsets[", b, "] is ", o, ", less than the offset before it, ", previous));
-    if (o > n)
-      throw OffsetsError(message("offsets[", b, "] is ", o, ", expected at most the number of indices, ", n));
-    previous = o;
-  }
-  if (previous != n)
-    throw OffsetsError(message("offsets end at ", previous, ", expected the number of indices, ", n));
+  bool valid = r.bag_begin(0) == 0 && r.bag_begin(total) == n;
+  for (int64_t b = 0; b < total; ++b) valid &= r.bag_begin(b) <= r.bag_begin(b + 1);
+  if (!valid) check_offsets(r.offsets, n, BagLayout{r.num_features, r.bags});
 }
 
-const int64_t* checked_ids(const Integers& indices, std::vector<int64_t>& storage, int64_t largest) {
-  const int64_t* ids = static_cast<const int64_t*>(indices.data);
-  if (!indices.wide) {
-    storage.resize(indices.size);
-    for (int64_t i = 0; i < indices.size; ++i) storage[i] = indices[i];
+const int64_t* checked_ids(const DheBagRequest& r, std::vector<int64_t>& storage) {
+  const int64_t* ids = static_cast<const int64_t*>(r.indices.data);
+  if (!r.indices.wide) {
+    storage.resize(r.indices.size);
+    for (int64_t i = 0; i < r.indices.size; ++i) storage[i] = r.indices[i];
     ids = storage.data();
   }
   uint64_t signs = 0;  // the highest bit: of any ID, or of any difference to the largest allowed
-  for (int64_t i = 0; i < indices.size; ++i) {
+  for (int64_t i = 0; i < r.indices.size; ++i) {
     const uint64_t id = static_cast<uint64_t>(ids[i]);
-    signs |= id | (static_cast<uint64_t>(largest) - id);
+    signs |= id | (static_cast<uint64_t>(r.largest_id) - id);
   }
-  if (static_cast<int64_t>(signs) < 0)
-    for (int64_t i = 0; i < indices.size; ++i) {
-      if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
-      if (ids[i] > largest)
-        throw IdError(message("indices[", i, "]: ID ", ids[i], " is not in [0, ", largest + 1, ")"));
-    }
+  if (static_cast<int64_t>(signs) < 0) {
+    std::vector<std::pair<int64_t, int64_t>> bounds;
+    for (int64_t t = 0; t < r.num_features; ++t)
+      bounds.emplace_back(t, r.largest_id == INT64_MAX ? -1 : r.largest_id + 1);
+    check_ids(r.indices, r.offsets, BagLayout{r.num_features, r.bags}, bounds);
+  }
   return ids;
 }
 
@@ -179,7 +168,7 @@ void dhe_decode(const std::vector<DecodeWork>& features, int threads) {
 void dhe_bag_forward(const DheBagRequest& r, int threads) {
   Workspace& w = own_workspace;  // the same object in every thread of the region below
   check_offsets(r);
-  plan_features(r, checked_ids(r.indices, w.ids, r.largest_id), w);
+  plan_features(r, checked_ids(r, w.ids), w);
   const Team team = plan_team(w.features, threads, w);
 
   const auto pool = [&](int64_t bag) {

@@ -37,7 +37,7 @@ void dhe_bag_forward(const DheBagRequest&, int threads);
 // The two checks, for callers that pool by themselves.
 void check_offsets(const DheBagRequest&);
 // The IDs as int64, in `storage` if they come as int32.
-const int64_t* checked_ids(const Integers& indices, std::vector<int64_t>& storage, int64_t largest);
+const int64_t* checked_ids(const DheBagRequest&, std::vector<int64_t>& storage);
 
 // One feature's IDs, all >= 0, and where their vectors go: vectors[i * stride] and on.
 struct DecodeWork {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "bags/check.h"
 #include "common/aligned.h"
-#include "common/error.h"
 #include "common/parallel.h"
 #include "dhe/pack.h"
 #include "registry.h"
@@ -57,7 +57,7 @@ void dhe_backward(const DecoderView& view, const std::vector<LinearWeights>& lin
   check_weights(view, linear);
   const Transposed transposed(linear);
   for (int64_t i = 0; i < n; ++i)
-    if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
+    if (ids[i] < 0) throw id_error("indices", i, "", ids[i], -1);
   if (n == 0) {
     for (size_t l = 0; l < linear.size(); ++l) {
       std::fill_n(to[l].weight, linear[l].outputs * linear[l].inputs, 0.0f);

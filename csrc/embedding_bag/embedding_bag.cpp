@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <utility>
+#include <vector>
 
-#include "common/error.h"
+#include "bags/check.h"
 #include "common/parallel.h"
 #include "registry.h"
 
@@ -85,32 +87,14 @@ int64_t scratch_size(const BagRequest& r) {
 }  // namespace
 
 void throw_first_error(const BagRequest& r) {
-  const int64_t n = r.indices.size;
-  for (int64_t b = 0; b <= r.num_bags; ++b) {
-    const int64_t begin = r.bag_begin(b);
-    if (b == 0 && begin != 0 && r.num_bags > 0)
-      throw OffsetsError(message("offsets[0] has to be 0, got ", begin));
-    if (begin < 0 || begin > n)
-      throw OffsetsError(
-          message("offsets[", b, "] is ", begin, ", expected 0 to the number of indices, ", n));
-    if (b > 0 && begin < r.bag_begin(b - 1))
-      throw OffsetsError(
-          message("offsets[", b, "] is ", begin, ", less than the offset before it, ", r.bag_begin(b - 1)));
+  BagLayout layout{r.num_features, 0};
+  std::vector<std::pair<int64_t, int64_t>> bounds;
+  for (int64_t t = 0; t <= r.num_features; ++t) {
+    layout.first_bags.push_back(r.features[t].first_bag);
+    if (t < r.num_features) bounds.emplace_back(t, r.features[t].num_rows);
   }
-  if (r.bag_begin(r.num_bags) != n)
-    throw OffsetsError(
-        message("offsets end at ", r.bag_begin(r.num_bags), ", expected the number of indices, ", n));
-  for (const Feature* f = r.features; f != r.features + r.num_features; ++f)
-    for (int64_t bag = f->first_bag; bag < f[1].first_bag; ++bag)
-      for (int64_t i = r.bag_begin(bag); i < r.bag_begin(bag + 1); ++i) {
-        const int64_t id = r.indices[i];
-        if (id >= 0 && id < f->num_rows) continue;
-        const auto where = r.num_features == 1
-                               ? message("bag ", bag)
-                               : message("feature ", f - r.features, ", bag ", bag - f->first_bag);
-        throw IdError(
-            message("indices[", i, "] (", where, ") is ", id, ", expected 0 <= index < ", f->num_rows));
-      }
+  check_offsets(r.offsets, r.indices.size, layout);
+  check_ids(r.indices, r.offsets, layout, bounds);
   throw std::runtime_error("indices or offsets were changed by another thread during the call");
 }
 

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "bags/check.h"
 #include "common/aligned.h"
 #include "common/distinct.h"
 #include "common/error.h"
@@ -170,7 +171,7 @@ void Program::plan_decoding(const Batch& b, int threads, Workspace& w) const {
     entries += bag_begin(b, (s.feature + 1) * b.samples) - bag_begin(b, s.feature * b.samples);
   w.distinct.resize(entries);
   w.row_of_entry.resize(entries);
-  const int64_t* ids = checked_ids(b.indices, w.ids, INT64_MAX);
+  const int64_t* ids = checked_ids(all_bags(b, parts_.num_features), w.ids);
   int64_t place = 0, floats = 0;
   for (size_t t = 0; t < stages.size(); ++t) {
     const int64_t begin = bag_begin(b, stages[t].feature * b.samples),
@@ -249,11 +250,9 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
 }
 
 void Program::throw_first_bad_id(const Batch& b) const {
-  for (const TableStage& t : parts_.tables)
-    for (int64_t i = bag_begin(b, t.feature * b.samples); i < bag_begin(b, (t.feature + 1) * b.samples); ++i)
-      if (b.indices[i] < 0 || b.indices[i] >= t.num_rows)
-        throw IdError(message("indices[", i, "] (feature ", t.feature, ") is ", b.indices[i],
-                              ", expected 0 <= index < ", t.num_rows));
+  std::vector<std::pair<int64_t, int64_t>> bounds;
+  for (const TableStage& t : parts_.tables) bounds.emplace_back(t.feature, t.num_rows);
+  check_ids(b.indices, b.offsets, BagLayout{parts_.num_features, b.samples}, bounds);
   throw std::runtime_error("indices or offsets were changed by another thread during the call");
 }
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/error.h"
+#include "python/tensor.h"
 
 namespace mprec::python {
 
@@ -67,11 +68,19 @@ PyObject* guarded(const Call& call) {
   return nullptr;
 }
 
-// As guarded(), of a call that returns what Python gets: an owned reference.
-template <class Call>
+// As guarded(), of a call that returns what Python gets: an owned reference. Unless `strict`, None for what
+// the call does not take.
+template <bool strict = true, class Call>
 PyObject* guarded_object(const Call& call) {
   PyObject* result = nullptr;
-  PyObject* const none = guarded([&] { result = call().release().ptr(); });
+  PyObject* const none = guarded([&] {
+    try {
+      result = call().release().ptr();
+    } catch (const NotTaken&) {
+      if (strict) throw;
+      result = Py_NewRef(Py_None);
+    }
+  });
   if (!none) return nullptr;
   Py_DECREF(none);
   return result;

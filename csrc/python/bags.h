@@ -17,20 +17,24 @@ namespace mprec::python {
 
 inline Integers integers(const Tensor& t) { return {t.data, t.shape[0], t.dtype == DType::i64}; }
 
+inline Tensor vector_of(const Integers& i) {
+  return {const_cast<void*>(i.data), i.wide ? DType::i64 : DType::i32, 1, {i.size}, {1}, false};
+}
+
 // A matrix of adjacent values in each row.
-inline Tensor matrix(PyObject* object, const char* name) {
-  const Tensor t = view(object, name);
-  if (t.ndim != 2) throw pybind11::value_error(message(name, ": expected 2 dimensions, got ", t.ndim));
+inline Tensor matrix(PyObject* object, const char* name, Sign sign = Sign::ask) {
+  const Tensor t = view(object, name, sign);
+  if (t.ndim != 2) throw NotTaken(NotTaken::value, message(name, ": expected 2 dimensions, got ", t.ndim));
   if (t.shape[0] > 0 && t.shape[1] > 1 && t.strides[1] != 1)
-    throw pybind11::value_error(
-        message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
+    throw NotTaken(NotTaken::value,
+                   message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
   return t;
 }
 
 inline Tensor float_matrix(PyObject* object, const char* name) {
   const Tensor t = matrix(object, name);
   if (t.dtype != DType::f32)
-    throw pybind11::type_error(message(name, ": expected float32, got ", dtype_name(t.dtype)));
+    throw NotTaken(NotTaken::type, message(name, ": expected float32, got ", dtype_name(t.dtype)));
   return t;
 }
 
@@ -51,8 +55,7 @@ inline std::optional<Format> plain_format(DType dtype) {
 }
 
 // A table. uint8 holds quantised rows of `bits` (an int) per value, with their scale and bias.
-inline Feature table(PyObject* object, const char* name, PyObject* bits) {
-  const Tensor t = matrix(object, name);
+inline Feature table(const Tensor& t, const char* name, PyObject* bits) {
   Feature f{};
   f.rows = t.ptr<char>();
   f.num_rows = t.shape[0];
@@ -70,8 +73,9 @@ inline Feature table(PyObject* object, const char* name, PyObject* bits) {
                                           "-bit values, got ", t.shape[1]));
     f.dim = (t.shape[1] - extra) * 8 / width;
   } else {
-    throw pybind11::type_error(message(
-        name, ": expected float32, float16, bfloat16 or uint8 (quantised rows), got ", dtype_name(t.dtype)));
+    throw NotTaken(NotTaken::type,
+                   message(name, ": expected float32, float16, bfloat16 or uint8 (quantised rows), got ",
+                           dtype_name(t.dtype)));
   }
   f.row_bytes = t.strides[0] * (f.format == Format::f32 ? 4 : t.dtype == DType::u8 ? 1 : 2);
   return f;
@@ -110,9 +114,9 @@ inline const float* parse_weights(PyObject* object, const Integers& indices, Mod
   if (object == Py_None) return nullptr;
   const Tensor t = view(object, "per_sample_weights", DType::f32, 1);
   if (t.shape[0] != indices.size)
-    throw pybind11::value_error(
-        message("per_sample_weights: expected as many as indices, ", indices.size, ", got ", t.shape[0]));
-  if (mode == Mode::max) throw pybind11::value_error("per_sample_weights: mode max does not take any");
+    throw NotTaken(NotTaken::value, message("per_sample_weights: expected as many as indices, ", indices.size,
+                                            ", got ", t.shape[0]));
+  if (mode == Mode::max) throw NotTaken(NotTaken::value, "per_sample_weights: mode max does not take any");
   return t.ptr<float>();
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "python/make_tensor.h"
 #include "python/tensor.h"
 
 namespace py = pybind11;
@@ -45,19 +46,6 @@ struct Part {
   int64_t begin(int64_t feature) const { return offsets[bag(feature, start)]; }
   int64_t end(int64_t feature) const { return offsets[bag(feature, stop)]; }
 };
-
-py::object empty(int64_t size, bool wide) {
-  static PyObject* const torch = py::module_::import("torch").release().ptr();
-  static PyObject* const make = py::getattr(torch, "empty").release().ptr();
-  static PyObject* const types[] = {py::getattr(torch, "int32").release().ptr(),
-                                    py::getattr(torch, "int64").release().ptr()};
-  static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
-  const py::int_ length(size);
-  PyObject* const arguments[] = {length.ptr(), types[wide]};
-  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(make, arguments, 1, keywords));
-  if (!made) throw py::error_already_set();
-  return made;
-}
 
 template <class Id, class Offset>
 void fill(const std::vector<Part>& parts, int64_t features, Id* ids, Offset* offsets) {
@@ -104,7 +92,9 @@ py::tuple join_bags(const py::list& indices, const py::list& offsets, const std:
     wide_offsets |= p.offsets.wide();
     parts.push_back(p);
   }
-  const py::object out_ids = empty(ids, wide_ids), out_offsets = empty(features * total + 1, wide_offsets);
+  const auto dtype = [](bool wide) { return wide ? DType::i64 : DType::i32; };
+  const py::object out_ids = make_tensor(ids, dtype(wide_ids));
+  const py::object out_offsets = make_tensor(features * total + 1, dtype(wide_offsets));
   const Tensor to = view_ids(out_ids.ptr(), "indices"), ends = view_ids(out_offsets.ptr(), "offsets");
   const auto write = [&](auto* id) {
     if (wide_offsets)

@@ -64,8 +64,9 @@ struct PathProgram {
   int64_t num_features;
   int num_dense;
 
-  bool changed() const {
-    if (watch.cast<const WeightWatch&>().changed()) return true;
+  // Looked at before a call of so many IDs.
+  bool changed(int64_t ids) const {
+    if (watch.cast<const WeightWatch&>().changed(Share::before(ids))) return true;
     for (const TablePlace& table : tables)
       if (table.changed()) return true;
     return false;
@@ -98,7 +99,7 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
   std::vector<TablePlace> places;
   for (const auto& [dict, key, feature, part, mode, bits] : tables) {
     places.emplace_back(dict, key);
-    const Feature f = table(places.back().tensor(), "tables", py::int_(bits).ptr());
+    const Feature f = table(matrix(places.back().tensor(), "tables"), "tables", py::int_(bits).ptr());
     if (f.dim != dim)
       throw py::value_error(message("tables: expected rows of ", dim, " numbers, got ", f.dim));
     parts.tables.push_back({f.rows, f.num_rows, f.row_bytes, f.format, feature, part, mode_of(mode)});
@@ -138,13 +139,14 @@ PyObject* run_program(PyObject*, PyObject* const* args, Py_ssize_t count, PyObje
     if (!py::isinstance<PathProgram>(a[0]))
       throw py::type_error(message("program: expected a PathProgram, got ", Py_TYPE(a[0])->tp_name));
     const auto& path = *py::handle(a[0]).cast<const PathProgram*>();
-    if (path.changed()) return py::none();
+    const Integers indices = integers(view_ids(a[2], "indices"));
+    if (path.changed(indices.size)) return py::none();
     const Tensor dense = float_matrix(a[1], "dense");
     if (dense.shape[1] != path.num_dense)
       throw py::value_error(message("dense: expected [B, ", path.num_dense, "], got [", dense.shape[0], ", ",
                                     dense.shape[1], "]"));
-    const Batch batch{dense.ptr<float>(), dense.strides[0], dense.shape[0],
-                      integers(view_ids(a[2], "indices")), integers(view_ids(a[3], "offsets"))};
+    const Batch batch{dense.ptr<float>(), dense.strides[0], dense.shape[0], indices,
+                      integers(view_ids(a[3], "offsets"))};
     const int threads = checked_threads(integer(a[4], "threads"));
     py::object scores = empty_scores(batch.samples);
     const Tensor out = view(scores.ptr(), "scores", DType::f32, 1);
@@ -171,7 +173,7 @@ void bind_program(py::module_& m) {
            py::arg("tables"), py::arg("decoders"), py::arg("bottom"), py::arg("constant"), py::arg("top"),
            py::arg("mixing"), py::arg("self_interaction"), py::arg("watch"), py::arg("precision"))
       .def_property_readonly("nbytes", [](const PathProgram& p) { return p.program.nbytes(); })
-      .def("changed", &PathProgram::changed);
+      .def("changed", &PathProgram::changed, py::arg("ids") = 0);
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 

@@ -49,31 +49,27 @@ inline void set_pooling(DheBagRequest& r, PyObject* mode, PyObject* per_sample_w
 }
 
 // Where results go. Returns how many columns there are.
-inline int64_t set_output(DheBagRequest& r, PyObject* object) {
-  const Tensor out = view(object, "out");
+inline int64_t set_output(DheBagRequest& r, PyObject* object, bool given) {
+  const Tensor out = view(object, "out", given ? Sign::ask : Sign::ignore);
   if (out.dtype != DType::f32)
-    throw pybind11::type_error(message("out: expected float32, got ", dtype_name(out.dtype)));
-  if (out.ndim != 2) throw pybind11::value_error(message("out: expected 2 dimension(s), got ", out.ndim));
+    throw NotTaken(NotTaken::type, message("out: expected float32, got ", dtype_name(out.dtype)));
+  if (out.ndim != 2) throw NotTaken(NotTaken::value, message("out: expected 2 dimension(s), got ", out.ndim));
   if (out.shape[0] != r.bags)
-    throw pybind11::value_error(message("out: expected ", r.bags, " rows, got ", out.shape[0]));
+    throw NotTaken(NotTaken::value, message("out: expected ", r.bags, " rows, got ", out.shape[0]));
   if (out.shape[1] > 1 && out.strides[1] != 1)
-    throw pybind11::value_error(
-        message("out: expected rows of adjacent values, got stride ", out.strides[1]));
+    throw NotTaken(NotTaken::value,
+                   message("out: expected rows of adjacent values, got stride ", out.strides[1]));
   check_output(out, "out");
+  if (given) {
+    const Extent written(out);
+    const Integers weights{r.per_sample_weights, (r.indices.size + 1) / 2, true};  // 4 bytes each
+    if (written.meets(Extent(vector_of(r.indices))) || written.meets(Extent(vector_of(r.offsets))) ||
+        (r.per_sample_weights && written.meets(Extent(vector_of(weights)))))
+      throw NotTaken(NotTaken::value, "out: shares memory with what is read");
+  }
   r.out = out.ptr<float>();
   r.out_stride = out.strides[0];
   return out.shape[1];
-}
-
-// torch.empty(rows, columns), called from here: Python's own way to it costs as much as torch's.
-inline pybind11::object empty_matrix(int64_t rows, int64_t columns) {
-  namespace py = pybind11;
-  static PyObject* const empty = py::object(py::module_::import("torch").attr("empty")).release().ptr();
-  const py::int_ r(rows), c(columns);
-  PyObject* const sizes[] = {r.ptr(), c.ptr()};
-  auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, sizes, 2, nullptr));
-  if (!made) throw py::error_already_set();
-  return made;
 }
 
 }  // namespace mprec::python

@@ -1,6 +1,7 @@
 #include "python/tensor.h"
 
 #include <cstdlib>
+#include <utility>
 
 #include "common/error.h"
 #include "python/dlpack.h"
@@ -70,13 +71,57 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
 
 void check_ndim(int ndim, const char* name) {
   if (ndim > Tensor::max_ndim)
-    throw py::value_error(message(name, ": expected at most ", Tensor::max_ndim, " dimensions, got ", ndim));
+    throw NotTaken(NotTaken::value,
+                   message(name, ": expected at most ", Tensor::max_ndim, " dimensions, got ", ndim));
 }
 
 void check_memory(const Tensor& t, int64_t item_bytes, const char* name) {
-  if (!t.data && t.numel() > 0) throw py::value_error(message(name, ": the tensor's storage is empty"));
+  if (!t.data && t.numel() > 0)
+    throw NotTaken(NotTaken::value, message(name, ": the tensor's storage is empty"));
   if (item_bytes > 0 && reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(item_bytes) != 0)
-    throw py::value_error(message(name, ": expected elements aligned to their ", item_bytes, " bytes"));
+    throw NotTaken(NotTaken::value,
+                   message(name, ": expected elements aligned to their ", item_bytes, " bytes"));
+}
+
+// The method itself: looking it up by name costs as much as what it does.
+bool is_negation(PyObject* tensor) {
+  static PyObject* const method =
+      py::object(py::module_::import("torch").attr("Tensor").attr("is_neg")).release().ptr();
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_Vectorcall(method, &tensor, 1, nullptr));
+  if (!answer) throw py::error_already_set();
+  return answer.is(py::handle(Py_True));
+}
+
+// As is_negation(), remembering which tensors are none: tables are asked about at each call. An entry is
+// dropped when its tensor dies. Guarded by the GIL.
+bool is_known_negation(PyObject* tensor, const void* data) {
+  struct Entry {
+    PyObject* tensor;  // not owned
+    const void* data;
+    PyObject* weak;  // whose callback empties the entry
+  };
+  static constexpr uintptr_t size = 1024;
+  static Entry known[size] = {};
+  static PyMethodDef forget = {"forget",
+                               [](PyObject*, PyObject* weak) -> PyObject* {
+                                 for (Entry& e : known)
+                                   if (e.weak == weak) {
+                                     e = {nullptr, nullptr, nullptr};
+                                     Py_DECREF(weak);
+                                     break;
+                                   }
+                                 Py_RETURN_NONE;
+                               },
+                               METH_O, nullptr};
+  static PyObject* const callback = PyCFunction_New(&forget, nullptr);
+  Entry& e = known[(reinterpret_cast<uintptr_t>(tensor) >> 4) * 0x9E3779B1u % size];
+  if (e.tensor == tensor && e.data == data) return false;
+  if (is_negation(tensor)) return true;
+  PyObject* const weak = PyWeakref_NewRef(tensor, callback);
+  if (!weak) throw py::error_already_set();
+  Py_XDECREF(e.weak);
+  e = {tensor, data, weak};
+  return false;
 }
 
 void set_contiguous_strides(Tensor& t) {
@@ -95,6 +140,11 @@ int64_t Tensor::numel() const {
   return n;
 }
 
+int64_t Tensor::item_bytes() const {
+  static constexpr int64_t bytes[] = {4, 2, 2, 8, 8, 4, 1, 1, 1};
+  return bytes[static_cast<int>(dtype)];
+}
+
 bool Tensor::contiguous() const {
   int64_t stride = 1;
   for (int i = ndim - 1; i >= 0; --i) {
@@ -111,7 +161,7 @@ const char* dtype_name(DType dtype) {
   return names[static_cast<int>(dtype)];
 }
 
-Tensor view(PyObject* object, const char* name) {
+Tensor view(PyObject* object, const char* name, Sign sign) {
   Tensor t;
   if (const auto* api = exchange_api(Py_TYPE(object))) {
     dlpack::Tensor d;
@@ -119,12 +169,12 @@ Tensor view(PyObject* object, const char* name) {
       if (api->tensor_from_object(object, &d) != 0) throw py::error_already_set();
     } catch (const std::exception& error) {
       const std::string why = error.what();
-      throw py::value_error(
-          message(name, ": expected a CPU tensor with plain storage (", why.substr(0, why.find('\n')), ")"));
+      throw NotTaken(NotTaken::value, message(name, ": expected a CPU tensor with plain storage (",
+                                              why.substr(0, why.find('\n')), ")"));
     }
     if (d.device.type != dlpack::cpu_device && d.device.type != dlpack::cuda_host_device)
-      throw py::value_error(
-          message(name, ": expected a CPU tensor, got one on DLPack device type ", d.device.type));
+      throw NotTaken(NotTaken::value,
+                     message(name, ": expected a CPU tensor, got one on DLPack device type ", d.device.type));
     check_ndim(d.ndim, name);
     t.data = static_cast<char*>(d.data) + d.byte_offset;
     t.dtype = from_dlpack(d.dtype);
@@ -136,14 +186,16 @@ Tensor view(PyObject* object, const char* name) {
     else
       set_contiguous_strides(t);
     check_memory(t, t.dtype == DType::other ? 1 : d.dtype.bits / 8, name);
+    if (sign != Sign::ignore && (sign == Sign::ask ? is_negation(object) : is_known_negation(object, t.data)))
+      throw NotTaken(NotTaken::value, message(name, ": expected a tensor without the negative bit"));
     return t;
   }
   Py_buffer buffer;
   if (!PyObject_CheckBuffer(object) ||
       PyObject_GetBuffer(object, &buffer, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
     PyErr_Clear();
-    throw py::type_error(
-        message(name, ": expected a torch tensor or a numpy array, got ", Py_TYPE(object)->tp_name));
+    throw NotTaken(NotTaken::type, message(name, ": expected a torch tensor or a numpy array, got ",
+                                           Py_TYPE(object)->tp_name));
   }
   t.data = buffer.buf;
   t.dtype = from_buffer(buffer.format, buffer.itemsize);
@@ -158,7 +210,7 @@ Tensor view(PyObject* object, const char* name) {
   }
   PyBuffer_Release(&buffer);  // the array itself keeps the memory, and the caller keeps the array
   check_ndim(t.ndim, name);
-  if (!whole_strides) throw py::value_error(message(name, ": expected strides of whole elements"));
+  if (!whole_strides) throw NotTaken(NotTaken::value, message(name, ": expected strides of whole elements"));
   check_memory(t, t.dtype == DType::other ? 1 : item, name);
   return t;
 }
@@ -166,27 +218,67 @@ Tensor view(PyObject* object, const char* name) {
 Tensor view(PyObject* object, const char* name, DType dtype, int ndim) {
   Tensor t = view(object, name);
   if (t.dtype != dtype)
-    throw py::type_error(message(name, ": expected ", dtype_name(dtype), ", got ", dtype_name(t.dtype)));
+    throw NotTaken(NotTaken::type,
+                   message(name, ": expected ", dtype_name(dtype), ", got ", dtype_name(t.dtype)));
   if (t.ndim != ndim)
-    throw py::value_error(message(name, ": expected ", ndim, " dimension(s), got ", t.ndim));
-  if (!t.contiguous()) throw py::value_error(message(name, ": expected a contiguous tensor"));
+    throw NotTaken(NotTaken::value, message(name, ": expected ", ndim, " dimension(s), got ", t.ndim));
+  if (!t.contiguous()) throw NotTaken(NotTaken::value, message(name, ": expected a contiguous tensor"));
   return t;
 }
 
 Tensor view_ids(PyObject* object, const char* name) {
   Tensor t = view(object, name);
   if (t.dtype != DType::i64 && t.dtype != DType::i32)
-    throw py::type_error(message(name, ": expected int32 or int64, got ", dtype_name(t.dtype)));
-  if (t.ndim != 1) throw py::value_error(message(name, ": expected 1 dimension, got ", t.ndim));
-  if (!t.contiguous()) throw py::value_error(message(name, ": expected a contiguous tensor"));
+    throw NotTaken(NotTaken::type, message(name, ": expected int32 or int64, got ", dtype_name(t.dtype)));
+  if (t.ndim != 1) throw NotTaken(NotTaken::value, message(name, ": expected 1 dimension, got ", t.ndim));
+  if (!t.contiguous()) throw NotTaken(NotTaken::value, message(name, ": expected a contiguous tensor"));
   return t;
 }
 
+Extent::Extent(const Tensor& t) {
+  int64_t low = 0, high = t.numel() > 0 ? 1 : 0;  // in elements
+  for (int i = 0; high && i < t.ndim; ++i) (t.strides[i] < 0 ? low : high) += (t.shape[i] - 1) * t.strides[i];
+  const auto at = reinterpret_cast<uintptr_t>(t.data);
+  begin = at + low * t.item_bytes();
+  end = at + high * t.item_bytes();
+}
+
 void check_output(const Tensor& t, const char* name) {
-  if (!t.writable) throw py::value_error(message(name, ": the array is read-only"));
+  if (!t.writable) throw NotTaken(NotTaken::value, message(name, ": the array is read-only"));
   if (t.ndim == 2 && t.shape[0] > 1 && std::abs(t.strides[0]) < t.shape[1])
-    throw py::value_error(message(name, ": rows of ", t.shape[1], " values overlap, ", t.strides[0],
-                                  " values from one to the next"));
+    throw NotTaken(NotTaken::value, message(name, ": rows of ", t.shape[1], " values overlap, ", t.strides[0],
+                                            " values from one to the next"));
+}
+
+py::object empty_matrix(int64_t rows, int64_t columns, DType dtype) {
+  static const auto torch = py::module_::import("torch").release();
+  static PyObject* const empty = py::object(torch.attr("empty")).release().ptr();
+  static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
+  static PyObject* const dtypes[] = {py::object(torch.attr("float32")).release().ptr(),
+                                     py::object(torch.attr("float16")).release().ptr(),
+                                     py::object(torch.attr("bfloat16")).release().ptr()};
+  const py::int_ r(rows), c(columns);
+  PyObject* const arguments[] = {r.ptr(), c.ptr(), dtypes[static_cast<int>(dtype)]};
+  const auto make = [&](PyObject* names) {
+    auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, arguments, 2, names));
+    if (!made) throw py::error_already_set();
+    return made;
+  };
+  if (dtype == DType::f32) {  // to name the usual default costs 0.2 microseconds
+    auto made = make(nullptr);
+    if (view(made.ptr(), "out", Sign::ignore).dtype == dtype) return made;
+  }
+  return make(keywords);
+}
+
+void count_write(PyObject* tensor) {
+  static PyObject* const increment =
+      py::object(py::module_::import("torch").attr("_C").attr("_increment_version")).release().ptr();
+  if (!exchange_api(Py_TYPE(tensor))) return;
+  const auto list = py::make_tuple(py::handle(tensor));
+  PyObject* const arguments[] = {list.ptr()};
+  const auto done = py::reinterpret_steal<py::object>(PyObject_Vectorcall(increment, arguments, 1, nullptr));
+  if (!done) PyErr_Clear();  // made in inference mode: it has no counter
 }
 
 void register_exceptions() {
@@ -202,6 +294,8 @@ void register_exceptions() {
       PyErr_SetString(id_error, e.what());
     } catch (const OffsetsError& e) {
       PyErr_SetString(offsets_error, e.what());
+    } catch (const NotTaken& e) {
+      PyErr_SetString(e.kind == NotTaken::type ? PyExc_TypeError : PyExc_ValueError, e.what());
     }
   });
 }

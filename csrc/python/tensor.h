@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace mprec::python {
@@ -19,6 +21,7 @@ struct Tensor {
   bool writable;
 
   int64_t numel() const;
+  int64_t item_bytes() const;
   bool contiguous() const;
   template <class T>
   T* ptr() const {
@@ -26,10 +29,27 @@ struct Tensor {
   }
 };
 
+// An argument in a form that native code does not take. To Python it is None from functions named try_...,
+// whose callers serve it in another way, and a TypeError or ValueError from others.
+struct NotTaken : std::runtime_error {
+  enum Kind { type, value } kind;
+  NotTaken(Kind k, const std::string& why) : std::runtime_error(why), kind(k) {}
+};
+
+// How to learn whether a torch tensor stands for the negation of what its memory holds.
+enum class Sign { ask, remember, ignore };
+
 // Any CPU torch tensor or numpy array of at most 4 dimensions. `name` is the argument's name, for errors.
-// TypeError: neither of the two. ValueError: on another device, more dimensions, without memory (a resized
-// storage), or elements that are not aligned.
-Tensor view(PyObject* object, const char* name);
+// NotTaken: neither of the two, on another device, more dimensions, without memory (a resized storage),
+// elements that are not aligned, a lazy negation. `remember`: of a tensor that is passed again and again.
+Tensor view(PyObject* object, const char* name, Sign sign = Sign::ask);
+
+// A tensor's memory, gaps between rows included.
+struct Extent {
+  uintptr_t begin, end;
+  explicit Extent(const Tensor&);
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
 
 // As view(), and: exactly this dtype and number of dimensions, contiguous.
 Tensor view(PyObject* object, const char* name, DType dtype, int ndim);
@@ -37,11 +57,18 @@ Tensor view(PyObject* object, const char* name, DType dtype, int ndim);
 // As view(), and: one-dimensional, contiguous, int32 or int64.
 Tensor view_ids(PyObject* object, const char* name);
 
-// ValueError if `t`, contiguous or a matrix of adjacent values in each row, cannot be written without harm:
+// NotTaken if `t`, contiguous or a matrix of adjacent values in each row, cannot be written without harm:
 // read-only memory, or rows that overlap.
 void check_output(const Tensor& t, const char* name);
 
 const char* dtype_name(DType);
+
+// torch.empty(rows, columns, dtype=...), called from here: Python's own way to it costs as much as torch's.
+// Of float32, float16 or bfloat16.
+pybind11::object empty_matrix(int64_t rows, int64_t columns, DType dtype = DType::f32);
+
+// Raises a torch tensor's version counter, as a write by torch does. Nothing of a numpy array.
+void count_write(PyObject* tensor);
 
 // Registers the Python exception classes of mprec.errors for mprec's C++ errors.
 void register_exceptions();

@@ -2,7 +2,9 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include <array>
+#include <algorithm>
+#include <cstring>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,62 +14,112 @@
 
 namespace mprec::python {
 
-// The bits of some elements, spread over a tensor: writes that raise no counter (through .data, NumPy,
-// DLPack) show in them where they change a tensor as a whole, as optimizers' steps, averages and copies do.
-class Sample {
+// Checksums of a tensor's elements, block by block. Writes that raise no counter (through .data, NumPy or
+// DLPack) show in the bytes alone, and to read all of them at each call would cost as much as a call. So a
+// watch reads short tensors and a share of the long ones' blocks, in turn; see `Share`.
+class Checksums {
  public:
-  explicit Sample(const Tensor& t) {
-    const int64_t n = t.numel();
-    for (int i = 0; n > 0 && i < size; ++i) {
-      int64_t element = (n - 1) * i / (size - 1), offset = 0;
-      for (int d = t.ndim - 1; d >= 0; --d) {
-        offset += element % t.shape[d] * t.strides[d];
-        element /= t.shape[d];
-      }
-      offsets_[i] = offset;
-    }
-    if (n > 0) bits_ = read(t);
+  static constexpr int64_t block_bytes = 512;
+
+  // Of a tensor of more than `most` blocks, so many spread over it.
+  Checksums(const Tensor& t, int64_t most)
+      : tensor_(t), elements_(block_bytes / t.item_bytes()), all_((t.numel() + elements_ - 1) / elements_) {
+    const int64_t blocks = std::min(most, all_);
+    sums_.resize(blocks);
+    for (int64_t b = 0; b < blocks; ++b) sums_[b] = sum(b);
   }
-  // Of a tensor of the same shape and strides.
-  bool matches(const Tensor& t) const { return t.numel() == 0 || read(t) == bits_; }
+  int64_t blocks() const { return static_cast<int64_t>(sums_.size()); }
+  bool same(int64_t block) const { return sum(block) == sums_[block]; }
 
  private:
-  static constexpr int size = 4;
-  using Bits = std::array<uint64_t, size>;
-  Bits read(const Tensor& t) const {
-    Bits bits{};  // zeros of types that no decoder is made of
-    for (int i = 0; i < size; ++i) {
-      if (t.dtype == DType::f32) bits[i] = t.ptr<uint32_t>()[offsets_[i]];
-      if (t.dtype == DType::i64) bits[i] = t.ptr<uint64_t>()[offsets_[i]];
+  // The sum of the words, and the sum of its values on the way, which tells their order.
+  struct Sum {
+    uint64_t words[4] = {}, order[4] = {};
+    void add(const uint64_t (&w)[4]) {
+      for (int i = 0; i < 4; ++i) {
+        words[i] += w[i];
+        order[i] += words[i];
+      }
     }
-    return bits;
+    bool operator==(const Sum& other) const { return std::memcmp(this, &other, sizeof(Sum)) == 0; }
+  };
+  Sum sum(int64_t block) const {
+    if (blocks() < all_ && blocks() > 1) block = (all_ - 1) * block / (blocks() - 1);
+    const int64_t begin = block * elements_, count = std::min(elements_, tensor_.numel() - begin);
+    Sum s;
+    const int64_t item = tensor_.item_bytes();
+    if (!tensor_.contiguous()) {  // rare: element by element
+      for (int64_t i = begin; i < begin + count; ++i) {
+        int64_t element = i, offset = 0;
+        for (int d = tensor_.ndim - 1; d >= 0; --d) {
+          offset += element % tensor_.shape[d] * tensor_.strides[d];
+          element /= tensor_.shape[d];
+        }
+        uint64_t w[4] = {};
+        std::memcpy(w, tensor_.ptr<char>() + offset * item, item);
+        s.add(w);
+      }
+      return s;
+    }
+    const char* p = tensor_.ptr<char>() + begin * item;
+    int64_t bytes = count * item;
+    for (uint64_t w[4]; bytes >= 32; p += 32, bytes -= 32) {
+      std::memcpy(w, p, 32);
+      s.add(w);
+    }
+    uint64_t w[4] = {};
+    std::memcpy(w, p, bytes);
+    s.add(w);
+    return s;
   }
-  std::array<int64_t, size> offsets_{};  // in elements
-  Bits bits_{};
+  Tensor tensor_;
+  int64_t elements_, all_;  // in a block; blocks that there are
+  std::vector<Sum> sums_;
 };
 
-// Which tensor it was, its view of its storage, its version counter, which in-place operations raise, and a
-// sample of its elements. The storage is kept: no other can take its address meanwhile.
+// What part of the long tensors' blocks a check reads: parts / `of`, in the long run.
+struct Share {
+  static constexpr int64_t of = 2048;
+  int64_t parts;
+  // So many IDs are decoded next: reading takes some hundredth of that time.
+  static constexpr Share before(int64_t ids) { return {std::min(1 + ids, of)}; }
+  static constexpr Share all() { return {of}; }
+};
+
+// Which tensor it was, its view of its storage, its version counter, which in-place operations raise, and
+// checksums of its elements. The storage is kept: no other can take its address meanwhile.
 class TensorMark {
  public:
-  // TypeError for what is no torch tensor on the CPU, RuntimeError for one made in inference mode, which has
-  // no counter.
-  explicit TensorMark(PyObject* tensor)
-      : tensor_(tensor), view_(view(tensor, "weights")), sample_(view_), version_(version(tensor)) {
+  // NotTaken: no torch tensor on the CPU, or one made in inference mode, which has no counter.
+  TensorMark(PyObject* tensor, int64_t blocks)
+      : tensor_(tensor),
+        view_(view(tensor, "weights", Sign::ignore)),
+        sums_(view_, blocks),
+        version_(version(tensor)) {
     storage_ = pybind11::handle(tensor).attr("detach")();
   }
   static bool is_torch(PyObject* object) { return pybind11::hasattr(object, "__dlpack_c_exchange_api__"); }
   // The counters of torch's own tensors only rise, so the object may be compared by address.
-  bool matches(PyObject* tensor) const {
+  bool matches(PyObject* tensor, Share share) const {
     if (tensor != tensor_) return false;
-    const Tensor now = view(tensor, "weights");
+    const Tensor now = view(tensor, "weights", Sign::ignore);
     if (now.data != view_.data || now.ndim != view_.ndim) return false;
     for (int i = 0; i < now.ndim; ++i)
       if (now.shape[i] != view_.shape[i] || now.strides[i] != view_.strides[i]) return false;
-    return version(tensor) == version_ && sample_.matches(view_);
+    return version(tensor) == version_ && same_elements(share);
   }
 
  private:
+  bool same_elements(Share share) const {
+    const int64_t blocks = sums_.blocks();
+    owed_ += blocks == 1 ? Share::of : blocks * share.parts;
+    for (int64_t i = std::min(owed_ / Share::of, blocks); i > 0; --i) {
+      owed_ -= Share::of;
+      if (next_ >= blocks) next_ = 0;
+      if (!sums_.same(next_++)) return false;
+    }
+    return true;
+  }
   // The getter itself: looking it up by name costs more than what it does.
   static long version(PyObject* tensor) {
     static const auto* const getter = [] {
@@ -76,15 +128,20 @@ class TensorMark {
           pybind11::object(tensors.attr("_version")).release().ptr());
     }();
     if (!PyObject_TypeCheck(tensor, getter->d_common.d_type))
-      throw pybind11::type_error(message("weights: expected torch tensors, got ", Py_TYPE(tensor)->tp_name));
+      throw NotTaken(NotTaken::type,
+                     message("weights: expected torch tensors, got ", Py_TYPE(tensor)->tp_name));
     const auto v = pybind11::reinterpret_steal<pybind11::object>(
         getter->d_getset->get(tensor, getter->d_getset->closure));
-    if (!v) throw pybind11::error_already_set();
+    if (!v) {
+      PyErr_Clear();
+      throw NotTaken(NotTaken::value, "weights: made in inference mode, without a version counter");
+    }
     return PyLong_AsLong(v.ptr());
   }
   PyObject* tensor_;  // not owned
   Tensor view_;
-  Sample sample_;
+  Checksums sums_;
+  mutable int64_t next_ = 0, owed_ = 0;  // the block to read next; parts of blocks to read. Under the GIL
   long version_;
   pybind11::object storage_;
 };
@@ -93,24 +150,33 @@ class TensorMark {
 // also taken for changed when its dict has grown or shrunk.
 class WeightWatch {
  public:
-  explicit WeightWatch(const std::vector<std::pair<pybind11::dict, pybind11::str>>& places)
+  WeightWatch(const std::vector<std::pair<pybind11::dict, pybind11::str>>& places, int64_t blocks)
       : epoch_(epoch()) {
     for (const auto& [dict, key] : places) {
       PyObject* object = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-      if (!object) throw pybind11::key_error(message("places: no '", std::string(key), "' in the dict"));
+      if (!object) throw NotTaken(NotTaken::value, message("places: no '", std::string(key), "'"));
       Place place{dict, key, pybind11::reinterpret_borrow<pybind11::object>(object), dict.size(), {}};
-      if (TensorMark::is_torch(object)) place.mark.emplace_back(object);
+      if (TensorMark::is_torch(object)) place.mark.emplace_back(object, blocks);
       places_.push_back(std::move(place));
     }
   }
 
-  bool changed() const {
+  static std::unique_ptr<WeightWatch> of(const std::vector<std::pair<pybind11::dict, pybind11::str>>& places,
+                                         int64_t blocks) {
+    try {
+      return std::make_unique<WeightWatch>(places, blocks);
+    } catch (const NotTaken&) {
+      return nullptr;
+    }
+  }
+
+  bool changed(Share share) const {
     if (epoch_ != epoch()) return true;
     for (const Place& p : places_) {
       PyObject* object = PyDict_GetItemWithError(p.dict.ptr(), p.key.ptr());
       if (object != p.object.ptr() || static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size)
         return true;
-      if (!p.mark.empty() && !p.mark[0].matches(object)) return true;
+      if (!p.mark.empty() && !p.mark[0].matches(object, share)) return true;
     }
     return false;
   }
@@ -141,14 +207,22 @@ class StackWatch {
   // coefficients: a tensor; weights, biases: lists or tuples of tensors.
   StackWatch(pybind11::handle coefficients, pybind11::handle weights, pybind11::handle biases) {
     visit(coefficients.ptr(), weights.ptr(), biases.ptr(), [&](PyObject* tensor) {
-      marks_.emplace_back(tensor);
+      marks_.emplace_back(tensor, INT64_MAX);
       return true;
     });
   }
-  bool matches(PyObject* coefficients, PyObject* weights, PyObject* biases) const {
+  static std::unique_ptr<StackWatch> of(pybind11::handle coefficients, pybind11::handle weights,
+                                        pybind11::handle biases) {
+    try {
+      return std::make_unique<StackWatch>(coefficients, weights, biases);
+    } catch (const NotTaken&) {
+      return nullptr;
+    }
+  }
+  bool matches(PyObject* coefficients, PyObject* weights, PyObject* biases, Share share) const {
     size_t i = 0;
     return visit(coefficients, weights, biases,
-                 [&](PyObject* tensor) { return i < marks_.size() && marks_[i++].matches(tensor); }) &&
+                 [&](PyObject* tensor) { return i < marks_.size() && marks_[i++].matches(tensor, share); }) &&
            i == marks_.size();
   }
 

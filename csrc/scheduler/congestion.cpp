@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <utility>
+
+#include "common/error.h"
 
 namespace mprec::scheduler {
 namespace {
@@ -35,6 +38,9 @@ double Overflow::lost(double backlog, double more) const {
 
 Latest::Latest(const std::vector<double>& seconds, const std::vector<int64_t>& sizes, double sla,
                double spread) {
+  if (seconds.size() != sizes.size())
+    throw std::invalid_argument(
+        message("seconds, sizes: expected equally many, got ", seconds.size(), " and ", sizes.size()));
   double total = 0;
   for (const int64_t size : sizes) total += 3 * static_cast<double>(size);
   std::vector<std::pair<double, double>> starts;

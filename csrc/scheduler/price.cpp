@@ -4,6 +4,9 @@
 #include <cmath>
 #include <functional>
 #include <set>
+#include <stdexcept>
+
+#include "common/error.h"
 
 namespace mprec::scheduler {
 
@@ -47,6 +50,9 @@ double FluidPrice::sample(double rate) const {
 }
 
 double FluidPrice::second(size_t executor, double value) const {
+  if (executor >= executors_.size())
+    throw std::invalid_argument(
+        message("executor: expected less than ", executors_.size(), ", got ", executor));
   double most = 0;
   for (const Path& p : executors_[executor]) most = std::max(most, std::max(p.quality - value, 0.0) / p.tau);
   return most;

@@ -32,6 +32,13 @@ double normal_quantile(double p) {
   return z;
 }
 
+constexpr int64_t most_samples = int64_t{1} << 40;  // sums of two stay far from overflow
+
+void check_lanes(const std::vector<std::shared_ptr<Lane>>& lanes) {
+  if (std::find(lanes.begin(), lanes.end(), nullptr) != lanes.end())
+    throw std::invalid_argument("lanes: expected executors, got none in one place");
+}
+
 std::string milliseconds(double seconds) {
   char text[64];
   std::snprintf(text, sizeof text, "%.3f ms", 1e3 * seconds);
@@ -74,8 +81,10 @@ bool Lane::resting(double now) const {
 Scheduler::Scheduler(std::vector<std::shared_ptr<Lane>> lanes, Limits limits)
     : lanes_(std::move(lanes)), limits_(limits) {
   if (lanes_.empty()) throw std::invalid_argument("lanes: expected at least one");
-  if (limits.max_batch < 1)
-    throw std::invalid_argument(message("max_batch must be at least 1, got ", limits.max_batch));
+  check_lanes(lanes_);
+  for (const auto [name, value] : {std::pair{"max_batch", limits.max_batch}, {"max_queue", limits.max_queue}})
+    if (value < 1 || value > most_samples)
+      throw std::invalid_argument(message(name, " must be 1 to ", most_samples, ", got ", value));
   if (!(limits.late_share > 0 && limits.late_share < 1))
     throw std::invalid_argument(message("late_share must be between 0 and 1, got ", limits.late_share));
   double lowest = std::numeric_limits<double>::infinity();
@@ -87,9 +96,9 @@ Scheduler::Scheduler(std::vector<std::shared_ptr<Lane>> lanes, Limits limits)
 std::optional<Refusal> Scheduler::offer(double now, std::shared_ptr<Ticket> ticket) {
   const int64_t size = ticket->size;
   const double deadline = ticket->deadline;
-  if (size < 1 || std::isnan(deadline))
+  if (size < 1 || size > most_samples || std::isnan(deadline))
     throw std::invalid_argument(
-        message("query: expected at least one sample and a deadline, got ", size, " and ", deadline));
+        message("query: expected 1 to 2^40 samples and a deadline, got ", size, " and ", deadline));
   traffic_.count(now, size, deadline - now);
   if (std::isinf(shortest(size))) return Refusal{"unsupported", message("no path takes a batch of ", size)};
   if (queue_.waiting() + size > limits_.max_queue)
@@ -138,6 +147,7 @@ void Scheduler::failed(const Job& job, double now, double rest_s) {
 }
 
 void Scheduler::again(std::shared_ptr<Ticket> ticket) {
+  if (!ticket) throw std::invalid_argument("ticket: expected one, got none");
   ticket->taken = 0;
   queue_.insert(std::move(ticket));
 }
@@ -155,6 +165,8 @@ bool Scheduler::is_out(const Lane& lane, double now) const {
 }
 
 Lane& Scheduler::release(const Job& job, double now) {
+  if (job.index >= lanes_.size())
+    throw std::invalid_argument(message("job: of executor ", job.index, ", but there are ", lanes_.size()));
   Lane& lane = *lanes_[job.index];
   lane.busy = false;
   lane.until = last_news_ = now;
@@ -165,6 +177,7 @@ void Scheduler::replace(std::vector<std::shared_ptr<Lane>> lanes) {
   if (lanes.size() != lanes_.size())
     throw std::invalid_argument(
         message("lanes: expected ", lanes_.size(), ", as before, got ", lanes.size()));
+  check_lanes(lanes);
   for (size_t i = 0; i < lanes.size(); ++i) {
     lanes[i]->busy = lanes_[i]->busy;
     lanes[i]->until = lanes_[i]->until;

@@ -65,7 +65,7 @@ class DeviceCachedDeepHashEmbeddingBag(DeepHashEmbeddingBag):
         if offsets is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             return super().forward(input, offsets, per_sample_weights)
         if self.num_embeddings is not None:
-            check_bound(input, self.num_embeddings)
+            check_bound(input, offsets, self.include_last_offset, self.num_embeddings)
         self.refresh()
         kind = self.config
         return torch.ops.mprec.cached_dhe_bag(

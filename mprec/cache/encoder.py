@@ -8,7 +8,6 @@ from torch import Tensor
 from mprec.cache.budget import Counts, hottest, split_budget
 from mprec.cache.codebook import Codebook
 from mprec.cache.rows import Cached, Rows
-from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
 from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection
 
@@ -44,9 +43,9 @@ class CachedDeepHashEmbeddingBag(Cached, DeepHashEmbeddingBag):
         nbytes: the cache's memory in bytes, everything counted; see ``mprec._C.RowCache.bytes_for``.
         admit: let IDs that are looked up often enough replace others. Otherwise only :meth:`fill` stores
             rows.
-        watch: compare version counters and addresses of the weights at each call (about 0.2 microseconds
-            a tensor), so that no row outlives the weights it was made with. Without, call
-            :meth:`invalidate` after changing them.
+        watch: compare the weights' version counters, addresses and some of their bytes at each call (about
+            0.2 microseconds a tensor), so that no row outlives the weights it was made with; of writes
+            through ``.data``, NumPy or DLPack see :meth:`invalidate`. Without, call that after any change.
         codebook: of rows 0, 1, …: a miss among these is answered by its code instead of the decoder, with the
             codebook's error, and only :meth:`fill` stores exact rows of them. Dropped when weights change.
 
@@ -79,21 +78,16 @@ class CachedDeepHashEmbeddingBag(Cached, DeepHashEmbeddingBag):
         self._rows = [Rows({"": self}, {"": nbytes}, [0], [0], 1, admit, watch, _book(codebook))]
 
     def _forward_direct(self, input, offsets, per_sample_weights, include_last_offset) -> Tensor | None:
-        try:
-            return self._rows[0].forward(
-                input,
-                offsets,
-                per_sample_weights,
-                MODES[self.mode],
-                include_last_offset,
-                -1 if self.padding_idx is None else self.padding_idx,
-                self.num_embeddings,
-                None,
-            )
-        except IdOutOfRangeError:
-            raise
-        except (TypeError, ValueError, RuntimeError):
-            return None  # the operator takes it, or says what is wrong
+        return self._rows[0].forward(
+            input,
+            offsets,
+            per_sample_weights,
+            MODES[self.mode],
+            include_last_offset,
+            -1 if self.padding_idx is None else self.padding_idx,
+            self.num_embeddings,
+            None,
+        )
 
     def fill(self, counts: Counts) -> int:
         """Decode and store the most frequent IDs, as many as there is room for; returns how many are held."""
@@ -119,7 +113,7 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         admit, watch: as for :class:`CachedDeepHashEmbeddingBag`.
         codebooks: of some features, as ``codebook`` there: the second stage, for what misses the first.
 
-    :func:`mprec.dispatch.tune_kernels` also measures at which batch sizes the caches pay, if it is given
+    :func:`mprec.nn.tune_kernels` also measures at which batch sizes the caches pay, if it is given
     batches as they are going to come.
 
     Raises:
@@ -139,6 +133,7 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         watch: bool = True,
         codebooks: Mapping[str, Codebook] | None = None,
     ) -> None:
+        collection = collection.fold()
         super().__init__(collection.features, collection.sparse, device="meta")
         self.tables, self.dhe = collection.tables, collection.dhe
         hashed = {f.name: f for f in self.features if f.has_dhe}
@@ -192,9 +187,12 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         cache holds then. ``counts``: see :data:`mprec.cache.budget.Counts`."""
         return self._fill(counts)
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
         if options.cache is False:
             return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)
         rows = self._rows_of[group.names[0]]
         mode, threads = group.mode_code, options.threads
-        rows.forward(indices, offsets, per_sample_weights, mode, True, -1, None, out, threads)
+        served = rows.forward(indices, offsets, per_sample_weights, mode, True, -1, None, out, threads)
+        if served is not None:
+            return served
+        return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)

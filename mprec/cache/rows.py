@@ -11,7 +11,7 @@ from mprec._native import _C
 from mprec.cache.budget import Counts, hottest
 from mprec.cache.codebook import Codebook
 from mprec.nn import DeepHashEmbeddingBag
-from mprec.ops._decoders import decoder
+from mprec.ops._decoders import clear_decoders, decoder, packable
 
 __all__ = ["CacheStats", "Cached", "RowStats", "Rows"]
 
@@ -82,54 +82,82 @@ class Rows:
         self.modules = modules
         self.admit = admit
         self._codebooks = codebooks
-        self.caches = {
-            name: _C.RowCache(module.embedding_dim, budgets[name]) if budgets.get(name) else None
-            for name, module in modules.items()
-        }
+        self._budgets = dict(budgets)
         self._layout = list(positions), list(columns), num_features
         self._watches = watch
-        self._lock = threading.Lock()
-        self._native: _C.CachedDecoders | None = None  # while it is made
-        self._past = dict.fromkeys(_COUNTERS, 0)
+        self._reset()
         self._bind(None)  # codebooks are those of the weights as they are now
+
+    def _reset(self) -> None:
+        self.caches: dict[str, _C.RowCache | None] = {}
+        self._lock = threading.Lock()
+        self._native: _C.CachedDecoders | None = None  # until it is made
+        self._handles: dict[str, _C.Decoder] = {}
+        self._past = dict.fromkeys(_COUNTERS, 0)
+
+    def __getstate__(self) -> dict:
+        """Without rows: a copy begins with empty caches of the same sizes."""
+        made = ("caches", "_lock", "_native", "_handles", "_past")
+        state = {name: value for name, value in self.__dict__.items() if name not in made}
+        if self._native is not None and self._native.stale(1 << 20):
+            state["_codebooks"] = {}  # of past weights
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._reset()  # bound at the first call: the modules may not be complete yet
 
     def forward(
         self, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out, threads=None
-    ) -> Tensor:
-        """The pooled vectors in ``out``, or a new tensor; arguments as of ``_C.cached_dhe_bag``."""
+    ) -> Tensor | None:
+        """The pooled vectors in ``out``, or a new tensor; arguments as of ``_C.cached_dhe_bag``.
+
+        None for what native code does not take."""
         native = self._native
         threads = threads or torch.get_num_threads()
-        while True:
+        while native is not None or (native := self._bind(None)) is not None:
             result = _C.cached_dhe_bag(
                 native, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out,
                 self.admit, threads,
             )  # fmt: skip
-            if result is not None:
+            if result is not False:
                 return result
             native = self._bind(native)
+        return None
 
-    def _bind(self, stale) -> "_C.CachedDecoders":
-        """Packs the decoders as they are now, under a new generation."""
+    def _bind(self, stale) -> "_C.CachedDecoders | None":
+        """Packs the decoders as they are now, under a new generation. None if they cannot be watched or
+        packed now: layers that are parametrised or pruned, say."""
         with self._lock:
             if self._native is not stale:
                 return self._native  # another thread did
             # The watch first: a change while the decoders are packed must not be missed.
-            watch = _C.WeightWatch(_places(self.modules.values())) if self._watches else None
-            handles = []
-            with torch.no_grad():
-                for module in self.modules.values():
-                    kind = module.config
-                    handles.append(
-                        decoder(*module.stack(), kind.family, kind.activation, kind.last_activation)
-                    )
-            for cache in self.caches.values():
-                if cache is not None:
-                    cache.invalidate()
+            watch = _C.WeightWatch.of(_places(self.modules.values())) if self._watches else None
+            stacks = [module.stack() for module in self.modules.values()]
             if stale is not None:
                 for key, value in stale.stats().items():
                     self._past[key] += value
-            if stale is not None:
                 self._codebooks = {}  # of past weights
+            if (self._watches and watch is None) or not all(packable(*stack) for stack in stacks):
+                self._native = None
+                return None
+            handles = []
+            with torch.no_grad():
+                for module, stack in zip(self.modules.values(), stacks, strict=True):
+                    kind = module.config
+                    handles.append(
+                        decoder(*stack, kind.family, kind.activation, kind.last_activation, thorough=True)
+                    )
+            if not self.caches:
+                self.caches = {
+                    name: _C.RowCache(module.embedding_dim, self._budgets[name])
+                    if self._budgets.get(name)
+                    else None
+                    for name, module in self.modules.items()
+                }
+            for cache in self.caches.values():
+                if cache is not None:
+                    cache.invalidate()
             books = [self._codebooks.get(name) for name in self.modules]
             self._native = _C.CachedDecoders(
                 handles,
@@ -142,24 +170,27 @@ class Rows:
             return self._native
 
     def invalidate(self) -> None:
+        clear_decoders()
         self._bind(self._native)
 
     def fill(self, name: str, ids: Tensor) -> int:
         """Decodes and stores IDs, the hottest first, while there is room; returns how many are held."""
+        if self._native is None and self._bind(None) is None:
+            return 0
         cache = self.caches[name]
         if cache is None:
             return 0
         handle, generation = self._handles[name], cache.generation
         ids = ids[: cache.capacity].to(torch.int64).contiguous()
         for part in ids.split(_CHUNK):
-            rows = torch.empty(len(part), cache.dim)
+            rows = torch.empty(len(part), cache.dim, dtype=torch.float32)
             starts = torch.arange(len(part))
             _C.dhe_bag(handle, part, starts, None, 0, False, -1, rows, torch.get_num_threads())
             cache.fill(part, rows, generation)
         return len(cache)
 
     def held(self, name: str) -> Tensor:
-        cache = self.caches[name]
+        cache = self.caches.get(name)
         out = torch.empty(0 if cache is None else cache.capacity, dtype=torch.int64)
         return out if cache is None else out[: cache.ids(out)]
 
@@ -171,8 +202,8 @@ class Rows:
         }
 
     def times(self) -> dict[str, int]:
-        now = self._native.stats()
-        return {key: past + now[key] for key, past in self._past.items()}
+        now = {} if self._native is None else self._native.stats()
+        return {key: past + now.get(key, 0) for key, past in self._past.items()}
 
 
 def _places(modules) -> list[tuple[dict, str]]:
@@ -191,8 +222,9 @@ class Cached:
     _rows: list[Rows]
 
     def invalidate(self) -> None:
-        """Forget all rows, in constant time. Changed weights do this by themselves, except changes through
-        NumPy views, and any change if ``watch=False``."""
+        """Forget all rows, in constant time. Changed weights do this by themselves, unless ``watch=False``;
+        but writes through ``.data``, NumPy or DLPack, which raise no version counter, may go unnoticed until
+        some 2048 IDs have been looked up: call this after such."""
         for rows in self._rows:
             rows.invalidate()
 

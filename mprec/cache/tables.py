@@ -25,6 +25,7 @@ def materialize(
     Raises:
         ValueError: an unknown name.
     """
+    collection = collection.fold()
     hashed = [f.name for f in collection.features if f.has_dhe]
     chosen = set(hashed if names is None else names)
     if unknown := sorted(chosen - set(hashed)):

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 SUBCOMMANDS = {
     "info": "print versions, CPU, instruction set in use, threads, GPU and what is compiled in",
     "train": "train a model on a click log and write its checkpoint",
+    "derive": "make and measure smaller, cheaper paths of one trained model, and bundle them",
     "profile": "measure trained models over batch sizes on this machine, or show such a profile",
     "plan": "choose a representation per feature within a memory budget",
     "serve": "serve trained models over HTTP on this machine, the path chosen per batch",
     "loadtest": "serve a random load of held-out samples with the dispatcher and with each path alone",
     "simulate": "serve a load in virtual time on described devices or measured profiles (all simulated)",
     "report": "draw report.html from the JSON that mprec demo wrote",
-    "demo": "train four representations, profile, plan and serve them; one table and one page",
+    "demo": "train a model, derive paths from it, profile, plan and serve them; tables and one page",
 }
 
 

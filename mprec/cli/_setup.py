@@ -11,9 +11,10 @@ from pathlib import Path as FilePath
 
 import torch
 
-from mprec import checkpoint, data
+from mprec import data
 from mprec.data import ClickDataset
-from mprec.dispatch import BATCH_SIZES, Path, Profile, paths_from_checkpoints, sampler, with_cache
+from mprec.dispatch import BATCH_SIZES, Path, Profile
+from mprec.paths import can_cache, inputs_of, paths_from_checkpoints, sampler, with_cache
 
 __all__ = [
     "add_path_arguments",
@@ -22,6 +23,7 @@ __all__ = [
     "get_profile",
     "held_out",
     "load_paths",
+    "parts_of",
     "reporter",
     "say",
     "size_in_bytes",
@@ -91,7 +93,7 @@ def add_path_arguments(
         type=FilePath,
         required=required,
         metavar="FILE",
-        help="written by mprec train, for the same data",
+        help="written by mprec train, or bundles by mprec derive, for the same data",
     )
     group.add_argument(
         "--data",
@@ -134,9 +136,9 @@ def load_paths(args: argparse.Namespace) -> list[Path]:
     if args.cache is not None:
         counts = None  # without a log the cache fills as it serves
         if args.data is not None:
-            train, *_ = _parts(args.checkpoints[0], args.data)
+            train, *_ = parts_of(args.checkpoints[0], args.data)
             counts = {name: train.counts(name) for name, _ in train.features}
-        hashed = [p for p in paths if any(f.has_dhe for f in p.model.model.features)]
+        hashed = [p for p in paths if can_cache(p)]
         if not hashed:
             raise ValueError("--cache: none of the checkpoints has deep hash embeddings")
         paths += [with_cache(path, args.cache, counts) for path in hashed]
@@ -151,21 +153,20 @@ def held_out(args: argparse.Namespace) -> ClickDataset:
 
     ``ValueError`` if the data's features are not the checkpoint's.
     """
-    return _parts(args.checkpoints[0], args.data)[-1]
+    return parts_of(args.checkpoints[0], args.data)[-1]
 
 
 @functools.lru_cache(maxsize=1)
-def _parts(file: FilePath, spec: str) -> tuple[ClickDataset, ...]:
+def parts_of(file: FilePath, spec: str) -> tuple[ClickDataset, ...]:
     """(train, valid, test) of the data, cut as it was for the checkpoint in ``file``."""
-    model, metadata = checkpoint.load(file)
+    inputs = inputs_of(file)
     dataset = data.load(spec)
-    needed = [(feature.name, feature.num_embeddings) for feature in model.features]
-    if dataset.features != needed or dataset.num_dense != model.num_dense:
+    if (dataset.features, dataset.num_dense) != (inputs.features, inputs.num_dense):
         raise ValueError(
             f"--data: {dataset.name} has other features or vocabularies than the data that "
             f"{file} was trained on"
         )
-    return dataset.split(by=metadata.get("split"))
+    return dataset.split(by=inputs.split)
 
 
 def get_profile(args: argparse.Namespace, paths: list[Path], dataset: ClickDataset) -> Profile:

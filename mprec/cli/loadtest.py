@@ -22,7 +22,7 @@ from mprec.cli._setup import (
     reporter,
     say,
 )
-from mprec.dispatch import sampler
+from mprec.paths import sampler
 from mprec.report.load_tables import load_table, loadgen_table, sweep_tables, with_error
 from mprec.report.sweep import draw
 from mprec.serving.loadgen import run_loadgen
@@ -205,7 +205,7 @@ def _give(args, result: dict, tables: list, warnings: Sequence[str] = ()) -> Non
         print(json.dumps(result))
     else:
         for table in tables:
-            Console().print(table)
+            Console(markup=False).print(table)
     for text in warnings[:_MOST_WARNINGS]:
         say(f"warning: {text}")
     if len(warnings) > _MOST_WARNINGS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path as FilePath
 
 from rich import box
@@ -13,6 +14,8 @@ from rich.table import Table
 from mprec import checkpoint, data
 from mprec.cli._setup import say, size_in_bytes
 from mprec.nn import DheConfig, FeatureConfig, with_representation
+from mprec.paths import bundle
+from mprec.paths.forms import form_of
 from mprec.planner import (
     Device,
     MeasuredCosts,
@@ -57,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spread", action="store_true", help="one model over all devices (default: paths for each device)"
     )
     what = parser.add_argument_group("features and their quality")
-    what.add_argument("--checkpoints", nargs="+", default=[], type=FilePath, metavar="FILE")
+    what.add_argument(
+        "--checkpoints", nargs="+", default=[], type=FilePath, metavar="FILE", help="or bundles"
+    )
     what.add_argument("--features", choices=tuple(FEATURE_SETS), help="the public Criteo logs' sizes")
     what.add_argument("--data", metavar="SPEC", help="weigh features by their IDs' frequencies in this data")
     what.add_argument(
@@ -79,9 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.memory is None and not args.device:
         raise ValueError("--memory or --device is needed")
-    features, dhe, measurements, counts = _inputs(args)
+    features, dhe, shape, measurements, counts = _inputs(args)
     effects = fit_effects(features, measurements, counts)
-    options = default_options(features, {"": dhe, "sized": sized(dhe, features)}, effects)
+    options = default_options(features, {"": shape, "sized": sized(dhe, features)}, effects)
     devices = [] if args.memory is None else [Device("here", args.memory, MeasuredCosts(args.batch_size))]
     for file in args.device:
         name, nbytes, costs = RooflineCosts.load(file, args.batch_size)
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    console = Console()
+    console = Console(markup=False)  # [int8] is no style
     for name, paths in plans.items():
         for p in paths:
             console.print(plan_table(p, name))
@@ -120,18 +125,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inputs(args):
-    """(features, DHE shape, measurements, counts of IDs)."""
+    """(features, largest DHE shape, that of each feature, measurements, counts of IDs)."""
     features: list[FeatureConfig] | None = None
     measurements = list(args.quality)
     dhe = DheConfig()
+    shapes: dict[str, DheConfig] = {}
     for file in args.checkpoints:
-        model, metadata = checkpoint.load(file)
-        bare = with_representation(model.features, "table")
-        if features is not None and bare != features:
-            raise ValueError(f"{file} has other features than {args.checkpoints[0]}")
-        features = bare
-        dhe = next((f.dhe for f in model.features if f.has_dhe), dhe)
-        measurements += _measured(model, metadata, args.metric)
+        found = _measured(file, args.metric)
+        for own, measurement in found:
+            bare = with_representation(own, "table")
+            if features is not None and bare != features:
+                raise ValueError(f"{file} has other features than {args.checkpoints[0]}")
+            features = bare
+            shapes |= {f.name: f.dhe for f in own if f.has_dhe}
+            measurements.append(measurement)
+    dhe = next(iter(shapes.values()), dhe)
     dataset = data.load(args.data) if args.data else None
     if args.features:
         if features is not None:
@@ -153,16 +161,42 @@ def _inputs(args):
         dhe = DheConfig(k=args.dhe_k, hidden=dhe.hidden)
     if args.dhe_hidden is not None:
         dhe = DheConfig(k=dhe.k, hidden=tuple(int(n) for n in args.dhe_hidden.split(",") if n))
-    return features, dhe, measurements, counts
+    if args.dhe_k is None and args.dhe_hidden is None:
+        return features, dhe, lambda f: shapes.get(f.name, dhe), measurements, counts
+    return features, dhe, dhe, measurements, counts
 
 
-def _measured(model, metadata, metric) -> list[Measurement]:
-    """What one checkpoint tells: a measurement, or one per path of a multi-path model."""
+def _measured(file: FilePath, metric: str) -> list[tuple[Sequence[FeatureConfig], Measurement]]:
+    """What a checkpoint or bundle tells: (features, measurement) of each path that is one form a feature."""
+    if bundle.is_bundle(file):
+        members, _ = bundle.load(file)
+        found = [measurement_of(member, metric) for member in members]
+        if not any(found):
+            raise ValueError(f"{file}: none of its paths is of tables or decoders, a form for each feature")
+        return [each for each in found if each is not None]
+    model, metadata = checkpoint.load(file)
     if "paths" in metadata:
         paths = [(model.path(n).features, m["valid"][metric]) for n, m in metadata["paths"].items()]
     else:
         paths = [(model.features, metadata["metrics"]["valid"][metric])]
-    return [Measurement({f.name: f.representation for f in fs}, float(q)) for fs, q in paths]
+    return [(fs, Measurement({f.name: f.representation for f in fs}, float(q))) for fs, q in paths]
+
+
+def measurement_of(member: bundle.Member, metric: str) -> tuple[Sequence[FeatureConfig], Measurement] | None:
+    """(features, measurement) of a path of a bundle, ``table[int8]`` being a form of a feature; None for one
+    of low rank, or with rows of two vectors: these are forms of whole models."""
+    embeddings = member.model.embeddings
+    if any(f.embedding_dim != member.model.embedding_dim for f in embeddings.features):
+        return None
+    form = form_of(embeddings)
+    if form["form"] == "low_rank":
+        return None
+    precisions = form.get("tables", {})
+    labels = {}
+    for f in embeddings.features:
+        precision = precisions.get(f.name, "float32")
+        labels[f.name] = f.representation + (f"[{precision}]" if precision != "float32" else "")
+    return embeddings.features, Measurement(labels, float(member.metrics["valid"][metric]))
 
 
 def plan_table(plan: Plan, device: str) -> Table:

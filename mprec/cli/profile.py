@@ -9,8 +9,9 @@ from pathlib import Path as FilePath
 from rich.console import Console
 
 from mprec.cli._setup import add_path_arguments, batch_sizes, held_out, load_paths, reporter, say
-from mprec.dispatch import BATCH_SIZES, Profile, sampler
+from mprec.dispatch import BATCH_SIZES, Profile
 from mprec.dispatch.profile import default_file
+from mprec.paths import sampler
 from mprec.report import latency
 
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"file": str(file), "picture": picture and str(picture), **profile.to_dict()}))
         return 0
-    console = Console()
+    console = Console(markup=False)
     console.print(latency.table(profile))
     if args.show is not None:
         console.print(latency.crossover_table(profile))

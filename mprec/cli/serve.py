@@ -10,14 +10,12 @@ import math
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path as FilePath
 
-from mprec.cli._setup import add_path_arguments, held_out, load_paths, reporter, say
-from mprec.data.zipf import zipf_batches
-from mprec.dispatch import BATCH_SIZES, Dispatcher, Path, Profile, ProfileError, sampler
-from mprec.dispatch.profile import default_file
+from mprec.cli._executors import check_split, load_executors
+from mprec.cli._setup import add_path_arguments, reporter, say
 from mprec.serving import Engine
 from mprec.serving.build import ModelInputs, model_inputs
+from mprec.serving.executors import Executor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-batch", type=int, default=2048, help="samples scored together at most (2048)")
     group.add_argument("--max-queue", type=int, default=1 << 20, help="samples waiting at most (1048576)")
     group.add_argument("--no-admission", action="store_true", help="answer hopeless queries late")
+    group.add_argument(
+        "--executors",
+        metavar="SPLIT",
+        help="local:THREADS in this process, process:N or process:NxTHREADS in others, or auto: what serves "
+        "batches of at most 128 best on this machine, which is measured once (auto; with --threads, local)",
+    )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     group.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
@@ -70,9 +74,13 @@ def run(args: argparse.Namespace) -> int:
     _log_to_standard_error(args)
     limits = Limits(max_samples=args.max_samples, max_ids=args.max_ids, max_connections=args.max_connections)
     inputs = model_inputs(args.checkpoints)
-    service = Service(
-        inputs, limits, reload=lambda: _load(args, lambda *_: None), reload_token=args.reload_token
-    )
+    splits = [check_split(args)]
+
+    def reload() -> tuple[list[Executor], ModelInputs]:
+        executors, inputs, _ = load_executors(args, splits[-1], lambda *_: None)
+        return executors, inputs
+
+    service = Service(inputs, limits, reload=reload, reload_token=args.reload_token)
     failure: list[BaseException] = []
     preparing: list[threading.Thread] = []
     report = reporter()
@@ -84,9 +92,10 @@ def run(args: argparse.Namespace) -> int:
 
     def prepare(stop: Callable[[], None]) -> None:
         try:
-            dispatcher, _ = _load(args, progress)
+            executors, _, split = load_executors(args, splits[0], progress)
+            splits.append(split)
             engine = Engine(
-                dispatcher,
+                executors=executors,
                 sla_s=args.sla_ms / 1e3,
                 max_batch=args.max_batch,
                 max_queue=args.max_queue,
@@ -95,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             gc.collect()
             gc.freeze()  # a full collection would walk all that torch has imported, and hold every query
             service.take(engine.start())
-            say(f"ready: {', '.join(path.name for path in dispatcher.paths)}")
+            say(f"ready: {', '.join(engine.paths)} on {split}")
         except _StoppedError:
             pass
         except BaseException as error:
@@ -127,43 +136,6 @@ def run(args: argparse.Namespace) -> int:
 
 class _StoppedError(Exception):
     """The server is to stop before it was ready."""
-
-
-def _load(
-    args: argparse.Namespace, progress: Callable[[str, float], object]
-) -> tuple[Dispatcher, ModelInputs]:
-    """The checkpoints' paths by a profile of them, and what they take."""
-    inputs = model_inputs(args.checkpoints)
-    paths = load_paths(args)
-    make_input = (
-        zipf_batches(inputs.vocabularies, inputs.num_dense) if args.data is None else sampler(held_out(args))
-    )
-    profile = Profile.load_or_measure(
-        paths,
-        make_input,
-        BATCH_SIZES,
-        file=_profile_file(args, paths),
-        seconds=args.profile_seconds,
-        conditions=("warm",),  # what the engine asks for: the others take long
-        report=say,
-        progress=progress,
-    )
-    return Dispatcher(paths, profile), inputs
-
-
-def _profile_file(args: argparse.Namespace, paths: list[Path]) -> FilePath:
-    """``--profile``, or a whole profile in the cache folder, or a file of this command's own there: what it
-    measures is quick, and perhaps on random IDs, and must not pass for a whole one of these paths.
-    """
-    if args.profile is not None:
-        return FilePath(args.profile)
-    whole = default_file(paths)
-    try:
-        Profile.load(whole, paths)
-    except ProfileError:
-        inputs = "random" if args.data is None else "data"
-        return whole.with_name(f"quick-{inputs}-{whole.name}")
-    return whole
 
 
 def _log_to_standard_error(args: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    console = Console()
+    console = Console(markup=False)
     for sla_ms in args.sla_ms:
         for qps in loads:
             chosen = [row for row in rows if row["sla_ms"] == sla_ms and row["qps"] == qps]

@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--table-optimizer", choices=("auto", *TABLE_OPTIMIZERS), default="auto")
     training.add_argument("--table-learning-rate", type=float, help="default: the table optimizer's own")
     training.add_argument(
+        "--mapped-tables",
+        action=argparse.BooleanOptionalAction,
+        default=options.mapped_tables,
+        help="train rows through a map of their feature, folded into them on save (where tables allow it)",
+    )
+    training.add_argument(
         "--patience", type=int, default=options.patience, help="epochs without improvement (%(default)s)"
     )
     training.add_argument("--monitor", choices=tuple(MONITORS), default=options.monitor, help="(%(default)s)")
@@ -83,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         learning_rate=args.learning_rate,
         table_optimizer=args.table_optimizer,
         table_learning_rate=args.table_learning_rate,
+        mapped_tables=args.mapped_tables,
         patience=args.patience,
         monitor=args.monitor,
         seed=args.seed,

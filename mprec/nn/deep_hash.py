@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from mprec import ops
 from mprec._native import _C
-from mprec.errors import IdOutOfRangeError
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
-from mprec.nn.config import DEFAULT_OPTIONS, DheConfig, Kernel, check_kernel, kernel_options
-from mprec.ops._common import direct, num_bags, rows_as_bags
-from mprec.ops._decoders import ModuleDecoder
+from mprec.nn.config import DheConfig
+from mprec.nn.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.nn.tuning import kernel_options
+from mprec.ops._autograd import is_batched
+from mprec.ops._checks import check_bags, check_ids, num_bags
+from mprec.ops._common import eager, ids, rows_as_bags
+from mprec.ops._decoders import ModuleDecoder, clear_decoders
 
 
 class DeepHashEmbeddingBag(nn.Module):
@@ -94,7 +97,9 @@ class DeepHashEmbeddingBag(nn.Module):
         try:  # past nn.Module.__getattr__, which would cost a microsecond
             weights = [layer._parameters["weight"] for layer in layers]
             return self._buffers["coefficients"], weights, [layer._parameters["bias"] for layer in layers]
-        except KeyError:  # parametrised layers
+        except KeyError:  # parametrised or pruned layers
+            for layer in layers:
+                _recompute(layer)
             return self.coefficients, self.weights, self.biases
 
     def forward(
@@ -102,18 +107,23 @@ class DeepHashEmbeddingBag(nn.Module):
     ) -> Tensor:
         include_last_offset = self.include_last_offset
         if offsets is None:
-            if input.dim() != 2:
+            if input.dim() != 2 and not input.is_nested:
                 raise ValueError("offsets has to be a 1D Tensor but got None")
             input, offsets, per_sample_weights = rows_as_bags(input, per_sample_weights)
             include_last_offset = True
-        if not torch.is_grad_enabled() and direct(input, offsets, per_sample_weights):
+        if (
+            not torch.is_grad_enabled()
+            and eager()
+            and type(input) is type(offsets) is Tensor
+            and (per_sample_weights is None or type(per_sample_weights) is Tensor)
+        ):
             out = self._forward_direct(input, offsets, per_sample_weights, include_last_offset)
             if out is not None:
                 return out
         if input.dim() == 2:
             raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
         if self.num_embeddings is not None:
-            check_bound(input, self.num_embeddings)
+            check_bound(input, offsets, include_last_offset, self.num_embeddings)
         return ops.dhe_bag(
             input,
             offsets,
@@ -130,32 +140,33 @@ class DeepHashEmbeddingBag(nn.Module):
     def _forward_direct(self, input, offsets, per_sample_weights, include_last_offset) -> Tensor | None:
         """As :meth:`forward`, without the operator: one native call. None for what that does not take."""
         padding_idx, packed = self.padding_idx, self._packed
-        try:
-            options = DEFAULT_OPTIONS
-            if self.kernel is not None:
-                options = kernel_options(self, num_bags(offsets, include_last_offset))
-            kept = packed.kept if packed.config is self.config else packed.pack(self)
-            while kept is not None:
-                out = _C.dhe_bag_kept(
-                    kept,
-                    input,
-                    offsets,
-                    per_sample_weights,
-                    MODES[self.mode],
-                    include_last_offset,
-                    -1 if padding_idx is None else padding_idx,
-                    self.num_embeddings,
-                    options.threads or torch.get_num_threads(),
-                    options.dedupe,
-                )
-                if out is not None:
-                    return out
-                kept = packed.pack(self)
-        except IdOutOfRangeError:
-            raise
-        except (TypeError, ValueError, IndexError):
-            pass  # the operator takes it, or says what is wrong
+        options = DEFAULT_OPTIONS
+        if self.kernel is not None:
+            options = kernel_options(self, num_bags(offsets, include_last_offset))
+        kept = packed.kept if packed.config is self.config else packed.pack(self)
+        while kept is not None:
+            out = _C.dhe_bag_kept(
+                kept,
+                input,
+                offsets,
+                per_sample_weights,
+                MODES[self.mode],
+                include_last_offset,
+                -1 if padding_idx is None else padding_idx,
+                self.num_embeddings,
+                options.threads or torch.get_num_threads(),
+                options.dedupe,
+            )
+            if out is not False:
+                return out
+            kept = packed.pack(self)
         return None
+
+    def invalidate(self) -> None:
+        """See writes to the decoder through ``.data``, NumPy or DLPack at the next call: such writes raise no
+        version counter and may else go unnoticed until some 2048 IDs have been decoded. All other changes are
+        seen at once."""
+        clear_decoders()
 
     @torch.no_grad()
     def materialize(self, num_embeddings: int | None = None, chunk: int = 16384) -> Tensor:
@@ -178,6 +189,11 @@ class DeepHashEmbeddingBag(nn.Module):
             )
         return table
 
+    def kernel_traits(self) -> KernelTraits:
+        """For :mod:`mprec.nn.tuning`. A bag without a bound is measured on 2**20 IDs."""
+        shape = [[self.config.to_dict(), self.embedding_dim, self.mode], []]
+        return KernelTraits(True, False, [self.num_embeddings or 1 << 20], shape, takes_batches=False)
+
     def extra_repr(self) -> str:
         bound = "" if self.num_embeddings is None else f", num_embeddings={self.num_embeddings}"
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
@@ -188,12 +204,19 @@ class DeepHashEmbeddingBag(nn.Module):
         )
 
 
-def check_bound(indices: Tensor, bound: int) -> None:
+def _recompute(layer: nn.Module) -> None:
+    """What torch's pruning and weight norm do before a layer's own forward pass: make its weight anew from
+    the parameters that stand for it."""
+    for hook in layer._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(layer, ())
+
+
+def check_bound(indices: Tensor, offsets: Tensor, include_last_offset: bool, bound: int) -> None:
     """``IdOutOfRangeError`` if an ID is not below ``bound``. On a GPU this would wait for it: not checked
     there."""
-    if torch.compiler.is_compiling() or not indices.is_cpu or not indices.numel():
+    if torch.compiler.is_compiling() or not indices.is_cpu or is_batched(indices) or indices.dim() != 1:
         return
-    top = int(indices.max())
-    if top >= bound:
-        position = int((indices == top).nonzero()[0, 0])
-        raise IdOutOfRangeError(f"indices[{position}]: ID {top} is not in [0, {bound})")
+    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
+    check_bags(offsets, len(indices), include_last_offset)
+    check_ids(indices, offsets, [bound], num_bags(offsets, include_last_offset))

@@ -77,10 +77,11 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         input: Tensor,
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
-        *,
         out: Tensor | None = None,
     ) -> Tensor:
         """As torch's; ``out`` takes the result, if given (not with gradients)."""
+        if torch.jit.is_scripting():
+            return self._scripted(input, offsets, per_sample_weights)
         return ops.embedding_bag(
             input,
             self.weight,
@@ -96,6 +97,34 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
             out=out,
         )
 
+    def _scripted(self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
+        """The same in TorchScript, whose functions call operators alone."""
+        include_last_offset, padding_idx, max_norm = self.include_last_offset, self.padding_idx, self.max_norm
+        if input.dim() == 2:
+            if offsets is not None:
+                raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
+            offsets = torch.arange(input.size(0) + 1, device=input.device) * input.size(1)
+            include_last_offset = True
+            input = input.reshape(-1)
+            if per_sample_weights is not None:
+                per_sample_weights = per_sample_weights.reshape(-1)
+        if offsets is None:
+            raise ValueError("offsets has to be a 1D Tensor but got None")
+        if max_norm is not None:
+            torch.embedding_renorm_(self.weight.detach(), input, max_norm, self.norm_type)
+        mode = 0 if self.mode == "sum" else 1 if self.mode == "mean" else 2
+        return torch.ops.mprec.embedding_bag(
+            self.weight,
+            input,
+            offsets,
+            mode,
+            per_sample_weights,
+            include_last_offset,
+            -1 if padding_idx is None else padding_idx,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
+
 
 def _storage(rows, dim, device, dtype, huge_pages) -> Tensor | None:
     """Memory for a new table in huge pages, or ``None``: then torch allocates."""
@@ -104,4 +133,7 @@ def _storage(rows, dim, device, dtype, huge_pages) -> Tensor | None:
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if huge_pages is None and (rows * dim * dtype.itemsize < pages.LARGE or not pages.supported()):
         return None
-    return pages.empty(rows, dim, dtype=dtype)
+    try:
+        return pages.empty(rows, dim, dtype=dtype)
+    except (OSError, OverflowError):
+        return None  # torch says what it could not allocate

@@ -9,11 +9,10 @@ from mprec import reference
 from mprec._native import _C
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.deep_hash import DeepHashEmbeddingBag
-from mprec.ops._common import check_bags, check_same_device, ids
+from mprec.ops._checks import check_bags, check_mode, check_per_sample_weights, check_same_device
+from mprec.ops._common import ids, plain
 from mprec.ops._csr import batch_size
-from mprec.ops._decoders import decoder, group_decoders
-from mprec.ops._dhe import run_dhe_bag_multi
-from mprec.ops._tables import run_embedding_bag_multi
+from mprec.ops._decoders import check_float16, decoder
 
 TABLE_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
 #: Hash families that a decoder precision serves; None: all.
@@ -48,9 +47,12 @@ class QuantizedTable(nn.Module):
         self.num_embeddings, self.embedding_dim = weight.shape
         self.precision = precision
         self.bits = _BITS.get(precision, 8)
-        weight = weight.detach().to(torch.float32).contiguous()
+        weight = plain(weight.detach().to(torch.float32))
+        _check_range(weight, precision)
         if precision == "int8":
             rows = torch.ops.quantized.embedding_bag_byte_prepack(weight)
+        elif precision == "int4" and weight.is_meta:  # torch says nothing of its shape
+            rows = weight.new_empty(len(weight), weight.shape[1] // 2 + 4, dtype=torch.uint8)
         elif precision == "int4":
             rows = torch.ops.quantized.embedding_bag_4bit_prepack(weight)
         else:
@@ -71,6 +73,24 @@ class QuantizedTable(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.precision}, {self.nbytes:,} bytes"
+
+
+def _check_range(weight: Tensor, precision: str) -> None:
+    """``ValueError`` for numbers that the precision would turn into others without a word."""
+    if precision == "float16":
+        check_float16([weight], "precision")
+    if precision not in _BITS or not weight.numel():
+        return
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"precision: {precision} is for finite numbers; a row of the table holds others")
+    low, high = weight.amin(1), weight.amax(1)
+    largest = torch.finfo(torch.float16 if precision == "int4" else torch.float32).max
+    step = (high.double() - low.double()) / (2 ** _BITS[precision] - 1)
+    if float(low.abs().max()) > largest or float(step.max()) > largest:
+        raise ValueError(
+            f"precision: {precision} holds the least number of a row and the step between two codes up to "
+            f"{largest:g}, got {float(low.abs().max()):g} and {float(step.max()):g}"
+        )
 
 
 class QuantizedDecoder(nn.Module):
@@ -125,7 +145,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             too, sums are float32; a CPU computes the same, slowly.
 
     Raises:
-        ValueError: unknown precision or feature, or one that does not fit (odd dimension, hash family).
+        ValueError: unknown precision or feature, or one that does not fit (odd dimension, hash family,
+            numbers beyond the range of float16 or of int4's scales).
     """
 
     def __init__(
@@ -134,6 +155,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         tables: str | Mapping[str, str] = "int8",
         decoders: str | Mapping[str, str] = "float32",
     ) -> None:
+        collection = collection.fold()
         super().__init__(collection.features, device="meta")
         with_tables = [f.name for f in self.features if f.has_table]
         with_decoders = [f.name for f in self.features if f.has_dhe]
@@ -142,6 +164,9 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         for f in self.features:
             if f.has_dhe:
                 _check_decoder_precision(f, self.decoder_precision[f.name])
+                if self.decoder_precision[f.name] == "float16":
+                    weights = collection.dhe._modules[f.name].weights
+                    check_float16(weights, f"decoders: feature {f.name!r}")
         self.dhe = nn.ModuleDict()
         for name in with_decoders:
             shared = collection.dhe._modules[name]
@@ -184,21 +209,11 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
-    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> None:
+    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
         modules = self._modules["tables"]._modules
-        run_embedding_bag_multi(
-            _C.tensors_of(modules, group.names, "_buffers", "rows", Tensor),
-            indices,
-            offsets,
-            group.mode_code,
-            per_sample_weights,
-            out,
-            None if group.alone else group.columns,
-            None if group.whole else group.features,
-            len(self.features),
-            [modules[name].bits for name in group.names],
-            threads=options.threads,
-        )
+        rows = _C.tensors_of(modules, group.names, "_buffers", "rows", Tensor)
+        bits = [modules[name].bits for name in group.names]
+        return self._pool_tables(group, rows, bits, indices, offsets, per_sample_weights, out, options)
 
     def _in_float8(self, name: str) -> bool:
         return self.decoder_precision[name] == "float8"
@@ -214,28 +229,16 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
                 }
                 yield group._replace(**lists, whole=group.whole and len(at) == len(group.names))
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> None:
-        if self._in_float8(group.names[0]):
-            vectors = self._embed_decoders(group, indices, offsets, per_sample_weights)
-            for column, part in self._by_column(group, vectors):
-                out[:, column : column + part.shape[1]] = part
-            return
-        modules = self._modules["dhe"]._modules
-        members = [modules[name] for name in group.names]
-        precisions = [self.decoder_precision[name] for name in group.names]
-        run_dhe_bag_multi(
-            group_decoders(self, group.names[0], members, group.decoder, precisions),
-            indices,
-            offsets,
-            group.mode_code,
-            per_sample_weights,
-            out,
-            group.columns,
-            None if group.whole else group.features,
-            len(self.features),
-            threads=options.threads,
-            dedupe=options.dedupe,
-        )
+    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
+        if not self._in_float8(group.names[0]):
+            return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)
+        vectors = self._embed_decoders(group, indices, offsets, per_sample_weights)
+        for column, part in self._by_column(group, vectors):
+            out[:, column : column + part.shape[1]] = part
+        return out
+
+    def _precisions(self, group) -> list[str]:
+        return [self.decoder_precision[name] for name in group.names]
 
     def _embed_tables(self, group, indices, offsets, per_sample_weights) -> Tensor:
         tables = [self.tables._modules[name] for name in group.names]
@@ -274,12 +277,16 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         batch_size(offsets, len(self.features))
         if indices.is_cuda:
             return super()._forward_ops(indices, offsets, per_sample_weights)
-        check_bags(offsets, len(indices), True)
+        check_bags(offsets, len(indices), True, len(self.features))
         if per_sample_weights is not None:
-            per_sample_weights = per_sample_weights.detach().to(torch.float32).contiguous()
-            if any(f.mode == "max" for f in self.features):
-                raise NotImplementedError("per_sample_weights: only modes 'sum' and 'mean' take them")
-        return self._forward_direct(indices, offsets, per_sample_weights)
+            per_sample_weights = plain(per_sample_weights.detach().to(torch.float32))
+            check_per_sample_weights(per_sample_weights, torch.float32, indices)
+        for group in (*self._table_groups, *self._dhe_groups):
+            check_mode(group.mode_code, per_sample_weights)
+        pooled = self._forward_direct(indices, offsets, per_sample_weights)
+        if pooled is None:
+            raise TypeError("expected rows in their own precision, on the CPU: were buffers replaced?")
+        return pooled
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,8 @@ def swap(model: nn.Module, dhe: Choice | None = None) -> nn.Module:
 
     A table keeps its parameter, hooks, mode and name: optimizers, state_dicts and outputs stay as they are. A
     module reached by several names stays shared. Subclasses of ``torch.nn.EmbeddingBag`` are left alone.
+    Tools that look for exactly torch's class no longer find one: ``torch.ao.quantization.quantize_dynamic``
+    leaves mprec's in float32, so quantise by :class:`mprec.nn.QuantizedEmbeddingBagCollection`.
 
     Args:
         model: changed in place, unless it is an ``EmbeddingBag`` itself.

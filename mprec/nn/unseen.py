@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.ops._common import check_ids
+from mprec.ops._checks import check_id_list
 
 
 class MeanForUnseen(nn.Module):
@@ -54,7 +54,7 @@ class MeanForUnseen(nn.Module):
                     raise ValueError(f"seen: feature {name!r} is pooled by maximum")
                 if not len(ids):
                     raise ValueError(f"seen: feature {name!r} has no seen ID")
-                check_ids(ids, feature.num_embeddings, f"seen[{name!r}]")
+                check_id_list(ids, feature.num_embeddings, f"seen[{name!r}]")
                 size, proxy = feature.num_embeddings, int(ids[0])
                 mask = torch.zeros(size, dtype=torch.bool)
                 masks.append(mask.index_fill_(0, ids, True))

@@ -2,9 +2,13 @@
 
 Each function here is also ``torch.ops.mprec.<name>``, with a gradient, for ``torch.compile`` and
 ``torch.export``. Called eagerly on plain CPU tensors that need no gradient, the functions skip torch's
-dispatcher and go straight to the kernel. float32 has native kernels; float64, float16 and bfloat16 are
-computed by :mod:`mprec.reference` in float64 and rounded once. Bad IDs, offsets, dtypes, shapes and devices
-raise the exceptions of :mod:`mprec.errors`, ``ValueError`` or ``TypeError``.
+dispatcher and go straight to the kernel; what that does not take goes to the operator. Tables in float32,
+float16 and bfloat16 and decoders in float32 have native kernels; others are computed by
+:mod:`mprec.reference` in float64 and rounded once. Bad IDs, offsets, dtypes, shapes and devices raise the
+exceptions of :mod:`mprec.errors`, ``ValueError`` or ``TypeError``.
+
+Backward passes run kernels. Derivatives of derivatives, forward-mode AD and the transforms of ``torch.func``
+run the formulas of :mod:`mprec.reference` in plain torch.
 
 CUDA: Triton kernels that do not wait for the device; bad IDs are left out and reported by a later call.
 """

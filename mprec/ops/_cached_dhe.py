@@ -9,7 +9,9 @@ import torch
 
 from mprec import reference
 from mprec.ops import _dhe
-from mprec.ops._common import check_bags, check_ids, check_same_device, ids, library
+from mprec.ops._checks import check_bags, check_ids, check_ndim, check_same_device, num_bags
+from mprec.ops._common import library
+from mprec.ops._decoders import check_decoder
 
 library.define(
     "cached_dhe_bag(Tensor keys, Tensor rows, int probes, Tensor indices, Tensor offsets, "
@@ -19,15 +21,40 @@ library.define(
 )
 
 
+def checked(
+    keys, rows, probes, indices, offsets, coefficients, weights, biases, family, activation, last_activation,
+    mode, per_sample_weights, include_last_offset,
+):  # fmt: skip
+    """``indices`` and ``offsets`` as kernels take them; the checks that need no values, for every device."""
+    check_decoder(coefficients, weights, biases, family, activation, last_activation)
+    check_same_device(
+        keys=keys, rows=rows, indices=indices, offsets=offsets, coefficients=coefficients, weights=weights,
+        biases=biases, per_sample_weights=per_sample_weights,
+    )  # fmt: skip
+    check_ndim(keys, "keys")
+    if keys.dtype != torch.int64:
+        raise TypeError(f"keys: expected int64, got {keys.dtype}")
+    if not len(keys) or len(keys) & (len(keys) - 1):
+        raise ValueError(f"keys: expected a power of two of them, got {len(keys)}")
+    dim = weights[-1].shape[0]
+    if rows.shape != (len(keys), dim):
+        raise ValueError(f"rows: expected [{len(keys)}, {dim}], got {list(rows.shape)}")
+    if probes < 1:
+        raise ValueError(f"probes: expected at least 1, got {probes}")
+    return _dhe.checked(indices, offsets, weights[0].dtype, mode, per_sample_weights, include_last_offset)
+
+
 def _cached_dhe_bag(
     keys, rows, probes, indices, offsets, coefficients, weights, biases, family, activation, last_activation,
     mode=0, per_sample_weights=None, include_last_offset=False, padding_idx=-1,
 ):  # fmt: skip
-    check_same_device(keys=keys, rows=rows, indices=indices, offsets=offsets, weights=weights)
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
+    indices, offsets = checked(
+        keys, rows, probes, indices, offsets, coefficients, weights, biases, family, activation,
+        last_activation, mode, per_sample_weights, include_last_offset,
+    )  # fmt: skip
     check_bags(offsets, len(indices), include_last_offset)
+    check_ids(indices, offsets, [None], num_bags(offsets, include_last_offset))
     keep = None if padding_idx < 0 else indices != padding_idx
-    check_ids(indices if keep is None else indices[keep], None)
     alone = torch.arange(len(indices), device=indices.device)
     vectors = _dhe._dhe_bag(
         indices.clamp(min=0), alone, coefficients, weights, biases, family, activation, last_activation

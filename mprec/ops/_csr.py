@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mprec._native import _C
 from mprec.errors import InvalidOffsetsError
-from mprec.ops._common import ids
+from mprec.ops._common import ids, plain
 
 
 class Csr(NamedTuple):
@@ -20,10 +20,21 @@ class Csr(NamedTuple):
     offsets: Tensor
     per_sample_weights: Tensor | None
 
+    def for_kernels(self) -> "Csr":
+        """As native kernels read them: int32 or int64, and weights in float32."""
+        weights = self.per_sample_weights
+        return Csr(
+            ids(self.indices, "indices"),
+            ids(self.offsets, "offsets"),
+            None if weights is None else plain(weights.detach().to(torch.float32)),
+        )
+
 
 def batch_size(offsets: Tensor, num_features: int) -> int:
     """B, or ``InvalidOffsetsError`` if ``num_features`` does not divide the number of bags."""
     bags = offsets.shape[0] - 1
+    if num_features < 1:
+        raise ValueError(f"num_features: expected at least 1, got {num_features}")
     if bags < 0 or bags % num_features:
         raise InvalidOffsetsError(
             f"offsets: expected 1 + a multiple of the number of features, {num_features}, got "

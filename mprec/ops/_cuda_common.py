@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mprec.ops._common import traced
+from mprec.tracing import traced
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from mprec import reference
 from mprec.names import MODES
-from mprec.ops import _csr, _dhe, _dhe_gradient, _quantized
-from mprec.ops._common import check_per_sample_weights, check_same_device, contiguous, ids, num_bags
+from mprec.ops import _cached_dhe, _csr, _dhe, _dhe_gradient
+from mprec.ops._checks import check_same_device, num_bags
+from mprec.ops._common import ids, plain
 from mprec.ops._cuda_common import KERNEL_DTYPES, aligned, columns_of, rounds, with_last_offset
+from mprec.ops._decoders import check_decoder
 
 
 def dhe_bag(
@@ -27,7 +29,7 @@ def dhe_bag(
     padding_idx: int = -1,
 ) -> Tensor:
     options = (family, activation, last_activation)
-    _dhe.check_decoder(coefficients, weights, biases, *options)
+    check_decoder(coefficients, weights, biases, *options)
     check_same_device(
         indices=indices,
         offsets=offsets,
@@ -36,8 +38,9 @@ def dhe_bag(
         biases=biases,
         per_sample_weights=per_sample_weights,
     )
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, weights[0], indices)
+    indices, offsets = _dhe.checked(
+        indices, offsets, weights[0].dtype, mode, per_sample_weights, include_last_offset
+    )
     if weights[0].dtype not in KERNEL_DTYPES:
         return _dhe._dhe_bag(
             indices, offsets, coefficients, weights, biases, *options, mode, per_sample_weights,
@@ -65,15 +68,7 @@ def dhe_bag_multi(
     num_features: int | None = None,
 ) -> Tensor:
     options = (family, activation, last_activation)
-    if not len(coefficients) == len(layers) or not sum(layers) == len(weights) == len(biases):
-        raise ValueError(
-            f"layers: {list(layers)} do not describe {len(coefficients)} coefficients, "
-            f"{len(weights)} weights and {len(biases)} biases"
-        )
-    split = _dhe._split
-    stacks = list(zip(coefficients, split(layers, weights), split(layers, biases), strict=True))
-    for t, stack in enumerate(stacks):
-        _dhe.check_decoder(*stack, *options, f"decoder {t}: ")
+    stacks = _dhe.stacks_of(coefficients, weights, biases, layers, options)
     check_same_device(
         indices=indices,
         offsets=offsets,
@@ -82,14 +77,15 @@ def dhe_bag_multi(
         biases=biases,
         per_sample_weights=per_sample_weights,
     )
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, weights[0], indices)
+    indices, offsets, num_features = _dhe.checked_multi(
+        indices, offsets, weights[0].dtype, mode, per_sample_weights, features, num_features, len(layers)
+    )
     if weights[0].dtype not in KERNEL_DTYPES or any(w.dtype != weights[0].dtype for w in weights):
         return _dhe._dhe_bag_multi(
             indices, offsets, coefficients, weights, biases, layers, *options, mode, per_sample_weights,
             features, num_features,
         )  # fmt: skip
-    batch = _csr.batch_size(offsets, len(layers) if num_features is None else num_features)
+    batch = _csr.batch_size(offsets, num_features)
     features = list(range(len(layers))) if features is None else list(features)
     return _pooled(indices, offsets, batch, features, stacks, options, mode, per_sample_weights, -1)
 
@@ -100,7 +96,7 @@ def quantized_dhe_bag_multi(
 ):  # fmt: skip
     """Weights in float8, sums in float32."""
     options = (family, activation, last_activation)
-    stacks = _quantized.float8_stacks(coefficients, weights, affines, layers, options)
+    stacks = _dhe.stacks_of(coefficients, weights, affines, layers, options, scaled=True)
     check_same_device(
         indices=indices,
         offsets=offsets,
@@ -109,9 +105,10 @@ def quantized_dhe_bag_multi(
         affines=affines,
         per_sample_weights=per_sample_weights,
     )
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, affines[0], indices)
-    batch = _csr.batch_size(offsets, len(layers) if num_features is None else num_features)
+    indices, offsets, num_features = _dhe.checked_multi(
+        indices, offsets, torch.float32, mode, per_sample_weights, features, num_features, len(layers)
+    )
+    batch = _csr.batch_size(offsets, num_features)
     features = list(range(len(layers))) if features is None else list(features)
     return _pooled(indices, offsets, batch, features, stacks, options, mode, per_sample_weights, -1)
 
@@ -123,7 +120,7 @@ def _pooled(indices, offsets, batch, features, stacks, options, mode, per_sample
 
     first = stacks[0][1][0]
     dims = [ws[-1].shape[0] for _, ws, _ in stacks]
-    columns, psw = columns_of(dims), contiguous(per_sample_weights)
+    columns, psw = columns_of(dims), plain(per_sample_weights)
     # float32, so that bags of half-precision vectors are summed before they are rounded
     vectors = torch.empty(len(indices), -(-max(dims) // 4) * 4, dtype=torch.float32, device=first.device)
     out = stacks[0][2][0].new_empty(batch, sum(dims))  # biases: float32 where weights are in float8
@@ -159,17 +156,20 @@ def cached_dhe_bag(
     mode=0, per_sample_weights=None, include_last_offset=False, padding_idx=-1,
 ):  # fmt: skip
     """IDs in the cache are read from it, the others decoded; the host never learns how many there were."""
+    indices, offsets = _cached_dhe.checked(
+        keys, rows, probes, indices, offsets, coefficients, weights, biases, family, activation,
+        last_activation, mode, per_sample_weights, include_last_offset,
+    )  # fmt: skip
     from mprec.triton_kernels.embedding_bag import pool_grouped
     from mprec.triton_kernels.row_cache import RowCache, cached_dhe_forward
 
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
     batch = num_bags(offsets, include_last_offset)
     offsets = with_last_offset(offsets, len(indices), include_last_offset)
     vectors = cached_dhe_forward(
         RowCache(keys, rows, probes), indices, aligned(coefficients), [aligned(w) for w in weights],
         [aligned(b) for b in biases], family, activation, last_activation,
     )  # fmt: skip
-    out, psw = vectors.new_empty(batch, vectors.shape[1]), contiguous(per_sample_weights)
+    out, psw = vectors.new_empty(batch, vectors.shape[1]), plain(per_sample_weights)
     pool_grouped(vectors, [vectors.shape[1]], indices, offsets, batch, [0], mode, psw, padding_idx, out, [0])
     return out
 
@@ -204,10 +204,11 @@ def dhe_bag_backward(
             grad, indices, offsets, coefficients, weights, biases, *options, mode, per_sample_weights,
             include_last_offset, padding_idx, need_per_sample_weights,
         )  # fmt: skip
+    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
     batch = num_bags(offsets, include_last_offset)
     offsets = with_last_offset(offsets, len(indices), include_last_offset)
     (grads,), grad_psw = _gradients(
-        grad, ids(indices, "indices"), ids(offsets, "offsets"), batch, [0], 1,
+        grad, indices, offsets, batch, [0], 1,
         [(coefficients, weights, biases)], options, mode, per_sample_weights, padding_idx,
         need_per_sample_weights,
     )  # fmt: skip
@@ -251,12 +252,12 @@ def _gradients(
     padding_idx, need_per_sample_weights,
 ):  # fmt: skip
     """Per decoder (weights' gradients, biases' gradients), and that of the per-sample weights [n or 0]."""
-    grad = contiguous(grad)
+    grad = plain(grad)
     dims = [ws[-1].shape[0] for _, ws, _ in stacks]
     columns, found = columns_of(dims), [([], []) for _ in stacks]
     grad_psw = grad.new_zeros(indices.shape if need_per_sample_weights else 0)
     bag, share = _places(indices, offsets, batch * num_features, mode, padding_idx, grad.dtype)
-    factor = share if per_sample_weights is None else share * per_sample_weights
+    factor = share if per_sample_weights is None else share * per_sample_weights.to(grad.dtype)
     for parts in rounds(features):
         for members in _of_equal_shape(parts, stacks):
             rows = _taken(grad, bag, batch, [(features[t], columns[t]) for t in members], num_features,
@@ -272,7 +273,7 @@ def _gradients(
             if need_per_sample_weights:
                 served = _served(bag, batch, [features[t] for t in members], num_features)
                 grad_psw += torch.where(served, (rows * vectors).sum(1) * share, 0)
-    return found, grad_psw
+    return found, grad_psw if per_sample_weights is None else grad_psw.to(per_sample_weights.dtype)
 
 
 def _places(indices, offsets, bags, mode, padding_idx, dtype):
@@ -342,7 +343,7 @@ def _decoder_gradients(
             inputs.append(reference.activate(out, names[layer]))
     grads = []
     for layer in range(last, -1, -1):
-        dz = contiguous(_dhe_gradient._activation_gradient(grad_rows, sums[layer], names[layer]))
+        dz = plain(_dhe_gradient._activation_gradient(grad_rows, sums[layer], names[layer]))
         hashes = coefficients if layer == 0 else None
         grads.append(layer_gradients(inputs[layer], hashes, dz, offsets, batch, features, family))
         if layer:

@@ -6,15 +6,9 @@ import torch
 from torch import Tensor
 
 from mprec.names import MODES
-from mprec.ops import _csr, _quantized, _tables
-from mprec.ops._common import (
-    check_per_sample_weights,
-    check_same_device,
-    check_weights,
-    contiguous,
-    ids,
-    num_bags,
-)
+from mprec.ops import _csr, _quantized, _tables, _updates
+from mprec.ops._checks import num_bags
+from mprec.ops._common import ids, mutated, plain
 from mprec.ops._cuda_common import KERNEL_DTYPES, aligned, columns_of, rounds, with_last_offset
 
 
@@ -29,10 +23,9 @@ def embedding_bag(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    check_same_device(weight=weight, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights)
-    check_weights(weight, "weight")
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, weight, indices)
+    indices, offsets = _tables.checked(
+        weight, indices, offsets, mode, per_sample_weights, include_last_offset
+    )
     if weight.dtype not in KERNEL_DTYPES:
         return _tables._embedding_bag(
             weight, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx
@@ -48,7 +41,7 @@ def embedding_bag(
         batch,
         [0],
         mode,
-        contiguous(per_sample_weights),
+        plain(per_sample_weights),
         padding_idx,
         out,
         [0],
@@ -66,22 +59,16 @@ def embedding_bag_multi(
     num_features: int | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    check_same_device(
-        weights=weights, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
+    indices, offsets, num_features = _tables.checked_multi(
+        weights, indices, offsets, mode, per_sample_weights, features, num_features
     )
-    for t, weight in enumerate(weights):
-        check_weights(weight, f"weights[{t}]")
-        if weight.dtype != weights[0].dtype:
-            raise TypeError(f"weights[{t}]: expected {weights[0].dtype} as weights[0], got {weight.dtype}")
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, weights[0], indices)
     if weights[0].dtype not in KERNEL_DTYPES:
         return _tables._embedding_bag_multi(
             weights, indices, offsets, mode, per_sample_weights, features, num_features
         )
     from mprec.triton_kernels.embedding_bag import embedding_bag_grouped
 
-    batch = _csr.batch_size(offsets, len(weights) if num_features is None else num_features)
+    batch = _csr.batch_size(offsets, num_features)
     dims = [weight.shape[1] for weight in weights]
     out = weights[0].new_empty(batch, sum(dims))
     embedding_bag_grouped(
@@ -91,7 +78,7 @@ def embedding_bag_multi(
         batch,
         range(len(weights)) if features is None else features,
         mode,
-        contiguous(per_sample_weights),
+        plain(per_sample_weights),
         -1,
         out,
         columns_of(dims),
@@ -124,6 +111,7 @@ def embedding_bag_backward(
         )  # fmt: skip
     if not need_weight:
         return grad.new_empty(0), grad.new_empty(0)
+    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
     offsets = with_last_offset(offsets, len(indices), include_last_offset)
     (gradient,) = _table_gradients(
         grad, [weight], indices, offsets, mode, per_sample_weights, [0], 1, padding_idx
@@ -149,6 +137,7 @@ def embedding_bag_multi_backward(
             grad, weights, indices, offsets, mode, per_sample_weights, features, num_features, sparse,
             need_per_sample_weights,
         )  # fmt: skip
+    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
     gradients = _table_gradients(
         grad, weights, indices, offsets, mode, per_sample_weights, features, num_features, -1
     )
@@ -166,7 +155,7 @@ def _table_gradients(
         weights, indices, offsets, mode, per_sample_weights, features, num_features, padding_idx
     ):
         grads = gradient.weight_gradients(
-            [weights[t] for t in parts], segments, contiguous(grad), [columns[t] for t in parts]
+            [weights[t] for t in parts], segments, plain(grad), [columns[t] for t in parts]
         )
         found |= zip(parts, grads, strict=True)
     return [found[t] for t in range(len(weights))]
@@ -189,45 +178,54 @@ def _sorted(weights, indices, offsets, mode, per_sample_weights, features, num_f
 
 def table_sgd_(weights, grad, indices, offsets, mode, per_sample_weights, padding_idx, features,
                num_features, columns, lr):  # fmt: skip
+    indices, offsets = _updates.checked(
+        grad, weights, None, indices, offsets, mode, per_sample_weights, features, num_features, columns
+    )
     from mprec.triton_kernels import gradient
 
     for parts, segments in _sorted(
         weights, indices, offsets, mode, per_sample_weights, features, num_features, padding_idx
     ):
-        chosen = [weights[t] for t in parts], segments, contiguous(grad), [columns[t] for t in parts]
+        chosen = [weights[t] for t in parts], segments, plain(grad), [columns[t] for t in parts]
         gradient.sgd_(*chosen, lr)
+    mutated(*weights)
 
 
 def table_rowwise_adagrad_(weights, sums, grad, indices, offsets, mode, per_sample_weights, padding_idx,
                            features, num_features, columns, lr, eps):  # fmt: skip
+    indices, offsets = _updates.checked(
+        grad, weights, sums, indices, offsets, mode, per_sample_weights, features, num_features, columns
+    )
     from mprec.triton_kernels import gradient
 
     for parts, segments in _sorted(
         weights, indices, offsets, mode, per_sample_weights, features, num_features, padding_idx
     ):
         states = [sums[t] for t in parts]
-        chosen = segments, contiguous(grad), [columns[t] for t in parts]
+        chosen = segments, plain(grad), [columns[t] for t in parts]
         gradient.rowwise_adagrad_([weights[t] for t in parts], states, *chosen, lr, eps)
+    mutated(*weights, *sums)
 
 
 def quantized_embedding_bag_multi(rows, bits, indices, offsets, mode=0, per_sample_weights=None,
                                   features=None, num_features=None):  # fmt: skip
     """A launch for each kind of rows."""
+    indices, offsets, num_features, dims = _quantized.checked(
+        rows, bits, indices, offsets, mode, per_sample_weights, features, num_features
+    )
     from mprec.triton_kernels import embedding_bag as kernels
 
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
     features = list(range(len(rows))) if features is None else list(features)
-    batch = _csr.batch_size(offsets, len(rows) if num_features is None else num_features)
+    batch = _csr.batch_size(offsets, num_features)
     kinds: dict[tuple, list[int]] = {}
     for t, (table, width) in enumerate(zip(rows, bits, strict=True)):
         kind = kernels.FLOAT if table.dtype != torch.uint8 else kernels.INT8 if width == 8 else kernels.INT4
         kinds.setdefault((kind, table.dtype), []).append(t)
-    dims = _quantized.dims_of(rows, bits)
     columns = columns_of(dims)
     out = rows[0].new_empty(batch, sum(dims), dtype=torch.float32)
     for (kind, _), parts in kinds.items():
         kernels.embedding_bag_grouped(
             [aligned(rows[t]) for t in parts], indices, offsets, batch, [features[t] for t in parts], mode,
-            contiguous(per_sample_weights), -1, out, [columns[t] for t in parts], kind,
+            plain(per_sample_weights), -1, out, [columns[t] for t in parts], kind,
         )  # fmt: skip
     return out

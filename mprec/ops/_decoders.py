@@ -1,16 +1,22 @@
 """Packed native decoders, kept while their weights stay as they are.
 
 A ``_C.Decoder`` holds a copy of the weights in the order in which the kernels read them. It is used again if
-every tensor is still the same object, with the same storage, sizes, version counter and a sample of its
-elements. In-place operations raise the counter, optimizers' steps included; writes through ``tensor.data`` or
-NumPy views do not, but show in the sample unless they leave most of a tensor as it was: call
-:func:`clear_decoders` after such, in training too, where a step's backward pass uses the decoder that its
-forward pass packed. Nothing is kept for tensors made under ``inference_mode``, which carry no counter.
+every tensor is still the same object, with the same storage, sizes, version counter and contents. In-place
+operations raise the counter, optimizers' steps included: what they change is seen at once.
+
+Writes through ``tensor.data``, NumPy or DLPack raise no counter, and show in the bytes alone. Each call
+compares checksums of short tensors (up to 512 bytes: biases, say) and of a share of the others' bytes, in
+turn: (1 + n) / 2048 of them before n IDs are decoded. So such a write is seen at once by calls of 2048 IDs
+and in small decoders, and else by the time that some 2048 IDs more have been decoded (n IDs in a call: after
+2048 / (1 + n) calls); or at once if :func:`clear_decoders` is called (modules' ``invalidate()``). Packing
+again compares all bytes, and so do forward and backward passes of training. Nothing is kept for tensors made
+under ``inference_mode``, which carry no counter.
 
 Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`
 watches where one module keeps them, :func:`group_decoders` where several do.
 """
 
+import functools
 import weakref
 from collections.abc import Hashable, Sequence
 
@@ -18,9 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mprec import reference
 from mprec._native import _C
+from mprec.hashing import coefficient_rows
 from mprec.names import ACTIVATIONS, FAMILIES, code
-from mprec.ops._common import contiguous
+from mprec.ops._checks import check_weights
+from mprec.ops._common import plain
 
 _LINEAR = ("weight", "bias")
 _groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
@@ -34,7 +43,10 @@ def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
             torch.autograd.graph.increment_version(group["params"])
 
 
-register_optimizer_step_post_hook(_count_fused_step)
+@functools.cache
+def _watch_fused_steps() -> None:
+    """From the first packed decoder on, every optimizer's steps in this process are counted."""
+    register_optimizer_step_post_hook(_count_fused_step)
 
 
 def decoder(
@@ -45,11 +57,14 @@ def decoder(
     activation: str,
     last_activation: str,
     precision: str = "float32",
+    *,
+    thorough: bool = False,
 ) -> "_C.Decoder":
-    """The native decoder of one feature: kept from an earlier call, or packed now if gradients are wanted."""
+    """The native decoder of one feature: kept from an earlier call, or packed now.
+
+    ``thorough``: compare all bytes of the weights, not a share of them.
+    """
     options = family, activation, last_activation, precision
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, *biases)):
-        return _pack(coefficients, weights, biases, *options)
     first = weights[0]
     key = id(first), precision
     found = _kept.get(key)
@@ -57,17 +72,22 @@ def decoder(
         found is not None
         and found[0]() is first
         and found[1] == options
-        and _C.same_stack(found[2], coefficients, weights, biases)
+        and _C.same_stack(found[2], coefficients, weights, biases, thorough)
     ):
         return found[3]
-    try:
-        watch = _C.StackWatch(coefficients, weights, biases)  # before packing: no change may go unnoticed
-    except RuntimeError:  # tensors made in inference mode
-        watch = None
+    watch = _C.StackWatch.of(coefficients, weights, biases)  # before packing: no change may go unnoticed
     handle = _pack(coefficients, weights, biases, *options)
     if watch is not None:
         _kept[key] = weakref.ref(first, lambda _: _kept.pop(key, None)), options, watch, handle
     return handle
+
+
+def drop_changed(coefficients: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Compare all bytes of what :func:`decoder` has kept of these, before a forward pass of training."""
+    key = id(weights[0]), "float32"
+    found = _kept.get(key)
+    if found is not None and not _C.same_stack(found[2], coefficients, weights, biases, True):
+        _kept.pop(key, None)
 
 
 class ModuleDecoder:
@@ -77,7 +97,7 @@ class ModuleDecoder:
 
     Attributes:
         config: the module's when ``kept`` was made.
-        kept: for ``_C.dhe_bag_kept``, which gives ``None`` once the weights have changed.
+        kept: for ``_C.dhe_bag_kept``, which gives ``False`` once the weights have changed.
     """
 
     def __init__(self) -> None:
@@ -87,21 +107,20 @@ class ModuleDecoder:
         return ModuleDecoder, ()
 
     def pack(self, module: nn.Module) -> "_C.KeptDecoder | None":
-        """``kept``, made anew; ``None`` if the module's tensors cannot be watched. Only with grad mode off.
-
-        Raises ``TypeError`` or ``ValueError`` for what kernels do not take.
-        """
+        """``kept``, made anew; ``None`` if the module's tensors cannot be watched, or kernels do not take
+        them. Only with grad mode off."""
         self.config = self.kept = None
+        if not packable(*module.stack()):
+            return None
         layers = module._modules["decoder"]._modules
         places = [(module._buffers, "coefficients"), (module._modules, "decoder")]
         places += [(layers, name) for name in layers]
         places += [(layer._parameters, name) for layer in layers.values() for name in _LINEAR]
-        try:
-            watch = _C.WeightWatch(places)
-        except (RuntimeError, KeyError):  # tensors made in inference mode, parametrised layers
+        watch = _C.WeightWatch.of(places)
+        if watch is None:  # tensors made in inference mode, parametrised layers
             return None
         c = module.config
-        handle = decoder(*module.stack(), c.family, c.activation, c.last_activation)
+        handle = decoder(*module.stack(), c.family, c.activation, c.last_activation, thorough=True)
         self.config, self.kept = c, _C.KeptDecoder(watch, handle)
         return self.kept
 
@@ -112,8 +131,10 @@ def group_decoders(
     modules: Sequence[nn.Module],
     options: tuple[str, str, str],
     precisions: Sequence[str] | None = None,
-) -> list["_C.Decoder"]:
-    """The decoders of several modules (with ``stack()`` and ``decoder`` layers), for one kernel call.
+    ids: int = 0,
+) -> list["_C.Decoder"] | None:
+    """The decoders of several modules (with ``stack()`` and ``decoder`` layers), for one kernel call of so
+    many IDs; ``None`` if kernels do not take them.
 
     As :func:`decoder` for each, but one native check of all weights, which is kept with ``owner``, replaces
     one per decoder. Only with grad mode off.
@@ -121,33 +142,104 @@ def group_decoders(
     parts = [(module, *module._modules["decoder"]._modules.values()) for module in modules]
     kept = _groups.get(owner)
     found = None if kept is None else kept.get(group)
-    if found is not None and found[0] == parts and not found[1].changed():
+    if found is not None and found[0] == parts and not found[1].changed(ids):
         return found[2]
     places = [(module._buffers, "coefficients") for module in modules]
     places += [(layer._parameters, name) for _, *layers in parts for layer in layers for name in _LINEAR]
     precisions = ["float32"] * len(modules) if precisions is None else precisions
-    try:
-        watch = _C.WeightWatch(places)  # before packing: no change in between may go unnoticed
-    except RuntimeError:  # tensors made in inference mode
-        watch = None
-    handles = [decoder(*m.stack(), *options, p) for m, p in zip(modules, precisions, strict=True)]
+    stacks = [module.stack() for module in modules]
+    if not all(packable(*stack) for stack in stacks):
+        return None
+    watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
+    handles = [
+        decoder(*stack, *options, p, thorough=True) for stack, p in zip(stacks, precisions, strict=True)
+    ]
     if watch is not None:
         _groups.setdefault(owner, {})[group] = parts, watch, handles
     return handles
 
 
+def check_float16(tensors: Sequence[Tensor], name: str) -> None:
+    """``ValueError`` if finite numbers would become infinite in float16."""
+    for tensor in tensors:
+        numbers = tensor.detach()
+        if numbers.numel() and not bool((numbers.to(torch.float16).isfinite() | ~numbers.isfinite()).all()):
+            raise ValueError(f"{name}: float16 holds numbers up to 65504, got {float(numbers.abs().max())}")
+
+
+def check_decoder(
+    coefficients: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    family: str,
+    activation: str,
+    last_activation: str,
+    name: str = "",
+    scaled: bool = False,
+) -> None:
+    """``ValueError`` or ``DtypeError`` if these do not make a decoder. ``name`` precedes arguments' names.
+
+    ``scaled``: weights in float8, with float32 scales and biases ``[2, out]`` in place of biases.
+    """
+    rows = coefficient_rows(family)
+    code(ACTIVATIONS, activation, f"{name}activation")
+    code(ACTIVATIONS, last_activation, f"{name}last_activation")
+    if coefficients.dtype != torch.int32:
+        raise TypeError(f"{name}coefficients: expected int32, got {coefficients.dtype}")
+    if coefficients.dim() != 2 or len(coefficients) != rows or not coefficients.shape[1]:
+        raise ValueError(
+            f"{name}coefficients: expected [{rows}, k] for family {family!r}, got {list(coefficients.shape)}"
+        )
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"{name}weights, biases: expected one of each per layer, at least one layer, "
+            f"got {len(weights)} and {len(biases)}"
+        )
+    inputs = coefficients.shape[1]
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if not scaled:
+            check_weights(weight, f"{name}weights[{layer}]")
+        of_weight = reference.FLOAT8 if scaled else weights[0].dtype
+        of_bias = torch.float32 if scaled else of_weight
+        if weight.dtype != of_weight or bias.dtype != of_bias:
+            raise TypeError(
+                f"{name}layer {layer}: expected weight {of_weight} and bias {of_bias}, "
+                f"got weight {weight.dtype}, bias {bias.dtype}"
+            )
+        if (
+            weight.dim() != 2
+            or weight.shape[1] != inputs
+            or bias.shape != ((2, weight.shape[0]) if scaled else weight.shape[:1])
+        ):
+            raise ValueError(
+                f"{name}layer {layer}: expected weight [out, {inputs}] and bias "
+                f"{'[2, out]' if scaled else '[out]'}, got {list(weight.shape)} and {list(bias.shape)}"
+            )
+        inputs = weight.shape[0]
+
+
+def packable(coefficients: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+    """Whether native decoders can be made of these: float32 on the CPU."""
+    return coefficients.is_cpu and all(t.is_cpu and t.dtype is torch.float32 for t in (*weights, *biases))
+
+
 def clear_decoders() -> None:
-    """Forget all packed decoders: needed only after changing part of a tensor through ``.data`` or NumPy."""
+    """Forget all packed decoders: after changing weights through ``.data``, NumPy or DLPack, to see the
+    change at once."""
     _kept.clear()
     _groups.clear()
     _C.WeightWatch.forget_all()
 
 
 def _pack(coefficients, weights, biases, family, activation, last_activation, precision):
+    _watch_fused_steps()
+    check_decoder(coefficients, weights, biases, family, activation, last_activation)
+    if precision == "float16":
+        check_float16(weights, "decoder")
     return _C.Decoder(
-        contiguous(coefficients.detach()),
-        [contiguous(t.detach()) for t in weights],
-        [contiguous(t.detach()) for t in biases],
+        plain(coefficients.detach()),
+        [plain(t.detach()) for t in weights],
+        [plain(t.detach()) for t in biases],
         code(FAMILIES, family, "family"),
         code(ACTIVATIONS, activation, "activation"),
         code(ACTIVATIONS, last_activation, "last_activation"),

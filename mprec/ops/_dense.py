@@ -10,15 +10,8 @@ from torch.nn import functional as F
 from mprec import reference
 from mprec._native import _C
 from mprec.names import ACTIVATIONS, code
-from mprec.ops._common import (
-    check_same_device,
-    check_weights,
-    contiguous,
-    direct,
-    library,
-    native,
-    needs_grad,
-)
+from mprec.ops._checks import check_same_device, check_weights
+from mprec.ops._common import direct, library, native, plain
 from mprec.ops._decoders import _kept
 from mprec.ops._dhe_gradient import _activation_gradient
 
@@ -46,13 +39,10 @@ def _packed(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: tu
         found is not None
         and found[0]() is first
         and found[1] == activations
-        and _C.same_stack(found[2], first, weights, biases)
+        and _C.same_stack(found[2], first, weights, biases, torch.is_grad_enabled() and first.requires_grad)
     ):
         return found[3]
-    try:
-        watch = _C.StackWatch(first, weights, biases)  # before packing: no change may go unnoticed
-    except RuntimeError:  # tensors made in inference mode
-        watch = None
+    watch = _C.StackWatch.of(first, weights, biases)  # before packing: no change may go unnoticed
     handle = _C.Mlp([w.detach() for w in weights], [b.detach() for b in biases], list(activations))
     if watch is not None:
         _kept[key] = weakref.ref(first, lambda _: _kept.pop(key, None)), activations, watch, handle
@@ -94,7 +84,7 @@ def _mlp(
     activations = _check_mlp(input, weights, biases, activation, last_activation)
     if input.is_cpu and native(input) and all(min(w.shape) > 0 for w in weights):
         out = torch.empty(len(input), len(weights[-1]))
-        _C.mlp(_packed(weights, biases, activations), contiguous(input), out, torch.get_num_threads())
+        _C.mlp(_packed(weights, biases, activations), plain(input), out, torch.get_num_threads())
         return out
     return reference.mlp(input, weights, biases, activation, last_activation, dtype=_wide(input)).to(
         input.dtype
@@ -133,9 +123,9 @@ def _backward_of_mlp(ctx, grad):
         grad = _activation_gradient(grad, sums[layer], last_activation if layer == last else activation)
         grad_weights.append(grad.t() @ inputs[layer])
         grad_biases.append(grad.sum(0))
-        if layer or needs_grad(ctx, 0):
+        if layer or ctx.needs_input_grad[0]:
             grad = grad @ weights[layer]
-    return grad if needs_grad(ctx, 0) else None, grad_weights[::-1], grad_biases[::-1], None, None
+    return grad if ctx.needs_input_grad[0] else None, grad_weights[::-1], grad_biases[::-1], None, None
 
 
 def mlp(
@@ -180,7 +170,7 @@ def _dot_interaction(vectors: Tensor, self_interaction: bool = False) -> Tensor:
     _check_vectors(vectors)
     if _is_native(vectors):
         out = torch.empty(len(vectors), pairs(vectors.shape[1], self_interaction))
-        _C.dot_interaction(contiguous(vectors), self_interaction, out, torch.get_num_threads())
+        _C.dot_interaction(plain(vectors), self_interaction, out, torch.get_num_threads())
         return out
     return reference.dot_interaction(vectors, self_interaction, dtype=_wide(vectors)).to(vectors.dtype)
 
@@ -192,7 +182,7 @@ def _dot_interaction_fake(vectors, self_interaction=False):
 def _dot_interaction_backward(grad: Tensor, vectors: Tensor, self_interaction: bool) -> Tensor:
     if _is_native(vectors) and native(grad):
         out = torch.empty(vectors.shape)
-        vectors, grad = contiguous(vectors), contiguous(grad)
+        vectors, grad = plain(vectors), plain(grad)
         _C.dot_interaction_backward(grad, vectors, self_interaction, out, torch.get_num_threads())
         return out
     count = vectors.shape[1]

@@ -7,22 +7,19 @@ from torch import Tensor
 
 from mprec import reference
 from mprec._native import _C
-from mprec.hashing import coefficient_rows
-from mprec.names import ACTIVATIONS, code
-from mprec.ops import _csr
-from mprec.ops._common import (
+from mprec.ops import _autograd, _csr
+from mprec.ops._checks import (
     check_bags,
+    check_features,
     check_ids,
+    check_mode,
+    check_ndim,
     check_per_sample_weights,
     check_same_device,
-    check_weights,
-    contiguous,
-    ids,
-    library,
-    native,
     num_bags,
 )
-from mprec.ops._decoders import decoder
+from mprec.ops._common import ids, library, native, plain
+from mprec.ops._decoders import check_decoder, decoder
 
 library.define(
     "dhe_bag(Tensor indices, Tensor offsets, Tensor coefficients, Tensor[] weights, Tensor[] biases, str "
@@ -36,57 +33,6 @@ library.define(
     "per_sample_weights=None, "
     "int[]? features=None, int? num_features=None) -> Tensor"
 )
-
-
-def check_decoder(
-    coefficients: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    family: str,
-    activation: str,
-    last_activation: str,
-    name: str = "",
-    scaled: bool = False,
-) -> None:
-    """``ValueError`` or ``DtypeError`` if these do not make a decoder. ``name`` precedes arguments' names.
-
-    ``scaled``: weights in float8, with float32 scales and biases ``[2, out]`` in place of biases.
-    """
-    rows = coefficient_rows(family)
-    code(ACTIVATIONS, activation, f"{name}activation")
-    code(ACTIVATIONS, last_activation, f"{name}last_activation")
-    if coefficients.dtype != torch.int32:
-        raise TypeError(f"{name}coefficients: expected int32, got {coefficients.dtype}")
-    if coefficients.dim() != 2 or len(coefficients) != rows or not coefficients.shape[1]:
-        raise ValueError(
-            f"{name}coefficients: expected [{rows}, k] for family {family!r}, got {list(coefficients.shape)}"
-        )
-    if not weights or len(weights) != len(biases):
-        raise ValueError(
-            f"{name}weights, biases: expected one of each per layer, at least one layer, "
-            f"got {len(weights)} and {len(biases)}"
-        )
-    inputs = coefficients.shape[1]
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if not scaled:
-            check_weights(weight, f"{name}weights[{layer}]")
-        of_weight = reference.FLOAT8 if scaled else weights[0].dtype
-        of_bias = torch.float32 if scaled else of_weight
-        if weight.dtype != of_weight or bias.dtype != of_bias:
-            raise TypeError(
-                f"{name}layer {layer}: expected weight {of_weight} and bias {of_bias}, "
-                f"got weight {weight.dtype}, bias {bias.dtype}"
-            )
-        if (
-            weight.dim() != 2
-            or weight.shape[1] != inputs
-            or bias.shape != ((2, weight.shape[0]) if scaled else weight.shape[:1])
-        ):
-            raise ValueError(
-                f"{name}layer {layer}: expected weight [out, {inputs}] and bias "
-                f"{'[2, out]' if scaled else '[out]'}, got {list(weight.shape)} and {list(bias.shape)}"
-            )
-        inputs = weight.shape[0]
 
 
 def _split(layers: Sequence[int], values: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -110,32 +56,14 @@ def _forward_rows(indices, coefficients, weights, biases, family, activation, la
 # -------------------------------------------------------------------------------------------- one decoder
 
 
-def run_dhe_bag(
-    handle,
-    indices,
-    offsets,
-    mode,
-    per_sample_weights,
-    include_last_offset,
-    padding_idx,
-    threads=None,
-    dedupe=None,
-):
-    """The native kernel, for arguments that are checked: one packed decoder on the CPU."""
-    out = torch.empty(num_bags(offsets, include_last_offset), handle.dim, dtype=torch.float32)
-    _C.dhe_bag(
-        handle,
-        indices,
-        offsets,
-        per_sample_weights,
-        mode,
-        include_last_offset,
-        padding_idx,
-        out,
-        threads or torch.get_num_threads(),
-        dedupe,
-    )
-    return out
+def checked(indices, offsets, dtype, mode, per_sample_weights, include_last_offset, padding_idx=-1):
+    """``indices`` and ``offsets`` as kernels take them; the checks that need no look at their values."""
+    check_mode(mode, per_sample_weights)
+    check_ndim(indices, "indices")
+    check_ndim(offsets, "offsets")
+    check_per_sample_weights(per_sample_weights, dtype, indices)
+    num_bags(offsets, include_last_offset)
+    return ids(indices, "indices"), ids(offsets, "offsets")
 
 
 def _dhe_bag(
@@ -161,20 +89,57 @@ def _dhe_bag(
         biases=biases,
         per_sample_weights=per_sample_weights,
     )
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, weights[0], indices)
-    per_sample_weights = contiguous(per_sample_weights)
+    indices, offsets = checked(
+        indices, offsets, weights[0].dtype, mode, per_sample_weights, include_last_offset
+    )
+    per_sample_weights = plain(per_sample_weights)
     if indices.is_cpu and native(weights[0]):
         handle = decoder(coefficients, weights, biases, family, activation, last_activation)
-        return run_dhe_bag(
-            handle, indices, offsets, mode, per_sample_weights, include_last_offset, padding_idx
+        threads = torch.get_num_threads()
+        return _C.dhe_bag(
+            handle,
+            indices,
+            offsets,
+            per_sample_weights,
+            mode,
+            include_last_offset,
+            padding_idx,
+            None,
+            threads,
         )
     check_bags(offsets, len(indices), include_last_offset)
+    check_ids(indices, offsets, [None], num_bags(offsets, include_last_offset))
     keep = None if padding_idx < 0 else indices != padding_idx
-    check_ids(indices if keep is None else indices[keep], None)
     rows = _forward_rows(indices, coefficients, weights, biases, family, activation, last_activation)
     out = reference.pool(rows, offsets, mode, per_sample_weights, include_last_offset, keep)
     return out.to(weights[0].dtype)
+
+
+def formula(
+    indices, offsets, coefficients, weights, biases, family, activation, last_activation, mode,
+    per_sample_weights, include_last_offset, padding_idx,
+):  # fmt: skip
+    """The operator in plain torch, for what its kernels cannot be asked."""
+    check_decoder(coefficients, weights, biases, family, activation, last_activation)
+    indices, offsets = checked(
+        indices, offsets, weights[0].dtype, mode, per_sample_weights, include_last_offset
+    )
+    _check_values(indices, offsets, include_last_offset, 1)
+    dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+    out = reference.dhe_bag(
+        indices, offsets, coefficients, weights, biases, family, activation, last_activation, mode,
+        per_sample_weights, include_last_offset, padding_idx, dtype=dtype,
+    )  # fmt: skip
+    return out.to(weights[0].dtype)
+
+
+def _check_values(indices, offsets, include_last_offset, num_features) -> None:
+    if _autograd.is_batched(offsets):
+        raise NotImplementedError("offsets: torch.func.vmap cannot map over them; map over input [B, L]")
+    check_bags(offsets, len(indices), include_last_offset, num_features)
+    if not _autograd.is_batched(indices):
+        bags = num_bags(offsets, include_last_offset) // num_features
+        check_ids(indices, offsets, [None] * num_features, bags)
 
 
 def _dhe_bag_fake(
@@ -197,36 +162,31 @@ def _dhe_bag_fake(
 # ---------------------------------------------------------------------------------- one decoder per feature
 
 
-def run_dhe_bag_multi(
-    handles,
-    indices,
-    offsets,
-    mode,
-    per_sample_weights,
-    out,
-    out_columns,
-    features=None,
-    num_features=None,
-    threads=None,
-    dedupe=None,
-):
-    """The native kernel, for arguments that are checked: packed decoders, into columns of ``out``."""
-    if features is not None:
-        csr = _csr.Csr(indices, offsets, per_sample_weights)
-        indices, offsets, per_sample_weights = _csr.select(csr, features, num_features)
-    _C.dhe_bag_multi(
-        handles,
-        indices,
-        offsets,
-        per_sample_weights,
-        mode,
-        -1,
-        out,
-        out_columns,
-        threads or torch.get_num_threads(),
-        dedupe,
-    )
-    return out
+def stacks_of(
+    coefficients, weights, biases, layers, options, scaled=False
+) -> list[tuple[Tensor, list, list]]:
+    """(coefficients, weights, biases) of each decoder. ``TypeError``, ``ValueError`` if they do not fit."""
+    if not layers or not len(coefficients) == len(layers) or not sum(layers) == len(weights) == len(biases):
+        raise ValueError(
+            f"layers: {list(layers)} do not describe {len(coefficients)} coefficients, "
+            f"{len(weights)} weights and {len(biases)} {'affines' if scaled else 'biases'}"
+        )
+    stacks = list(zip(coefficients, _split(layers, weights), _split(layers, biases), strict=True))
+    for t, stack in enumerate(stacks):
+        check_decoder(*stack, *options, f"decoder {t}: ", scaled)
+    return stacks
+
+
+def checked_multi(indices, offsets, dtype, mode, per_sample_weights, features, num_features, count):
+    """``indices``, ``offsets``, ``num_features`` as kernels take them; the checks that need no values."""
+    check_features(features, num_features, count)
+    check_mode(mode, per_sample_weights)
+    check_ndim(indices, "indices")
+    check_ndim(offsets, "offsets")
+    check_per_sample_weights(per_sample_weights, dtype, indices, or_float32=True)
+    num_features = count if num_features is None else num_features
+    _csr.batch_size(offsets, num_features)
+    return ids(indices, "indices"), ids(offsets, "offsets"), num_features
 
 
 def _dhe_bag_multi(
@@ -244,14 +204,8 @@ def _dhe_bag_multi(
     features: Sequence[int] | None = None,
     num_features: int | None = None,
 ) -> Tensor:
-    if not len(coefficients) == len(layers) or not sum(layers) == len(weights) == len(biases):
-        raise ValueError(
-            f"layers: {list(layers)} do not describe {len(coefficients)} coefficients, "
-            f"{len(weights)} weights and {len(biases)} biases"
-        )
-    stacks = list(zip(coefficients, _split(layers, weights), _split(layers, biases), strict=True))
-    for t, (hashes, ws, bs) in enumerate(stacks):
-        check_decoder(hashes, ws, bs, family, activation, last_activation, f"decoder {t}: ")
+    options = family, activation, last_activation
+    stacks = stacks_of(coefficients, weights, biases, layers, options)
     check_same_device(
         indices=indices,
         offsets=offsets,
@@ -260,29 +214,56 @@ def _dhe_bag_multi(
         biases=biases,
         per_sample_weights=per_sample_weights,
     )
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, weights[0], indices)
-    per_sample_weights = contiguous(per_sample_weights)
-    num_features = len(layers) if num_features is None else num_features
-    batch = _csr.batch_size(offsets, num_features)
+    indices, offsets, num_features = checked_multi(
+        indices, offsets, weights[0].dtype, mode, per_sample_weights, features, num_features, len(layers)
+    )
     if indices.is_cpu and native(*weights):
-        handles = [decoder(*stack, family, activation, last_activation) for stack in stacks]
-        out = torch.empty(batch, sum(handle.dim for handle in handles), dtype=torch.float32)
-        return run_dhe_bag_multi(
-            handles, indices, offsets, mode, per_sample_weights, out, None, features, num_features
+        handles = [decoder(*stack, *options) for stack in stacks]
+        return _C.dhe_bag_multi(
+            handles,
+            indices,
+            offsets,
+            plain(per_sample_weights),
+            mode,
+            -1,
+            None,
+            None,
+            torch.get_num_threads(),
+            features=features,
+            num_features=num_features,
         )
-    check_bags(offsets, len(indices), True)
+    check_bags(offsets, len(indices), True, num_features)
     csr = _csr.Csr(indices, offsets, per_sample_weights)
     features = range(num_features) if features is None else features
+    batch = _csr.batch_size(offsets, num_features)
+    check_ids(indices, offsets, [None] * len(features), batch, features, num_features)
     parts = []
     for stack, (begin, end, starts) in zip(
         stacks, _csr.feature_slices(csr, features, num_features), strict=True
     ):
-        check_ids(indices[begin:end], None)
-        rows = _forward_rows(indices[begin:end], *stack, family, activation, last_activation)
+        rows = _forward_rows(indices[begin:end], *stack, *options)
         psw = None if per_sample_weights is None else per_sample_weights[begin:end]
         parts.append(reference.pool(rows, starts, mode, psw, True).to(weights[0].dtype))
     return torch.cat(parts, dim=1)
+
+
+def multi_formula(
+    indices, offsets, coefficients, weights, biases, layers, family, activation, last_activation, mode,
+    per_sample_weights, features, num_features,
+):  # fmt: skip
+    """The operator in plain torch, for what its kernels cannot be asked."""
+    options = family, activation, last_activation
+    stacks_of(coefficients, weights, biases, layers, options)
+    indices, offsets, num_features = checked_multi(
+        indices, offsets, weights[0].dtype, mode, per_sample_weights, features, num_features, len(layers)
+    )
+    _check_values(indices, offsets, True, num_features)
+    dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+    out = reference.dhe_bag_multi(
+        indices, offsets, coefficients, weights, biases, layers, *options, mode, per_sample_weights,
+        features, num_features, dtype=dtype,
+    )  # fmt: skip
+    return out.to(weights[0].dtype)
 
 
 def _last_weights(weights, layers):

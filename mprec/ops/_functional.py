@@ -1,5 +1,6 @@
 """The public functions: torch's conventions outside, the operators' inside."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -9,30 +10,21 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mprec import reference
 from mprec._native import _C
-from mprec.errors import IdOutOfRangeError
 from mprec.hashing import coefficient_rows
 from mprec.names import FAMILIES, MODES, code
-from mprec.ops import _csr, _dhe, _tables
-from mprec.ops._common import (
-    buffer,
-    check_ids,
-    check_same_device,
-    contiguous,
-    direct,
-    ids,
-    into,
-    pass_padding,
-    rows_as_bags,
-)
-from mprec.ops._decoders import decoder
+from mprec.ops._checks import check_features, check_id_list, check_ndim, check_same_device
+from mprec.ops._common import direct, ids, into, pass_padding, plain, rows_as_bags
+from mprec.ops._decoders import decoder, packable
 
 
 def _mode_code(mode: str, per_sample_weights: Tensor | None) -> int:
-    number = MODES.get(mode)
+    number = MODES.get(mode) if isinstance(mode, str) else None
     if number is None:
         raise ValueError(f"mode has to be one of sum, mean or max, got {mode!r}")
     if number == 2 and per_sample_weights is not None:
-        raise NotImplementedError("per_sample_weights: only modes 'sum' and 'mean' take them, got mode='max'")
+        raise NotImplementedError(
+            "per_sample_weights: only supported for mode='sum' and mode='mean', got mode='max'"
+        )
     return number
 
 
@@ -62,7 +54,8 @@ def embedding_bag(
     * every ID is checked, on the CPU, before anything is read or (``max_norm``) written.
 
     Args:
-        input: IDs, int64 or int32, ``[n]`` (bags by ``offsets``) or ``[B, L]`` (B bags of L).
+        input: IDs of any integer type, ``[n]`` (bags by ``offsets``), ``[B, L]`` (B bags of L), or a nested
+            tensor ``[B, *]`` of the jagged layout.
         weight: the table ``[N, D]``: float32, or float64, float16, bfloat16.
         offsets: int64 or int32, ``[B]`` or, with ``include_last_offset``, ``[B + 1]``: where each bag starts.
         max_norm: rows that are looked up are first scaled down, in place, to this ``norm_type``-norm.
@@ -74,7 +67,13 @@ def embedding_bag(
         include_last_offset: ``offsets`` ends with the number of indices.
         padding_idx: entries with this ID are left out; negative counts from the end.
         out: where to write the result, and what to return: a buffer of its shape and dtype that is used
-            again costs neither an allocation nor its page faults. Not with gradients.
+            again costs neither an allocation nor its page faults. Not with gradients. It may share memory
+            with what is read; that is slower.
+
+    Derivatives are those of torch's formula in all ways that torch has: backward passes run kernels,
+    derivatives of derivatives, forward-mode AD and ``torch.func`` transforms plain torch (without
+    ``scale_grad_by_freq`` and ``sparse``). ``torch.compile`` leaves a look-up with a sparse gradient to run
+    eagerly.
 
     Returns:
         ``[B, D]`` of ``weight``'s dtype.
@@ -87,26 +86,24 @@ def embedding_bag(
     if (
         offsets is not None
         and max_norm is None
-        and mode in MODES
-        and not (mode == "max" and (sparse or scale_grad_by_freq))
+        and (number := MODES.get(mode) if type(mode) is str else None) is not None
+        and not (number == 2 and (sparse or scale_grad_by_freq or per_sample_weights is not None))
         and (per_sample_weights is None or per_sample_weights.dtype is weight.dtype)
         and direct(input, weight, offsets, per_sample_weights, out)
     ):
-        try:
-            return _tables.run_embedding_bag(
-                weight,
-                input,
-                offsets,
-                MODES[mode],
-                per_sample_weights,
-                include_last_offset,
-                -1 if padding_idx is None else pass_padding(padding_idx, len(weight)),
-                out,
-            )
-        except IdOutOfRangeError:
-            raise
-        except (TypeError, ValueError, IndexError):
-            pass  # the operator takes it, or says what is wrong
+        pooled = _C.try_embedding_bag(
+            weight,
+            input,
+            offsets,
+            per_sample_weights,
+            number,
+            include_last_offset,
+            -1 if padding_idx is None else pass_padding(padding_idx, len(weight)),
+            out,
+            torch.get_num_threads(),
+        )
+        if pooled is not None:
+            return pooled
     if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
         return handle_torch_function(
             embedding_bag,
@@ -127,14 +124,14 @@ def embedding_bag(
     if weight.dtype is torch.int64 and input.is_floating_point():
         warnings.warn("embedding_bag(weight, input): swap the arguments, as torch wants them", stacklevel=2)
         weight, input = input, weight
-    if per_sample_weights is not None and input.shape != per_sample_weights.shape:
+    if per_sample_weights is not None and not input.is_nested and input.shape != per_sample_weights.shape:
         raise ValueError(
             f"per_sample_weights: expected the shape of input, {tuple(input.shape)}, "
             f"got {tuple(per_sample_weights.shape)}"
         )
     if weight.dim() != 2:
         raise ValueError(f"weight has to be a 2D Tensor, but got Tensor of dimension {weight.dim()}")
-    if input.dim() == 2:
+    if input.is_nested or input.dim() == 2:
         if offsets is not None:
             raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
         input, offsets, per_sample_weights = rows_as_bags(input, per_sample_weights)
@@ -151,10 +148,11 @@ def embedding_bag(
         raise ValueError("max mode does not support sparse weights")
     number = _mode_code(mode, per_sample_weights)
     padding = -1 if padding_idx is None else pass_padding(padding_idx, weight.shape[0])
+    check_same_device(weight=weight, input=input, offsets=offsets, per_sample_weights=per_sample_weights)
     if max_norm is not None:
         _renormalise(weight, ids(input, "input"), max_norm, norm_type)
-    check_same_device(weight=weight, input=input, offsets=offsets, per_sample_weights=per_sample_weights)
-    pooled = torch.ops.mprec.embedding_bag(
+    operator = _operator(torch.ops.mprec.embedding_bag, sparse and weight.requires_grad)
+    pooled = operator(
         weight,
         input,
         offsets,
@@ -171,8 +169,21 @@ def embedding_bag(
 @torch.no_grad()
 def _renormalise(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
     if not torch.compiler.is_compiling() and indices.is_cpu:
-        check_ids(indices, len(weight), "input")
-    torch.embedding_renorm_(weight, contiguous(indices), max_norm, norm_type)
+        check_id_list(indices, len(weight), "input")
+    torch.embedding_renorm_(weight.detach(), plain(indices), max_norm, norm_type)
+
+
+def _operator(operator, sparse_gradient: bool):
+    """The operator; out of sight of a compiler if its gradient is sparse, which compilers cannot trace."""
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if sparse_gradient and traced and torch.is_grad_enabled():
+        return functools.partial(_uncompiled, operator)
+    return operator
+
+
+@torch.compiler.disable
+def _uncompiled(operator, *arguments):
+    return operator(*arguments)
 
 
 def embedding_bag_multi(
@@ -193,10 +204,11 @@ def embedding_bag_multi(
 
     Args:
         weights: T tables ``[N_t, D_t]`` of one dtype; dimensions may differ.
-        indices: int64 or int32 ``[n]``, feature after feature.
-        offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
+        indices: integers ``[n]``, feature after feature.
+        offsets: integers ``[F * B + 1]``, from 0 to n.
         mode: ``"sum"``, ``"mean"`` or ``"max"``; an empty bag gives zeros.
-        per_sample_weights: one factor per index (not for ``max``); the mean is ``sum(w_i x_i) / count``.
+        per_sample_weights: one factor per index (not for ``max``), of the tables' dtype or, with 16-bit
+            tables, float32; the mean is ``sum(w_i x_i) / count``.
         features: which feature each table serves; default: table t serves feature t.
         num_features: F; default: T.
         sparse: gradients of the tables are sparse tensors.
@@ -211,42 +223,37 @@ def embedding_bag_multi(
     number = _mode_code(mode, per_sample_weights)
     if not weights:
         raise ValueError("weights: expected at least one table")
-    features, num_features = _check_features(features, num_features, len(weights))
-    _check_ndim(indices, "indices")
-    _check_ndim(offsets, "offsets")
+    check_features(features, num_features, len(weights))
+    check_ndim(indices, "indices")
+    check_ndim(offsets, "offsets")
     if sparse and number == 2:
         raise ValueError("max mode does not support sparse weights")
+    features = None if features is None else list(features)
     for t, weight in enumerate(weights):
-        if weight.dim() != 2:
-            raise ValueError(
-                f"weights[{t}] has to be a 2D Tensor, but got Tensor of dimension {weight.dim()}"
-            )
+        check_ndim(weight, f"weights[{t}]", 2)
     if direct(indices, offsets, per_sample_weights, out, *weights) and len({w.dtype for w in weights}) == 1:
-        try:
-            return _tables.run_embedding_bag_multi(
-                weights,
-                indices,
-                offsets,
-                number,
-                per_sample_weights,
-                buffer(
-                    out,
-                    _csr.batch_size(offsets, num_features or len(weights)),
-                    sum(w.shape[1] for w in weights),
-                    weights[0].dtype,
-                ),
-                None,
-                features,
-                num_features,
-            )
-        except IdOutOfRangeError:
-            raise
-        except (TypeError, ValueError, IndexError):
-            pass  # the operator takes it, or says what is wrong
+        pooled = _C.try_embedding_bag_multi(
+            weights,
+            indices,
+            offsets,
+            per_sample_weights,
+            number,
+            -1,
+            out,
+            None,
+            torch.get_num_threads(),
+            features=features,
+            num_features=num_features,
+        )
+        if pooled is not None:
+            return pooled
     check_same_device(
         weights=weights, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
     )
-    pooled = torch.ops.mprec.embedding_bag_multi(
+    operator = _operator(
+        torch.ops.mprec.embedding_bag_multi, sparse and any(weight.requires_grad for weight in weights)
+    )
+    pooled = operator(
         list(weights), indices, offsets, number, per_sample_weights, features, num_features, sparse
     )
     return into(out, pooled)
@@ -268,6 +275,9 @@ def dhe_bag(
 ) -> Tensor:
     """Bags of deep hash embeddings: each ID is hashed k ways, decoded by an MLP, and pooled.
 
+    Gradients of the decoder are summed by threads: their last bits depend on how many there are, and on
+    nothing else.
+
     Args:
         indices: int64 or int32 ``[n]``, any ID >= 0.
         offsets: int64 or int32 ``[B]``, or ``[B + 1]`` with ``include_last_offset``.
@@ -287,24 +297,28 @@ def dhe_bag(
         InvalidOffsetsError, DtypeError, DeviceError, TypeError, ValueError, NotImplementedError.
     """
     number = _mode_code(mode, per_sample_weights)
-    _check_ndim(indices, "indices")
-    _check_ndim(offsets, "offsets")
+    check_ndim(indices, "indices")
+    check_ndim(offsets, "offsets")
     padding = -1 if padding_idx is None else padding_idx
-    if direct(indices, offsets, coefficients, per_sample_weights, *weights, *biases):
-        try:
-            return _dhe.run_dhe_bag(
-                decoder(coefficients, weights, biases, family, activation, last_activation),
-                indices,
-                offsets,
-                number,
-                per_sample_weights,
-                include_last_offset,
-                padding,
-            )
-        except IdOutOfRangeError:
-            raise
-        except (TypeError, ValueError, IndexError):
-            pass
+    if (
+        weights
+        and (per_sample_weights is None or per_sample_weights.dtype is weights[0].dtype)
+        and direct(indices, offsets, coefficients, per_sample_weights, *weights, *biases)
+        and packable(coefficients, weights, biases)
+    ):
+        pooled = _C.try_dhe_bag(
+            decoder(coefficients, weights, biases, family, activation, last_activation),
+            indices,
+            offsets,
+            per_sample_weights,
+            number,
+            include_last_offset,
+            padding,
+            None,
+            torch.get_num_threads(),
+        )
+        if pooled is not None:
+            return pooled
     check_same_device(
         coefficients=coefficients,
         weights=weights,
@@ -353,9 +367,9 @@ def dhe_bag_multi(
     number = _mode_code(mode, per_sample_weights)
     if not layers:
         raise ValueError("layers: expected at least one decoder")
-    features, num_features = _check_features(features, num_features, len(layers))
-    _check_ndim(indices, "indices")
-    _check_ndim(offsets, "offsets")
+    check_features(features, num_features, len(layers))
+    check_ndim(indices, "indices")
+    check_ndim(offsets, "offsets")
     check_same_device(
         coefficients=coefficients,
         weights=weights,
@@ -393,31 +407,11 @@ def hash_encode(coefficients: Tensor, indices: Tensor, family: str = "universal"
             f"coefficients: expected int32 [{rows}, k] for family {family!r}, "
             f"got {coefficients.dtype} {list(coefficients.shape)}"
         )
-    _check_ndim(indices, "indices")
+    check_ndim(indices, "indices")
     check_same_device(coefficients=coefficients, indices=indices)
     indices = ids(indices, "indices")
     if not direct(coefficients, indices):
         return reference.encode(coefficients, indices, family)
-    out = torch.empty(len(indices), coefficients.shape[1])
-    _C.hash_encode(contiguous(coefficients), indices, code(FAMILIES, family, "family"), out)
+    out = torch.empty(len(indices), coefficients.shape[1], dtype=torch.float32)
+    _C.hash_encode(plain(coefficients), indices, code(FAMILIES, family, "family"), out)
     return out
-
-
-def _check_ndim(tensor: Tensor, name: str) -> None:
-    if tensor.dim() != 1:
-        raise ValueError(f"{name} has to be a 1D Tensor, but got Tensor of dimension {tensor.dim()}")
-
-
-def _check_features(features, num_features, count):
-    if num_features is None:
-        num_features = count
-    if features is None:
-        if num_features != count:
-            raise ValueError(f"num_features: {num_features}, but there are {count} parts and no features")
-        return None, None
-    if len(features) != count:
-        raise ValueError(f"features: expected one for each of {count} parts, got {len(features)}")
-    for t, f in enumerate(features):
-        if not 0 <= f < num_features:
-            raise ValueError(f"features[{t}]: expected in [0, {num_features}), got {f}")
-    return list(features), num_features

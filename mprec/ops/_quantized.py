@@ -8,19 +8,18 @@ import torch
 from torch import Tensor
 
 from mprec import reference
-from mprec.ops import _csr
-from mprec.ops._common import (
-    NATIVE_TABLES,
+from mprec._native import _C
+from mprec.ops import _csr, _dhe
+from mprec.ops._checks import (
     check_bags,
+    check_features,
     check_ids,
+    check_mode,
+    check_ndim,
     check_per_sample_weights,
     check_same_device,
-    contiguous,
-    ids,
-    library,
 )
-from mprec.ops._dhe import _split, check_decoder
-from mprec.ops._tables import run_embedding_bag_multi
+from mprec.ops._common import NATIVE_TABLES, ids, library, plain
 
 library.define(
     "quantized_embedding_bag_multi(Tensor[] rows, int[] bits, Tensor indices, Tensor offsets, int mode=0, "
@@ -64,22 +63,39 @@ def _quantized_embedding_bag_multi(
     features: Sequence[int] | None = None,
     num_features: int | None = None,
 ) -> Tensor:
-    check_same_device(rows=rows, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights)
-    dims, num_features = dims_of(rows, bits), len(rows) if num_features is None else num_features
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    out = torch.empty(_csr.batch_size(offsets, num_features), sum(dims))
-    return run_embedding_bag_multi(
-        [contiguous(table) for table in rows],
+    indices, offsets, num_features, _ = checked(
+        rows, bits, indices, offsets, mode, per_sample_weights, features, num_features
+    )
+    return _C.embedding_bag_multi(
+        [plain(table) for table in rows],
         indices,
         offsets,
+        plain(per_sample_weights),
         mode,
-        contiguous(per_sample_weights),
-        out,
+        -1,
+        torch.empty(_csr.batch_size(offsets, num_features), sum(dims_of(rows, bits)), dtype=torch.float32),
         None,
-        features,
-        num_features,
+        torch.get_num_threads(),
         list(bits),
+        features=features,
+        num_features=num_features,
     )
+
+
+def checked(rows, bits, indices, offsets, mode, per_sample_weights, features, num_features):
+    """``indices``, ``offsets``, ``num_features`` as kernels take them, and the tables' dimensions; the checks
+    that need no values, for every device."""
+    if not rows or len(bits) != len(rows):
+        raise ValueError(f"rows, bits: expected at least one, of equal number, got {len(rows)}, {len(bits)}")
+    check_same_device(rows=rows, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights)
+    check_features(features, num_features, len(rows))
+    check_mode(mode, per_sample_weights)
+    check_ndim(indices, "indices")
+    check_ndim(offsets, "offsets")
+    check_per_sample_weights(per_sample_weights, torch.float32, indices)
+    num_features = len(rows) if num_features is None else num_features
+    _csr.batch_size(offsets, num_features)
+    return ids(indices, "indices"), ids(offsets, "offsets"), num_features, dims_of(rows, bits)
 
 
 def _quantized_embedding_bag_multi_fake(
@@ -93,19 +109,6 @@ library.impl("quantized_embedding_bag_multi", _quantized_embedding_bag_multi, "C
 torch.library.register_fake(
     "mprec::quantized_embedding_bag_multi", _quantized_embedding_bag_multi_fake, lib=library
 )
-
-
-def float8_stacks(coefficients, weights, affines, layers, options) -> list[tuple[Tensor, list, list]]:
-    """(coefficients, weights, affines) of each decoder. ``TypeError``, ``ValueError`` if they do not fit."""
-    if not len(coefficients) == len(layers) or not sum(layers) == len(weights) == len(affines):
-        raise ValueError(
-            f"layers: {list(layers)} do not describe {len(coefficients)} coefficients, {len(weights)} "
-            f"weights and {len(affines)} affines"
-        )
-    stacks = list(zip(coefficients, _split(layers, weights), _split(layers, affines), strict=True))
-    for t, stack in enumerate(stacks):
-        check_decoder(*stack, *options, f"decoder {t}: ", scaled=True)
-    return stacks
 
 
 def _quantized_dhe_bag_multi(
@@ -125,7 +128,7 @@ def _quantized_dhe_bag_multi(
 ) -> Tensor:
     """The formula, in float64: CPUs have no float8 products. On CUDA there is a kernel."""
     options = (family, activation, last_activation)
-    float8_stacks(coefficients, weights, affines, layers, options)
+    _dhe.stacks_of(coefficients, weights, affines, layers, options, scaled=True)
     check_same_device(
         indices=indices,
         offsets=offsets,
@@ -134,11 +137,11 @@ def _quantized_dhe_bag_multi(
         affines=affines,
         per_sample_weights=per_sample_weights,
     )
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, affines[0], indices)
-    _csr.batch_size(offsets, len(layers) if num_features is None else num_features)
-    check_bags(offsets, len(indices), True)
-    check_ids(indices, None)
+    indices, offsets, num_features = _dhe.checked_multi(
+        indices, offsets, torch.float32, mode, per_sample_weights, features, num_features, len(layers)
+    )
+    check_bags(offsets, len(indices), True, num_features)
+    check_ids(indices, offsets, [None] * num_features, _csr.batch_size(offsets, num_features))
     out = reference.dhe_bag_multi(
         indices, offsets, coefficients, weights, affines, layers, *options, mode, per_sample_weights,
         features, num_features,
@@ -151,7 +154,7 @@ def _quantized_dhe_bag_multi_fake(
     per_sample_weights=None, features=None, num_features=None,
 ):  # fmt: skip
     batch = (offsets.shape[0] - 1) // (len(layers) if num_features is None else num_features)
-    dims = [stack[-1].shape[0] for stack in _split(layers, weights)]
+    dims = [stack[-1].shape[0] for stack in _dhe._split(layers, weights)]
     return affines[0].new_empty(batch, sum(dims))
 
 

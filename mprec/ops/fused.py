@@ -1,22 +1,25 @@
 """Tables whose gradients are applied rather than returned: the link between backward passes and optimizers.
 
 ``mprec.optim`` attaches tables here; the backward passes of ``embedding_bag`` and ``embedding_bag_multi``
-ask. Under ``torch.compile`` a traced table is not the attached one: its gradient is returned as usual, and
-the optimizer's ``step()`` applies it.
+contribute to the update, which is made when the pass is over: once for each table, however often the pass met
+it. A pass that ``torch.autograd.grad`` runs would not write ``.grad``, and so does not update tables either.
+
+Under ``torch.compile`` a traced table is not the attached one: its gradient is returned as usual, and the
+optimizer's ``step()`` applies it.
 """
 
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mprec.names import MODES
-from mprec.ops import _csr
-from mprec.ops._common import contiguous, ids
+from mprec.ops import _backward, _csr
 
-__all__ = ["Owner", "apply", "attach", "attached"]
+__all__ = ["RETURN", "SKIP", "Owned", "Owner", "attach", "attached", "contribute", "fate"]
 
 
 class Owner(Protocol):
@@ -24,6 +27,9 @@ class Owner(Protocol):
 
     def group_key(self, weight: Tensor) -> object:
         """Tables of equal keys can be updated by one call."""
+
+    def check_ranks(self) -> None:
+        """``RuntimeError`` if other processes train replicas of the tables that would not see an update."""
 
     def apply_bags(
         self,
@@ -59,45 +65,145 @@ def attached(weight: Tensor) -> Owner | None:
     return None if reference is None else reference()
 
 
-def apply(
+class Owned(NamedTuple):
+    """The fate of a gradient that goes to an optimizer."""
+
+    owner: Owner
+
+
+#: Fates of other gradients: returned to autograd, or of no use in this pass.
+RETURN, SKIP = "return", "skip"
+
+
+def fate(weight: Tensor, node) -> Owned | str:
+    """What becomes of the gradient of ``weight`` in the backward pass that runs now.
+
+    ``node`` is the weight's in autograd's graph. An optimizer that owns the table takes the gradient if the
+    pass would add it to ``.grad``; it is returned if ``torch.autograd.grad`` asks for it.
+    """
+    owner = attached(weight)
+    if owner is None:
+        return RETURN
+    try:
+        return Owned(owner) if torch._C._will_engine_execute_node(node) else SKIP
+    except RuntimeError:  # of a leaf that torch.autograd.grad asks for
+        return RETURN
+
+
+class _Part(NamedTuple):
+    """What one look-up adds to the gradients of its tables."""
+
+    weights: Sequence[Tensor]
+    owners: Sequence[Owned | None]
+    csr: _csr.Csr
+    mode: int
+    grad: Tensor  # [B, sum of dims]
+    padding_idx: int
+    features: Sequence[int]
+    num_features: int
+
+    def columns(self) -> list[int]:
+        dims = [weight.shape[1] for weight in self.weights]
+        return [sum(dims[:t]) for t in range(len(dims))]
+
+    def row_gradients(self, t: int) -> tuple[Tensor, Tensor]:
+        """IDs of table t and the gradients of their rows."""
+        column, weight = self.columns()[t], self.weights[t]
+        csr = self.csr if self.num_features == 1 else _only(self.csr, self.features[t], self.num_features)
+        grad = self.grad[:, column : column + weight.shape[1]]
+        return _backward.row_gradients(grad, weight, csr, self.mode, self.padding_idx)
+
+
+class _Pass:
+    """The contributions of one backward pass; kept by autograd until the pass is over or has failed."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Part] = []
+
+    @torch.no_grad()
+    def update(self) -> None:
+        uses: dict[int, list[tuple[_Part, int]]] = {}
+        for part in self.parts:
+            for t, (weight, owned) in enumerate(zip(part.weights, part.owners, strict=True)):
+                if owned is not None:
+                    uses.setdefault(id(weight), []).append((part, t))
+        for part in self.parts:
+            _update(part, [t for t, w in enumerate(part.weights) if len(uses.get(id(w), ())) == 1])
+        for places in uses.values():
+            if len(places) > 1:
+                _update_shared(places)
+
+
+_passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
+
+
+def contribute(
     weights: Sequence[Tensor],
-    owners: Sequence[Owner | None],
+    owners: Sequence[Owned | None],
     csr: _csr.Csr,
     mode: int,
-    padding_idx: int,
     grad: Tensor,
-    features: Sequence[int] = (0,),
-    num_features: int = 1,
+    padding_idx: int,
+    features: Sequence[int],
+    num_features: int,
+    scale_grad_by_freq: bool = False,
 ) -> None:
-    """Hand the gradient ``grad`` ``[B, sum of dims]`` of pooled tables to the optimizers that own them.
+    """Add the gradient ``grad`` ``[B, sum of dims]`` of pooled tables to what this backward pass is to apply.
 
     ``csr`` holds the bags of ``num_features`` features, of which table t serves ``features[t]``; tables
-    without an owner are left alone. One call serves all tables of one optimizer and parameter group.
+    without an owner are left alone.
     """
     if mode == MODES["max"]:
         raise NotImplementedError("mode: max is not for tables that an optimizer of mprec owns")
-    csr = _csr.Csr(
-        ids(csr.indices, "indices"), ids(csr.offsets, "offsets"), contiguous(csr.per_sample_weights)
-    )
-    grad = grad.contiguous()
-    columns, column = [], 0
+    if scale_grad_by_freq:
+        raise NotImplementedError("scale_grad_by_freq: not for tables that an optimizer of mprec owns")
+    for owned in owners:
+        if owned is not None:
+            owned.owner.check_ranks()
+    task = torch._C._current_graph_task_id()
+    running = _passes.get(task)
+    if running is None:
+        running = _passes[task] = _Pass()
+        # The bound method is all that keeps the pass: if the backward pass fails, both are gone.
+        torch.autograd.Variable._execution_engine.queue_callback(running.update)
+    csr = csr.for_kernels() if grad.is_cpu else csr
+    grad = grad.detach().contiguous()
+    running.parts.append(_Part(weights, owners, csr, mode, grad, padding_idx, features, num_features))
+
+
+def _only(csr: _csr.Csr, feature: int, num_features: int) -> _csr.Csr:
+    ((begin, end, starts),) = _csr.feature_slices(csr, [feature], num_features)
+    weights = None if csr.per_sample_weights is None else csr.per_sample_weights[begin:end]
+    return _csr.Csr(csr.indices[begin:end], starts, weights)
+
+
+def _update(part: _Part, tables: Sequence[int]) -> None:
+    """One call serves all tables of one optimizer and parameter group."""
+    columns = part.columns()
     groups: dict[tuple, list[int]] = {}
-    for t, (weight, owner) in enumerate(zip(weights, owners, strict=True)):
-        columns.append(column)
-        column += weight.shape[1]
-        if owner is not None:
-            groups.setdefault((id(owner), owner.group_key(weight)), []).append(t)
-    for tables in groups.values():
-        served, part = [features[t] for t in tables], csr
-        if not grad.is_cuda and num_features > 1:
-            part = _csr.select(csr, served, num_features)
-        owners[tables[0]].apply_bags(
-            [weights[t] for t in tables],
-            *part,
-            mode,
-            padding_idx,
-            grad,
-            [columns[t] for t in tables],
+    for t in tables:
+        owner = part.owners[t].owner
+        groups.setdefault((id(owner), owner.group_key(part.weights[t])), []).append(t)
+    for members in groups.values():
+        served, csr = [part.features[t] for t in members], part.csr
+        if not part.grad.is_cuda and part.num_features > 1:
+            csr = _csr.select(csr, served, part.num_features)
+        part.owners[members[0]].owner.apply_bags(
+            [part.weights[t] for t in members],
+            *csr,
+            part.mode,
+            part.padding_idx,
+            part.grad,
+            [columns[t] for t in members],
             served,
-            num_features,
+            part.num_features,
         )
+
+
+def _update_shared(places: Sequence[tuple[_Part, int]]) -> None:
+    """One step of a table that several bags of the pass read: with the sum of their gradients."""
+    part, t = places[0]
+    found = [part.row_gradients(t) for part, t in places]
+    rows, values = torch.cat([rows for rows, _ in found]), torch.cat([values for _, values in found])
+    each = torch.arange(len(rows) + 1, device=rows.device)
+    part.owners[t].owner.apply_bags([part.weights[t]], rows, each, None, MODES["sum"], -1, values)

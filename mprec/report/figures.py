@@ -1,7 +1,8 @@
 """The page's pictures, as inline SVG text."""
 
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 
 import matplotlib
 
@@ -12,7 +13,15 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFo
 
 from mprec.report.verdict import dispatcher_row, ranked
 
-__all__ = ["chosen_shares", "correct_throughput", "latency_curves", "learning_curves", "quality_against_size"]
+__all__ = [
+    "chosen_shares",
+    "correct_throughput",
+    "latency_curves",
+    "learning_curves",
+    "path_colour",
+    "path_colours",
+    "quality_against_size",
+]
 
 # Okabe and Ito's palette: told apart by colour-blind readers.
 _COLOURS = {
@@ -24,9 +33,24 @@ _COLOURS = {
 }
 
 
+# Of paths beyond the four representations: what is left of that palette, and others that differ.
+_FURTHER = ("#E69F00", "#56B4E9", "#8C564B", "#999999", "#882255", "#44AA99", "#F0E442")
+
+
 def path_colour(path: str) -> str:
     """The colour of a path's curves and bars; grey for paths beyond the four representations."""
     return _COLOURS.get(path, "#777777")
+
+
+def path_colours(paths: Iterable[str]) -> dict[str, str]:
+    """The colours of several paths in one picture: those beyond the four representations take turns."""
+    further = itertools.cycle(_FURTHER)
+    return {path: _COLOURS.get(path) or next(further) for path in dict.fromkeys(paths)}
+
+
+def _colours(result: Mapping) -> dict[str, str]:
+    """The same in every picture of a result."""
+    return path_colours(entry["representation"] for entry in result["representations"])
 
 
 def _svg(figure: Figure) -> str:
@@ -50,10 +74,11 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, plt.Axes]:
 def latency_curves(result: Mapping) -> str:
     """Measured latency over batch size, one line a path, and the SLA."""
     figure, axes = _axes("samples per batch", "milliseconds (median)")
+    colours = _colours(result)
     for entry in result["representations"]:
         points = sorted((int(batch), ms) for batch, ms in entry.get("curve_ms", entry["latency_ms"]).items())
         name = entry["representation"]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=path_colour(name), label=name)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colours[name], label=name)
     axes.axhline(result["load"]["sla_ms"], color="#999999", linestyle="--", linewidth=1)
     axes.annotate(
         "SLA", (1, result["load"]["sla_ms"]), textcoords="offset points", xytext=(2, 3), color="#777777"
@@ -69,11 +94,15 @@ def latency_curves(result: Mapping) -> str:
 def quality_against_size(result: Mapping) -> str:
     """AUC over embedding memory: up and left is better."""
     figure, axes = _axes("embedding memory, KiB", "AUC on the test split")
-    for entry in result["representations"]:
+    colours = _colours(result)
+    # Names of neighbours stand at different heights.
+    heights = itertools.cycle((8, -16, 22, -30))
+    for entry in sorted(result["representations"], key=lambda entry: entry["embedding_bytes"]):
         name = entry["representation"]
         x, y = entry["embedding_bytes"] / 1024, entry["auc"]
-        axes.scatter(x, y, color=path_colour(name), s=45)
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), color=path_colour(name))
+        axes.scatter(x, y, color=colours[name], s=45)
+        place = {"textcoords": "offset points", "xytext": (0, next(heights)), "ha": "center"}
+        axes.annotate(name, (x, y), color=colours[name], fontsize=8, **place)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -88,13 +117,13 @@ def quality_against_size(result: Mapping) -> str:
 def correct_throughput(result: Mapping) -> str:
     """Correct predictions per second within the SLA, a bar a path; a line on it is one standard error."""
     figure, axes = _axes("", "correct predictions in time per second")
-    rows = ranked(result)
+    rows, colours = ranked(result), _colours(result)
     bars = axes.bar(
         [row["path"] for row in rows],
         [row["correct_per_s"] for row in rows],
         yerr=[row.get("correct_per_s_error") or 0.0 for row in rows],
         capsize=3,
-        color=[path_colour(row["path"]) for row in rows],
+        color=[colours.get(row["path"], path_colour(row["path"])) for row in rows],
     )
     axes.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -111,9 +140,16 @@ def chosen_shares(result: Mapping) -> str:
     chosen = row.get("chosen", {}) if row else {}
     figure, axes = _axes("share of the samples that were answered", "")
     figure.set_figheight(1.4)
+    colours = _colours(result)
     left = 0.0
     for name, share in chosen.items():
-        axes.barh([row["path"]], [share], left=left, color=path_colour(name), label=f"{name} {share:.0%}")
+        axes.barh(
+            [row["path"]],
+            [share],
+            left=left,
+            color=colours.get(name, path_colour(name)),
+            label=f"{name} {share:.0%}",
+        )
         left += share
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -124,12 +160,15 @@ def chosen_shares(result: Mapping) -> str:
 
 
 def learning_curves(result: Mapping) -> str:
-    """AUC on the validation split after each epoch."""
+    """AUC on the validation split after each epoch, of paths that were trained."""
     figure, axes = _axes("epoch", "AUC on the validation split")
+    colours = _colours(result)
     for entry in result["representations"]:
         name, history = entry["representation"], entry["history"]
+        if not history:  # derived from another
+            continue
         axes.plot(
-            range(1, len(history) + 1), history, marker="o", markersize=3, color=path_colour(name), label=name
+            range(1, len(history) + 1), history, marker="o", markersize=3, color=colours[name], label=name
         )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mprec.dispatch import Profile
 from mprec.dispatch.curve import crossovers
-from mprec.report.figures import path_colour
+from mprec.report.figures import path_colours
 
 __all__ = ["crossover_table", "draw", "table", "text_chart"]
 
@@ -93,6 +93,7 @@ def text_chart(profile: Profile, width: int = 80, height: int = 18) -> str:
 def draw(profile: Profile, file: FilePath) -> None:
     """PNG (or what the suffix says): median with the band up to p95, and the crossover points."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
+    colours = path_colours(profile.paths)
     for name in profile.paths:
         median, tail = profile.curve(name), profile.curve(name, "p95")
         sizes = np.array(median.batch_sizes)
@@ -101,7 +102,7 @@ def draw(profile: Profile, file: FilePath) -> None:
             1e3 * np.array(median.seconds),
             marker="o",
             markersize=3,
-            color=path_colour(name),
+            color=colours[name],
             label=name,
         )
         axes.fill_between(

@@ -12,13 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
 
-from mprec.report.figures import path_colour
+from mprec.report.figures import path_colour, path_colours
 
 __all__ = ["draw"]
 
 _MARKERS = "osD^vP*X"
-# Of paths beyond the four representations: what is left of Okabe and Ito's palette, and two that differ.
-_FURTHER = ("#E69F00", "#56B4E9", "#F0E442", "#8C564B", "#999999")
 
 
 def draw(result: Mapping[str, Any], file: str | os.PathLike) -> None:
@@ -38,7 +36,7 @@ def draw(result: Mapping[str, Any], file: str | os.PathLike) -> None:
         layout="constrained",
     )
     names = list(dict.fromkeys(row["path"] for row in rows))
-    colours = _colours(names)
+    colours = path_colours(names)
     for column, sla in zip(panels.T, slas, strict=True):
         of_sla = sorted((row for row in rows if row["sla_ms"] == sla), key=lambda row: row["load"])
         for name, marker in zip(names, _cycled(_MARKERS, len(names)), strict=True):
@@ -63,14 +61,6 @@ def draw(result: Mapping[str, Any], file: str | os.PathLike) -> None:
 
 def _cycled(marks: Sequence[str], count: int) -> Sequence[str]:
     return [marks[i % len(marks)] for i in range(count)]
-
-
-def _colours(names: Sequence[str]) -> dict[str, str]:
-    unknown = path_colour("")
-    further = [name for name in names if path_colour(name) == unknown]
-    return {name: path_colour(name) for name in names} | dict(
-        zip(further, _cycled(_FURTHER, len(further)), strict=True)
-    )
 
 
 def _lines(correct, missed, rows, name: str, colour: str, marker: str, *, strong: bool) -> None:

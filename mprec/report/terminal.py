@@ -29,7 +29,7 @@ def demo_table(result: Mapping) -> Table:
     load = result["load"]
     batches = list(result["representations"][0]["latency_ms"])
     table = Table(
-        title=f"{result['data']['name']}: {len(result['representations'])} representations and the "
+        title=f"{result['data']['name']}: {len(result['representations'])} paths and the "
         f"dispatcher (SLA {load['sla_ms']:g} ms, {load['qps']:.0f} queries/s)",
         box=box.SIMPLE_HEAD,
         title_justify="left",

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mprec import checkpoint
 from mprec.data.zipf import zipf_batches
-from mprec.dispatch import Dispatcher, Profile, paths_from_checkpoints
-from mprec.errors import CheckpointError
+from mprec.dispatch import Dispatcher, Profile
+from mprec.paths import inputs_of, paths_from_checkpoints
 from mprec.serving.engine import Engine
 
 __all__ = ["ModelInputs", "engine_from_checkpoints", "model_inputs"]
@@ -33,7 +32,7 @@ class ModelInputs(NamedTuple):
 
 
 def model_inputs(files: Sequence[str | os.PathLike]) -> ModelInputs:
-    """The inputs that the models of all the checkpoints take, without making the models.
+    """The inputs that the models of all the checkpoints (or bundles) take, without making the models.
 
     ``CheckpointError`` for a bad file; ``ValueError`` if there is no file or two take different inputs.
     """
@@ -41,18 +40,8 @@ def model_inputs(files: Sequence[str | os.PathLike]) -> ModelInputs:
         raise ValueError("files must name at least one checkpoint")
     found = None
     for file in files:
-        config, _ = checkpoint.describe(file)
-        try:
-            features = config["features"]
-            here = ModelInputs(
-                [int(feature["num_embeddings"]) for feature in features],
-                [str(feature["name"]) for feature in features],
-                int(config["num_dense"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{file}: its config does not name the model's inputs: {error!r}"
-            ) from error
+        features, num_dense, _ = inputs_of(file)
+        here = ModelInputs([size for _, size in features], [name for name, _ in features], num_dense)
         if found is not None and here != found:
             raise ValueError(f"{file} takes other inputs (features or dense numbers) than {files[0]}")
         found = here

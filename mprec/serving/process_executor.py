@@ -49,8 +49,8 @@ class ProcessExecutor(Executor):
     The worker leaves Ctrl-C and SIGTERM to its parent and ends with it.
 
     Raises:
-        ValueError: no threads, too small an arena, or a path whose model cannot be pickled or shared (a cache
-            of rows, a lambda, a tensor on CUDA); the message names it.
+        ValueError: no threads, too small an arena, or a path whose model cannot be pickled or shared (a
+            lambda, a tensor on CUDA); the message names it. A cache of rows starts empty in the worker.
     """
 
     def __init__(
@@ -187,10 +187,8 @@ class ProcessExecutor(Executor):
             if entry is not None
         ]
         places += [({"": t}, "") for t in _elsewhere(tensors, modules)]
-        try:
-            self._watch = _C.WeightWatch(places)
-        except (RuntimeError, TypeError):  # tensors made in inference mode: they carry no version counter
-            self._watch = None
+        # Counters, and some bytes: the worker's own watches compare the bytes of what it has packed.
+        self._watch = _C.WeightWatch.of(places, blocks=4)  # None of tensors made in inference mode
         return new
 
     def _weights_changed(self) -> bool:

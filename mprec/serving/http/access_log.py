@@ -10,7 +10,7 @@ import orjson
 
 from mprec.serving.http.score import ARRIVED
 
-__all__ = ["AccessLog", "JsonFormatter"]
+__all__ = ["AccessLog", "JsonFormatter", "log_request"]
 
 _logger = logging.getLogger("mprec.access")
 
@@ -36,15 +36,14 @@ class AccessLog:
             await self._app(scope, receive, noting)
         finally:
             client = scope.get("client")
-            _logger.info(
-                {
-                    "client": client and client[0],
-                    "method": scope["method"],
-                    "path": scope["path"],
-                    "status": status,
-                    "ms": round(1e3 * (self._clock() - start), 3),
-                }
-            )
+            seconds = self._clock() - start
+            log_request(client and client[0], scope["method"], scope["path"], status, seconds)
+
+
+def log_request(client: str | None, method: str, path: str, status: int, seconds: float) -> None:
+    """Tell the logger of a request."""
+    ms = round(1e3 * seconds, 3)
+    _logger.info({"client": client, "method": method, "path": path, "status": status, "ms": ms})
 
 
 class JsonFormatter(logging.Formatter):

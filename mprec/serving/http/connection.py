@@ -1,5 +1,7 @@
 """One connection, as uvicorn handles it, and what uvicorn leaves out: bounds on how many there are, on how
 long a client may take to send a request's head and to read an answer, and on the size of a head.
+
+Plain queries do not go through the application (:mod:`mprec.serving.http.direct`).
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from mprec.serving.http.access_log import log_request
+from mprec.serving.http.direct import Exchange, is_plain
 from mprec.serving.http.messages import error_body
-from mprec.serving.http.score import ARRIVED
+from mprec.serving.http.pace import Pace
+from mprec.serving.http.score import ARRIVED, Scoring
 from mprec.serving.http.service import Service
+from mprec.serving.http.turns import Turns
 
 __all__ = ["MAX_HEAD_BYTES", "connection_class"]
 
@@ -23,17 +29,23 @@ MAX_HEAD_BYTES = 64 << 10  # and as much of trailers and chunk headers; what com
 
 
 class _Connection(HttpToolsProtocol):
-    service: Service  # of the subclass
+    service: Service  # of the subclass, as the others here
+    scoring: Scoring
+    has_access_log: bool
+    turns: Turns | None = None
+    pace: Pace | None = None
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._in_message = self._in_head = False
-        self._running: RequestResponseCycle | None = None  # the request that the application is at
+        self._running: RequestResponseCycle | Exchange | None = None  # the request that is being answered
         self._overhead = 0  # bytes of the message that are not its body
         self._timer: asyncio.TimerHandle | None = None  # for what the client must send
         self._write_timer: asyncio.TimerHandle | None = None  # for what it must read
         self._limits = self.service.limits
         self.service.connections = self.connections
+        if type(self).turns is None:
+            type(self).turns, type(self).pace = Turns(self.loop), Pace(self.loop, self.service.clock)
 
     # -- of the transport
 
@@ -85,16 +97,35 @@ class _Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_timer()
-        super().on_headers_complete()
+        if not self._is_direct():
+            return super().on_headers_complete()
+        self.cycle = self._running = Exchange(
+            self.scoring,
+            self.turns,
+            self.pace,
+            self.headers,
+            self.scope[ARRIVED],
+            self.transport.write,
+            self._on_exchange_end,
+            self.server_state.default_headers,
+        )
+        self._start_timer(self._limits.body_s)
 
     def on_body(self, body: bytes) -> None:
         self._overhead -= len(body)
-        super().on_body(body)
+        if type(self.cycle) is Exchange:
+            self.cycle.add(body)
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_message = False
         self._overhead = 0
-        super().on_message_complete()
+        if type(self.cycle) is Exchange:
+            self._stop_timer()
+            self.cycle.complete()
+        else:
+            super().on_message_complete()
 
     # -- of uvicorn
 
@@ -112,6 +143,30 @@ class _Connection(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()
+
+    # -- queries that are answered here
+
+    def _is_direct(self) -> bool:
+        return (
+            self.url == b"/score"
+            and (self.cycle is None or self.cycle.response_complete)
+            and not self.pipeline
+            and not self.flow.write_paused
+            and self.parser.get_method() == b"POST"
+            and self.parser.get_http_version() == "1.1"
+            and self.parser.should_keep_alive()
+            and not self.parser.should_upgrade()
+            and is_plain(self.headers, self._limits.max_body_bytes)
+        )
+
+    def _on_exchange_end(self, exchange: Exchange) -> None:
+        if self.has_access_log:
+            client = self.client and self.client[0]
+            log_request(client, "POST", "/score", exchange.status, self.service.clock() - exchange.arrived)
+        if not exchange.disconnected:
+            if not exchange.keep_alive:
+                self.transport.close()
+            self.on_response_complete()
 
     # --
 
@@ -150,10 +205,13 @@ class _Connection(HttpToolsProtocol):
         self._timer = None
         if self._in_head and not self.transport.is_closing():
             self._fail(408, "timeout", f"the request's head did not come within {self._limits.head_s:g} s")
+        elif type(self._running) is Exchange and self._running.more_body:
+            self._fail(408, "timeout", f"the body did not come within {self._limits.body_s:g} s")
         else:
             self.transport.abort()
 
 
-def connection_class(service: Service) -> type[HttpToolsProtocol]:
+def connection_class(service: Service, has_access_log: bool = False) -> type[HttpToolsProtocol]:
     """uvicorn's ``http=`` for a server of this service."""
-    return type("Connection", (_Connection,), {"service": service})
+    own = {"service": service, "scoring": Scoring(service), "has_access_log": has_access_log}
+    return type("Connection", (_Connection,), own)

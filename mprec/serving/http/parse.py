@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
+import torch
 
+from mprec._native import _C
 from mprec.data import Batch
 from mprec.serving.build import ModelInputs
 from mprec.serving.http.wire import decode_query
@@ -47,6 +51,27 @@ def parse_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch,
     ``ValueError`` says what is wrong, and where; ``QueryTooLargeError``, which is one, if the query has more
     samples or IDs than it may.
     """
+    return _common_json(body, inputs, limits) or _any_json(body, inputs, limits)
+
+
+def _common_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, float | None] | None:
+    """A query in the form that clients send, read by native code; None if there is anything else to it."""
+    bounds = _as_array(tuple(inputs.vocabularies))
+    found = _C.read_json_query(body, bounds, inputs.num_dense, limits.max_samples, limits.max_ids)
+    if found is None:
+        return None
+    size, dense, ids, offsets, sla_ms = found
+    batch = Batch(dense.view(size, inputs.num_dense), ids, offsets, torch.zeros(size))
+    return batch, _seconds(sla_ms or None)
+
+
+@functools.lru_cache(maxsize=8)
+def _as_array(vocabularies: tuple[int, ...]) -> np.ndarray:
+    return np.array(vocabularies, dtype=np.int64)
+
+
+def _any_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, float | None]:
+    """Any JSON: what is wrong with it is said."""
     try:
         query = orjson.loads(body)
     except orjson.JSONDecodeError as error:

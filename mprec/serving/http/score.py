@@ -1,26 +1,30 @@
-"""``POST /score``: a query's body in, its scores out."""
+"""``POST /score``: a query's body in, its scores out. What is common to both ways that lead here, through
+ASGI (:class:`Score`) and, in our own server, straight from the connection (:mod:`mprec.serving.http.direct`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from http import HTTPStatus
+from typing import NamedTuple
 
 import numpy as np
 import orjson
 
 from mprec.serving.engine import Answer, QueryRefusedError
 from mprec.serving.http import wire
-from mprec.serving.http.bridge import Bridge
-from mprec.serving.http.messages import ClientLeftError, RequestError, error_body, read_body, reply
+from mprec.serving.http.messages import JSON, ClientLeftError, RequestError, error_body, read_body, reply
 from mprec.serving.http.parse import parse_binary, parse_json
+from mprec.serving.http.return_trip import ReturnTrip
 from mprec.serving.http.service import Service
+from mprec.serving.http.turns import Turns
 from mprec.serving.rows import QueryTooLargeError
 
-__all__ = ["ARRIVED", "REFUSALS", "Score"]
+__all__ = ["ARRIVED", "FOR_LOAD", "REFUSALS", "Asked", "Reply", "Score", "Scoring", "is_binary", "refusal"]
 
 ARRIVED = "mprec.arrived_s"  # in the scope: when the first byte came, on the service's clock
 REFUSALS = {
@@ -29,9 +33,129 @@ REFUSALS = {
     "expired": HTTPStatus.GATEWAY_TIMEOUT,
     "closed": HTTPStatus.SERVICE_UNAVAILABLE,
 }
+FOR_LOAD = ("full", "overload", "expired")
 _BINARY = wire.CONTENT_TYPE.encode()
 _RETRY = [(b"retry-after", b"1")]
 _HEADERS = {429: _RETRY, 503: _RETRY, 408: [(b"connection", b"close")]}
+
+
+class Reply(NamedTuple):
+    status: int
+    body: bytes
+    content_type: bytes = JSON
+    headers: Sequence[tuple[bytes, bytes]] = ()
+
+
+class Asked(NamedTuple):
+    """A query that the engine has."""
+
+    future: Future[Answer]
+    arrived: float
+    is_binary: bool
+    tells: bool  # of the server's health: it does not if it asks for less time than others have
+
+
+class Scoring:
+    """From a body to the engine, and from its answer to a reply. For one thread, the event loop's."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._return = ReturnTrip()
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return self._service.clock
+
+    @property
+    def sla_s(self) -> float:
+        """The target of queries that have none of their own."""
+        return self._service.engine.sla_s
+
+    def ask(self, body: bytes, is_binary: bool, arrived: float) -> Asked:
+        """Give the engine the query in a body. ``RequestError`` says why not."""
+        service, engine = self._service, self._service.engine
+        if engine is None:
+            raise RequestError(503, "starting", service.detail)
+        now = service.clock()
+        back_s = min(self._return.expected_s(now), engine.sla_s / 2)
+        if now + back_s - arrived >= engine.sla_s and (is_binary or b'"sla_ms"' not in body):
+            raise RequestError(504, "expired", "the query waited for too long before it could be read")
+        try:
+            parse = parse_binary if is_binary else parse_json
+            batch, sla_s = parse(body, service.inputs, service.limits)
+            # Whoever waits has the answer when it has come back to them, not when the engine has it.
+            sla_s = engine.sla_s if sla_s is None else sla_s
+            left_s = sla_s - min(back_s, sla_s / 2)
+            future = engine.submit(batch, left_s, arrived)
+        except QueryTooLargeError as error:
+            raise RequestError(413, "too large", str(error)) from None
+        except ValueError as error:
+            raise RequestError(400, "bad request", str(error)) from None
+        tells = sla_s >= engine.sla_s
+        if tells:
+            service.pulse.asked(now)
+        return Asked(future, arrived, is_binary, tells)
+
+    def reply(self, asked: Asked) -> Reply:
+        """What to send, once the future is done. ``RequestError`` for a refusal or an error;
+        ``ClientLeftError`` if the query was cancelled."""
+        answered = False
+        try:
+            answer = asked.future.result()
+            answered = True
+        except QueryRefusedError as error:
+            raise RequestError(REFUSALS.get(error.reason, 503), error.reason, str(error)) from None
+        except CancelledError:
+            raise ClientLeftError from None
+        except Exception as error:  # the model's own: the server stays up
+            raise RequestError(500, "failed", f"{type(error).__name__}: {error}") from None
+        finally:
+            if asked.tells:
+                self._service.pulse.settled(answered)
+        return _scores(answer, asked.is_binary)
+
+    def sent(self, status: int, asked: Asked | None = None) -> None:
+        """Count a reply that was handed to the network."""
+        metrics = self._service.metrics
+        metrics.reply(status)
+        if status == 200 and asked is not None:
+            now = self._service.clock()
+            self._return.observe(now, now - asked.future.result().finished_s)
+            metrics.answered(now, now - asked.arrived)
+
+
+def refusal(error: RequestError) -> Reply:
+    """The reply that tells of an error."""
+    return Reply(error.status, error_body(error.reason, str(error)), headers=_HEADERS.get(error.status, ()))
+
+
+def _scores(answer: Answer, is_binary: bool) -> Reply:
+    scores = np.ascontiguousarray(answer.scores.float().numpy())
+    latency_ms = 1e3 * answer.latency_s
+    if is_binary:
+        headers = [
+            (b"x-mprec-latency-ms", b"%.4f" % latency_ms),
+            (b"x-mprec-paths", json.dumps(answer.paths).encode()),
+        ]
+        return Reply(200, wire.encode_scores(scores), _BINARY, headers)
+    content = {"scores": scores, "paths": answer.paths, "latency_ms": latency_ms}
+    return Reply(200, orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def is_binary(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether the body is raw numbers. ``RequestError`` for one that is compressed."""
+    found = False
+    for name, value in headers:
+        if name == b"content-type":
+            found = value.split(b";")[0].strip().lower() == _BINARY
+        elif name == b"content-encoding" and value.strip().lower() != b"identity":
+            raise RequestError(
+                415,
+                "unsupported",
+                f"Content-Encoding {value.decode('latin-1'):.40} is not taken: send the body as it is",
+                unread=True,
+            )
+    return found
 
 
 class Score:
@@ -41,105 +165,45 @@ class Score:
     """
 
     def __init__(self, service: Service) -> None:
-        self._service = service
-        self._bridge: Bridge | None = None
+        self._service, self._scoring = service, Scoring(service)
+        self._turns: Turns | None = None
 
     async def __call__(self, scope, receive, send) -> None:
-        service = self._service
-        arrived = scope.get(ARRIVED) or service.clock()
+        limits = self._service.limits
+        arrived = scope.get(ARRIVED) or self._service.clock()
+        asked = unread = None
         try:
-            is_binary = _check_headers(scope["headers"])
-            body = await read_body(scope, receive, service.limits.max_body_bytes, service.limits.body_s)
-            answer = await self._answer(body, is_binary, arrived, receive)
+            binary = is_binary(scope["headers"])
+            body = await read_body(scope, receive, limits.max_body_bytes, limits.body_s)
+            asked = self._scoring.ask(body, binary, arrived)
+            await self._wait(asked.future, receive)
+            answer = self._scoring.reply(asked)
         except RequestError as error:
-            service.metrics.reply(error.status)
-            headers = _HEADERS.get(error.status, ())
-            unread = receive if error.unread else None
-            await reply(send, error.status, error_body(error.reason, str(error)), headers, unread_from=unread)
+            answer, unread = refusal(error), (receive if error.unread else None)
         except ClientLeftError:
             return
-        else:
-            service.metrics.reply(200)
-            await _reply_scores(send, answer, is_binary)
-            now = service.clock()
-            service.metrics.answered(now, now - arrived)
+        status, body, content_type, headers = answer
+        await reply(send, status, body, headers, content_type=content_type, unread_from=unread)
+        self._scoring.sent(status, asked)
 
-    async def _answer(self, body: bytes, is_binary: bool, arrived: float, receive) -> Answer:
-        service, engine = self._service, self._service.engine
-        if engine is None:
-            raise RequestError(503, "starting", service.detail)
+    async def _wait(self, future: Future, receive) -> None:
+        """Until it is done; if the client leaves before, the query is cancelled."""
+        if future.done():
+            return
+        loop = asyncio.get_running_loop()
+        if self._turns is None:
+            self._turns = Turns(loop)
+        waiter = loop.create_future()
+        self._turns.when_done(future, lambda _: waiter.done() or waiter.set_result(None))
+        gone = asyncio.ensure_future(_until_gone(receive))
+        gone.add_done_callback(lambda _: future.cancel())
         try:
-            parse = parse_binary if is_binary else parse_json
-            batch, sla_s = parse(body, service.inputs, service.limits)
-            future = engine.submit(batch, sla_s, arrived)
-        except QueryTooLargeError as error:
-            raise RequestError(413, "too large", str(error)) from None
-        except ValueError as error:
-            raise RequestError(400, "bad request", str(error)) from None
-        # A query that asks for less time than others have tells nothing of the server's health.
-        tells = (math.inf if sla_s is None else sla_s) >= engine.sla_s
-        answered = False
-        if tells:
-            service.pulse.asked(service.clock())
-        try:
-            answer = await self._result(future, receive)
-            answered = True
-            return answer
-        except QueryRefusedError as error:
-            raise RequestError(REFUSALS.get(error.reason, 503), error.reason, str(error)) from None
-        except CancelledError:
-            raise ClientLeftError from None
-        except Exception as error:  # the model's own: the server stays up
-            raise RequestError(500, "failed", f"{type(error).__name__}: {error}") from None
+            await waiter
         finally:
-            if tells:
-                service.pulse.settled(answered)
-
-    async def _result(self, future: Future, receive) -> Answer:
-        """The future's result; if the client leaves before, the query is cancelled."""
-        if not future.done():
-            if self._bridge is None:
-                self._bridge = Bridge(asyncio.get_running_loop())
-            gone = asyncio.ensure_future(_until_gone(receive))
-            gone.add_done_callback(lambda _: future.cancel())
-            try:
-                await self._bridge.wait_for(future)
-            finally:
-                gone.cancel()
-        return future.result()
+            gone.cancel()
 
 
 async def _until_gone(receive) -> None:
     with contextlib.suppress(Exception):
         while (await receive())["type"] != "http.disconnect":
             pass
-
-
-def _check_headers(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether the body is binary. ``RequestError`` for one that is compressed."""
-    is_binary = False
-    for name, value in headers:
-        if name == b"content-type":
-            is_binary = value.split(b";")[0].strip().lower() == _BINARY
-        elif name == b"content-encoding" and value.strip().lower() != b"identity":
-            raise RequestError(
-                415,
-                "unsupported",
-                f"Content-Encoding {value.decode('latin-1'):.40} is not taken: send the body as it is",
-                unread=True,
-            )
-    return is_binary
-
-
-async def _reply_scores(send, answer: Answer, is_binary: bool) -> None:
-    scores = np.ascontiguousarray(answer.scores.float().numpy())
-    latency_ms = 1e3 * answer.latency_s
-    if is_binary:
-        headers = [
-            (b"x-mprec-latency-ms", b"%.4f" % latency_ms),
-            (b"x-mprec-paths", json.dumps(answer.paths).encode()),
-        ]
-        await reply(send, 200, wire.encode_scores(scores), headers, content_type=_BINARY)
-    else:
-        content = {"scores": scores, "paths": answer.paths, "latency_ms": latency_ms}
-        await reply(send, 200, orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from mprec.dispatch import Dispatcher
 from mprec.serving.build import ModelInputs
 from mprec.serving.engine import Engine
+from mprec.serving.executors import Executor
 from mprec.serving.http.metrics import Metrics
 from mprec.serving.http.parse import Limits
 from mprec.serving.http.pulse import Pulse
@@ -28,8 +28,9 @@ class ReloadError(RuntimeError):
 
 
 class Service:
-    """``inputs``: what a sample consists of. ``reload()`` -> (dispatcher, inputs) loads the models again;
-    without it there is no hot reload. ``reload_token``, if given, is what ``POST /reload`` must bear.
+    """``inputs``: what a sample consists of. ``reload()`` -> (executors, inputs) loads the models again, for
+    as many executors as the engine has; without it there is no hot reload. ``reload_token``, if given, is
+    what ``POST /reload`` must bear.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Service:
         inputs: ModelInputs,
         limits: Limits | None = None,
         *,
-        reload: Callable[[], tuple[Dispatcher, ModelInputs]] | None = None,
+        reload: Callable[[], tuple[Sequence[Executor], ModelInputs]] | None = None,
         reload_token: str | None = None,
     ) -> None:
         self.inputs, self.limits = inputs, limits or Limits()
@@ -95,15 +96,20 @@ class Service:
         if not self._reloading.acquire(blocking=False):
             raise ReloadError("another reload is under way", is_busy=True)
         try:
-            dispatcher, inputs = self._reload()
-            _check_inputs(self.inputs, inputs)
-            self.engine.replace(dispatcher)
+            executors, inputs = self._reload()
+            try:
+                _check_inputs(self.inputs, inputs)
+                self.engine.replace(executors=executors)
+            except BaseException:
+                for executor in executors:
+                    executor.close()
+                raise
             self.inputs = inputs  # after: no query may have IDs that the models before do not know
         except (ValueError, OSError, RuntimeError, LookupError) as error:
             raise ReloadError(f"{type(error).__name__}: {error}") from error
         finally:
             self._reloading.release()
-        return [path.name for path in dispatcher.paths]
+        return self.engine.paths
 
 
 def _check_inputs(before: ModelInputs, after: ModelInputs) -> None:

@@ -1,8 +1,9 @@
-"""Kernel choice inside a model: threads, computing equal IDs once, looking into the cache, by batch size, as
-measured here.
+"""Run-time options chosen by measurement: threads, computing equal IDs once, looking into the cache.
 
-The candidates give the same numbers, so the choice is a dispatcher's with one quality for all: the fastest.
-:func:`tune_kernels` measures with batches of the caller's; :func:`auto_kernels` draws its own.
+The candidates give the same numbers, so the choice is a dispatcher's with one quality for all: the fastest at
+each batch size. :func:`tune_kernels` measures with batches of the caller's; :func:`auto_kernels` draws its
+own. A module can be tuned if it has ``kernel_traits()``. :mod:`mprec.dispatch` is loaded by the first
+measurement, not by ``import mprec.nn``.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ import copy
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mprec.data.zipf import zipf_batches
-from mprec.dispatch.dispatcher import Dispatcher
-from mprec.dispatch.paths import Path, shape_digest
-from mprec.dispatch.profile import BATCH_SIZES, Profile
-from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection, KernelOptions
+from mprec.nn.options import KernelOptions
 
-__all__ = ["TunedKernels", "auto_kernels", "kernel_candidates", "tune_kernels"]
+if TYPE_CHECKING:
+    from mprec.dispatch import Path, Profile
+
+__all__ = ["TunedKernels", "auto_kernels", "kernel_candidates", "kernel_options", "tune_kernels"]
 
 _AUTO_SECONDS = 1.0
 _auto_lock = threading.Lock()
+
+
+def kernel_options(module: torch.nn.Module, samples: int) -> KernelOptions:
+    """What ``module.kernel``, which is not None, says of a batch of so many samples."""
+    kernel = module.kernel
+    if kernel == "auto":
+        kernel = module.kernel = auto_kernels(module)
+    return kernel(samples)
 
 
 def kernel_candidates(
@@ -59,6 +67,8 @@ class TunedKernels:
     def __init__(
         self, candidates: dict[str, KernelOptions], paths: Sequence[Path], profile: Profile, largest: int
     ) -> None:
+        from mprec.dispatch import Dispatcher
+
         self.profile = profile
         dispatcher = Dispatcher(paths, profile, statistic="mean")
         self.choices = [dispatcher.choose(size, 0.0).name for size in range(1, largest + 1)]
@@ -72,7 +82,7 @@ class TunedKernels:
 def tune_kernels(
     model: torch.nn.Module,
     make_input: Callable[[int, np.random.Generator], Any],
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_sizes: Sequence[int] | None = None,
     *,
     seconds: float = 5.0,
     threads: int | None = None,
@@ -82,50 +92,57 @@ def tune_kernels(
     on, what is fastest at the size of the batch at hand.
 
     ``make_input(batch_size, rng)`` draws batches as the model is going to see them (how often IDs repeat
-    matters). ``seconds`` are shared among the collections; ``options`` go to ``Profile.measure``. Returns
-    what was chosen, by module name. ``ValueError`` if the model has no collection.
+    matters). ``batch_sizes``: default ``mprec.dispatch.BATCH_SIZES``. ``seconds`` are shared among the
+    collections; ``options`` go to ``Profile.measure``. Returns what was chosen, by module name.
+    ``ValueError`` if the model has no collection.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, EmbeddingBagCollection)}
+    from mprec import dispatch
+
+    batch_sizes = dispatch.BATCH_SIZES if batch_sizes is None else batch_sizes
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "kernel_traits") and module.kernel_traits().takes_batches
+    }
     if not found:
         raise ValueError("model: has no EmbeddingBagCollection whose kernels could be chosen")
     options = {"conditions": ("warm",), "seconds": seconds / len(found), **options}
     tuned = {}
     for name, collection in found.items():
         candidates, paths = _paths(collection, threads)
-        profile = Profile.measure(paths, make_input, batch_sizes, **options)
+        profile = dispatch.Profile.measure(paths, make_input, batch_sizes, **options)
         tuned[name] = TunedKernels(candidates, paths, profile, max(batch_sizes))
     for name, collection in found.items():
         collection.kernel = tuned[name]
     return tuned
 
 
-def auto_kernels(module: EmbeddingBagCollection | DeepHashEmbeddingBag) -> TunedKernels:
+def auto_kernels(module: torch.nn.Module) -> TunedKernels:
     """What ``kernel="auto"`` of a module becomes at its first call without gradients: its candidates measured
     on Zipf(1.05) IDs, one for each bag, which takes some seconds, or such a profile that the user's cache
     folder has of this machine and these shapes.
     """
+    from mprec import dispatch
+    from mprec.data.zipf import zipf_batches
+
     with _auto_lock:  # threads that come together measure once
         if isinstance(module.kernel, TunedKernels):
             return module.kernel
         candidates, paths = _paths(module)
-        make_input = zipf_batches(_vocabularies(module))
-        profile = Profile.load_or_measure(
-            paths, make_input, BATCH_SIZES, seconds=_AUTO_SECONDS, conditions=("warm",)
+        make_input = zipf_batches(module.kernel_traits().vocabularies)
+        profile = dispatch.Profile.load_or_measure(
+            paths, make_input, dispatch.BATCH_SIZES, seconds=_AUTO_SECONDS, conditions=("warm",)
         )
-        return TunedKernels(candidates, paths, profile, BATCH_SIZES[-1])
+        return TunedKernels(candidates, paths, profile, dispatch.BATCH_SIZES[-1])
 
 
 def _paths(module, threads: int | None = None) -> tuple[dict[str, KernelOptions], list[Path]]:
     """The module's candidates, and a path for each: a twin that shares its weights and runs with these."""
-    has_cache = False
-    if isinstance(module, EmbeddingBagCollection):
-        has_dhe, has_cache = any(f.has_dhe for f in module.features), module.has_cache
-        parts = [feature.to_dict() for feature in module.features]
-        precisions = [getattr(module, f"{kind}_precision", None) for kind in ("table", "decoder")]
-    else:
-        has_dhe, parts, precisions = True, [module.config.to_dict(), module.embedding_dim, module.mode], []
-    shape = shape_digest([parts, precisions])
-    candidates = kernel_candidates(has_dhe, threads, has_cache)
+    from mprec.dispatch import Path, shape_digest
+
+    traits = module.kernel_traits()
+    shape = shape_digest(traits.shape)
+    candidates = kernel_candidates(traits.has_dhe, threads, traits.has_cache)
     return candidates, [Path(n, "kernel", 0.0, _with(module, o), shape) for n, o in candidates.items()]
 
 
@@ -140,9 +157,3 @@ def _with(module, options: KernelOptions | None) -> Callable[[Any], torch.Tensor
         return twin(batch.indices, batch.offsets[:last])
 
     return run
-
-
-def _vocabularies(module) -> list[int]:
-    if isinstance(module, EmbeddingBagCollection):
-        return [feature.num_embeddings for feature in module.features]
-    return [module.num_embeddings or 1 << 20]

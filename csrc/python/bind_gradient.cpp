@@ -1,7 +1,6 @@
-#include "gradient/gradient.h"
-
 #include <vector>
 
+#include "gradient/gradient.h"
 #include "python/bags.h"
 
 namespace py = pybind11;

@@ -8,19 +8,19 @@ namespace py = pybind11;
 namespace mprec::python {
 namespace {
 
-// dict[key], borrowed. KeyError as Python raises it.
+// dict[key], borrowed.
 PyObject* item_of(PyObject* dict, PyObject* key) {
   if (!PyDict_Check(dict))
     throw py::type_error(message("modules: expected a dict, got ", Py_TYPE(dict)->tp_name));
   PyObject* const item = PyDict_GetItemWithError(dict, key);
-  if (!item && !PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
-  if (!item) throw py::error_already_set();
+  if (!item && PyErr_Occurred()) throw py::error_already_set();
+  if (!item) throw NotTaken(NotTaken::value, "modules: a key is not there");
   return item;
 }
 
 // Read at each call, so that whatever replaced a module or a tensor is seen.
 PyObject* tensors_of(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  return guarded_object([&] {
+  return guarded_object<false>([&] {
     static constexpr const char* names[] = {"modules", "names", "owner", "key", "type"};
     const Arguments<5> a("tensors_of", names, args, count, keywords);
     if (!PyTuple_Check(a[1])) throw py::type_error("names: expected a tuple");
@@ -33,7 +33,8 @@ PyObject* tensors_of(PyObject*, PyObject* const* args, Py_ssize_t count, PyObjec
       if (!owner) throw py::error_already_set();
       PyObject* const tensor = item_of(owner.ptr(), a[3]);
       if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != a[4])
-        throw py::type_error(message("modules: expected a plain tensor, got ", Py_TYPE(tensor)->tp_name));
+        throw NotTaken(NotTaken::type,
+                       message("modules: expected a plain tensor, got ", Py_TYPE(tensor)->tp_name));
       PyTuple_SET_ITEM(found.ptr(), i, Py_NewRef(tensor));
     }
     return found;
@@ -45,7 +46,7 @@ PyMethodDef methods[] = {
      "tensors_of(modules, names, owner, key, type)\n\n"
      "tuple(getattr(modules[name], owner)[key] for name in names): say, owner \"_parameters\" and key "
      "\"weight\".\n"
-     "KeyError or AttributeError if there is none, TypeError if one is not exactly of `type`."},
+     "None if there is none somewhere, or one is not exactly of `type`."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

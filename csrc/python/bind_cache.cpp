@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "bags/check.h"
 #include "cache/cached_dhe.h"
 #include "cache/row_cache.h"
 #include "common/distinct.h"
@@ -33,7 +34,7 @@ Tensor ids_view(const py::object& object) {
   for (int64_t i = 0; i < t.shape[0]; ++i) all |= ids[i];
   if (all < 0)
     for (int64_t i = 0; i < t.shape[0]; ++i)
-      if (ids[i] < 0) throw IdError(message("ids[", i, "] is ", ids[i], ", expected 0 <= ID"));
+      if (ids[i] < 0) throw id_error("ids", i, "", ids[i], -1);
   return t;
 }
 
@@ -130,8 +131,7 @@ void rows_by_code(const py::object& codes, const py::object& centroids, const py
   const Tensor i = ids_view(ids);
   const int64_t n = i.shape[0];
   for (int64_t j = 0; j < n; ++j)
-    if (!book.has(i.ptr<int64_t>()[j]))
-      throw IdError(message("ids[", j, "] is ", i.ptr<int64_t>()[j], ", expected less than ", book.count));
+    if (!book.has(i.ptr<int64_t>()[j])) throw id_error("ids", j, "", i.ptr<int64_t>()[j], book.count);
   const Tensor o = rows_view(out, "out", n, book.dim);
   check_output(o, "out");
   without_gil(n, [&] {
@@ -190,7 +190,7 @@ class CachedDecoders {
     check_apart(std::move(blocks), "columns");
   }
 
-  bool stale() const { return watch_ && watch_->changed(); }
+  bool stale(int64_t ids) const { return watch_ && watch_->changed(Share::before(ids)); }
   int64_t num_features() const { return num_features_; }
   int64_t columns() const { return columns_; }
   bool leaves_gaps() const { return gaps_; }
@@ -219,7 +219,7 @@ class CachedDecoders {
 };
 
 PyObject* cached_dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  return guarded_object([&]() -> py::object {
+  return guarded_object<false>([&]() -> py::object {
     static constexpr const char* names[] = {"decoders",    "indices",
                                             "offsets",     "per_sample_weights",
                                             "mode",        "include_last_offset",
@@ -230,8 +230,8 @@ PyObject* cached_dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyO
     if (!py::isinstance<CachedDecoders>(a[0]))
       throw py::type_error(message("decoders: expected CachedDecoders, got ", Py_TYPE(a[0])->tp_name));
     auto& decoders = *py::handle(a[0]).cast<CachedDecoders*>();
-    if (decoders.stale()) return py::none();
     DheBagRequest r = dhe_bags(decoders.num_features(), a[1], a[2], flag(a[5]), a[6]);
+    if (decoders.stale(r.indices.size)) return py::bool_(false);
     set_pooling(r, a[4], a[3]);
     set_bound(r, a[7]);
     const bool admit = flag(a[9]);
@@ -240,10 +240,13 @@ PyObject* cached_dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyO
       throw py::value_error("out: expected a tensor, as the features' columns do not fill a new one");
     py::object out =
         a[8] == Py_None ? empty_matrix(r.bags, decoders.columns()) : py::reinterpret_borrow<py::object>(a[8]);
-    if (const int64_t width = set_output(r, out.ptr()); width < decoders.columns())
+    if (const int64_t width = set_output(r, out.ptr(), a[8] != Py_None); width < decoders.columns())
       throw py::value_error(message("out: expected at least ", decoders.columns(), " columns, got ", width));
-    py::gil_scoped_release release;
-    decoders.forward(r, admit, threads);
+    {
+      py::gil_scoped_release release;
+      decoders.forward(r, admit, threads);
+    }
+    if (a[8] != Py_None) count_write(out.ptr());
     return out;
   });
 }
@@ -253,8 +256,9 @@ PyMethodDef methods[] = {
      "cached_dhe_bag(decoders, indices, offsets, per_sample_weights, mode, include_last_offset, "
      "padding_idx, bound, out, admit, threads)\n\nThe features' pooled vectors in their columns of out [B, "
      "total] "
-     "(None: a new tensor), which is returned; None, with nothing done, if the watched weights have changed. "
-     "bound: refuse IDs not below this (None: any)."},
+     "(None: a new tensor), which is returned; False, with nothing done, if the watched weights have "
+     "changed; "
+     "None for tensors in a form that this does not take. bound: refuse IDs not below this (None: any)."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
@@ -291,6 +295,7 @@ void bind_cache(py::module_& m) {
           py::arg("decoders"), py::arg("caches"), py::arg("positions"), py::arg("columns"),
           py::arg("num_features"), py::arg("watch") = py::none(), py::arg("codebooks") = py::none(),
           py::keep_alive<1, 7>())
+      .def("stale", &CachedDecoders::stale, py::arg("ids"), "Whether the watched weights have changed.")
       .def("stats", &CachedDecoders::stats);
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

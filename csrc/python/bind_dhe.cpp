@@ -1,5 +1,3 @@
-#include "dhe/dhe.h"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,9 +6,11 @@
 #include <string>
 #include <vector>
 
-#include "common/error.h"
+#include "bags/check.h"
+#include "bags/select.h"
 #include "dhe/bag.h"
 #include "dhe/decoder.h"
+#include "dhe/dhe.h"
 #include "dhe/gradient.h"
 #include "python/arguments.h"
 #include "python/bags.h"
@@ -62,11 +62,9 @@ const Decoder& decoder_of(PyObject* object, const char* name) {
 }
 
 // Fills in what both functions below have in common, and runs.
-void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject* out, PyObject* threads,
-         PyObject* dedupe) {
-  set_pooling(r, mode, per_sample_weights);
+void run_pooled(DheBagRequest r, PyObject* out, bool given, PyObject* threads, PyObject* dedupe) {
   r.dedupe = dedupe == Py_None ? Dedupe::automatic : dedupe == Py_True ? Dedupe::always : Dedupe::never;
-  const int64_t width = set_output(r, out);
+  const int64_t width = set_output(r, out, given);
   if (r.num_features == 1) {
     columns_within(r.columns[0], r.decoders[0].dim, width, "out");
   } else {
@@ -76,8 +74,36 @@ void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject
     check_apart(std::move(blocks), "out_columns");
   }
   const int thread_count = checked_threads(integer(threads, "threads"));
-  py::gil_scoped_release release;
-  dhe_bag_forward(r, thread_count);
+  {
+    py::gil_scoped_release release;
+    dhe_bag_forward(r, thread_count);
+  }
+  if (given) count_write(out);
+}
+
+void run(DheBagRequest r, PyObject* per_sample_weights, PyObject* mode, PyObject* out, bool given,
+         PyObject* threads, PyObject* dedupe) {
+  set_pooling(r, mode, per_sample_weights);
+  run_pooled(r, out, given, threads, dedupe);
+}
+
+// The bags of the features that a list names, in place of the whole batch; returns the list.
+std::vector<int64_t> select_bags(DheBagRequest& r, PyObject* features, Py_ssize_t decoders) {
+  const auto chosen = py::cast<std::vector<int64_t>>(py::handle(features));
+  if (static_cast<Py_ssize_t>(chosen.size()) != decoders)
+    throw py::value_error(
+        message("features: expected one for each of the ", decoders, " decoders, got ", chosen.size()));
+  for (const int64_t f : chosen)
+    if (f < 0 || f >= r.num_features)
+      throw py::value_error(message("features: expected 0 to ", r.num_features - 1, ", got ", f));
+  check_offsets(r);
+  static thread_local SelectedBags selected;
+  select_features(r.indices, r.offsets, r.per_sample_weights, chosen, r.bags, selected);
+  r.indices = selected.indices;
+  r.offsets = selected.offsets;
+  if (r.per_sample_weights) r.per_sample_weights = selected.weights.data();
+  r.num_features = decoders;
+  return chosen;
 }
 
 // Bags of one feature.
@@ -95,14 +121,18 @@ struct OneFeature {
   OneFeature(const OneFeature&) = delete;  // `request` points into it
 };
 
+template <bool strict>
 PyObject* dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  return guarded([&] {
+  return guarded_object<strict>([&]() -> py::object {
     static constexpr const char* names[] = {
         "decoder", "indices", "offsets", "per_sample_weights", "mode", "include_last_offset", "padding_idx",
         "out",     "threads", "dedupe"};
     const Arguments<10, 9> a("dhe_bag", names, args, count, keywords);
     const OneFeature f(decoder_of(a[0], "decoder"), a[1], a[2], a[5], a[6]);
-    run(f.request, a[3], a[4], a[7], a[8], a[9]);
+    const py::object out =
+        a[7] == Py_None ? empty_matrix(f.request.bags, f.view.dim) : py::reinterpret_borrow<py::object>(a[7]);
+    run(f.request, a[3], a[4], out.ptr(), a[7] != Py_None, a[8], a[9]);
+    return out;
   });
 }
 
@@ -120,7 +150,7 @@ struct KeptDecoder {
 };
 
 PyObject* dhe_bag_kept(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  return guarded_object([&]() -> py::object {
+  return guarded_object<false>([&]() -> py::object {
     static constexpr const char* names[] = {
         "kept",  "indices", "offsets", "per_sample_weights", "mode", "include_last_offset", "padding_idx",
         "bound", "threads", "dedupe"};
@@ -128,29 +158,31 @@ PyObject* dhe_bag_kept(PyObject*, PyObject* const* args, Py_ssize_t count, PyObj
     if (!py::isinstance<KeptDecoder>(a[0]))
       throw py::type_error(message("kept: expected a KeptDecoder, got ", Py_TYPE(a[0])->tp_name));
     const auto& kept = *py::handle(a[0]).cast<const KeptDecoder*>();
-    if (kept.watch->changed()) return py::none();
     OneFeature f(*kept.decoder, a[1], a[2], a[5], a[6]);
+    if (kept.watch->changed(Share::before(f.request.indices.size))) return py::bool_(false);
     set_bound(f.request, a[7]);
     py::object out = empty_matrix(f.request.bags, f.view.dim);
-    run(f.request, a[3], a[4], out.ptr(), a[8], a[9]);
+    run(f.request, a[3], a[4], out.ptr(), false, a[8], a[9]);
     return out;
   });
 }
 
 PyObject* same_stack(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded_object([&] {
-    static constexpr const char* names[] = {"watch", "coefficients", "weights", "biases"};
-    const Arguments<4> a("same_stack", names, args, count, keywords);
-    return py::bool_(py::handle(a[0]).cast<const StackWatch&>().matches(a[1], a[2], a[3]));
+    static constexpr const char* names[] = {"watch", "coefficients", "weights", "biases", "thorough"};
+    const Arguments<5> a("same_stack", names, args, count, keywords);
+    const Share share = flag(a[4]) ? Share::all() : Share::before(0);
+    return py::bool_(py::handle(a[0]).cast<const StackWatch&>().matches(a[1], a[2], a[3], share));
   });
 }
 
+template <bool strict>
 PyObject* dhe_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  return guarded([&] {
-    static constexpr const char* names[] = {"decoders", "indices",     "offsets", "per_sample_weights",
-                                            "mode",     "padding_idx", "out",     "out_columns",
-                                            "threads",  "dedupe"};
-    const Arguments<10, 9> a("dhe_bag_multi", names, args, count, keywords);
+  return guarded_object<strict>([&]() -> py::object {
+    static constexpr const char* names[] = {"decoders", "indices",     "offsets",  "per_sample_weights",
+                                            "mode",     "padding_idx", "out",      "out_columns",
+                                            "threads",  "dedupe",      "features", "num_features"};
+    const Arguments<12, 9> a("dhe_bag_multi", names, args, count, keywords);
     // Owned: the decoders must outlive the call even if another thread empties the list.
     const auto decoders = py::reinterpret_steal<py::object>(PySequence_Tuple(a[0]));
     if (!decoders) throw py::error_already_set();
@@ -172,27 +204,55 @@ PyObject* dhe_bag_multi(PyObject*, PyObject* const* args, Py_ssize_t count, PyOb
       columns.push_back(given ? integer(PyTuple_GET_ITEM(given.ptr(), t), "out_columns") : column);
       column += views.back().dim;
     }
-    DheBagRequest r = dhe_bags(features, a[1], a[2], true, a[5]);
+    const bool selects = a[10] != Py_None;
+    DheBagRequest r = dhe_bags(selects ? integer(a[11], "num_features") : features, a[1], a[2], true, a[5]);
+    set_pooling(r, a[4], a[3]);
+    const DheBagRequest whole = r;
+    std::vector<int64_t> chosen;
+    if (selects) chosen = select_bags(r, a[10], features);
     r.decoders = views.data();
     r.columns = columns.data();
-    run(r, a[3], a[4], a[6], a[8], a[9]);
+    const py::object out =
+        a[6] == Py_None ? empty_matrix(r.bags, column) : py::reinterpret_borrow<py::object>(a[6]);
+    try {
+      run_pooled(r, out.ptr(), a[6] != Py_None, a[8], a[9]);
+    } catch (const IdError&) {  // says where in the whole batch
+      if (chosen.empty()) throw;
+      std::vector<std::pair<int64_t, int64_t>> bounds;
+      for (const int64_t f : chosen) bounds.emplace_back(f, -1);
+      check_ids(whole.indices, whole.offsets, BagLayout{whole.num_features, whole.bags}, bounds);
+      throw;
+    }
+    return out;
   });
 }
 
+constexpr const char single_doc[] =
+    "dhe_bag(decoder, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, out, "
+    "threads, dedupe=None)\n\nPools one feature's decoded IDs into out [B, dim] (None: a new tensor), which "
+    "is returned. dedupe: compute equal IDs once (None: choose). try_...: None for tensors in a form that "
+    "this does not take.";
+constexpr const char multi_doc[] =
+    "dhe_bag_multi(decoders, indices, offsets, per_sample_weights, mode, padding_idx, out, out_columns, "
+    "threads, dedupe=None, features=None, num_features=None)\n\nPools every feature's decoded IDs into its "
+    "columns of out [B, total] (None: a new tensor), which is returned. features: which of the batch's "
+    "num_features features each decoder serves (None: all, in order). try_...: None for tensors in a form "
+    "that this does not take.";
+
+constexpr int flags = METH_FASTCALL | METH_KEYWORDS;
 PyMethodDef methods[] = {
-    {"dhe_bag", fastcall<&dhe_bag>(), METH_FASTCALL | METH_KEYWORDS,
-     "dhe_bag(decoder, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, out, "
-     "threads, dedupe=None)\n\nPools one feature's decoded IDs into out [B, dim]. dedupe: compute equal IDs "
-     "once (None: choose)."},
-    {"dhe_bag_multi", fastcall<&dhe_bag_multi>(), METH_FASTCALL | METH_KEYWORDS,
-     "dhe_bag_multi(decoders, indices, offsets, per_sample_weights, mode, padding_idx, out, out_columns, "
-     "threads, dedupe=None)\n\nPools every feature's decoded IDs into its columns of out [B, total]."},
-    {"dhe_bag_kept", fastcall<&dhe_bag_kept>(), METH_FASTCALL | METH_KEYWORDS,
+    {"dhe_bag", fastcall<&dhe_bag<true>>(), flags, single_doc},
+    {"try_dhe_bag", fastcall<&dhe_bag<false>>(), flags, single_doc},
+    {"dhe_bag_multi", fastcall<&dhe_bag_multi<true>>(), flags, multi_doc},
+    {"try_dhe_bag_multi", fastcall<&dhe_bag_multi<false>>(), flags, multi_doc},
+    {"dhe_bag_kept", fastcall<&dhe_bag_kept>(), flags,
      "dhe_bag_kept(kept, indices, offsets, per_sample_weights, mode, include_last_offset, padding_idx, "
-     "bound, threads, dedupe)\n\nThe pooled vectors, a new tensor [B, dim]; None, with nothing done, if "
-     "weights have changed. bound: refuse IDs not below this (None: any)."},
-    {"same_stack", fastcall<&same_stack>(), METH_FASTCALL | METH_KEYWORDS,
-     "same_stack(watch, coefficients, weights, biases)\n\nWhether these are the watched tensors, unchanged."},
+     "bound, threads, dedupe)\n\nThe pooled vectors, a new tensor [B, dim]; False, with nothing done, if "
+     "weights have changed; None for tensors in a form that this does not take. bound: refuse IDs not below "
+     "this (None: any)."},
+    {"same_stack", fastcall<&same_stack>(), flags,
+     "same_stack(watch, coefficients, weights, biases, thorough)\n\nWhether these are the watched tensors, "
+     "unchanged. thorough: all of their bytes are compared, else a share of them."},
     {nullptr, nullptr, 0, nullptr}};
 
 void backward(const Decoder& decoder, const std::vector<py::object>& weights, py::handle indices,
@@ -231,7 +291,7 @@ std::vector<int64_t> checked_ids(py::handle indices) {
   std::vector<int64_t> ids(array.size);
   for (int64_t i = 0; i < array.size; ++i) {
     ids[i] = array[i];
-    if (ids[i] < 0) throw IdError(message("indices[", i, "] is ", ids[i], ", expected >= 0"));
+    if (ids[i] < 0) throw id_error("indices", i, "", ids[i], -1);
   }
   return ids;
 }
@@ -279,13 +339,19 @@ void bind_dhe(py::module_& m) {
                              })
       .def_property_readonly("nbytes", &Decoder::nbytes);
   py::class_<WeightWatch>(m, "WeightWatch", "Notices when tensors in modules' dicts change.")
-      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&>(), py::arg("places"))
-      .def("changed", &WeightWatch::changed)
+      .def_static(
+          "of", &WeightWatch::of, py::arg("places"), py::arg("blocks") = INT64_MAX,
+          "Watches the tensors at places (dict, key); None if one cannot be watched: it is not there, "
+          "not on the CPU, or was made in inference mode and so has no version counter. blocks: so "
+          "many blocks of each tensor's bytes are looked at, besides its counter.")
+      .def(
+          "changed", [](const WeightWatch& w, int64_t ids) { return w.changed(Share::before(ids)); },
+          py::arg("ids") = 0, "Before so many IDs are decoded: the more, the more bytes are compared.")
       .def_static("forget_all", &WeightWatch::forget_all,
                   "Every watch reports a change from now on: for writes that raise no version counter.");
   py::class_<StackWatch>(m, "StackWatch", "Knows one decoder's tensors again, unless they have changed.")
-      .def(py::init<py::handle, py::handle, py::handle>(), py::arg("coefficients"), py::arg("weights"),
-           py::arg("biases"));
+      .def_static("of", &StackWatch::of, py::arg("coefficients"), py::arg("weights"), py::arg("biases"),
+                  "None if a tensor cannot be watched: it was made in inference mode, or is not on the CPU.");
   py::class_<KeptDecoder>(m, "KeptDecoder", "A packed decoder and the watch of its weights.")
       .def(py::init<const py::object&, const py::object&>(), py::arg("watch"), py::arg("decoder"));
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();

@@ -1,0 +1,189 @@
+"""Paths from the checkpoints of trained models."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mprec import checkpoint
+from mprec.cache import CachedEmbeddingBagCollection
+from mprec.data import Batch, ClickDataset
+from mprec.dispatch.paths import Path, shape_digest
+from mprec.errors import CheckpointError, PathCompileError
+from mprec.models import compile_path
+from mprec.nn import EmbeddingBagCollection
+from mprec.paths import bundle
+from mprec.paths.forms import form_of
+
+__all__ = ["Inputs", "Scorer", "can_cache", "inputs_of", "paths_from_checkpoints", "sampler", "with_cache"]
+
+
+class Scorer:
+    """Click probabilities [B] of a batch, by a model that returns logits: by its compiled path, or by the
+    model itself where ``reason`` says why it has none (empty: it has)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.reason = model.eval(), ""
+        try:
+            self.compiled = compile_path(model)
+        except PathCompileError as error:
+            self.compiled, self.reason = None, str(error)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        if self.compiled is not None:
+            return self.compiled(batch.dense, batch.indices, batch.offsets)
+        with torch.inference_mode():
+            return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+
+    def path(self, name: str, representation: str, quality: float, description: Any) -> Path:
+        """The path that scores so; ``description`` says what is measured, beside how it runs."""
+        features, num_dense = self.model.embeddings.features, self.model.num_dense
+        how = "model" if self.compiled is None else f"compiled {self.compiled.precision}"
+        note = f"not compiled: {self.reason}" if self.reason else ""
+        shape, inputs = shape_digest([description, how]), (len(features), num_dense)
+        return Path(name, representation, quality, self, shape, inputs=inputs, note=note)
+
+
+def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = "auc") -> list[Path]:
+    """One path per checkpoint, or every path of a multi-path one or of a bundle; the quality is the
+    metadata's validation metric of that name.
+
+    Whole paths are native calls (:func:`mprec.compile_path`) where the model can be compiled; else the path's
+    ``note`` says why not. A path of a bundle has its name there, with the folder's before it where two have
+    the same. Another is named after its representation, or after its file (and representation) where
+    checkpoints share one. ``CheckpointError`` for a bad file; ``ValueError`` if the checkpoints do not take
+    the same inputs.
+    """
+    if not files:
+        raise ValueError("files must name at least one checkpoint")
+    found: list[_Found] = []
+    inputs = None
+    for file in map(FilePath, files):
+        here, made = _open(file, metric)
+        if inputs is not None and here != inputs:
+            raise ValueError(f"{file} takes other inputs (features or dense numbers) than {files[0]}")
+        inputs = here
+        found += made
+    shared = Counter(each.name for each in found)
+    paths = []
+    for each in found:
+        name = each.name
+        if shared[name] > 1:
+            name = f"{each.file.stem}/{name}" if each.several else each.file.stem
+        paths.append(Scorer(each.model).path(name, each.representation, each.quality, each.shape))
+    if repeated := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
+        raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
+    return paths
+
+
+class _Found(NamedTuple):
+    """A path in a file, before it has its name among those of other files."""
+
+    file: FilePath
+    name: str
+    representation: str
+    quality: float
+    model: torch.nn.Module
+    shape: str
+    several: bool  # in that file
+
+
+def _open(file: FilePath, metric: str) -> tuple[tuple[list[tuple[str, int]], int], list[_Found]]:
+    """(inputs, paths) of a checkpoint or a bundle."""
+    if bundle.is_bundle(file):
+        members, metadata = bundle.load(file)
+        model, several = members[0].model, True
+        rows = [(m.name, m.representation, m.metrics, m.model, m.shape) for m in members]
+    else:
+        model, metadata = checkpoint.load(file)
+        several = "paths" in metadata  # one model, several paths
+        rows = []
+        try:
+            if several:
+                for name, metrics in metadata["paths"].items():
+                    path = model.path(name)
+                    rows.append((name, name, metrics, path, shape_digest(path.config())))
+            else:
+                name = str(metadata["representation"])
+                rows.append((name, name, metadata["metrics"], model, shape_digest(model.config())))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file}: its metadata has no representation or no metrics") from error
+    try:
+        found = [
+            _Found(file, name, kind, float(metrics["valid"][metric]), each, shape, several)
+            for name, kind, metrics, each, shape in rows
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: its metadata has no representation or no validation {metric}"
+        ) from error
+    return ([(f.name, f.num_embeddings) for f in model.features], model.num_dense), found
+
+
+class Inputs(NamedTuple):
+    """What the models of a checkpoint or a bundle take, and how their data was split (None: its default)."""
+
+    features: list[tuple[str, int]]  # (name, vocabulary)
+    num_dense: int
+    split: str | None
+
+
+def inputs_of(file: str | os.PathLike) -> Inputs:
+    """The inputs of a checkpoint or a bundle, without making models. ``CheckpointError`` for a bad file."""
+    if bundle.is_bundle(file):
+        manifest = bundle.describe(file)
+        config, metadata = manifest["paths"][0].get("config"), manifest.get("metadata", {})
+    else:
+        config, metadata = checkpoint.describe(file)
+    try:
+        features = [(str(f["name"]), int(f["num_embeddings"])) for f in config["features"]]
+        return Inputs(features, int(config["num_dense"]), metadata.get("split"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its config does not name the model's inputs: {error!r}") from error
+
+
+def can_cache(path: Path) -> bool:
+    """Has the path plain decoders, so that :func:`with_cache` takes it?"""
+    embeddings = getattr(getattr(path.model, "model", None), "embeddings", None)
+    return type(embeddings) is EmbeddingBagCollection and any(f.has_dhe for f in embeddings.features)
+
+
+def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None) -> Path:
+    """The same checkpoint's path with hot IDs' embeddings kept in ``nbytes`` (MP-Cache's encoder stage):
+    exact, so of equal quality; it shares the path's weights.
+
+    ``counts``: how often each ID of a feature occurs (``[vocabulary]``, by feature), to fill the cache at
+    once and to divide its bytes. ``ValueError`` for a path without deep hash embeddings, or not of
+    ``paths_from_checkpoints``.
+    """
+    if not isinstance(path.model, Scorer):
+        raise ValueError(f"path {path.name!r}: not made by paths_from_checkpoints")
+    model = path.model.model
+    if type(model.embeddings) is not EmbeddingBagCollection:
+        form = form_of(model.embeddings)["form"]
+        raise ValueError(f"path {path.name!r}: a cache is for plain decoders, not for {form} ones")
+    hashed = {feature.name for feature in model.embeddings.features if feature.has_dhe}
+    known = None if counts is None else {name: c for name, c in counts.items() if name in hashed}
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin._modules["embeddings"] = CachedEmbeddingBagCollection(model.embeddings, nbytes, known)
+    name, description = f"{path.name}+cache", [model.config(), "cache", nbytes]
+    return Scorer(twin).path(name, path.representation, path.quality, description)
+
+
+def sampler(dataset: ClickDataset) -> Callable[[int, np.random.Generator], Batch]:
+    """Inputs for the microbenchmark: batches of random rows of a dataset."""
+    if not len(dataset):
+        raise ValueError(f"{dataset.name}: no rows to draw batches from")
+
+    def draw(batch_size: int, rng: np.random.Generator) -> Batch:
+        return dataset.batch(rng.integers(len(dataset), size=batch_size))
+
+    return draw
