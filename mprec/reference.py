@@ -24,12 +24,14 @@ __all__ = [
     "dhe",
     "dhe_bag",
     "dhe_bag_multi",
+    "dot_interaction",
     "embedding_bag",
     "embedding_bag_multi",
     "encode",
     "float8",
     "hash_values",
     "maxima",
+    "mlp",
     "pool",
 ]
 
@@ -267,3 +269,28 @@ def dhe_bag_multi(
         mlp = (hashes, weights[stack], biases[stack], family, activation, last_activation)
         parts.append(dhe_bag(ids, starts, *mlp, mode, psw, True, dtype=dtype))
     return torch.cat(parts, dim=1)
+
+
+def mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    last_activation: str,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Linear layers ``[B, in]`` to ``[B, out]``, ``activation`` behind all but the last."""
+    x = input.to(dtype)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
+        name = last_activation if layer == len(weights) else activation
+        x = activate(F.linear(x, weight.to(dtype), bias.to(dtype)), name)
+    return x
+
+
+def dot_interaction(
+    vectors: Tensor, self_interaction: bool = False, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Products of vectors ``[B, V, D]``: the lower triangle of V V^T ``[B, pairs]``, row by row."""
+    vectors, count = vectors.to(dtype), vectors.shape[1]
+    rows, columns = torch.tril_indices(count, count, 0 if self_interaction else -1, device=vectors.device)
+    return torch.bmm(vectors, vectors.transpose(1, 2))[:, rows, columns]

@@ -24,22 +24,26 @@ def _sum(terms: int, magnitude: torch.Tensor, squares: torch.Tensor) -> torch.Te
     return 2 * squares.sqrt() + 4 * (terms + 2) ** 0.5 * UNIT * magnitude
 
 
-def linear(x: Bounded, layer: nn.Linear) -> Bounded:
+def linear(x: Bounded, layer: nn.Linear, precision: str = "float32") -> Bounded:
+    """In bfloat16 each weight and each input is off by up to half of 2**-7 of itself, evenly: six standard
+    deviations of that."""
     weight = layer.weight.detach().double()
     bias = torch.zeros(len(weight)).double() if layer.bias is None else layer.bias.detach().double()
     magnitude = x.value.abs() @ weight.abs().T + bias.abs()
     squares = x.error.square() @ weight.square().T
+    if precision == "bfloat16" and layer.out_features > 1:
+        squares = squares + 9 * 2 * 2.0**-14 / 12 * (x.value.square() @ weight.square().T)
     return Bounded(x.value @ weight.T + bias, _sum(layer.in_features, magnitude, squares))
 
 
-def mlp(x: Bounded, layers: nn.Sequential) -> Bounded:
+def mlp(x: Bounded, layers: nn.Sequential, precision: str = "float32") -> Bounded:
     for layer in layers:
         if isinstance(layer, nn.ReLU):
             x = Bounded(x.value.relu(), x.error)
         elif isinstance(layer, nn.Sigmoid):
             x = sigmoid(x)
         else:
-            x = linear(x, layer)
+            x = linear(x, layer, precision)
     return x
 
 
@@ -48,7 +52,7 @@ def sigmoid(x: Bounded) -> Bounded:
     return Bounded(x.value.sigmoid(), x.error / 4 + 8 * UNIT)
 
 
-def scores(model, dense, embedded, embedded_error=0.0) -> Bounded:
+def scores(model, dense, embedded, embedded_error=0.0, precision="float32") -> Bounded:
     """Click probabilities of ``model`` from its collection's output [B, P * D]."""
     dim = model.embedding_dim
     parts = embedded.double().unflatten(1, (-1, dim))
@@ -61,7 +65,7 @@ def scores(model, dense, embedded, embedded_error=0.0) -> Bounded:
     if model.bottom is None:
         first = Bounded(model.constant.detach().expand(len(embedded), -1))
     else:
-        first = mlp(Bounded(dense), model.bottom)
+        first = mlp(Bounded(dense), model.bottom, precision)
     vectors = torch.cat([first.value[:, None], parts.value], dim=1)
     errors = torch.cat([first.error[:, None], parts.error], dim=1)
     rows, columns = torch.tril_indices(vectors.shape[1], vectors.shape[1], offset=-1)
@@ -70,11 +74,11 @@ def scores(model, dense, embedded, embedded_error=0.0) -> Bounded:
     error = _sum(dim, (a * b).abs().sum(2), squares)
     products = Bounded((a * b).sum(2), error)
     x = Bounded(torch.cat([first.value, products.value], 1), torch.cat([first.error, products.error], 1))
-    out = sigmoid(mlp(x, model.top))
+    out = sigmoid(mlp(x, model.top, precision))
     return Bounded(out.value[:, 0], out.error[:, 0])
 
 
-def check(model, got, dense, indices, offsets, scale=1.0) -> None:
+def check(model, got, dense, indices, offsets, precision="float32") -> None:
     """Holds scores against float64, within the bound. Decoders add in another order for other numbers of IDs,
     so that vectors may differ by some units."""
     with torch.no_grad():
@@ -83,6 +87,6 @@ def check(model, got, dense, indices, offsets, scale=1.0) -> None:
     assert got.dtype == torch.float32
     has_decoders = any(f.has_dhe for f in model.embeddings.features)
     largest = float(embedded.abs().max()) if has_decoders and embedded.numel() else 0.0
-    want = scores(model, dense, embedded, 32 * UNIT * largest)
-    over = (got.double() - want.value).abs() / (scale * want.error)
+    want = scores(model, dense, embedded, 32 * UNIT * largest, precision)
+    over = (got.double() - want.value).abs() / want.error
     assert not len(got) or float(over.max()) <= 1, f"{float(over.max())} times the bound"

@@ -145,6 +145,24 @@ def test_any_batch(samples, longest, threads, name, representation, dtype):
         check(model, path(*inputs), *inputs)
 
 
+@pytest.mark.parametrize("name", runnable_isas())
+@pytest.mark.parametrize(
+    ("num_dense", "bottom", "top"),
+    [(1, (), ()), (13, (64, 33), (77, 30)), (261, (255,), (257, 3)), (13, (512, 256), (512, 256))],
+)
+def test_dense_layers_in_bfloat16(name, num_dense, bottom, top):
+    model = make("hybrid", num_dense=num_dense, bottom=bottom, top=top)
+    path = mprec.compile_path(model, precision="bfloat16")
+    with isa(name):
+        for samples in (1, 4, 5, 29, 150):
+            inputs = batch(model, samples)
+            got = path(*inputs)
+            check(model, got, *inputs, precision="bfloat16")
+            if bottom:
+                assert not torch.equal(got, mprec.compile_path(model)(*inputs))
+    assert pickle.loads(pickle.dumps(path)).precision == "bfloat16"
+
+
 def test_threads_share_samples():
     model = make("hybrid", bottom=(512, 256), top=(512, 256))
     path = mprec.compile_path(model)

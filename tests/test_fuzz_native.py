@@ -521,6 +521,7 @@ def program_arguments(modes):
         "mixing": [],
         "self_interaction": False,
         "watch": _C.WeightWatch.of([(table, "weight") for table in tables]),
+        "precision": "float32",
     }
 
 
@@ -540,6 +541,44 @@ def program_run(draw, guard: Guard):
         "offsets": offsets,
         "threads": draw(st.sampled_from([1, 2])),
     }
+
+
+def mlp_arguments(*widths):
+    return dict(zip(("weights", "biases", "activations"), layers(*widths), strict=True))
+
+
+@st.composite
+def mlp(draw, guard: Guard):
+    return mlp_arguments(*draw(st.lists(st.integers(1, 20), min_size=2, max_size=4)))
+
+
+@st.composite
+def mlp_run(draw, guard: Guard):
+    batch = draw(st.sampled_from([0, 1, 5, 140]))
+    return {
+        "mlp": _C.Mlp(**mlp_arguments(7, 20, 3)),
+        "input": torch.randn(batch, 7),
+        "out": guard.array((batch, 3)),
+        "threads": draw(st.sampled_from([1, 2])),
+    }
+
+
+@st.composite
+def interaction(draw, guard: Guard):
+    batch, vectors, own = draw(st.integers(0, 9)), draw(st.integers(1, 9)), draw(st.booleans())
+    return {
+        "vectors": torch.randn(batch, vectors, draw(st.integers(1, 20))),
+        "self_interaction": own,
+        "out": guard.array((batch, vectors * (vectors - 1) // 2 + own * vectors)),
+        "threads": draw(st.sampled_from([1, 2])),
+    }
+
+
+@st.composite
+def interaction_backward(draw, guard: Guard):
+    arguments = draw(interaction(guard))
+    grad = torch.randn(arguments["out"].shape)
+    return arguments | {"grad": grad, "out": guard.array(tuple(arguments["vectors"].shape))}
 
 
 @st.composite
@@ -668,6 +707,10 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "read_json_query": (_C.read_json_query, json_query),
     "PathProgram": (_C.PathProgram, path_program),
     "run_program": (_C.run_program, program_run),
+    "Mlp": (_C.Mlp, mlp),
+    "mlp": (_C.mlp, mlp_run),
+    "dot_interaction": (_C.dot_interaction, interaction),
+    "dot_interaction_backward": (_C.dot_interaction_backward, interaction_backward),
     "Scheduler": (serve, scheduler),
     "FluidPrice": (
         price,

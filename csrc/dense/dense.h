@@ -13,8 +13,9 @@ namespace mprec {
 constexpr int max_samples = 2 * max_ids;
 constexpr int64_t sample_block_stride = int64_t{max_samples} * block_pitch;
 
-// Layers of one precision. A float32 layer of a single output is a row of weights, [inputs]: in a panel of 16
-// columns it would cost 16 times as much.
+// Layers of one precision, float32 or bfloat16: of weights, and of inputs, which are rounded in place. A
+// layer of a single output is a row of float32 weights, [inputs]: in a panel of 16 columns it would cost 16
+// times as much.
 struct MlpView {
   const LayerView* layers;
   int num_layers;
@@ -39,6 +40,9 @@ struct InteractionView {
   [[gnu::always_inline]] int64_t transposed_floats() const {
     return int64_t{(vectors + 15) / 16 * 16} * (dim + 1);
   }
+  [[gnu::always_inline]] int64_t symmetric_floats() const {
+    return int64_t{(vectors + 15) / 16 * 16} * (vectors + 1);
+  }
 };
 
 // A vector that interacts is a weighted sum of a sample's embedded vectors.
@@ -60,6 +64,10 @@ struct DenseKernels {
   // has room for one sample's vectors.
   void (*interact)(const InteractionView&, const float* vectors, int64_t stride, int samples,
                    float* transposed, float* blocks, int64_t block_stride, int first_column);
+  // The vectors' gradients from those of their products, samples one after another; `symmetric` has room for
+  // symmetric_floats().
+  void (*interact_backward)(const InteractionView&, const float* vectors, const float* grad, int64_t samples,
+                            float* symmetric, float* out);
   // Vector v of a sample: the sum of its terms, which follow each other. Every vector has a term.
   void (*mix)(const MixTerm* terms, int64_t num_terms, int dim, const float* parts, int64_t parts_stride,
               int samples, float* vectors, int64_t stride);

@@ -2,6 +2,7 @@
 #pragma once
 #include "dense/dense.h"
 #include "dense/interaction.h"
+#include "dhe/bf16.h"
 #include "dhe/gemm.h"
 #include "dhe/math.h"
 
@@ -77,6 +78,8 @@ static inline float* mlp(const MlpView& view, int samples, bool backwards, float
     const LayerView& layer = view.layers[l];
     if (layer.outputs == 1)
       single_output(layer, samples, in, spare, block_stride);
+    else if (view.precision == Precision::bfloat16)
+      next_layer<BFloatProduct>(layer, samples, backwards, in, spare, block_stride);
     else
       next_layer<FloatProduct<float>>(layer, samples, backwards, in, spare, block_stride);
     float* const result = spare;
@@ -104,6 +107,6 @@ static inline void mix(const MixTerm* terms, int64_t num_terms, int dim, const f
     }
 }
 
-extern const DenseKernels dense_kernels = {gather, scatter, mlp, interact, mix};
+extern const DenseKernels dense_kernels = {gather, scatter, mlp, interact, interact_backward, mix};
 
 }  // namespace mprec::MPREC_ISA

@@ -21,7 +21,12 @@ AlignedBuffer<char> pack_row(const LinearWeights& w) {
 
 }  // namespace
 
-Mlp::Mlp(const std::vector<LinearWeights>& layers, const std::vector<Activation>& activations) {
+Mlp::Mlp(const std::vector<LinearWeights>& layers, const std::vector<Activation>& activations,
+         Precision precision)
+    : precision_(precision) {
+  const bool bfloat = precision == Precision::bfloat16;
+  if (!bfloat && precision != Precision::float32)
+    throw std::invalid_argument("precision: dense layers are float32 or bfloat16");
   if (layers.empty()) throw std::invalid_argument("weights: expected at least one layer");
   if (activations.size() != layers.size())
     throw std::invalid_argument(message("activations: expected one for each of the ", layers.size(),
@@ -37,7 +42,7 @@ Mlp::Mlp(const std::vector<LinearWeights>& layers, const std::vector<Activation>
             message("weights[", l, "]: expected 1 to ", largest_size, what, ", got ", size));
     AlignedBuffer<float> bias(round_up(w.outputs, lut_columns));
     for (int64_t o = 0; w.bias && o < w.outputs; ++o) bias.data()[o] = w.bias[o * w.bias_stride];
-    weights_.push_back(w.outputs == 1 ? pack_row(w) : pack_float32(w));
+    weights_.push_back(w.outputs == 1 ? pack_row(w) : bfloat ? pack_bfloat16(w) : pack_float32(w));
     biases_.push_back(std::move(bias));
     layers_.push_back({weights_[l].data(), nullptr, biases_[l].data(), static_cast<int>(w.inputs),
                        static_cast<int>(w.outputs), activations[l]});

@@ -10,9 +10,10 @@ namespace mprec {
 
 class Mlp {
  public:
-  // One activation for each layer. A null bias is zeros. std::invalid_argument if there is no layer or sizes
-  // do not chain.
-  Mlp(const std::vector<LinearWeights>&, const std::vector<Activation>&);
+  // One activation for each layer. A null bias is zeros. float32 or bfloat16: weights and inputs of all
+  // layers but those of one output. std::invalid_argument if there is no layer or sizes do not chain.
+  Mlp(const std::vector<LinearWeights>&, const std::vector<Activation>&,
+      Precision precision = Precision::float32);
   // Valid while the Mlp stays where it is.
   MlpView view() const { return {layers_.data(), static_cast<int>(layers_.size()), widest_, precision_}; }
   int inputs() const { return layers_.front().inputs; }
@@ -20,7 +21,7 @@ class Mlp {
   int64_t nbytes() const;
 
  private:
-  Precision precision_ = Precision::float32;
+  Precision precision_;
   std::vector<AlignedBuffer<char>> weights_;
   std::vector<AlignedBuffer<float>> biases_;
   std::vector<LayerView> layers_;

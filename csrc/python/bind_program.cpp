@@ -52,14 +52,9 @@ class TablePlace {
 // Python's arguments of an MLP: weights, biases, activations.
 using MlpArguments = std::tuple<std::vector<py::object>, std::vector<py::object>, std::vector<int>>;
 
-Mlp make_mlp(const MlpArguments& arguments) {
+Mlp make_mlp(const MlpArguments& arguments, Precision precision) {
   const auto& [weights, biases, activations] = arguments;
-  std::vector<Activation> parsed;
-  for (int a : activations) {
-    if (a < 0 || a > 3) throw py::value_error(message("activations: expected 0 to 3, got ", a));
-    parsed.push_back(static_cast<Activation>(a));
-  }
-  return Mlp(linear_layers(weights, biases), parsed);
+  return Mlp(linear_layers(weights, biases), parse_activations(activations), precision);
 }
 
 struct PathProgram {
@@ -93,7 +88,11 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
                                           const std::optional<MlpArguments>& bottom,
                                           const py::object& constant, const MlpArguments& top,
                                           const std::vector<std::tuple<int, int, float>>& mixing,
-                                          bool self_interaction, const py::object& watch) {
+                                          bool self_interaction, const py::object& watch,
+                                          const std::string& precision_name) {
+  if (precision_name != "float32" && precision_name != "bfloat16")
+    throw py::value_error(message("precision: '", precision_name, "' is none of float32, bfloat16"));
+  const Precision precision = precision_name == "float32" ? Precision::float32 : Precision::bfloat16;
   Program::Parts parts;
   parts.num_features = num_features;
   parts.num_dense = num_dense;
@@ -111,12 +110,12 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
     owned.push_back(decoder);
     parts.decoders.push_back({decoder.cast<const Decoder&>().view(), feature, part, mode_of(mode)});
   }
-  if (bottom) parts.bottom.emplace(make_mlp(*bottom));
+  if (bottom) parts.bottom.emplace(make_mlp(*bottom, precision));
   if (!constant.is_none()) {
     const Tensor t = view(constant.ptr(), "constant", DType::f32, 1);
     parts.constant.assign(t.ptr<float>(), t.ptr<float>() + t.shape[0]);
   }
-  parts.top.emplace(make_mlp(top));
+  parts.top.emplace(make_mlp(top, precision));
   for (const auto& [vector, part, weight] : mixing) parts.mixing.push_back({vector, part, weight});
   parts.self_interaction = self_interaction;
   watch.cast<const WeightWatch&>();  // TypeError for anything else
@@ -163,7 +162,7 @@ void bind_program(py::module_& m) {
   py::class_<PathProgram>(m, "PathProgram", "A model's whole path, its weights packed for the kernels.")
       .def(py::init(&make_program), py::arg("num_features"), py::arg("num_dense"), py::arg("dim"),
            py::arg("tables"), py::arg("decoders"), py::arg("bottom"), py::arg("constant"), py::arg("top"),
-           py::arg("mixing"), py::arg("self_interaction"), py::arg("watch"))
+           py::arg("mixing"), py::arg("self_interaction"), py::arg("watch"), py::arg("precision"))
       .def_property_readonly("nbytes", [](const PathProgram& p) { return p.program.nbytes(); })
       .def("changed", &PathProgram::changed, py::arg("ids") = 0);
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();

@@ -48,4 +48,13 @@ inline std::vector<LinearWeights> linear_layers(const std::vector<pybind11::obje
   return layers;
 }
 
+inline std::vector<Activation> parse_activations(const std::vector<int>& activations) {
+  std::vector<Activation> parsed;
+  for (int a : activations) {
+    if (a < 0 || a > 3) throw pybind11::value_error(message("activations: expected 0 to 3, got ", a));
+    parsed.push_back(static_cast<Activation>(a));
+  }
+  return parsed;
+}
+
 }  // namespace mprec::python

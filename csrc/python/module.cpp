@@ -20,6 +20,7 @@ void bind_modules(py::module_&);        // bind_modules.cpp
 void bind_batches(py::module_&);        // bind_batches.cpp
 void bind_scheduler(py::module_&);      // bind_scheduler.cpp
 void bind_program(py::module_&);        // bind_program.cpp
+void bind_dense(py::module_&);          // bind_dense.cpp
 void bind_queries(py::module_&);        // bind_queries.cpp
 }  // namespace mprec::python
 
@@ -53,5 +54,6 @@ PYBIND11_MODULE(_C, m) {
   python::bind_batches(m);
   python::bind_scheduler(m);
   python::bind_program(m);
+  python::bind_dense(m);
   python::bind_queries(m);
 }

@@ -25,7 +25,7 @@ from mprec.representations import DHE, TABLE
 __all__ = ["PRECISIONS", "CompiledPath", "compile_path"]
 
 #: Of dense layers.
-PRECISIONS = ("float32",)
+PRECISIONS = ("float32", "bfloat16")
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
 
@@ -41,7 +41,8 @@ def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
 
     Args:
         model: evaluated as it is at each call; without gradients.
-        precision: of the dense layers, one of ``PRECISIONS``.
+        precision: of the dense layers. ``"bfloat16"`` rounds weights and inputs of every layer but the last,
+            and adds up in float32.
 
     Raises:
         PathCompileError: what is not compiled, and why; ``model(...).sigmoid()`` still serves.
@@ -53,9 +54,9 @@ def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
 class CompiledPath:
     """What :func:`compile_path` returns. Safe for concurrent calls, which release the interpreter lock.
 
-    Scores differ from the model's by float32's rounding. Forward hooks that are registered later are not run.
-    A call that the native code does not take goes to the model: it serves that call (IDs of other integer
-    types, strided rows), or raises what it raises for such an input.
+    Scores differ from the model's by the rounding of ``precision``. Forward hooks that are registered later
+    are not run. A call that the native code does not take goes to the model: it serves that call (IDs of
+    other integer types, strided rows), or raises what it raises for such an input.
 
     Attributes:
         model, precision: as given.
@@ -66,7 +67,7 @@ class CompiledPath:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.model, self.precision = model, precision
         self._lock = threading.Lock()
-        self._native = _pack(model)
+        self._native = _pack(model, precision)
 
     def __call__(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
         """Click probabilities.
@@ -104,7 +105,7 @@ class CompiledPath:
     def _pack_again(self, stale: _C.PathProgram) -> _C.PathProgram:
         with self._lock:
             if self._native is stale:  # else another thread did
-                self._native = _pack(self.model)
+                self._native = _pack(self.model, self.precision)
             return self._native
 
     def __reduce__(self):
@@ -115,7 +116,7 @@ class CompiledPath:
 
 
 @torch.no_grad()
-def _pack(model: nn.Module) -> _C.PathProgram:
+def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
     _check_model(model)
     places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
     places.append((model._buffers, "_mixing"))
@@ -150,6 +151,7 @@ def _pack(model: nn.Module) -> _C.PathProgram:
             mixing,
             False,
             watch,
+            precision,
         )
     except (TypeError, ValueError) as error:
         raise PathCompileError(str(error)) from error

@@ -1,6 +1,7 @@
 """Modules: embedding bags as tables, deep hash embeddings and hybrids, and a collection of them."""
 
 from mprec.nn.collection import EmbeddingBagCollection
+from mprec.nn.dense import MLP, DotInteraction
 from mprec.nn.hybrid import HybridEmbeddingBag
 from mprec.nn.low_rank import LowRankEmbeddingBagCollection, LowRankTable
 from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
@@ -15,8 +16,10 @@ from mprec.representations.embedding_bag import EmbeddingBag
 from mprec.tuning import auto_kernels, kernel_candidates, tune_kernels
 
 __all__ = [
+    "MLP",
     "DeepHashEmbeddingBag",
     "DheConfig",
+    "DotInteraction",
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "FeatureConfig",

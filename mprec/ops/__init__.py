@@ -17,13 +17,16 @@ from mprec.ops import _cached_dhe as _cached_dhe  # the operators without a func
 from mprec.ops import _cuda as _cuda  # registers the kernels for GPUs
 from mprec.ops import _updates as _updates
 from mprec.ops._decoders import clear_decoders
+from mprec.ops._dense import dot_interaction, mlp
 from mprec.ops._functional import dhe_bag, dhe_bag_multi, embedding_bag, embedding_bag_multi, hash_encode
 
 __all__ = [
     "clear_decoders",
     "dhe_bag",
     "dhe_bag_multi",
+    "dot_interaction",
     "embedding_bag",
     "embedding_bag_multi",
     "hash_encode",
+    "mlp",
 ]

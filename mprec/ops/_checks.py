@@ -33,10 +33,14 @@ def check_ndim(tensor: Tensor, name: str, ndim: int = 1) -> None:
         raise ValueError(f"{name} has to be a {ndim}D Tensor, but got Tensor of dimension {tensor.dim()}")
 
 
+def check_floats(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in FLOATS:
+        raise DtypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
+
+
 def check_weights(weight: Tensor, name: str) -> None:
     check_ndim(weight, name, 2)
-    if weight.dtype not in FLOATS:
-        raise DtypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {weight.dtype}")
+    check_floats(weight, name)
 
 
 def check_tables(weights: Sequence[Tensor]) -> None:

@@ -34,7 +34,7 @@ from mprec.ops._common import plain
 
 _LINEAR = ("weight", "bias")
 _groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
-_kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.StackWatch", "_C.Decoder"]] = {}
+_kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.StackWatch", "_C.Decoder | _C.Mlp"]] = {}
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:

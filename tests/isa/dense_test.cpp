@@ -24,6 +24,7 @@ struct Layers {
   std::vector<int64_t> sizes;
   std::vector<std::vector<float>> weights, biases;
   Activation between, last;
+  Precision precision = Precision::float32;
 
   Layers(const std::vector<int64_t>& s, Activation between_, Activation last_, Random& random)
       : sizes(s), between(between_), last(last_) {
@@ -43,7 +44,7 @@ struct Layers {
           {weights[l].data(), sizes[l + 1], sizes[l], sizes[l], 1, l % 2 ? nullptr : biases[l].data(), 1});
       activations.push_back(after(l));
     }
-    return Mlp(linear, activations);
+    return Mlp(linear, activations, precision);
   }
   // Errors add up like a random walk, as in dhe_network.h; no activation is steeper than 1.09.
   Row operator()(Row x) const {
@@ -56,6 +57,9 @@ struct Layers {
           sum += w * x[i].value;
           magnitude += std::fabs(w * x[i].value);
           inherited += w * x[i].bound * w * x[i].bound;
+          // As in dhe_network.h: six standard deviations of two roundings.
+          if (precision == Precision::bfloat16 && sizes[l + 1] > 1)
+            inherited += 36 * 2 * std::pow(w * 0x1p-7 * x[i].value, 2) / 12;
         }
         const double value = activate(after(l), sum);
         const double rounding = eps * (2 + std::sqrt(static_cast<double>(sizes[l])) / 4) * magnitude;
@@ -118,6 +122,17 @@ void test_mlp(const std::string& isa) {
                 samples, random);
 }
 
+void test_bfloat16(const std::string& isa) {
+  Case c(isa + " dense mlp in bfloat16");
+  Random random(15);
+  for (const std::vector<int64_t>& sizes : std::vector<std::vector<int64_t>>{
+           {1, 1}, {5, 18, 3, 1}, {13, 70, 2}, {257, 33, 256}, {33, 300, 21, 4}}) {
+    Layers layers(sizes, Activation::relu, Activation::none, random);
+    layers.precision = Precision::bfloat16;
+    for (int samples : {1, 4, 5, 30}) check_mlp(c, layers, samples, random);
+  }
+}
+
 // The lower triangle of a sample's products, in order.
 Row expected_products(const Row& vectors, int64_t dim, bool self) {
   const auto n = static_cast<int64_t>(vectors.size()) / dim;
@@ -168,6 +183,38 @@ void test_interaction(const std::string& isa) {
             c.expect(at(s, first + products) == untouched, "wrote beyond its columns");
           }
         }
+}
+
+void test_interaction_backward(const std::string& isa) {
+  Case c(isa + " dense interaction, backward");
+  Random random(16);
+  for (int n : {1, 2, 5, 9, 17, 27})
+    for (int dim : {1, 8, 16, 21})
+      for (bool self : {false, true}) {
+        const InteractionView view{n, dim, self};
+        const int64_t products = view.products();
+        Guarded<float> vectors(2 * n * dim), grad(2 * products), symmetric(view.symmetric_floats()),
+            out(2 * n * dim);
+        for (int64_t i = 0; i < vectors.size(); ++i) vectors[i] = random.normal_ish();
+        for (int64_t i = 0; i < grad.size(); ++i) grad[i] = random.normal_ish();
+        kernels().dense->interact_backward(view, vectors.data(), grad.data(), 2, symmetric.data(),
+                                           out.data());
+        for (int s = 0; s < 2; ++s) {
+          std::vector<double> want(n * dim), magnitude(n * dim);
+          const float* g = grad.data() + s * products;
+          for (int i = 0; i < n; ++i)
+            for (int j = 0; j < i + self; ++j, ++g)
+              for (int d = 0; d < dim; ++d)
+                for (const auto& [to, from] : {std::pair{i, j}, std::pair{j, i}}) {
+                  const double term = double{*g} * vectors[(s * n + from) * dim + d];
+                  want[to * dim + d] += term;
+                  magnitude[to * dim + d] += std::fabs(term);
+                }
+          for (int i = 0; i < n * dim; ++i)
+            c.close(out[s * n * dim + i], want[i], eps / 2 * (n + 2) * magnitude[i], n, " vectors of ", dim,
+                    ": sample ", s, " number ", i);
+        }
+      }
 }
 
 void test_mix(const std::string& isa) {
@@ -265,7 +312,9 @@ void test_program(const std::string& isa, int threads) {
 
 void dense_suite(const std::string& isa, int threads) {
   test_mlp(isa);
+  test_bfloat16(isa);
   test_interaction(isa);
+  test_interaction_backward(isa);
   test_mix(isa);
   test_program(isa, threads);
 }

@@ -1,0 +1,92 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "common/error.h"
+#include "dense/batch.h"
+#include "dense/mlp.h"
+#include "python/arguments.h"
+#include "python/bags.h"
+#include "python/layers.h"
+#include "python/tensor.h"
+
+namespace py = pybind11;
+
+namespace mprec::python {
+namespace {
+
+Tensor output(py::handle object, int64_t rows, int64_t columns) {
+  const Tensor out = float_matrix(object.ptr(), "out");
+  if (out.shape[0] != rows || out.shape[1] != columns)
+    throw py::value_error(message("out: expected shape [", rows, ", ", columns, "], got [", out.shape[0],
+                                  ", ", out.shape[1], "]"));
+  check_output(out, "out");
+  return out;
+}
+
+void mlp(const Mlp& mlp, py::handle input, py::handle out_object, int threads) {
+  const Tensor in = float_matrix(input.ptr(), "input");
+  if (in.shape[1] != mlp.inputs())
+    throw py::value_error(message("input: expected ", mlp.inputs(), " columns, got ", in.shape[1]));
+  const Tensor out = output(out_object, in.shape[0], mlp.outputs());
+  checked_threads(threads);
+  py::gil_scoped_release release;
+  mlp_forward(mlp.view(), {in.ptr<float>(), in.strides[0]}, in.shape[0], {out.ptr<float>(), out.strides[0]},
+              threads);
+}
+
+InteractionView interaction(const Tensor& vectors, bool self) {
+  if (vectors.shape[1] > 4096 || vectors.shape[2] > 1 << 20)
+    throw py::value_error(message("vectors: expected at most 4096 of at most ", 1 << 20, " numbers, got ",
+                                  vectors.shape[1], " of ", vectors.shape[2]));
+  return {static_cast<int>(vectors.shape[1]), static_cast<int>(vectors.shape[2]), self};
+}
+
+void dot_interaction(py::handle vectors, bool self, py::handle out_object, int threads) {
+  const Tensor v = view(vectors.ptr(), "vectors", DType::f32, 3);
+  const InteractionView shape = interaction(v, self);
+  const Tensor out = output(out_object, v.shape[0], shape.products());
+  checked_threads(threads);
+  py::gil_scoped_release release;
+  interaction_forward(shape, v.ptr<float>(), v.shape[0], {out.ptr<float>(), out.strides[0]}, threads);
+}
+
+void dot_interaction_backward(py::handle grad, py::handle vectors, bool self, py::handle out_object,
+                              int threads) {
+  const Tensor v = view(vectors.ptr(), "vectors", DType::f32, 3), g = view(grad.ptr(), "grad", DType::f32, 2),
+               out = view(out_object.ptr(), "out", DType::f32, 3);
+  const InteractionView shape = interaction(v, self);
+  if (g.shape[0] != v.shape[0] || g.shape[1] != shape.products())
+    throw py::value_error(message("grad: expected shape [", v.shape[0], ", ", shape.products(), "], got [",
+                                  g.shape[0], ", ", g.shape[1], "]"));
+  for (int d = 0; d < 3; ++d)
+    if (out.shape[d] != v.shape[d]) throw py::value_error("out: expected the shape of vectors");
+  check_output(out, "out");
+  checked_threads(threads);
+  py::gil_scoped_release release;
+  interaction_backward(shape, v.ptr<float>(), g.ptr<float>(), v.shape[0], out.ptr<float>(), threads);
+}
+
+}  // namespace
+
+void bind_dense(py::module_& m) {
+  py::class_<Mlp>(m, "Mlp", "An MLP's weights, packed for the kernels.")
+      .def(py::init([](const std::vector<py::object>& weights, const std::vector<py::object>& biases,
+                       const std::vector<int>& activations) {
+             return std::make_unique<Mlp>(linear_layers(weights, biases), parse_activations(activations));
+           }),
+           py::arg("weights"), py::arg("biases"), py::arg("activations"))
+      .def_property_readonly("inputs", &Mlp::inputs)
+      .def_property_readonly("outputs", &Mlp::outputs)
+      .def_property_readonly("nbytes", &Mlp::nbytes);
+  m.def("mlp", &mlp, py::arg("mlp"), py::arg("input"), py::arg("out"), py::arg("threads"),
+        "The MLP of input [B, inputs] into out [B, outputs], float32.");
+  m.def("dot_interaction", &dot_interaction, py::arg("vectors"), py::arg("self_interaction"), py::arg("out"),
+        py::arg("threads"), "Products of all pairs of vectors [B, V, D] into out [B, pairs], float32.");
+  m.def("dot_interaction_backward", &dot_interaction_backward, py::arg("grad"), py::arg("vectors"),
+        py::arg("self_interaction"), py::arg("out"), py::arg("threads"),
+        "The gradient of vectors [B, V, D] from that of their products [B, pairs].");
+}
+
+}  // namespace mprec::python
