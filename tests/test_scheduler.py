@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scheduling import MAX_BATCH, SYSTEMS, contest, fluid_bound, load, paths
 
 from mprec.dispatch.scheduler import Job, Lane, Option, Refusal, Scheduler
-from mprec.simulate import SimulatedExecutor, simulate
+from mprec.simulate import SimulatedExecutor, SimulatedPath, simulate
 
 # -- never below the best static choice
 
