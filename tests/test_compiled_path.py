@@ -150,17 +150,49 @@ def test_any_batch(samples, longest, threads, name, representation, dtype):
     ("num_dense", "bottom", "top"),
     [(1, (), ()), (13, (64, 33), (77, 30)), (261, (255,), (257, 3)), (13, (512, 256), (512, 256))],
 )
-def test_dense_layers_in_bfloat16(name, num_dense, bottom, top):
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_dense_layers_in_fewer_bits(name, precision, num_dense, bottom, top):
     model = make("hybrid", num_dense=num_dense, bottom=bottom, top=top)
-    path = mprec.compile_path(model, precision="bfloat16")
+    path = mprec.compile_path(model, precision)
     with isa(name):
         for samples in (1, 4, 5, 29, 150):
             inputs = batch(model, samples)
             got = path(*inputs)
-            check(model, got, *inputs, precision="bfloat16")
+            check(model, got, *inputs, precision=precision)
             if bottom:
                 assert not torch.equal(got, mprec.compile_path(model)(*inputs))
-    assert pickle.loads(pickle.dumps(path)).precision == "bfloat16"
+    assert pickle.loads(pickle.dumps(path)).precision == precision
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen_in_its_own_sample_alone(precision, value):
+    """A sigmoid of infinity is a number, of NaN none; a layer in int8 has no infinities."""
+    model = make(bottom=(64, 32), top=(77, 40))
+    path = mprec.compile_path(model, precision)
+    for samples in (3, 40):
+        dense, indices, offsets = batch(model, samples)
+        want = path(dense, indices, offsets)
+        dense[2, 4] = value
+        got = path(dense, indices, offsets)
+        assert not 1e-6 < got[2] < 1 - 1e-6
+        assert got[2].isnan() or precision != "int8"
+        others = torch.arange(samples) != 2
+        assert torch.equal(got[others], want[others])
+
+
+@pytest.mark.parametrize("samples", [1, 5, 150])
+def test_int8_scores_are_the_same_on_every_isa(samples):
+    """Its sums are integers; what is left is how float32 rounds."""
+    model = make(bottom=(64, 32), top=(300, 77))
+    path = mprec.compile_path(model, "int8")
+    inputs = batch(model, samples)
+    scores = []
+    for name in runnable_isas():
+        with isa(name):
+            scores.append(path(*inputs))
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=0, atol=2e-3)
 
 
 def test_threads_share_samples():

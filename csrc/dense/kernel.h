@@ -2,6 +2,7 @@
 #pragma once
 #include "dense/dense.h"
 #include "dense/interaction.h"
+#include "dense/quantised.h"
 #include "dhe/bf16.h"
 #include "dhe/gemm.h"
 #include "dhe/math.h"
@@ -75,13 +76,16 @@ inline void single_output(const LayerView& layer, int samples, const float* in, 
 static inline float* mlp(const MlpView& view, int samples, bool backwards, float* in, float* spare,
                          int64_t block_stride) {
   for (int l = 0; l < view.num_layers; ++l) {
-    const LayerView& layer = view.layers[l];
+    const DenseLayer& layer = view.layers[l];
+    const DenseLayer* const next = l + 1 < view.num_layers ? &layer + 1 : nullptr;
     if (layer.outputs == 1)
       single_output(layer, samples, in, spare, block_stride);
-    else if (view.precision == Precision::bfloat16)
-      next_layer<BFloatProduct>(layer, samples, backwards, in, spare, block_stride);
+    else if (layer.precision == Precision::int8)
+      next_layer<QuantisedProduct>(layer, samples, backwards, in, spare, block_stride, next);
+    else if (layer.precision == Precision::bfloat16)
+      next_layer<BFloatProduct>(layer, samples, backwards, in, spare, block_stride, next);
     else
-      next_layer<FloatProduct<float>>(layer, samples, backwards, in, spare, block_stride);
+      next_layer<FloatProduct<float>>(layer, samples, backwards, in, spare, block_stride, next);
     float* const result = spare;
     spare = in;
     in = result;

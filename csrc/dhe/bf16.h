@@ -12,12 +12,16 @@ namespace mprec::MPREC_ISA {
 struct BFloatProduct {
   using Weight = uint16_t;
   using Sum = Vec;
-  static constexpr int group = 2, block = block_columns;
+  static constexpr int group = 2, pad = bfloat16_pad, block = block_columns;
   static constexpr int weight_pitch = 2 * panel_columns, step_pitch = 2;
   static Vec zero() { return MPREC_ISA::zero(); }
   static Vec add(Vec a, Vec b) { return a + b; }
   static Vec start(Vec before) { return before; }
-  static Vec finish(Vec sum, Vec, const float*) { return sum; }
+  template <class Columns>
+  static Vec finish(const Columns&, Vec sum, Vec, int, int) {
+    return sum;
+  }
+  static constexpr bool prepares_rows = false;
 
 #if defined(MPREC_DOT2)  // isa/ISA.h has the instruction
   using Input = uint16_t;

@@ -10,5 +10,5 @@ mprec_isa(avx2       BASE scalar CPU avx2 fma bmi2 f16c FOR all
 mprec_isa(avx512     BASE avx2 CPU avx512f avx512bw avx512dq avx512vl FOR all
                      FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
                            -Wno-maybe-uninitialized -Wno-uninitialized)
-mprec_isa(avx512vnni BASE avx512 CPU avx512vnni FLAGS -mavx512vnni FOR dhe)           # int8 layers
+mprec_isa(avx512vnni BASE avx512 CPU avx512vnni FLAGS -mavx512vnni FOR dhe dense)     # int8 layers
 mprec_isa(avx512bf16 BASE avx512vnni CPU avx512bf16 FLAGS -mavx512bf16 FOR dhe dense) # bfloat16 layers

@@ -65,9 +65,10 @@ struct PathProgram {
   int64_t num_features;
   int num_dense;
 
-  // Looked at before a call of so many IDs.
-  bool changed(int64_t ids) const {
-    if (watch.cast<const WeightWatch&>().changed(Share::before(ids))) return true;
+  // Looked at before a call of so many samples. Reading all weights takes as long as scoring some tens of
+  // samples by them, so that this takes a hundredth of the call's time.
+  bool changed(int64_t samples) const {
+    if (watch.cast<const WeightWatch&>().changed(Share::before(samples / 4))) return true;
     for (const TablePlace& table : tables)
       if (table.changed()) return true;
     return false;
@@ -90,9 +91,11 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
                                           const std::vector<std::tuple<int, int, float>>& mixing,
                                           bool self_interaction, const py::object& watch,
                                           const std::string& precision_name) {
-  if (precision_name != "float32" && precision_name != "bfloat16")
-    throw py::value_error(message("precision: '", precision_name, "' is none of float32, bfloat16"));
-  const Precision precision = precision_name == "float32" ? Precision::float32 : Precision::bfloat16;
+  if (precision_name != "float32" && precision_name != "bfloat16" && precision_name != "int8")
+    throw py::value_error(message("precision: '", precision_name, "' is none of float32, bfloat16, int8"));
+  const Precision precision = precision_name == "float32"    ? Precision::float32
+                              : precision_name == "bfloat16" ? Precision::bfloat16
+                                                             : Precision::int8;
   Program::Parts parts;
   parts.num_features = num_features;
   parts.num_dense = num_dense;
@@ -131,8 +134,8 @@ PyObject* run_program(PyObject*, PyObject* const* args, Py_ssize_t count, PyObje
       throw py::type_error(message("program: expected a PathProgram, got ", Py_TYPE(a[0])->tp_name));
     const auto& path = *py::handle(a[0]).cast<const PathProgram*>();
     const Integers indices = integers(view_ids(a[2], "indices"));
-    if (path.changed(indices.size)) return py::none();
     const Tensor dense = float_matrix(a[1], "dense");
+    if (path.changed(dense.shape[0])) return py::none();
     if (dense.shape[1] != path.num_dense)
       throw py::value_error(message("dense: expected [B, ", path.num_dense, "], got [", dense.shape[0], ", ",
                                     dense.shape[1], "]"));
@@ -164,7 +167,7 @@ void bind_program(py::module_& m) {
            py::arg("tables"), py::arg("decoders"), py::arg("bottom"), py::arg("constant"), py::arg("top"),
            py::arg("mixing"), py::arg("self_interaction"), py::arg("watch"), py::arg("precision"))
       .def_property_readonly("nbytes", [](const PathProgram& p) { return p.program.nbytes(); })
-      .def("changed", &PathProgram::changed, py::arg("ids") = 0);
+      .def("changed", &PathProgram::changed, py::arg("samples") = 0);
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 

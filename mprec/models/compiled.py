@@ -25,7 +25,7 @@ from mprec.representations import DHE, TABLE
 __all__ = ["PRECISIONS", "CompiledPath", "compile_path"]
 
 #: Of dense layers.
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
 
@@ -37,12 +37,15 @@ def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
     model itself (its hybrid path), in float32 on the CPU, whose embeddings are tables of any precision, deep
     hash embeddings of any precision but float8, or hybrids of both. Tables are read where they lie; other
     weights are packed once, and again when they have changed (as packed decoders are: see
-    :func:`mprec.ops.clear_decoders`).
+    :func:`mprec.ops.clear_decoders`; a call of n samples counts as n / 4 IDs).
 
     Args:
         model: evaluated as it is at each call; without gradients.
         precision: of the dense layers. ``"bfloat16"`` rounds weights and inputs of every layer but the last,
-            and adds up in float32.
+            and adds up in float32. ``"int8"`` rounds them to integers, weights to -127 to 127 by a step of
+            each output, inputs to 0 to 127 by a range of each sample, and adds up exactly; layers of fewer
+            than 32 inputs or of one output stay float32. There an input that is not finite makes its
+            sample's score NaN.
 
     Raises:
         PathCompileError: what is not compiled, and why; ``model(...).sigmoid()`` still serves.
