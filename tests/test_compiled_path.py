@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mprec
-from mprec.cache import CachedEmbeddingBagCollection
+from mprec.cache import CachedEmbeddingBagCollection, materialize
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError, PathCompileError
 from mprec.models import DLRM, PATHS, MultiPathDLRM
 from mprec.nn import (
@@ -162,6 +162,32 @@ def test_dense_layers_in_fewer_bits(name, precision, num_dense, bottom, top):
             if bottom:
                 assert not torch.equal(got, mprec.compile_path(model)(*inputs))
     assert pickle.loads(pickle.dumps(path)).precision == precision
+
+
+@pytest.mark.parametrize("tables", [None, "float16", "bfloat16", "float8", "int8", "int4"])
+@pytest.mark.parametrize("hybrid", ["both", "mean"])
+def test_rows_of_two_vectors(tables, hybrid):
+    """A hybrid whose decoders were decoded into rows, once: as long as both of its vectors."""
+    model = make("hybrid", hybrid=hybrid, modes=("sum", "mean"))
+    model.embeddings = materialize(model.embeddings)
+    if tables is not None:
+        model.embeddings = QuantizedEmbeddingBagCollection(model.embeddings, tables)
+    assert {f.embedding_dim for f in model.embeddings.features} == {32}
+    path = mprec.compile_path(model)
+    for samples in (1, 5, 140):
+        for longest in (1, 4):
+            inputs = batch(model, samples, longest)
+            check(model, path(*inputs), *inputs)
+
+
+@pytest.mark.parametrize("decoders", ["float16", "bfloat16", "int8", "lut"])
+def test_decoders_in_fewer_bits(decoders):
+    model = make("hybrid", dhe=DheConfig(k=40, hidden=(24,), family="sign" if decoders == "lut" else "u7"))
+    model.embeddings = QuantizedEmbeddingBagCollection(model.embeddings, decoders=decoders)
+    path = mprec.compile_path(model)
+    for samples in (1, 40):
+        inputs = batch(model, samples)
+        check(model, path(*inputs), *inputs)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])

@@ -68,6 +68,10 @@ struct QuantisedProduct : Int8Product {
     const Vec y = fma(broadcast(m.step), to_float(sum) * load(c.scale + vector * Vec::width), before);
     return c.first ? fma(broadcast(m.low), load(c.shift + vector * Vec::width), y) : y;
   }
+  template <class Columns>
+  static Vec of_tile(const Columns& c, Int sum, Vec bias, int row) {
+    return finish(c, sum, bias, row, 0);
+  }
   // Whole rows of inputs, in place. One that is not finite makes all outputs of its sample NaN.
   static void prepare(float* in, int rows, int inputs, int64_t block_stride) {
     for (int r = 0; r < rows; ++r) quantise_row(in + r * block_pitch, inputs, block_stride);

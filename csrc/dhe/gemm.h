@@ -275,7 +275,7 @@ inline void multiply_columns(const LayerView& layer, int first_input, int inputs
   };
   t.weights = weights_at<Product>(layer, column, first_input);
   t.scale = layer.scale + column;
-  t.shift = layer.shift + column;
+  t.shift = layer.shift ? layer.shift + column : nullptr;
   t.bias = first_input == 0 ? layer.bias + column : nullptr;
   t.out = out + column / block_columns * block_stride + column % block_columns;
   if (tile_columns > panel_columns && column + panel_columns >= layer.outputs)
@@ -325,17 +325,23 @@ inline void multiply_few(const LayerView& layer, const typename Product::Input* 
   finish_layer(layer, rows, out, block_stride);
 }
 
+// A layer's inputs as the product takes them.
+template <class Product>
+inline void prepare_layer(float* in, int rows, int inputs, int64_t block_stride) {
+  if constexpr (Product::prepares_rows)
+    Product::prepare(in, rows, inputs, block_stride);
+  else
+    for (int k0 = 0; k0 < inputs; k0 += block_columns)
+      Product::prepare(in + k0 / block_columns * block_stride, rows,
+                       inputs - k0 < block_columns ? inputs - k0 : block_columns);
+}
+
 // A whole layer, from blocks of activations to blocks of activations; `next` as for multiply_block.
 template <class Product>
 inline void next_layer(const LayerView& layer, int n, bool backwards, float* in, float* out,
                        int64_t block_stride, const LayerView* next = nullptr) {
   using Input = typename Product::Input;
-  if constexpr (Product::prepares_rows)
-    Product::prepare(in, n, layer.inputs, block_stride);
-  else
-    for (int k0 = 0; k0 < layer.inputs; k0 += block_columns)
-      Product::prepare(in + k0 / block_columns * block_stride, n,
-                       layer.inputs - k0 < block_columns ? layer.inputs - k0 : block_columns);
+  prepare_layer<Product>(in, n, layer.inputs, block_stride);
   if (n <= few_rows) {
     const int rows = static_cast<int>(block_stride / block_pitch) * (Product::block / block_columns);
     return multiply_few<Product>(layer, reinterpret_cast<const Input*>(in), rows, n, backwards, out,

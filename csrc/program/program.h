@@ -12,13 +12,15 @@
 
 namespace mprec {
 
-// Stages make vectors of `dim` numbers: of each sample one `part`, pooled from the bag of `feature`.
+// Stages make vectors of `dim` numbers: of each sample one `part`, pooled from the bag of `feature`. Rows of
+// a table may be several vectors long: then they are that part and the next ones.
 struct TableStage {
   const char* rows;
   int64_t num_rows, row_bytes;
   Format format;
   int64_t feature, part;
   Mode mode;
+  int vectors = 1;  // of a row
 };
 struct DecoderStage {
   DecoderView decoder;
@@ -73,6 +75,7 @@ class Program {
 
   Parts parts_;
   std::vector<TableRun> runs_;
+  int64_t num_parts_;
   InteractionView interaction_;
   int64_t multiply_adds_;  // per sample, without decoders
 };

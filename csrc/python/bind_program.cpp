@@ -104,9 +104,11 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
   for (const auto& [dict, key, feature, part, mode, bits] : tables) {
     places.emplace_back(dict, key);
     const Feature f = table(matrix(places.back().tensor(), "tables"), "tables", py::int_(bits).ptr());
-    if (f.dim != dim)
-      throw py::value_error(message("tables: expected rows of ", dim, " numbers, got ", f.dim));
-    parts.tables.push_back({f.rows, f.num_rows, f.row_bytes, f.format, feature, part, mode_of(mode)});
+    if (dim < 1 || f.dim % dim != 0 || f.dim > 4096 * int64_t{dim})
+      throw py::value_error(
+          message("tables: expected rows of ", dim, " numbers or a multiple of it, got ", f.dim));
+    parts.tables.push_back({f.rows, f.num_rows, f.row_bytes, f.format, feature, part, mode_of(mode),
+                            static_cast<int>(f.dim / dim)});
   }
   std::vector<py::object> owned;
   for (const auto& [decoder, feature, part, mode] : decoders) {
