@@ -35,8 +35,8 @@ def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
 
     Takes a :class:`mprec.models.DLRM`, a path of a multi-path model (``model.path(name)``) or a multi-path
     model itself (its hybrid path), in float32 on the CPU, whose embeddings are tables of any precision, deep
-    hash embeddings of any precision but float8, or hybrids of both (decoded into longer rows, too). Tables are
-    read where they lie; other weights are packed once, and again when they have changed (as packed decoders
+    hash embeddings of any precision but float8, or hybrids of both (decoded into longer rows, too). Tables
+    are read where they lie; other weights are packed once, and again when they changed (as packed decoders
     are: see :func:`mprec.ops.clear_decoders`; a call of n samples counts as n / 4 IDs).
 
     Args:
