@@ -74,6 +74,9 @@ def scores(model, dense, embedded, embedded_error=0.0, precision="float32") -> B
         first = mlp(Bounded(dense), model.bottom, precision)
     vectors = torch.cat([first.value[:, None], parts.value], dim=1)
     errors = torch.cat([first.error[:, None], parts.error], dim=1)
+    if model.interaction == "cat":
+        out = sigmoid(mlp(Bounded(vectors.flatten(1), errors.flatten(1)), model.top, precision))
+        return Bounded(out.value[:, 0], out.error[:, 0])
     rows, columns = torch.tril_indices(vectors.shape[1], vectors.shape[1], offset=-1)
     a, b, ea, eb = vectors[:, rows], vectors[:, columns], errors[:, rows], errors[:, columns]
     squares = ((a * eb).square() + (b * ea).square()).sum(2)

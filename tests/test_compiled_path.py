@@ -48,13 +48,14 @@ def make(
     hybrid="both",
     modes=("sum", "mean", "max"),
     dhe=DHE,
+    interaction="dot",
 ):
     torch.manual_seed(0)
     features = [
         FeatureConfig(f"f{i}", size, dim, mode=modes[i % len(modes)]) for i, size in enumerate(vocabularies)
     ]
     features = with_representation(features, representation, dhe=dhe)
-    return DLRM(features, num_dense, dim, bottom, top, hybrid=hybrid).eval()
+    return DLRM(features, num_dense, dim, bottom, top, hybrid=hybrid, interaction=interaction).eval()
 
 
 def batch(model, samples, longest=3, seed=0, dtype=torch.int64):
@@ -162,6 +163,22 @@ def test_dense_layers_in_fewer_bits(name, precision, num_dense, bottom, top):
             if bottom:
                 assert not torch.equal(got, mprec.compile_path(model)(*inputs))
     assert pickle.loads(pickle.dumps(path)).precision == precision
+
+
+@pytest.mark.parametrize("name", runnable_isas())
+@pytest.mark.parametrize(
+    ("representation", "hybrid", "precision"),
+    [("table", "both", "float32"), ("hybrid", "mean", "float32"), ("select", "both", "int8")],
+)
+@pytest.mark.parametrize("num_dense", [0, 13])
+def test_vectors_side_by_side(name, representation, hybrid, precision, num_dense):
+    model = make(representation, hybrid=hybrid, num_dense=num_dense, dim=70, interaction="cat")
+    path = mprec.compile_path(model, precision)
+    with isa(name):
+        for samples in (1, 5, 150):
+            for longest in (1, 4):
+                inputs = batch(model, samples, longest)
+                check(model, path(*inputs), *inputs, precision=precision)
 
 
 @pytest.mark.parametrize("tables", [None, "float16", "bfloat16", "float8", "int8", "int4"])

@@ -132,8 +132,9 @@ Program::Program(Parts parts) : parts_(std::move(parts)) {
   }
   if (vectors > 4096)
     throw std::invalid_argument(message("stages: at most 4096 vectors interact, got ", vectors));
-  interaction_ = {static_cast<int>(vectors), p.dim, p.self_interaction};
-  const int64_t inputs = p.dim + interaction_.products();
+  interaction_ = {static_cast<int>(vectors), p.dim, false};
+  const bool dot = p.interaction == Interaction::dot;
+  const int64_t inputs = dot ? p.dim + interaction_.products() : vectors * p.dim;
   if (!p.top || p.top->inputs() != inputs || p.top->outputs() != 1)
     throw std::invalid_argument(message("top: expected layers from ", inputs, " numbers to 1"));
 
@@ -148,7 +149,7 @@ Program::Program(Parts parts) : parts_(std::move(parts)) {
       runs_.push_back({i, 1, t.mode});
   }
   multiply_adds_ = p.top->view().multiply_adds() + (p.bottom ? p.bottom->view().multiply_adds() : 0) +
-                   interaction_.products() * p.dim;
+                   (dot ? interaction_.products() * p.dim : 0);
 }
 
 int64_t Program::nbytes() const {
@@ -257,9 +258,12 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
     for (int s = 0; s < samples; ++s)
       std::copy(p.constant.begin(), p.constant.end(), vectors + s * l.vectors_stride);
   }
-  k.dense->gather(vectors, l.vectors_stride, samples, p.dim, in, sample_block_stride, 0);
-  k.dense->interact(interaction_, vectors, l.vectors_stride, samples, scratch + l.transposed, in,
-                    sample_block_stride, p.dim);
+  const bool dot = p.interaction == Interaction::dot;
+  k.dense->gather(vectors, l.vectors_stride, samples, dot ? p.dim : interaction_.vectors * p.dim, in,
+                  sample_block_stride, 0);
+  if (dot)
+    k.dense->interact(interaction_, vectors, l.vectors_stride, samples, scratch + l.transposed, in,
+                      sample_block_stride, p.dim);
   const float* out = k.dense->mlp(p.top->view(), samples, backwards, in, spare, sample_block_stride);
   for (int s = 0; s < samples; ++s) scores[begin + s] = out[s * block_pitch];
   return true;

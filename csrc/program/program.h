@@ -28,6 +28,9 @@ struct DecoderStage {
   Mode mode;
 };
 
+// What the top MLP gets: the first vector and the products of all pairs, or all vectors.
+enum class Interaction { dot, cat };
+
 struct Batch {
   const float* dense;  // [samples][num_dense], rows `dense_stride` apart
   int64_t dense_stride;
@@ -48,8 +51,8 @@ class Program {
     std::vector<float> constant;         // dim numbers in its output's place
     // The vectors 1 ... that interact, 0 being the bottom's; none: the parts as they are.
     std::vector<MixTerm> mixing;
-    bool self_interaction = false;
-    std::optional<Mlp> top;  // dim + products -> 1
+    Interaction interaction = Interaction::dot;
+    std::optional<Mlp> top;  // dim + products -> 1, or all vectors' numbers -> 1
   };
   // std::invalid_argument if the parts do not fit together.
   explicit Program(Parts);

@@ -89,7 +89,7 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
                                           const std::optional<MlpArguments>& bottom,
                                           const py::object& constant, const MlpArguments& top,
                                           const std::vector<std::tuple<int, int, float>>& mixing,
-                                          bool self_interaction, const py::object& watch,
+                                          const std::string& interaction, const py::object& watch,
                                           const std::string& precision_name) {
   if (precision_name != "float32" && precision_name != "bfloat16" && precision_name != "int8")
     throw py::value_error(message("precision: '", precision_name, "' is none of float32, bfloat16, int8"));
@@ -122,7 +122,9 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
   }
   parts.top.emplace(make_mlp(top, precision));
   for (const auto& [vector, part, weight] : mixing) parts.mixing.push_back({vector, part, weight});
-  parts.self_interaction = self_interaction;
+  if (interaction != "dot" && interaction != "cat")
+    throw py::value_error(message("interaction: '", interaction, "' is none of dot, cat"));
+  parts.interaction = interaction == "dot" ? Interaction::dot : Interaction::cat;
   watch.cast<const WeightWatch&>();  // TypeError for anything else
   return std::make_unique<PathProgram>(PathProgram{Program(std::move(parts)), std::move(places),
                                                    std::move(owned), watch, num_features, num_dense});
@@ -167,7 +169,7 @@ void bind_program(py::module_& m) {
   py::class_<PathProgram>(m, "PathProgram", "A model's whole path, its weights packed for the kernels.")
       .def(py::init(&make_program), py::arg("num_features"), py::arg("num_dense"), py::arg("dim"),
            py::arg("tables"), py::arg("decoders"), py::arg("bottom"), py::arg("constant"), py::arg("top"),
-           py::arg("mixing"), py::arg("self_interaction"), py::arg("watch"), py::arg("precision"))
+           py::arg("mixing"), py::arg("interaction"), py::arg("watch"), py::arg("precision"))
       .def_property_readonly("nbytes", [](const PathProgram& p) { return p.program.nbytes(); })
       .def("changed", &PathProgram::changed, py::arg("samples") = 0);
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();

@@ -122,7 +122,7 @@ class CompiledPath:
 def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
     _check_model(model)
     places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
-    places.append((model._buffers, "_mixing"))
+    places += [(model._buffers, "_mixing"), (model.__dict__, "interaction")]
     bottom = constant = None
     if model.bottom is None:
         places += [(model.__dict__, "bottom"), (model._parameters, "constant")]
@@ -152,7 +152,7 @@ def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
             constant,
             (weights, biases, activations),
             mixing,
-            False,
+            "cat" if model.interaction == "cat" else "dot",
             watch,
             precision,
         )
@@ -280,6 +280,8 @@ def _terms(matrix: Tensor) -> Iterator[tuple[int, int, float]]:
 
 
 def _check_pairs(model: DLRM, embedded: int) -> None:
+    if model.interaction == "cat":
+        return
     rows, columns = torch.tril_indices(1 + embedded, 1 + embedded, offset=-1)
     if not torch.equal(model._pairs, rows * (1 + embedded) + columns):
         raise PathCompileError("model: its pairs are not those below the diagonal, row by row")
