@@ -506,7 +506,7 @@ def layers(*widths):
     return weights, [torch.randn(o) for _, o in sizes], [1] * (len(sizes) - 1) + [0]
 
 
-def program_arguments(modes):
+def program_arguments(modes, interaction="dot", precision="float32"):
     """A path of two features (a table, and a table and a decoder) and three dense numbers."""
     tables = [{"weight": torch.randn(10, 8)} for _ in range(2)]
     decoder = _C.Decoder(**decoder_arguments([16, 5, 8]))
@@ -518,17 +518,20 @@ def program_arguments(modes):
         "decoders": [(decoder, 1, 2, modes[1])],
         "bottom": layers(3, 5, 8),
         "constant": None,
-        "top": layers(8 + 6, 7, 1),
+        "top": layers(8 + 6 if interaction == "dot" else 4 * 8, 7, 1),
         "mixing": [],
-        "self_interaction": False,
+        "interaction": interaction,
         "watch": _C.WeightWatch.of([(table, "weight") for table in tables]),
-        "precision": "float32",
+        "precision": precision,
     }
+
+
+program_kinds = st.tuples(st.sampled_from(["dot", "cat"]), st.sampled_from(["float32", "bfloat16", "int8"]))
 
 
 @st.composite
 def path_program(draw, guard: Guard):
-    return program_arguments(draw(st.tuples(st.integers(0, 2), st.integers(0, 2))))
+    return program_arguments(draw(st.tuples(st.integers(0, 2), st.integers(0, 2))), *draw(program_kinds))
 
 
 @st.composite
@@ -536,7 +539,7 @@ def program_run(draw, guard: Guard):
     batch = draw(st.sampled_from([0, 1, 5, 140]))
     indices, offsets = draw(bags(2, batch, 10))
     return {
-        "program": _C.PathProgram(**program_arguments((0, 1))),
+        "program": _C.PathProgram(**program_arguments((0, 1), *draw(program_kinds))),
         "dense": torch.randn(batch, 3),
         "indices": indices,
         "offsets": offsets,

@@ -31,7 +31,7 @@ using namespace serving;
 using scheduler::Scheduler;
 
 constexpr double look_at_weights_s = 1e-3;
-constexpr int64_t looked_at_for_ids = 100;  // see Share: a twentieth of the weights' bytes is read
+constexpr int64_t looked_at_for_samples = 400;  // see Share: a twentieth of the weights' bytes is read
 
 double monotonic() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
@@ -315,7 +315,7 @@ class PyEngine {
       size_t i = 0, o = next_;
       while (o >= programs_[i].size()) o -= programs_[i++].size();
       const py::object& program = programs_[i][o];
-      if (!program.is_none() && program.cast<const PathProgram&>().changed(looked_at_for_ids))
+      if (!program.is_none() && program.cast<const PathProgram&>().changed(looked_at_for_samples))
         engine_.set_program(i, o, nullptr);
     }
   }

@@ -50,9 +50,10 @@ struct PathProgram {
   int64_t num_features;
   int num_dense;
 
-  // Looked at before a call of so many IDs.
-  bool changed(int64_t ids) const {
-    if (watch.cast<const WeightWatch&>().changed(Share::before(ids))) return true;
+  // Looked at before a call of so many samples. Reading all weights takes as long as scoring some tens of
+  // samples by them, so that this takes a hundredth of the call's time.
+  bool changed(int64_t samples) const {
+    if (watch.cast<const WeightWatch&>().changed(Share::before(samples / 4))) return true;
     for (const TablePlace& table : tables)
       if (table.changed()) return true;
     return false;

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipes",
         nargs="+",
         metavar="RECIPE",
-        help="table, table[float16|int8|int4], dhe, low_rank:RANK, low_rank:RANK[float16|int8] "
+        help="table, table[float16|int8|int4], dhe, low_rank:RANK, low_rank:RANK[float16|int8], each also "
+        "with /int8 or /bfloat16, of the dense layers, behind it, as the trained path's name "
         "(default: what suits the model)",
     )
     parser.add_argument(
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         "metric": args.metric,
         "kept": [member.name for member in members],
         "paths": [
-            {"name": each.name, "representation": each.representation, **each.facts()} for each in found
+            {"name": each.name, "representation": each.representation, "dense": each.dense, **each.facts()}
+            for each in found
         ],
     }
     if args.json:

@@ -34,7 +34,8 @@ class DLRM(nn.Module):
     bottom MLP (hidden sizes ``bottom``) turns the ``num_dense`` numbers into one more vector; without
     dense numbers a learnt constant vector takes its place, so that every feature still has a first-order
     term. ``top`` are the hidden sizes of the MLP behind the interaction, which sees the bottom vector and
-    the products of all pairs.
+    the products of all pairs; with ``interaction="cat"`` it sees the vectors themselves, one after another,
+    the bottom's first (as Facebook's DLRM does with that option).
 
     Shapes: ``dense`` float32 [B, num_dense]; ``indices`` int [n] and ``offsets`` int [T*B+1],
     feature-major (see :class:`mprec.nn.EmbeddingBagCollection`); logits float32 [B].
@@ -49,8 +50,12 @@ class DLRM(nn.Module):
         top: Sequence[int] = (512, 256),
         hybrid: str = "both",
         device: torch.device | str | None = None,
+        *,
+        interaction: str = "dot",
     ) -> None:
         super().__init__()
+        if interaction not in ("dot", "cat"):
+            raise ValueError(f"interaction must be 'dot' or 'cat', got {interaction!r}")
         if hybrid not in ("both", "mean"):
             raise ValueError(f"hybrid must be 'both' or 'mean', got {hybrid!r}")
         if num_dense < 0:
@@ -75,9 +80,15 @@ class DLRM(nn.Module):
             mixing = torch.block_diag(*(torch.full((1, count), 1 / count, device=device) for count in parts))
         self.register_buffer("_mixing", mixing if max(parts) > 1 else None, persistent=False)
         vectors = 1 + (sum(parts) if mixing is None else len(parts))
-        rows, columns = torch.tril_indices(vectors, vectors, offset=-1, device=device)
-        self.register_buffer("_pairs", rows * vectors + columns, persistent=False)
-        self.top = mlp([embedding_dim + len(rows), *top, 1], last_relu=False, device=device)
+        self.interaction = interaction
+        if interaction == "cat":
+            self.register_buffer("_pairs", None, persistent=False)
+            inputs = vectors * embedding_dim
+        else:
+            rows, columns = torch.tril_indices(vectors, vectors, offset=-1, device=device)
+            self.register_buffer("_pairs", rows * vectors + columns, persistent=False)
+            inputs = embedding_dim + len(rows)
+        self.top = mlp([inputs, *top, 1], last_relu=False, device=device)
 
     @property
     def features(self) -> list[FeatureConfig]:
@@ -102,7 +113,10 @@ class DLRM(nn.Module):
             first = self.constant.expand(len(embedded), -1)
         else:
             first = self.bottom(dense)
-        vectors = torch.cat([first, embedded], dim=1).unflatten(1, (-1, self.embedding_dim))
+        vectors = torch.cat([first, embedded], dim=1)
+        if self.interaction == "cat":
+            return self.top(vectors).squeeze(1)
+        vectors = vectors.unflatten(1, (-1, self.embedding_dim))
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self._pairs)
         return self.top(torch.cat([first, products], dim=1)).squeeze(1)
 
@@ -120,7 +134,7 @@ class DLRM(nn.Module):
             "bottom": list(self.bottom_sizes),
             "top": list(self.top_sizes),
             "hybrid": self.hybrid,
-        }
+        } | ({} if self.interaction == "dot" else {"interaction": self.interaction})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DLRM:

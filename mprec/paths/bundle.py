@@ -24,6 +24,7 @@ from mprec.dispatch.paths import shape_digest
 from mprec.errors import CheckpointError
 from mprec.files import write_whole
 from mprec.models import DLRM
+from mprec.models.compiled import PRECISIONS
 from mprec.nn import folded
 from mprec.paths.forms import build, form_of
 
@@ -40,6 +41,7 @@ class Member:
 
     ``metrics``: by part of the data (``valid``, ``test``), the value of each metric, as in the metadata of a
     checkpoint. ``facts``: what else is known of the path (JSON-able): bytes, latencies, standard errors.
+    ``dense``: the precision of dense layers when it is served, as :func:`mprec.compile_path` takes it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Member:
     model: DLRM
     metrics: Mapping[str, Mapping[str, float]]
     facts: Mapping[str, Any]
+    dense: str = "float32"
 
     @property
     def shape(self) -> str:
@@ -80,6 +83,7 @@ def save(folder: str | os.PathLike, members: Sequence[Member], metadata: Mapping
                 "representation": member.representation,
                 "config": model.config(),
                 "embeddings": form_of(model.embeddings),
+                "dense": member.dense,
                 "metrics": member.metrics,
                 **member.facts,
             }
@@ -148,9 +152,13 @@ def load(folder: str | os.PathLike) -> tuple[list[Member], dict[str, Any]]:
             prefix = f"{position}/"
             state = {k.removeprefix(prefix): v for k, v in content["state"].items() if k.startswith(prefix)}
             model = build(entry["config"], entry["embeddings"], state)
-            known = ("name", "representation", "config", "embeddings", "metrics")
+            known = ("name", "representation", "config", "embeddings", "metrics", "dense")
             facts = {key: value for key, value in entry.items() if key not in known}
-            members.append(Member(entry["name"], entry["representation"], model, entry["metrics"], facts))
+            dense = entry.get("dense", "float32")
+            if dense not in PRECISIONS:
+                raise ValueError(f"path {entry['name']!r}: dense layers in {dense!r}")
+            representation, metrics = entry["representation"], entry["metrics"]
+            members.append(Member(entry["name"], representation, model, metrics, facts, dense))
         return members, dict(manifest["metadata"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the weights do not fit the paths described: {error!r}") from error
