@@ -203,14 +203,14 @@ class ClickDataset:
                 lengths.append(bag_lengths)
         return np.concatenate(ids), np.concatenate(lengths)
 
-    def batches(self, batch_size: int, *, seed: int | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, *, seed: int | None = None, first: int = 0) -> Iterator[Batch]:
         """All rows once, ``batch_size`` at a time (the last may be smaller); shuffled if ``seed`` is
-        given.
+        given. ``first``: the batches before that one are left out.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         order = None if seed is None else np.random.default_rng(seed).permutation(len(self))
-        for start in range(0, len(self), batch_size):
+        for start in range(first * batch_size, len(self), batch_size):
             rows = slice(start, start + batch_size)
             yield self.batch(rows if order is None else order[rows])
 
