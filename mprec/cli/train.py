@@ -15,7 +15,7 @@ from mprec import checkpoint, data
 from mprec.cli._choices import read_features, read_plan
 from mprec.cli._logs import csv_log, tensorboard_log
 from mprec.cli._progress import training_progress
-from mprec.cli._setup import say
+from mprec.cli._setup import reporter, say
 from mprec.data.dataset import SPLITS
 from mprec.errors import TrainingInterruptedError
 from mprec.files import check_room
@@ -74,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log", type=Path, metavar="FILE", help="CSV to write a line for each epoch to")
     parser.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="for TensorBoard's events")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
+    parser.add_argument(
+        "--malformed", type=float, metavar="SHARE", help="of lines that may be left out (0.01)"
+    )
     parser.add_argument("--split", choices=SPLITS, help="how rows are held out (default: the data's own)")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=int, default=options.epochs, help="at most (%(default)s)")
@@ -161,11 +164,13 @@ def run(args: argparse.Namespace) -> int:
             if precisions:
                 extra = {"planned_precisions": precisions}
                 say("rows are trained in float32; mprec derive makes those of fewer bits of them")
-    dataset = data.load(args.data, strict=args.strict)
+    limits = {} if args.malformed is None else {"malformed": args.malformed}
+    dataset = data.load(args.data, strict=args.strict, progress=reporter(), **limits)
     say(f"{dataset.name}: {len(dataset)} rows, {len(dataset.features)} features, {dataset.num_dense} dense")
 
     def save(trained: Trained) -> None:
-        checkpoint.save(args.output, trained.model, {**trained.metadata, **extra})
+        metadata = {**trained.metadata, **extra}
+        checkpoint.save(args.output, trained.model, metadata, dataset.vocabularies)
 
     with contextlib.ExitStack() as stack:
         reports = [stack.enter_context(training_progress())]
