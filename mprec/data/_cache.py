@@ -45,10 +45,10 @@ def workers() -> int:
 
 
 def map_file(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A file's numbers, read when they are used."""
+    """A file's numbers, read when they are used; what is written to the array stays with this process."""
     if 0 in shape:
         return np.zeros(shape, dtype=dtype)
-    return np.memmap(file, dtype=dtype, mode="r", shape=shape).view(np.ndarray)
+    return np.memmap(file, dtype=dtype, mode="c", shape=shape).view(np.ndarray)
 
 
 def cached(

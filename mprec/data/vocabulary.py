@@ -1,8 +1,9 @@
 """From raw category values to IDs.
 
-A raw value is first a *key*, an integer: a number itself, 32 bits of hexadecimal digits, or 62 bits of a hash
-of text. Of n texts two share a key with a probability of about n² / 2^63. Nothing else of the text is kept, so
-a model's file holds no one's words. A missing value's key is -1: that a value is missing says something, too.
+A raw value is first a *key*, an integer: a number itself, 32 bits of hexadecimal digits, or 62 bits of a
+hash of text. Of n texts two share a key with a probability of about n² / 2^63. Nothing else of the text is
+kept, so a model's file holds no one's words. A missing value's key is -1: that a value is missing says
+something, too.
 
 Keys become IDs by a :class:`Vocabulary`, in which frequent values have one each, or, for deep hash
 embeddings, which need none, by being them (:class:`RawValues`).
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["KINDS", "MISSING", "RawValues", "Vocabulary", "dump", "key_of", "restore"]
+__all__ = ["KINDS", "MISSING", "RawValues", "Vocabulary", "dump", "key_of", "restore", "same_ids"]
 
 MISSING = -1
 #: Kinds of raw values -> how many keys they can have.
@@ -153,6 +154,15 @@ class RawValues(_Encoder):
         if len(column) and column.min() < MISSING:
             raise ValueError(f"raw values must not be negative, got {int(column.min()) + 1}")
         return np.asarray(column, dtype=np.int64) + 1
+
+
+def same_ids(a: Vocabulary | RawValues, b: Vocabulary | RawValues) -> bool:
+    """Do both make the same IDs of every value?"""
+    if type(a) is not type(b) or a.kind != b.kind:
+        return False
+    if isinstance(a, RawValues):
+        return True
+    return a.oov == b.oov and np.array_equal(a.values, b.values) and np.array_equal(a.ranks, b.ranks)
 
 
 def check_options(min_count: int, max_size: int | None, oov: int) -> None:

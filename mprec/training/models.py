@@ -62,12 +62,24 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if representation == MULTI_PATH:
+            _check_rows(with_representation(features, "hybrid"))
             return MultiPathDLRM(features, dataset.num_dense, dim, bottom, top, select_largest)
         if chosen is not None:
             features = chosen_features(dataset, chosen, dim, dhe)
         else:
             features = with_representation(features, representation, select_largest=select_largest)
+        _check_rows(features)
         return DLRM(features, dataset.num_dense, dim, bottom, top)
+
+
+def _check_rows(features: Sequence[FeatureConfig]) -> None:
+    """``ValueError`` for rows for all the values that there could be."""
+    for f in features:
+        if f.has_rows and f.num_embeddings > 1 << 31:
+            raise ValueError(
+                f"feature {f.name!r}: its raw values are its IDs, too many for rows ({f.representation}): "
+                "choose dhe, or a vocabulary"
+            )
 
 
 def chosen_features(
