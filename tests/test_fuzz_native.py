@@ -600,6 +600,41 @@ def json_query(draw, guard: Guard):
     }
 
 
+@st.composite
+def criteo_text(draw, guard: Guard):
+    line = b"1" + b"\t7" * 13 + b"\tff" * 26 + b"\n"
+    text = b"".join(draw(st.lists(st.sampled_from([line, line[:-2] + b"\n", b"\n", b"0\t"]), max_size=4)))
+    at = draw(st.integers(0, len(text)))
+    text = text[:at] + draw(st.binary(max_size=2)) + text[at:]
+    rows = draw(st.integers(4, 9))
+    return {
+        "text": np.frombuffer(text, np.uint8),
+        "labels": guard.array((rows,)),
+        "dense": guard.array((rows, 13)),
+        "categories": guard.array((26, rows), "i4"),
+        "missing": guard.array((rows,), "i4"),
+    }
+
+
+@st.composite
+def coded_values(draw, guard: Guard):
+    rows = draw(st.integers(0, 9))
+    values, missing = guard.array((rows,), "i4"), guard.array((rows,), "i4")
+    values[:] = draw(st.lists(st.integers(-5, 5), min_size=rows, max_size=rows))
+    missing[:] = draw(st.lists(st.integers(-1, 1), min_size=rows, max_size=rows))
+    return {
+        "values": values,
+        "missing": draw(st.sampled_from([missing, None])),
+        "bit": draw(st.integers(0, 31)),
+        "counted": draw(st.integers(-1, 12)),
+        "results": [],
+    }
+
+
+def summed_bytes(guard: Guard):
+    return st.binary(max_size=99).map(lambda data: {"data": np.frombuffer(data, np.uint8)})
+
+
 seconds = st.lists(st.floats(1e-6, 1.0), min_size=5, max_size=5)
 options = st.builds(_C.Option, st.sampled_from("ab"), st.floats(-1, 1), seconds)
 lanes = st.lists(st.builds(_C.Lane, st.just("cpu"), st.lists(options, min_size=1, max_size=2)), min_size=1)
@@ -749,6 +784,9 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "unique_share": (_C.unique_share, unique_share),
     "join_bags": (_C.join_bags, join_bags),
     "read_json_query": (_C.read_json_query, json_query),
+    "read_criteo": (_C.read_criteo, criteo_text),
+    "encode_values": (_C.encode_values, coded_values),
+    "checksum": (_C.checksum, summed_bytes),
     "PathProgram": (_C.PathProgram, path_program),
     "run_program": (_C.run_program, program_run),
     "Mlp": (_C.Mlp, mlp),

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     )
     members = [each.member() for each in found] if args.all else kept(found)
     metadata = {"derived_from": str(args.model), "metric": args.metric, **metadata}
-    bundle.save(args.output, members, metadata)
+    bundle.save(args.output, members, metadata, checkpoint.vocabularies(args.model))
     result = {
         "bundle": str(args.output),
         "bytes": sum(file.stat().st_size for file in args.output.iterdir()),

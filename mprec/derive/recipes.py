@@ -65,6 +65,8 @@ class Source:
         embeddings = self.model.embeddings
         if not any(f.has_dhe for f in embeddings.features):
             return embeddings
+        if endless := [f.name for f in embeddings.features if f.num_embeddings > 1 << 31]:
+            raise ValueError(f"feature {endless[0]!r}: its raw values are its IDs, too many for rows")
         return materialize(embeddings)
 
     def weight(self, name: str) -> Tensor:
@@ -81,7 +83,7 @@ class Source:
 
 def default_recipes(source: Source) -> list[str]:
     """Recipes that suit a model, most bytes first. ``dhe`` is for models without decoders."""
-    dim = source.rows.features[0].embedding_dim
+    dim = source.model.embedding_dim
     ranks = [dim // part for part in (2, 4, 8, 16) if dim // part >= 1]
     hashed = any(f.has_dhe for f in source.model.embeddings.features)
     return [

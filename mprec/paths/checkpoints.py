@@ -15,7 +15,7 @@ import torch
 from mprec import checkpoint
 from mprec._native import _C
 from mprec.cache import CachedEmbeddingBagCollection
-from mprec.data import Batch, ClickDataset
+from mprec.data import Batch, ClickDataset, RawValues, Vocabulary
 from mprec.dispatch.paths import Path, shape_digest
 from mprec.errors import CheckpointError, PathCompileError
 from mprec.models import compile_path
@@ -23,7 +23,16 @@ from mprec.nn import EmbeddingBagCollection
 from mprec.paths import bundle
 from mprec.paths.forms import form_of
 
-__all__ = ["Inputs", "Scorer", "can_cache", "inputs_of", "paths_from_checkpoints", "sampler", "with_cache"]
+__all__ = [
+    "Inputs",
+    "Scorer",
+    "can_cache",
+    "inputs_of",
+    "paths_from_checkpoints",
+    "sampler",
+    "vocabularies_of",
+    "with_cache",
+]
 
 
 class Scorer:
@@ -158,6 +167,12 @@ def inputs_of(file: str | os.PathLike) -> Inputs:
         return Inputs(features, int(config["num_dense"]), metadata.get("split"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: its config does not name the model's inputs: {error!r}") from error
+
+
+def vocabularies_of(file: str | os.PathLike) -> dict[str, Vocabulary | RawValues]:
+    """What raw values become IDs by, by feature, of a checkpoint or a bundle; empty if it does not say.
+    ``CheckpointError`` for a bad file."""
+    return bundle.vocabularies(file) if bundle.is_bundle(file) else checkpoint.vocabularies(file)
 
 
 def can_cache(path: Path) -> bool:
