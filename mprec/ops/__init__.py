@@ -18,6 +18,7 @@ from mprec.ops import _cuda as _cuda  # registers the kernels for GPUs
 from mprec.ops import _updates as _updates
 from mprec.ops._decoders import clear_decoders
 from mprec.ops._dense import dot_interaction, mlp
+from mprec.ops._embedding import embedding
 from mprec.ops._functional import dhe_bag, dhe_bag_multi, embedding_bag, embedding_bag_multi, hash_encode
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "dhe_bag",
     "dhe_bag_multi",
     "dot_interaction",
+    "embedding",
     "embedding_bag",
     "embedding_bag_multi",
     "hash_encode",
