@@ -103,7 +103,7 @@ def pytorch_frame(name):
 
 
 def recbole(name):
-    pytest.importorskip("recbole", exc_type=ImportError)
+    pytest.importorskip("recbole.utils", exc_type=ImportError)
     from recbole.utils import FeatureType
 
     class Dataset:  # what models ask of recbole's, without its files
