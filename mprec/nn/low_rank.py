@@ -102,7 +102,7 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
     def forward(
         self,
         indices: Tensor,
-        offsets: Tensor,
+        offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
         out: Tensor | None = None,

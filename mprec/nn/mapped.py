@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mprec.names import MODES
 from mprec.nn.collection import EmbeddingBagCollection
+from mprec.nn.keyed import embed_keyed
 from mprec.ops._common import into
 from mprec.representations import PARTS, TABLE
 
@@ -73,11 +74,13 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
     def forward(
         self,
         indices: Tensor,
-        offsets: Tensor,
+        offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
         out: Tensor | None = None,
     ) -> Tensor:
+        if offsets is None:
+            return embed_keyed(self, indices)
         pooled = super().forward(indices, offsets, per_sample_weights)
         ones = pooled_ones(offsets, per_sample_weights, [f.mode for f in self.features], pooled.dtype)
         blocks = list(pooled.split(self._blocks, dim=1))

@@ -173,7 +173,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def forward(
         self,
         indices: Tensor,
-        offsets: Tensor,
+        offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
         out: Tensor | None = None,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec.nn.collection import EmbeddingBagCollection
+from mprec.nn.keyed import embed_keyed
 from mprec.ops._checks import check_id_list
 
 
@@ -106,8 +107,12 @@ class MeanForUnseen(nn.Module):
         return self.collection(ids, offsets)
 
     @torch.compiler.disable
-    def forward(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, indices: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
         """As the collection's: ``indices`` ``[n]``, offsets ``[F * B + 1]`` to ``[B, sum(output_dims)]``."""
+        if offsets is None:
+            return embed_keyed(self, indices)
         feature = self._feature_of_each(indices, offsets)
         if feature is None:  # nothing to do, or something that the collection will object to
             return self.collection(indices, offsets, per_sample_weights)
