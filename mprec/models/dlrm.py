@@ -96,7 +96,9 @@ class DLRM(nn.Module):
         """Logits [B] from the dense numbers [B, num_dense] and the vectors [B, V*D] that interact."""
         if dense.dim() != 2 or dense.shape[1] != self.num_dense:
             raise ValueError(f"dense must be [B, {self.num_dense}], got {list(dense.shape)}")
-        if len(dense) != len(embedded):
+        if torch.compiler.is_compiling():  # a comparison would make the batch size a constant
+            embedded = embedded.view(dense.shape[0], -1)
+        elif len(dense) != len(embedded):
             raise ValueError(f"dense has {len(dense)} rows, the bags make {len(embedded)}")
         if self.bottom is None:
             first = self.constant.expand(len(embedded), -1)

@@ -135,7 +135,7 @@ def pooled_ones(
     if per_sample_weights is None:
         total = counts
     else:
-        bags = torch.repeat_interleave(lengths.flatten(), output_size=len(per_sample_weights))
+        bags = torch.repeat_interleave(lengths.flatten(), output_size=per_sample_weights.shape[0])
         zeros = per_sample_weights.new_zeros(lengths.numel(), dtype=dtype)
         total = zeros.index_add(0, bags, per_sample_weights.to(dtype)).view_as(counts)
     if "mean" not in modes:
