@@ -68,16 +68,42 @@ class DLRM(nn.Module):
         else:
             self.bottom = None
             self.constant = nn.Parameter(torch.full((embedding_dim,), embedding_dim**-0.5, device=device))
-        parts = [width // embedding_dim for width in self.embeddings.output_dims]
         self.hybrid = hybrid
-        mixing = None
-        if hybrid == "mean":  # [T, all parts]: row t averages the parts of feature t
-            mixing = torch.block_diag(*(torch.full((1, count), 1 / count, device=device) for count in parts))
-        self.register_buffer("_mixing", mixing if max(parts) > 1 else None, persistent=False)
-        vectors = 1 + (sum(parts) if mixing is None else len(parts))
-        rows, columns = torch.tril_indices(vectors, vectors, offset=-1, device=device)
-        self.register_buffer("_pairs", rows * vectors + columns, persistent=False)
-        self.top = mlp([embedding_dim + len(rows), *top, 1], last_relu=False, device=device)
+        for name, value in self._constants().items():
+            device_of = torch.empty(0, device=device).device
+            self.register_buffer(name, None if value is None else value.to(device_of), persistent=False)
+        self.top = mlp([embedding_dim + len(self._pairs), *top, 1], last_relu=False, device=device)
+
+    def _constants(self) -> dict[str, Tensor | None]:
+        """Buffers that no training makes, on the CPU."""
+        parts = [width // self.embedding_dim for width in self.embeddings.output_dims]
+        with torch.device("cpu"):
+            mixing = None
+            if self.hybrid == "mean":  # [T, all parts]: row t averages the parts of feature t
+                mixing = torch.block_diag(*(torch.full((1, count), 1 / count) for count in parts))
+            vectors = 1 + (sum(parts) if mixing is None else len(parts))
+            rows, columns = torch.tril_indices(vectors, vectors, offset=-1)
+            return {"_mixing": mixing if max(parts) > 1 else None, "_pairs": rows * vectors + columns}
+
+    def reset_parameters(self) -> None:
+        """What is this module's own, as it starts; parts have methods of this name."""
+        self._fill_constants()
+        if self.bottom is None:
+            nn.init.constant_(self.constant, self.embedding_dim**-0.5)
+
+    def _apply(self, fn, recurse=True):
+        was_meta = self._pairs.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:  # to_empty: what no training makes is right at once
+            self._fill_constants()
+        return self
+
+    @torch.no_grad()
+    def _fill_constants(self) -> None:
+        for name, value in self._constants().items():
+            buffer = self._buffers[name]
+            if buffer is not None and value is not None and not buffer.is_meta:
+                buffer.copy_(value)
 
     @property
     def features(self) -> list[FeatureConfig]:
