@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mprec import _C
+from mprec.data import Batch
 
 EXAMPLES = int(os.environ.get("MPREC_FUZZ_EXAMPLES", 300))
 INT64 = np.iinfo(np.int64)
@@ -632,6 +633,46 @@ def scheduler(guard: Guard):
     )
 
 
+def engine_calls(batches, sla_s, arrived_s, path_s, fails, **limits):
+    """An engine of a native and another path through the life of some queries, in this thread."""
+    lane = _C.Lane("cpu", [_C.Option("native", 0.6, [1e-6] * 9), _C.Option("other", 0.5, [1e-6] * 9)])
+    arguments = {"late_share": 0.01, "clock": None, "features": 2, "num_dense": 3, "check": lambda *_: None}
+    engine = _C.Engine([lane], **arguments | {"admission": False} | limits)
+    engine.set_program(0, "native", _C.PathProgram(**program_arguments((0, 1))))
+    for batch in batches:
+        taken = engine.submit(object(), batch, sla_s, arrived_s)
+        if isinstance(taken, _C.EngineQuery) and fails:
+            engine.cancel(taken)
+    engine.close()
+    while (job := engine.take(0, 1)) is not None:
+        for _, query, start, stop in engine.wanted(job):
+            if fails or not engine.score(query, start, stop, "other", torch.zeros(stop - start)):
+                engine.fail(query)
+        engine.done(job, path_s)
+    for _, scores, paths, _, _ in engine.outcomes(wait=False):
+        assert scores is None or len(scores) == sum(paths.values())
+    engine.statistics()
+
+
+@st.composite
+def engine_queries(draw, guard: Guard):
+    batches = []
+    for size in draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)):
+        indices, offsets = draw(bags(2, size, 10))
+        inputs = {"dense": torch.randn(size, 3), "indices": indices, "offsets": offsets}
+        inputs = draw(corrupted(inputs)) if draw(st.integers(0, 3)) == 0 else inputs
+        batches.append(Batch(**inputs, labels=torch.zeros(size)))
+    return {
+        "batches": batches,
+        "sla_s": draw(st.sampled_from([1e-9, 10.0])),
+        "arrived_s": None,
+        "path_s": draw(anything_float),
+        "fails": draw(st.booleans()),
+        "max_batch": draw(st.sampled_from([1, 4, 8])),
+        "max_queue": draw(st.sampled_from([1, 100])),
+    }
+
+
 anything_float = st.one_of(st.floats(0, 1), st.floats())
 
 
@@ -712,6 +753,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dot_interaction": (_C.dot_interaction, interaction),
     "dot_interaction_backward": (_C.dot_interaction_backward, interaction_backward),
     "Scheduler": (serve, scheduler),
+    "Engine": (engine_calls, engine_queries),
     "FluidPrice": (
         price,
         by_name(
@@ -755,7 +797,7 @@ WITHOUT_ARRAYS = {
     "runnable_isas",
     "use_isa",
 }
-MADE_BY_OTHERS = {"Job", "Piece", "Refusal", "Ticket"}
+MADE_BY_OTHERS = {"EngineJob", "EngineQuery", "Job", "Piece", "Refusal", "Ticket"}
 
 
 def test_every_native_function_is_a_target():
@@ -830,6 +872,8 @@ def describe(value) -> str:
         ):
             text += f" {value.tolist()}"
         return text
+    if isinstance(value, Batch):
+        return "Batch(" + ", ".join(f"{key}={describe(each)}" for key, each in vars(value).items()) + ")"
     if isinstance(value, list):
         return "[" + ", ".join(map(describe, value)) + "]"
     return repr(value)

@@ -56,6 +56,8 @@ class Program {
   // Does not allocate once a calling thread has run a batch of that size.
   void run(const Batch&, float* scores, int threads) const;
 
+  int64_t num_features() const { return parts_.num_features; }
+  int num_dense() const { return parts_.num_dense; }
   int64_t nbytes() const;  // of the packed MLPs
 
  private:

@@ -14,40 +14,13 @@
 #include "python/bags.h"
 #include "python/layers.h"
 #include "python/make_tensor.h"
+#include "python/path_program.h"
 #include "python/tensor.h"
-#include "python/weight_watch.h"
 
 namespace py = pybind11;
 
 namespace mprec::python {
 namespace {
-
-// A table that is read where it lies: the dict and key where a module keeps its tensor, which may be written
-// to but neither replaced nor moved.
-class TablePlace {
- public:
-  TablePlace(py::dict dict, py::str key) : dict_(std::move(dict)), key_(std::move(key)) {
-    PyObject* const found = PyDict_GetItemWithError(dict_.ptr(), key_.ptr());
-    if (!found) throw py::key_error(message("tables: no '", std::string(key_), "' in the dict"));
-    tensor_ = py::reinterpret_borrow<py::object>(found);
-    view_ = view(found, "tables");
-    if (TensorMark::is_torch(found)) storage_ = tensor_.attr("detach")();  // keeps what is read
-  }
-  PyObject* tensor() const { return tensor_.ptr(); }
-  bool changed() const {
-    PyObject* const found = PyDict_GetItemWithError(dict_.ptr(), key_.ptr());
-    if (found != tensor_.ptr()) return true;
-    const Tensor now = view(found, "tables");
-    return now.data != view_.data || now.ndim != view_.ndim || now.shape[0] != view_.shape[0] ||
-           now.shape[1] != view_.shape[1] || now.strides[0] != view_.strides[0];
-  }
-
- private:
-  py::dict dict_;
-  py::str key_;
-  py::object tensor_, storage_;
-  Tensor view_;
-};
 
 // Python's arguments of an MLP: weights, biases, activations.
 using MlpArguments = std::tuple<std::vector<py::object>, std::vector<py::object>, std::vector<int>>;
@@ -56,23 +29,6 @@ Mlp make_mlp(const MlpArguments& arguments, Precision precision) {
   const auto& [weights, biases, activations] = arguments;
   return Mlp(linear_layers(weights, biases), parse_activations(activations), precision);
 }
-
-struct PathProgram {
-  Program program;
-  std::vector<TablePlace> tables;
-  std::vector<py::object> decoders;  // owned
-  py::object watch;                  // of all that is packed
-  int64_t num_features;
-  int num_dense;
-
-  // Looked at before a call of so many IDs.
-  bool changed(int64_t ids) const {
-    if (watch.cast<const WeightWatch&>().changed(Share::before(ids))) return true;
-    for (const TablePlace& table : tables)
-      if (table.changed()) return true;
-    return false;
-  }
-};
 
 using TableArguments = std::tuple<py::dict, py::str, int64_t, int64_t, int, int>;
 using DecoderArguments = std::tuple<py::object, int64_t, int64_t, int>;

@@ -22,6 +22,7 @@ void bind_scheduler(py::module_&);      // bind_scheduler.cpp
 void bind_program(py::module_&);        // bind_program.cpp
 void bind_dense(py::module_&);          // bind_dense.cpp
 void bind_queries(py::module_&);        // bind_queries.cpp
+void bind_engine(py::module_&);         // bind_engine.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -56,4 +57,5 @@ PYBIND11_MODULE(_C, m) {
   python::bind_program(m);
   python::bind_dense(m);
   python::bind_queries(m);
+  python::bind_engine(m);
 }

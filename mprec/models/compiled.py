@@ -93,6 +93,13 @@ class CompiledPath:
         except (TypeError, ValueError, IndexError):
             return self._by_model(dense, indices, offsets)
 
+    def program(self) -> _C.PathProgram:
+        """The native call itself, its weights packed as they are now."""
+        native = self._native
+        while native.changed():
+            native = self._pack_again(native)
+        return native
+
     @property
     def nbytes(self) -> int:
         """Bytes of the packed dense layers."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mprec import checkpoint
+from mprec._native import _C
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch, ClickDataset
 from mprec.dispatch.paths import Path, shape_digest
@@ -41,6 +42,10 @@ class Scorer:
             return self.compiled(batch.dense, batch.indices, batch.offsets)
         with torch.inference_mode():
             return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+
+    def program(self) -> _C.PathProgram | None:
+        """The compiled path's native call, its weights packed as they are now."""
+        return None if self.compiled is None else self.compiled.program()
 
     def path(self, name: str, representation: str, quality: float, description: Any) -> Path:
         """The path that scores so; ``description`` says what is measured, beside how it runs."""
