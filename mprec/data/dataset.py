@@ -26,7 +26,7 @@ SPLITS = ("time", "user-time")
 @dataclass(frozen=True)
 class Batch:
     """B samples: ``dense`` float32 [B, num_dense], ``indices`` int64 [n], ``offsets`` int64 [T*B+1],
-    ``labels`` float32 [B].
+    ``labels`` float32 [B]. A pytree of these four.
     """
 
     dense: torch.Tensor
@@ -39,6 +39,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(tensor.to(device) for tensor in (self.dense, self.indices, self.offsets, self.labels)))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, for DataLoader."""
+        tensors = self.dense, self.indices, self.offsets, self.labels
+        return Batch(*(tensor.pin_memory() for tensor in tensors))
+
+
+torch.export.register_dataclass(Batch, serialized_type_name="mprec.data.Batch")
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class ClickDataset:
+class ClickDataset(torch.utils.data.Dataset):
     """A click log: ``columns`` (one per feature), ``dense`` float32 [rows, num_dense], ``labels`` {0, 1}
     [rows].
 
@@ -111,6 +119,9 @@ class ClickDataset:
     them a trained model can be asked about another log. ``matrix`` [rows, features with one ID a row] holds
     the IDs of those features side by side, so that a row of a batch is in one place; their columns are views
     of it. It is made if it is not given.
+
+    A ``torch.utils.data.Dataset``: a row is a :class:`Batch` of one sample, and a DataLoader with
+    ``collate_fn=mprec.data.collate`` asks for all rows of a batch at once.
     """
 
     name: str
@@ -224,6 +235,16 @@ class ClickDataset:
                 ids.append(bag_ids)
                 lengths.append(bag_lengths)
         return np.concatenate(ids), np.concatenate(lengths)
+
+    def __getitem__(self, row: int) -> Batch:
+        size = len(self)
+        if not -size <= row < size:
+            raise IndexError(f"row {row} of {size}")
+        return self.batch([row % size])
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        """For DataLoader: :meth:`batch`."""
+        return self.batch(rows)
 
     def batches(self, batch_size: int, *, seed: int | None = None, first: int = 0) -> Iterator[Batch]:
         """All rows once, ``batch_size`` at a time (the last may be smaller); shuffled if ``seed`` is

@@ -17,6 +17,7 @@ from mprec.ops._decoders import check_float16, decoder
 from mprec.representations import DHE, PARTS, TABLE
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
 from mprec.row_formats import row_format
+from mprec.tracing import eager
 
 #: Hash families that a decoder precision serves; None: all.
 DECODER_PRECISIONS = {
@@ -168,18 +169,19 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             raise TypeError(f"decoders in {', '.join(low)} are for the CPU, not for {converted.device}")
         return super()._apply(fn, recurse)
 
-    @torch.compiler.disable
-    @torch.no_grad()
     def forward(
         self,
         indices: Tensor,
-        offsets: Tensor,
+        offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
         out: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`EmbeddingBagCollection.forward`; float32 results without gradients."""
-        return super().forward(indices, offsets, per_sample_weights, out=out)
+        if not eager():  # exporters write no_grad() down, and an error would leave it switched on
+            return super().forward(indices, offsets, per_sample_weights, out=out)
+        with torch.no_grad():
+            return super().forward(indices, offsets, per_sample_weights, out=out)
 
     def _dtype(self) -> torch.dtype:
         return torch.float32
@@ -229,8 +231,25 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         )
 
     def _embed_decoders(self, group, indices, offsets, per_sample_weights) -> Tensor:
-        if not self._in_float8(group.names[0]):
+        precisions = self._precisions(group)
+        if set(precisions) == {"float32"}:
             return super()._embed_decoders(group, indices, offsets, per_sample_weights)
+        if not self._in_float8(group.names[0]):
+            hashes, weights, biases, layers = self._stacks(group)
+            return torch.ops.mprec.packed_dhe_bag_multi(
+                indices,
+                offsets,
+                hashes,
+                [weight.detach() for weight in weights],
+                [bias.detach() for bias in biases],
+                layers,
+                *group.decoder,
+                precisions,
+                group.mode_code,
+                per_sample_weights,
+                None if group.whole else group.features,
+                len(self.features),
+            )
         return torch.ops.mprec.quantized_dhe_bag_multi(
             indices,
             offsets,
@@ -247,6 +266,10 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         for name, tensor in (("indices", indices), ("offsets", offsets)):
             if tensor.dim() != 1:
                 raise ValueError(f"{name} has to be a 1D Tensor, but got Tensor of dimension {tensor.dim()}")
+        if not eager():  # operators check when they run
+            if per_sample_weights is not None:
+                per_sample_weights = per_sample_weights.to(torch.float32)
+            return super()._forward_ops(indices, offsets, per_sample_weights).detach()
         indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
         check_same_device(module=next(self.buffers()), indices=indices, offsets=offsets)
         batch_size(offsets, len(self.features))

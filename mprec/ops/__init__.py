@@ -15,9 +15,13 @@ CUDA: Triton kernels that do not wait for the device; bad IDs are left out and r
 
 from mprec.ops import _cached_dhe as _cached_dhe  # the operators without a function of their own
 from mprec.ops import _cuda as _cuda  # registers the kernels for GPUs
+from mprec.ops import _decompositions as _decompositions
+from mprec.ops import _flops as _flops
+from mprec.ops import _packed_dhe as _packed_dhe
 from mprec.ops import _updates as _updates
 from mprec.ops._decoders import clear_decoders
 from mprec.ops._dense import dot_interaction, mlp
+from mprec.ops._embedding import embedding
 from mprec.ops._functional import dhe_bag, dhe_bag_multi, embedding_bag, embedding_bag_multi, hash_encode
 
 __all__ = [
@@ -25,6 +29,7 @@ __all__ = [
     "dhe_bag",
     "dhe_bag_multi",
     "dot_interaction",
+    "embedding",
     "embedding_bag",
     "embedding_bag_multi",
     "hash_encode",
