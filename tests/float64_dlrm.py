@@ -8,6 +8,8 @@ terms bring with them add up as their squares do; twice that, for those that hav
 import torch
 from torch import nn
 
+from mprec.nn import LowRankEmbeddingBagCollection
+
 UNIT = 2.0**-24  # float32's unit roundoff
 
 
@@ -88,14 +90,16 @@ def scores(model, dense, embedded, embedded_error=0.0, precision="float32") -> B
 
 
 def check(model, got, dense, indices, offsets, precision="float32") -> None:
-    """Holds scores against float64, within the bound. Decoders add in another order for other numbers of IDs,
-    so that vectors may differ by some units."""
+    """Holds scores against float64, within the bound. Decoders and projections add in another order for other
+    numbers of IDs, so that vectors may differ by some units."""
     with torch.no_grad():
         embedded = model.embeddings(indices, offsets)
     assert got.shape == (len(dense),)
     assert got.dtype == torch.float32
-    has_decoders = any(f.has_dhe for f in model.embeddings.features)
-    largest = float(embedded.abs().max()) if has_decoders and embedded.numel() else 0.0
+    rows_alone = type(model.embeddings) is not LowRankEmbeddingBagCollection and all(
+        f.representation == "table" for f in model.embeddings.features
+    )
+    largest = 0.0 if rows_alone or not embedded.numel() else float(embedded.abs().max())
     want = scores(model, dense, embedded, 32 * UNIT * largest, precision)
     over = (got.double() - want.value).abs() / want.error
     assert not len(got) or float(over.max()) <= 1, f"{float(over.max())} times the bound"

@@ -507,14 +507,20 @@ def layers(*widths):
 
 
 def program_arguments(modes, interaction="dot", precision="float32"):
-    """A path of two features (a table, and a table and a decoder) and three dense numbers."""
-    tables = [{"weight": torch.randn(10, 8)} for _ in range(2)]
+    """A path of two features (a table, and one of low rank and a decoder) and three dense numbers."""
+    tables = [{"weight": torch.randn(10, 8)}, {"weight": torch.randint(-128, 128, (14, 3), dtype=torch.int8)}]
     decoder = _C.Decoder(**decoder_arguments([16, 5, 8]))
+    projection = None if modes[1] == 2 else (torch.randn(3, 8), torch.randn(8))
+    if projection is None:
+        tables[1] = {"weight": torch.randn(14, 8)}
     return {
         "num_features": 2,
         "num_dense": 3,
         "dim": 8,
-        "tables": [(tables[0], "weight", 0, 0, modes[0], 8), (tables[1], "weight", 1, 1, modes[1], 8)],
+        "tables": [
+            (tables[0], "weight", 0, 0, modes[0], 8, None, None),
+            (tables[1], "weight", 1, 1, modes[1], 8, (3, 13), projection),
+        ],
         "decoders": [(decoder, 1, 2, modes[1])],
         "bottom": layers(3, 5, 8),
         "constant": None,

@@ -54,6 +54,13 @@ struct MixTerm {
   float weight;
 };
 
+// What turns pooled codes of a table of low rank into a vector: codes @ matrix + ones * bias.
+struct ProjectionView {
+  int rank, dim;
+  const float* matrix;  // [rank][dim]
+  const float* bias;    // [dim], or null
+};
+
 struct DenseKernels {
   // `columns` numbers of each sample, in rows `stride` apart, into blocks from `first_column` on; and back.
   void (*gather)(const float* rows, int64_t stride, int samples, int columns, float* blocks,
@@ -74,6 +81,9 @@ struct DenseKernels {
   // Vector v of a sample: the sum of its terms, which follow each other. Every vector has a term.
   void (*mix)(const MixTerm* terms, int64_t num_terms, int dim, const float* parts, int64_t parts_stride,
               int samples, float* vectors, int64_t stride);
+  // Vectors of samples from their codes; ones: of each sample, how often the bias counts.
+  void (*project)(const ProjectionView&, const float* codes, int64_t codes_stride, const float* ones,
+                  int samples, float* vectors, int64_t stride);
 };
 
 }  // namespace mprec

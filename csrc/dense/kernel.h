@@ -124,6 +124,35 @@ static inline void mix(const MixTerm* terms, int64_t num_terms, int dim, const f
     }
 }
 
-extern const DenseKernels dense_kernels = {gather, scatter, mlp, interact, interact_backward, mix};
+// `rows` samples at once: their sums do not wait for each other, and share what is read of the matrix.
+template <int rows>
+inline void project_rows(const ProjectionView& p, const float* codes, int64_t codes_stride, const float* ones,
+                         float* vectors, int64_t stride) {
+  for (int c = 0; c < p.dim; c += Vec::width) {
+    const Mask mask(p.dim - c < Vec::width ? p.dim - c : Vec::width);
+    const Vec bias = p.bias ? load(p.bias + c, mask) : zero();
+    Vec acc[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) acc[r] = p.bias ? broadcast(ones[r]) * bias : zero();
+    for (int k = 0; k < p.rank; ++k) {
+      const Vec row = load(p.matrix + int64_t{k} * p.dim + c, mask);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) acc[r] = fma(broadcast(codes[r * codes_stride + k]), row, acc[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) store(vectors + r * stride + c, acc[r], mask);
+  }
+}
+
+static inline void project(const ProjectionView& p, const float* codes, int64_t codes_stride,
+                           const float* ones, int samples, float* vectors, int64_t stride) {
+  int s = 0;
+  for (; s + 4 <= samples; s += 4)
+    project_rows<4>(p, codes + s * codes_stride, codes_stride, ones + s, vectors + s * stride, stride);
+  for (; s < samples; ++s)
+    project_rows<1>(p, codes + s * codes_stride, codes_stride, ones + s, vectors + s * stride, stride);
+}
+
+extern const DenseKernels dense_kernels = {gather, scatter, mlp, interact, interact_backward, mix, project};
 
 }  // namespace mprec::MPREC_ISA

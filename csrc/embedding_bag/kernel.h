@@ -353,7 +353,7 @@ inline PoolBags for_format(const BagRequest& r, Format format, int64_t dim) {
   switch (format) {
 #define MPREC_CASE(name, Row, users) \
   case Format::name: return for_pool<Row>(r, dim);
-    MPREC_ROW_FORMATS(MPREC_CASE)
+    MPREC_ALL_FORMATS(MPREC_CASE)
 #undef MPREC_CASE
   }
   __builtin_unreachable();

@@ -58,6 +58,20 @@ void check_bags(const Batch& b, int64_t num_features) {
   }
 }
 
+int64_t codes_of(const TableStage& stage) { return stage.projection ? stage.projection->rank : 0; }
+
+void check_projection(const TableStage& stage, int dim) {
+  if (!stage.projection) return;
+  const Projection& p = *stage.projection;
+  if (p.rank < 1 || p.rank > 4096) throw std::invalid_argument(message("projections: rank ", p.rank));
+  if (stage.vectors != 1 || stage.mode == Mode::max)
+    throw std::invalid_argument("projections: expected rows of one vector, pooled by sum or mean");
+  if (p.matrix.size() != static_cast<size_t>(p.rank) * dim ||
+      (!p.bias.empty() && p.bias.size() != static_cast<size_t>(dim)))
+    throw std::invalid_argument(
+        message("projections: expected a matrix [", p.rank, ", ", dim, "] and a bias [", dim, "]"));
+}
+
 int vectors_of(const TableStage& stage) { return stage.vectors; }
 int vectors_of(const DecoderStage&) { return 1; }
 
@@ -81,7 +95,7 @@ void check_stages(const Stages& stages, int64_t num_features, std::vector<bool>&
 // Offsets into one thread's scratch, in floats.
 struct Program::Layout {
   int64_t activations;  // of each of two
-  int64_t vectors, parts, transposed, decoding, total;
+  int64_t vectors, parts, codes, ones, transposed, decoding, total;
   int64_t vectors_stride, parts_stride;  // from sample to sample
 };
 
@@ -105,6 +119,8 @@ Program::Program(Parts parts) : parts_(std::move(parts)) {
     if (stage.vectors < 1 || stage.vectors > 4096)
       throw std::invalid_argument(message("tables: rows of ", stage.vectors, " vectors"));
     num_parts_ += stage.vectors;
+    num_codes_ += codes_of(stage);
+    check_projection(stage, p.dim);
   }
   if (num_parts_ > 4096) throw std::invalid_argument(message("stages: at most 4096 parts, got ", num_parts_));
   std::vector<bool> filled(num_parts_);
@@ -149,7 +165,7 @@ Program::Program(Parts parts) : parts_(std::move(parts)) {
       runs_.push_back({i, 1, t.mode});
   }
   multiply_adds_ = p.top->view().multiply_adds() + (p.bottom ? p.bottom->view().multiply_adds() : 0) +
-                   (dot ? interaction_.products() * p.dim : 0);
+                   (dot ? interaction_.products() * p.dim : 0) + num_codes_ * p.dim;
 }
 
 int64_t Program::nbytes() const {
@@ -165,7 +181,9 @@ Program::Layout Program::layout() const {
   l.parts_stride = num_parts_ * p.dim;
   l.vectors = 2 * l.activations;
   l.parts = l.vectors + round_up(max_samples * l.vectors_stride + 16, 16);
-  l.transposed = l.parts + (p.mixing.empty() ? 0 : round_up(max_samples * l.parts_stride + 16, 16));
+  l.codes = l.parts + (p.mixing.empty() ? 0 : round_up(max_samples * l.parts_stride + 16, 16));
+  l.ones = l.codes + (num_codes_ ? round_up(max_samples * num_codes_ + 16, 16) : 0);
+  l.transposed = l.ones + (num_codes_ ? round_up(max_samples, 16) : 0);
   l.decoding = l.transposed + round_up(interaction_.transposed_floats() + 16, 16);
   int64_t decoding = 0;
   for (const DecoderStage& stage : p.decoders) decoding = std::max(decoding, scratch_floats(stage.decoder));
@@ -205,6 +223,23 @@ void Program::plan_decoding(const Batch& b, int threads, Workspace& w) const {
   plan_decode_blocks(w.work, threads, w.blocks);
 }
 
+// Vectors of the tables with projections from their pooled codes.
+void Program::project(const Batch& b, int64_t begin, int samples, const float* codes, float* ones,
+                      float* parts, int64_t parts_stride) const {
+  for (const TableStage& t : parts_.tables) {
+    if (!t.projection) continue;
+    const Projection& p = *t.projection;
+    const int64_t first = t.feature * b.samples + begin;
+    for (int s = 0; s < samples && !p.bias.empty(); ++s) {
+      const int64_t rows = bag_begin(b, first + s + 1) - bag_begin(b, first + s);
+      ones[s] = static_cast<float>(t.mode == Mode::mean ? std::min<int64_t>(rows, 1) : rows);
+    }
+    kernels().dense->project({p.rank, parts_.dim, p.matrix.data(), p.bias.empty() ? nullptr : p.bias.data()},
+                             codes, num_codes_, ones, samples, parts + t.part * parts_.dim, parts_stride);
+    codes += p.rank;
+  }
+}
+
 // Samples [begin, begin + samples), whose IDs are decoded; false if a table has no such ID.
 bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layout& l, Workspace& w,
                           int thread, bool backwards, float* scores) const {
@@ -218,6 +253,8 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
 
   const size_t features = p.tables.size() + runs_.size();
   Feature* feature = w.features.data() + thread * features;
+  float* const codes = scratch + l.codes;
+  int64_t code = 0;
   for (const TableRun& run : runs_) {
     BagRequest r{b.indices, b.offsets, feature, static_cast<int64_t>(run.count), 0, nullptr,
                  run.mode,  -1,        samples};
@@ -225,12 +262,13 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
       const TableStage& t = p.tables[i];
       *feature++ = {t.rows,
                     t.num_rows,
-                    t.vectors * p.dim,
+                    t.projection ? t.projection->rank : t.vectors * p.dim,
                     t.row_bytes,
                     t.feature * b.samples + begin,
-                    parts + t.part * p.dim,
-                    parts_stride,
+                    t.projection ? codes + code : parts + t.part * p.dim,
+                    t.projection ? num_codes_ : parts_stride,
                     t.format};
+      code += codes_of(t);
     }
     // The bags between this and the next feature's first are as many as the batch has; a block is `samples`.
     feature->first_bag = feature[-1].first_bag + b.samples;
@@ -238,6 +276,7 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
     ++feature;
     if (!k.embedding_bag->forward(r, {0, 0, 0}, {1, 0, 0}, nullptr)) return false;
   }
+  if (num_codes_) project(b, begin, samples, codes, scratch + l.ones, parts, parts_stride);
   for (size_t t = 0; t < p.decoders.size(); ++t) {
     const int64_t first = p.decoders[t].feature * b.samples, start = bag_begin(b, first);
     for (int s = 0; s < samples; ++s)

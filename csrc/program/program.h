@@ -12,6 +12,12 @@
 
 namespace mprec {
 
+// What a table's pooled rows are codes of: vectors are codes @ matrix + bias, for each row of the bag.
+struct Projection {
+  int rank;
+  std::vector<float> matrix;  // [rank][dim]
+  std::vector<float> bias;    // [dim], or none
+};
 // Stages make vectors of `dim` numbers: of each sample one `part`, pooled from the bag of `feature`. Rows of
 // a table may be several vectors long: then they are that part and the next ones.
 struct TableStage {
@@ -20,7 +26,8 @@ struct TableStage {
   Format format;
   int64_t feature, part;
   Mode mode;
-  int vectors = 1;  // of a row
+  int vectors = 1;                       // of a row
+  std::optional<Projection> projection;  // rows are `rank` long
 };
 struct DecoderStage {
   DecoderView decoder;
@@ -74,6 +81,8 @@ class Program {
   struct Workspace;
   Layout layout() const;
   void plan_decoding(const Batch&, int threads, Workspace&) const;
+  void project(const Batch&, int64_t begin, int samples, const float* codes, float* ones, float* parts,
+               int64_t parts_stride) const;
   bool score_block(const Batch&, int64_t begin, int samples, const Layout&, Workspace&, int thread,
                    bool backwards, float* scores) const;
   [[noreturn]] void throw_first_bad_id(const Batch&) const;
@@ -81,6 +90,7 @@ class Program {
   Parts parts_;
   std::vector<TableRun> runs_;
   int64_t num_parts_;
+  int64_t num_codes_ = 0;  // of a sample, of all tables with projections
   InteractionView interaction_;
   int64_t multiply_adds_;  // per sample, without decoders
 };

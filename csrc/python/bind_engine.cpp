@@ -267,8 +267,8 @@ class PyEngine {
 
   static py::tuple told(const Load::Result& r) {
     const auto [scores, paths] = scores_of(r.kind == Load::Result::answered ? r.query.get() : nullptr);
-    return py::make_tuple(r.late, r.due, r.finished, r.reason, r.kind == Load::Result::failed, scores,
-                          paths, r.message);
+    return py::make_tuple(r.late, r.due, r.finished, r.reason, r.kind == Load::Result::failed, scores, paths,
+                          r.message);
   }
 
   // Of a query that is answered; null: it is not.

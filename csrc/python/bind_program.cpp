@@ -30,12 +30,41 @@ Mlp make_mlp(const MlpArguments& arguments, Precision precision) {
   return Mlp(linear_layers(weights, biases), parse_activations(activations), precision);
 }
 
-using TableArguments = std::tuple<py::dict, py::str, int64_t, int64_t, int, int>;
+// The matrix [r][dim] and the bias [dim], or None, that make vectors of pooled rows.
+using ProjectionArguments = std::pair<py::object, py::object>;
+// Dict and key of the rows, feature, part, mode, bits; which rows, None: all; projection.
+using TableArguments =
+    std::tuple<py::dict, py::str, int64_t, int64_t, int, int, std::optional<std::pair<int64_t, int64_t>>,
+               std::optional<ProjectionArguments>>;
 using DecoderArguments = std::tuple<py::object, int64_t, int64_t, int>;
 
 Mode mode_of(int mode) {
   if (mode < 0 || mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", mode));
   return static_cast<Mode>(mode);
+}
+
+std::vector<float> floats(const py::object& tensor, const char* name, int dims) {
+  const Tensor t = view(tensor.ptr(), name, DType::f32, dims);
+  return {t.ptr<float>(), t.ptr<float>() + t.numel()};
+}
+
+Projection projection_of(const ProjectionArguments& arguments, int64_t rank) {
+  const auto& [matrix, bias] = arguments;
+  return {static_cast<int>(rank), floats(matrix, "projections", 2),
+          bias.is_none() ? std::vector<float>() : floats(bias, "projections", 1)};
+}
+
+// As table(), also of int8 codes, whose scale their projection has.
+Feature rows_of(PyObject* tensor, int bits, bool codes) {
+  const Tensor t = matrix(tensor, "tables");
+  if (!codes || t.dtype != DType::i8) return table(t, "tables", py::int_(bits).ptr());
+  Feature f{};
+  f.rows = t.ptr<char>();
+  f.num_rows = t.shape[0];
+  f.dim = t.shape[1];
+  f.row_bytes = t.strides[0];
+  f.format = Format::code;
+  return f;
 }
 
 std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, int dim,
@@ -56,14 +85,24 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
   parts.num_dense = num_dense;
   parts.dim = dim;
   std::vector<TablePlace> places;
-  for (const auto& [dict, key, feature, part, mode, bits] : tables) {
+  for (const auto& [dict, key, feature, part, mode, bits, window, projection] : tables) {
     places.emplace_back(dict, key);
-    const Feature f = table(matrix(places.back().tensor(), "tables"), "tables", py::int_(bits).ptr());
-    if (dim < 1 || f.dim % dim != 0 || f.dim > 4096 * int64_t{dim})
+    const Feature f = rows_of(places.back().tensor(), bits, projection.has_value());
+    const auto [begin, end] = window.value_or(std::pair<int64_t, int64_t>(0, f.num_rows));
+    if (begin < 0 || begin > end || end > f.num_rows)
+      throw py::value_error(message("tables: rows ", begin, " to ", end, " are none of ", f.num_rows));
+    TableStage stage{
+        f.rows + begin * f.row_bytes, end - begin, f.row_bytes, f.format, feature, part, mode_of(mode)};
+    if (projection) {
+      if (f.dim < 1 || f.dim > 4096) throw py::value_error(message("projections: rank ", f.dim));
+      stage.projection = projection_of(*projection, f.dim);
+    } else if (dim < 1 || f.dim % dim != 0 || f.dim > 4096 * int64_t{dim}) {
       throw py::value_error(
           message("tables: expected rows of ", dim, " numbers or a multiple of it, got ", f.dim));
-    parts.tables.push_back({f.rows, f.num_rows, f.row_bytes, f.format, feature, part, mode_of(mode),
-                            static_cast<int>(f.dim / dim)});
+    } else {
+      stage.vectors = static_cast<int>(f.dim / dim);
+    }
+    parts.tables.push_back(std::move(stage));
   }
   std::vector<py::object> owned;
   for (const auto& [decoder, feature, part, mode] : decoders) {
@@ -71,10 +110,7 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
     parts.decoders.push_back({decoder.cast<const Decoder&>().view(), feature, part, mode_of(mode)});
   }
   if (bottom) parts.bottom.emplace(make_mlp(*bottom, precision));
-  if (!constant.is_none()) {
-    const Tensor t = view(constant.ptr(), "constant", DType::f32, 1);
-    parts.constant.assign(t.ptr<float>(), t.ptr<float>() + t.shape[0]);
-  }
+  if (!constant.is_none()) parts.constant = floats(constant, "constant", 1);
   parts.top.emplace(make_mlp(top, precision));
   for (const auto& [vector, part, weight] : mixing) parts.mixing.push_back({vector, part, weight});
   if (interaction != "dot" && interaction != "cat")

@@ -9,7 +9,7 @@ const FormatTraits& traits(Format format) {
   static constexpr FormatTraits all[] = {
 #define MPREC_TRAITS(name, Row, users) \
   {#users, Format::name, Row::quantised, Row::bits, Row::code, &Row::bytes, &Row::dim, Row::paired},
-      MPREC_ROW_FORMATS(MPREC_TRAITS)
+      MPREC_ALL_FORMATS(MPREC_TRAITS)
 #undef MPREC_TRAITS
   };
   return all[static_cast<int>(format)];

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-// X(name, struct, the name that users write).
+// X(name, struct, the name that users write): what tables are stored in.
 #define MPREC_ROW_FORMATS(X)          \
   X(f32, PlainRow<float>, float32)    \
   X(f16, PlainRow<Half>, float16)     \
@@ -10,12 +10,16 @@
   X(int8, Int8Row, int8)              \
   X(int4, Int4Row, int4)              \
   X(float8, Float8Row, float8)
+// And what other modules keep.
+#define MPREC_ALL_FORMATS(X) \
+  MPREC_ROW_FORMATS(X)       \
+  X(code, CodeRow, code)
 
 namespace mprec {
 
 // How rows are stored. Results are never quantised.
 #define MPREC_NAME(name, Row, users) name,
-enum class Format : uint8_t { MPREC_ROW_FORMATS(MPREC_NAME) };
+enum class Format : uint8_t { MPREC_ALL_FORMATS(MPREC_NAME) };
 #undef MPREC_NAME
 
 struct FormatTraits {
@@ -29,6 +33,7 @@ struct FormatTraits {
   bool pairs;                       // two numbers in a byte: dim is even
 };
 
+// Of tables, the first ones.
 constexpr int num_formats = 0
 #define MPREC_COUNT(name, Row, users) +1
     MPREC_ROW_FORMATS(MPREC_COUNT);

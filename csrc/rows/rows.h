@@ -1,6 +1,7 @@
 // How the rows of a table are stored: each struct gives a register of a row's values from a column on.
 // Quantised rows give the stored numbers; their values are scale * number, + bias if they are `biased`.
 #pragma once
+#include "rows/code.h"
 #include "rows/float8.h"
 #include "rows/formats.h"
 #include "rows/int4.h"
@@ -14,7 +15,7 @@ __attribute__((always_inline)) inline int64_t row_size(Format format, int64_t di
   switch (format) {
 #define MPREC_CASE(name, Row, users) \
   case Format::name: return Row::bytes(dim);
-    MPREC_ROW_FORMATS(MPREC_CASE)
+    MPREC_ALL_FORMATS(MPREC_CASE)
 #undef MPREC_CASE
   }
   __builtin_unreachable();

@@ -203,7 +203,8 @@ void Engine::start() {
 void Engine::settle(std::shared_ptr<Query> query, Outcome::Kind kind, double now) {
   const auto in_load = kind == Outcome::answered ? Load::Result::answered : Load::Result::refused;
   const char* const reason = kind == Outcome::expired ? "expired" : "";
-  if (kind != Outcome::done_with && settle_in_load(query, {in_load, reason, "", 0, 0, now - offset_, nullptr}))
+  if (kind != Outcome::done_with &&
+      settle_in_load(query, {in_load, reason, "", 0, 0, now - offset_, nullptr}))
     return;
   const double arrived = query->arrived - offset_;
   outcomes_.push_back({std::move(query), kind, arrived, now - offset_});
@@ -390,7 +391,8 @@ bool Engine::fail(const std::shared_ptr<Query>& query) {
   query->missing = 0;
   ++counts_.failed;
   scheduler_.withdraw(*query);
-  if (!settle_in_load(query, {Load::Result::failed, "", "", 0, 0, 0, nullptr})) query->orphan = query->readers;
+  if (!settle_in_load(query, {Load::Result::failed, "", "", 0, 0, 0, nullptr}))
+    query->orphan = query->readers;
   return true;
 }
 

@@ -109,7 +109,8 @@ class Engine {
                                                                               std::optional<double> arrived,
                                                                               std::optional<Batch> batch,
                                                                               void* client);
-  // Submits the queries of a load when they are due, and waits for their outcomes. Stopped, it submits no more.
+  // Submits the queries of a load when they are due, and waits for their outcomes. Stopped, it submits no
+  // more.
   void replay(Load& load, double sla, const Stop& stop);
   // Submits a load of one query and waits for its outcome. If an executor is free, and the query's job is so
   // short that handing it to another thread would take longer, this thread runs it.

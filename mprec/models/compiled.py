@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,34 @@ from mprec._native import _C
 from mprec.errors import PathCompileError
 from mprec.models.dlrm import DLRM
 from mprec.names import ACTIVATIONS, MODES
-from mprec.nn import EmbeddingBagCollection, QuantizedEmbeddingBagCollection
+from mprec.nn import (
+    EmbeddingBagCollection,
+    LowRankEmbeddingBagCollection,
+    QuantizedEmbeddingBagCollection,
+    QuantizedTable,
+)
 from mprec.ops._decoders import decoder
 from mprec.representations import DHE, TABLE
+from mprec.representations.low_rank import LOW_RANK
 
 __all__ = ["PRECISIONS", "CompiledPath", "compile_path"]
 
 #: Of dense layers.
 PRECISIONS = ("float32", "bfloat16", "int8")
+
+
+class _Table(NamedTuple):
+    """Where the rows of one part lie, as ``_C.PathProgram`` takes it."""
+
+    tensors: dict
+    key: str
+    feature: int
+    part: int
+    mode: int
+    bits: int = 8  # of a number of quantised rows
+    window: tuple[int, int] | None = None  # which rows; None: all
+    projection: tuple[Tensor, Tensor | None] | None = None  # matrix [r, D], bias [D], of low rank
+
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
 
@@ -34,10 +54,10 @@ def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
     """The model's whole path as one native call, ``(dense, indices, offsets) -> click probabilities [B]``.
 
     Takes a :class:`mprec.models.DLRM`, a path of a multi-path model (``model.path(name)``) or a multi-path
-    model itself (its hybrid path), in float32 on the CPU, whose embeddings are tables of any precision, deep
-    hash embeddings of any precision but float8, or hybrids of both (decoded into longer rows, too). Tables
-    are read where they lie; other weights are packed once, and again when they changed (as packed decoders
-    are: see :func:`mprec.ops.clear_decoders`; a call of n samples counts as n / 4 IDs).
+    model itself (its hybrid path), in float32 on the CPU, whose embeddings are tables of any precision, also
+    of low rank, deep hash embeddings of any precision but float8, or hybrids of both (decoded into longer
+    rows, too). Tables are read where they lie; other weights are packed once, and again when they changed (as
+    packed decoders are: see :func:`mprec.ops.clear_decoders`; a call of n samples counts as n / 4 IDs).
 
     Args:
         model: evaluated as it is at each call; without gradients.
@@ -219,42 +239,73 @@ def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list
     return weights, biases, activations
 
 
-def _embeddings(collection: nn.Module, dim: int, places: list) -> tuple[list[tuple], list[tuple], int]:
-    """Tables ``(dict, key, feature, part, mode, bits)``, decoders ``(stack, feature, part, mode)``, and how
-    many parts, vectors of ``dim``. A table's rows may be several long: a hybrid's, decoded once."""
+def _embeddings(
+    collection: nn.Module, dim: int, places: list
+) -> tuple[list[_Table], list[tuple[Any, int, int, int]], int]:
+    """Tables, decoders ``(stack, feature, part, mode)``, and how many parts, vectors of ``dim``."""
+    if type(collection) is LowRankEmbeddingBagCollection:
+        return _codes(collection, places), [], len(collection.features)
     quantised = type(collection) is QuantizedEmbeddingBagCollection
     if not quantised and type(collection) is not EmbeddingBagCollection:
         raise PathCompileError(
-            f"embeddings: expected an EmbeddingBagCollection or a quantised one, got "
+            "embeddings: expected an EmbeddingBagCollection, a quantised one or one of low rank, got "
             f"{type(collection).__name__}"
         )
-    tables: list[tuple] = []
+    tables: list[_Table] = []
     decoders: list[tuple] = []
     part = 0
-    places += [(collection._modules, "tables"), (collection._modules, "dhe")]
+    places += [(collection._modules, each.container) for each in (TABLE, LOW_RANK, DHE)]
     for i, feature in enumerate(collection.features):
         name, mode = feature.name, MODES[feature.mode]
-        if not {TABLE, DHE}.issuperset(feature.parts):
+        if not {TABLE, LOW_RANK, DHE}.issuperset(feature.parts):
             raise PathCompileError(f"embeddings: feature {name!r}: {feature.representation} is not compiled")
-        if feature.has_table:
-            table = collection.tables._modules[name]
-            places.append((collection.tables._modules, name))
-            if quantised:
-                tables.append((table._buffers, "rows", i, part, mode, table.bits))
-                on_cpu = table.rows.is_cpu
+        for each in (TABLE, LOW_RANK):
+            if each not in feature.parts:
+                continue
+            modules, where = (
+                collection._modules[each.container]._modules,
+                f"embeddings.{each.container}.{name}",
+            )
+            places.append((modules, name))
+            module, projection = modules[name], None
+            if each is LOW_RANK:
+                places += [(module._modules, "rows"), (module._modules, "projection")]
+                places.append((module.projection._parameters, "weight"))
+                weight = _dense(module.projection.weight, f"{where}.projection")
+                module, projection = module.rows, (weight.T.contiguous(), None)
+            if isinstance(module, QuantizedTable):
+                if not module.rows.is_cpu:
+                    raise PathCompileError(f"{where}: expected rows on the CPU")
+                rows = _Table(module._buffers, "rows", i, part, mode, module.bits)
             else:
-                _dense(table._parameters["weight"], f"embeddings.tables.{name}")
-                tables.append((table._parameters, "weight", i, part, mode, 8))
-                on_cpu = True
-            if not on_cpu:
-                raise PathCompileError(f"embeddings.tables.{name}: expected rows on the CPU")
-            part += max(1, feature.embedding_dim // dim)  # another width is refused with the rows themselves
+                _dense(module._parameters["weight"], where)
+                rows = _Table(module._parameters, "weight", i, part, mode)
+            tables.append(rows._replace(projection=projection))
+            # A table's rows may be several parts long: a hybrid's, decoded once. Another width is refused
+            # with the rows themselves.
+            part += 1 if projection else max(1, feature.embedding_dim // dim)
         if feature.has_dhe:
             places.append((collection.dhe._modules, name))
             precision = collection.decoder_precision[name] if quantised else "float32"
             decoders.append((_stack(collection.dhe._modules[name], name, precision, places), i, part, mode))
             part += 1
     return tables, decoders, part
+
+
+def _codes(collection: LowRankEmbeddingBagCollection, places: list) -> list[_Table]:
+    if not collection.codes.is_cpu:
+        raise PathCompileError("embeddings.codes: expected codes on the CPU")
+    places += [(collection._buffers, "projections"), (collection._buffers, "biases")]
+    matrices, biases = (
+        _dense(collection._buffers[key], f"embeddings.{key}") for key in ("projections", "biases")
+    )
+    tables, start = [], 0
+    for i, feature in enumerate(collection.features):
+        stop = start + feature.num_embeddings
+        rows = _Table(collection._buffers, "codes", i, i, MODES[feature.mode])
+        tables.append(rows._replace(window=(start, stop), projection=(matrices[i], biases[i])))
+        start = stop
+    return tables
 
 
 def _stack(module: nn.Module, name: str, precision: str, places: list) -> tuple[Any, ...]:
