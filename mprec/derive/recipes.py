@@ -82,7 +82,8 @@ class Source:
 
 
 def default_recipes(source: Source) -> list[str]:
-    """Recipes that suit a model, most bytes first. ``dhe`` is for models without decoders."""
+    """Recipes that suit a model, most bytes first; at last two that are small and fast at once. ``dhe`` is for
+    models without decoders."""
     dim = source.model.embedding_dim
     ranks = [dim // part for part in (2, 4, 8, 16) if dim // part >= 1]
     hashed = any(f.has_dhe for f in source.model.embeddings.features)
@@ -91,6 +92,7 @@ def default_recipes(source: Source) -> list[str]:
         *(f"table[{precision}]" for precision in PRECISIONS),
         *([] if hashed else ["dhe"]),
         *(f"low_rank:{rank}[int8]" for rank in ranks),
+        *(f"{rows}/int8" for rows in ("table[int8]", f"low_rank:{max(1, dim // 4)}[int8]")),
     ]
 
 
