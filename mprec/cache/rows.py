@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mprec._native import _C
+from mprec.bags import Bags
 from mprec.cache.budget import Counts, hottest
 from mprec.cache.codebook import Codebook
 from mprec.nn import DeepHashEmbeddingBag
@@ -108,12 +109,13 @@ class Rows:
         self._reset()  # bound at the first call: the modules may not be complete yet
 
     def forward(
-        self, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out, threads=None
+        self, bags: Bags, bound: int | None, out: Tensor | None, threads: int | None = None
     ) -> Tensor | None:
-        """The pooled vectors in ``out``, or a new tensor; arguments as of ``_C.cached_dhe_bag``.
+        """The pooled vectors in ``out``, or a new tensor; ``bound``: IDs are to be below, or None.
 
         None for what native code does not take."""
         native = self._native
+        indices, offsets, mode, weights, _, _, include_last_offset, padding_idx = bags
         threads = threads or torch.get_num_threads()
         while native is not None or (native := self._bind(None)) is not None:
             result = _C.cached_dhe_bag(

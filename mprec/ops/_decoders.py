@@ -27,10 +27,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mprec import reference
 from mprec._native import _C
+from mprec.bags import Bags
 from mprec.hashing import coefficient_rows
 from mprec.names import ACTIVATIONS, FAMILIES, code
 from mprec.ops._checks import check_weights
-from mprec.ops._common import plain
+from mprec.tensors import plain
 
 _LINEAR = ("weight", "bias")
 _groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
@@ -103,6 +104,31 @@ class ModuleDecoder:
 
     def __init__(self) -> None:
         self.config = self.kept = None
+
+    def try_pool(
+        self,
+        module: nn.Module,
+        bags: Bags,
+        bound: int | None,
+        threads: int | None,
+        dedupe: bool | None,
+    ) -> Tensor | None:
+        """The pooled vectors by one native call; None for what that does not take. Only with grad mode off.
+
+        ``bound``: IDs are to be below, or None.
+        """
+        indices, offsets, mode, weights, _, _, include_last_offset, padding_idx = bags
+        threads = threads or torch.get_num_threads()
+        kept = self.kept if self.config is module.config else self.pack(module)
+        while kept is not None:
+            out = _C.dhe_bag_kept(
+                kept, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, threads,
+                dedupe,
+            )  # fmt: skip
+            if out is not False:
+                return out
+            kept = self.pack(module)
+        return None
 
     def __reduce__(self):  # copies and pickles of a module start without one
         return ModuleDecoder, ()

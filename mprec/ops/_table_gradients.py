@@ -1,0 +1,184 @@
+"""Gradients of look-ups: by kernels, in plain torch, or handed to an optimizer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mprec.kernels import kernel
+from mprec.names import MODES
+from mprec.ops import _autograd, _backward, fused
+from mprec.ops._common import NATIVE_TABLES
+from mprec.ops._table import Op, flatten, unflatten
+from mprec.ops._table_calls import Tables
+
+
+class Gradients(NamedTuple):
+    """The call of a gradient: of tables given ``grad`` ``[B, sum D]``, and of per-sample weights."""
+
+    grad: Tensor
+    of: Tables
+    need_tables: bool
+    need_weights: bool
+
+    @property
+    def device(self) -> str:
+        return self.of.device
+
+    @property
+    def is_dense_sum(self) -> bool:
+        """Whether dense gradients of tables are all there is to compute, and not those of maxima."""
+        of = self.of
+        return of.bags.mode != MODES["max"] and not (of.by_freq or of.sparse or self.need_weights)
+
+    def without_weights(self) -> Tensor:
+        """What stands for the gradient of weights where it is not needed."""
+        return self._like().new_empty(0)
+
+    def _like(self) -> Tensor:
+        psw = self.of.bags.per_sample_weights
+        return self.grad if psw is None else psw
+
+
+def check_gradient(call: Gradients) -> Gradients:
+    return call._replace(of=call.of._replace(bags=call.of.bags.of_kernels()))
+
+
+def fake_gradient(call: Gradients) -> tuple[list[Tensor], Tensor]:
+    need, bags = call.need_weights, call.of.bags
+    grads = [torch.empty_like(t) if call.need_tables else call.grad.new_empty(0) for t in call.of.tables]
+    return grads, call._like().new_empty(bags.indices.shape if need else 0)
+
+
+def _has_native_gradient(call: Gradients) -> bool:
+    of = call.of
+    return (
+        call.need_tables
+        and not call.need_weights
+        and not of.by_freq
+        and of.bags.mode != MODES["max"]
+        and all(table.dtype in NATIVE_TABLES for table in of.tables)
+    )
+
+
+@kernel("embedding_bag_backward", "embedding_bag_multi_backward", device="cpu", supports=_has_native_gradient)
+def _native_gradient(call: Gradients) -> tuple[list[Tensor], Tensor]:
+    tables, bags = call.of.tables, call.of.bags.of_native()
+    if not call.of.sparse:
+        bags = bags.only(bags.served(len(tables)))
+        return _backward.native_dense_gradients(call.grad, tables, bags), call.without_weights()
+    columns = call.grad.split(call.of.dims, dim=1)
+    parts = zip(columns, tables, bags.parts(len(tables)), strict=True)
+    grads = [_backward.native_sparse_gradient(grad, table, part) for grad, table, (_, _, part) in parts]
+    return grads, call.without_weights()
+
+
+def plain_gradient(call: Gradients, again: bool = False) -> tuple[list[Tensor], Tensor]:
+    """In plain torch. ``again``: by operators that can be differentiated once more."""
+    tables, bags = call.of.tables, call.of.bags
+    if bags.indices.is_cpu and not again:  # plain torch trusts them
+        bags.check_offsets()
+        bags.check_ids([len(table) for table in tables])
+    columns, grads = call.grad.split(call.of.dims, dim=1), []
+    grad_psw = call._like().new_zeros(bags.indices.shape if call.need_weights else 0)
+    for grad, table, (begin, end, part) in zip(columns, tables, bags.parts(len(tables)), strict=True):
+        if part.mode == MODES["max"]:
+            grads.append(_backward.maximum_gradient(grad, _backward.maximal_ids([table], part), table))
+            continue
+        grad_rows, grad_part = _backward.pool_backward(
+            grad, table.index_select(0, part.indices) if call.need_weights else None, part
+        )
+        grads.append(
+            _backward.table_gradient(grad_rows, table, part, call.of.by_freq, call.of.sparse, again)
+            if call.need_tables
+            else grad.new_empty(0)
+        )
+        if call.need_weights:  # a feature may serve several tables
+            before, after = begin, len(grad_psw) - end
+            grad_psw = grad_psw + torch.nn.functional.pad(grad_part.to(grad_psw.dtype), (before, after))
+    return grads, grad_psw
+
+
+class Pooling(torch.autograd.Function):
+    """The result by kernels, its gradients by kernels or (of a gradient's own) by formula.
+
+    Saved are the tables only where a gradient reads them, that is for per-sample weights: otherwise backward
+    passes go on after a table was updated in place, as torch's do. Of a maximum the IDs it was taken from.
+    """
+
+    @staticmethod
+    def apply_to(op: Op, keyset, *arguments):
+        shape, tensors = flatten(arguments)
+        return Pooling.apply(op, keyset, shape, *tensors)
+
+    @staticmethod
+    def forward(ctx, op, keyset, shape, *tensors):
+        arguments = unflatten(shape, tensors)
+        out = op.below(keyset, arguments)
+        call = op.call(*arguments)
+        tables, bags = call.tables, call.bags
+        chosen = None
+        if bags.mode == MODES["max"]:
+            chosen = torch.ops.mprec.embedding_bag_maximal_ids(
+                [table.detach() for table in tables], bags.indices, bags.offsets, bags.padding_idx,
+                bags.include_last_offset, bags.served(len(tables)), bags.num_features,
+            )  # fmt: skip
+        psw = bags.per_sample_weights
+        ctx.op, ctx.tables = op, tables
+        ctx.rest = call._replace(
+            tables=None, bags=bags._replace(indices=None, offsets=None, per_sample_weights=None)
+        )
+        ctx.where_psw = None if psw is None else 3 + next(i for i, t in enumerate(tensors) if t is psw)
+        reads = psw is not None and psw.requires_grad
+        ctx.save_for_backward(bags.indices, bags.offsets, psw, chosen, *(tables if reads else ()))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        indices, offsets, psw, chosen, *tables = ctx.saved_tensors
+        tables = tables or ctx.tables
+        bags = ctx.rest.bags._replace(indices=indices, offsets=offsets, per_sample_weights=psw)
+        call = ctx.rest._replace(tables=tables, bags=bags)
+        need_psw = psw is not None and ctx.needs_input_grad[ctx.where_psw]
+        # tables come first among the tensors
+        fates = [
+            fused.fate(table, node) if wanted else fused.SKIP
+            for table, (node, _), wanted in zip(
+                tables, ctx.next_functions, ctx.needs_input_grad[3:], strict=False
+            )
+        ]
+        grads, grad_psw = [None] * len(tables), None
+        if bags.mode == MODES["max"]:
+            parts = zip(grad.split(call.dims, dim=1), chosen.split(call.dims, dim=1), tables, strict=True)
+            grads = [_backward.maximum_gradient(*part) for part in parts]
+        elif need_psw or fused.RETURN in fates:
+            of = Gradients(grad, call, fused.RETURN in fates, need_psw)
+            if _autograd.differentiate_again(grad, psw, *tables):
+                grads, grad_psw = plain_gradient(check_gradient(of), again=True)
+            else:
+                grads, grad_psw = _by_operator(ctx.op, of)
+        owners = [fate if isinstance(fate, fused.Owned) else None for fate in fates]
+        if any(owners):
+            fused.contribute(tables, owners, bags, grad, scale_grad_by_freq=call.by_freq)
+        found: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
+        found[: len(tables)] = [
+            g if fate is fused.RETURN else None for fate, g in zip(fates, grads, strict=True)
+        ]
+        if need_psw:
+            found[ctx.where_psw - 3] = grad_psw
+        return None, None, None, *found
+
+
+def _by_operator(op: Op, call: Gradients) -> tuple[list[Tensor], Tensor | None]:
+    """Through the dispatcher, so that compilers see one operator."""
+    (tables, bags, by_freq, sparse, _), need_psw = call.of, call.need_weights
+    if op.name == "embedding_bag":
+        grad, grad_psw = torch.ops.mprec.embedding_bag_backward(
+            call.grad, tables[0], bags.indices, bags.offsets, bags.mode, bags.per_sample_weights,
+            bags.include_last_offset, bags.padding_idx, by_freq, sparse, call.need_tables, need_psw,
+        )  # fmt: skip
+        return [grad], grad_psw
+    return torch.ops.mprec.embedding_bag_multi_backward(
+        call.grad, tables, bags.indices, bags.offsets, bags.mode, bags.per_sample_weights,
+        bags.served(len(tables)), bags.num_features, sparse, need_psw,
+    )  # fmt: skip
