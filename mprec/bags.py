@@ -5,7 +5,8 @@ checks offsets and IDs too, for what has no kernel; native code (``csrc/bags/che
 On CUDA a look at values would wait for the device: kernels there count what is wrong instead.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,10 @@ from mprec._native import _C
 from mprec.errors import DtypeError, InvalidOffsetsError
 from mprec.tensors import as_ids, plain
 
-__all__ = ["Bags", "check_features", "check_mode", "check_ndim"]
+__all__ = ["Bags", "bags_of", "check_features", "check_mode", "check_ndim", "join_bags", "unique_share"]
+
+#: Samples of several batches as one batch, and the share of distinct IDs in one; see ``mprec/_C.pyi``.
+join_bags, unique_share = _C.join_bags, _C.unique_share
 
 
 def check_ndim(tensor: Tensor, name: str, ndim: int = 1) -> None:
@@ -111,18 +115,17 @@ class Bags(NamedTuple):
 
     def of_kernels(self) -> "Bags":
         """Indices, offsets and weights as kernels take them."""
-        indices, offsets, weights = self.indices, self.offsets, self.per_sample_weights
-        return self._replace(
-            indices=as_ids(indices, "indices"),
-            offsets=as_ids(offsets, "offsets"),
-            per_sample_weights=plain(weights),
+        indices, offsets, mode, weights, *others = self
+        return bags_of(
+            (as_ids(indices, "indices"), as_ids(offsets, "offsets"), mode, plain(weights), *others)
         )
 
-    def of_native(self) -> "Bags":
-        """As the CPU's kernels take them: weights in float32, unseen by autograd."""
+    def with_float_weights(self) -> "Bags":
+        """Per-sample weights in float32, unseen by autograd, as the CPU's kernels take them."""
         weights = self.per_sample_weights
-        bags = self.of_kernels()
-        return bags if weights is None else bags._replace(per_sample_weights=plain(weights.detach().float()))
+        if weights is None:
+            return self
+        return self._replace(per_sample_weights=plain(weights.detach().to(torch.float32)))
 
     def _check_weights(self, dtype: torch.dtype, or_float32: bool) -> None:
         weights = self.per_sample_weights
@@ -230,6 +233,10 @@ class Bags(NamedTuple):
             offsets=self.offsets.to(device),
             per_sample_weights=None if weights is None else weights.to(device),
         )
+
+
+#: A :class:`Bags` of a tuple of all its values, in half the time.
+bags_of: Callable[[tuple], Bags] = functools.partial(tuple.__new__, Bags)
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ def kernel(*operators: str, device: str, supports: Callable[[Any], bool] = lambd
 
 def kernels(operator: str, device: str) -> list[Kernel]:
     """An operator's kernels for a kind of device (``"cpu"``, ``"cuda"``), first choice first."""
-    for module in _LATE.pop(device, ()):
-        importlib.import_module(module)
+    if device in _LATE:
+        for module in _LATE.pop(device):
+            importlib.import_module(module)
     return _kernels.get((operator, device), [])

@@ -1,5 +1,7 @@
 """Tensors in the form in which kernels take them."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,11 @@ IDS = (torch.int64, torch.int32)
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
-def plain(tensor: Tensor | None) -> Tensor | None:
+@overload
+def plain(tensor: Tensor) -> Tensor: ...
+@overload
+def plain(tensor: None) -> None: ...
+def plain(tensor):
     """Contiguous, its elements aligned, without a lazy sign."""
     if tensor is None:
         return None

@@ -41,7 +41,7 @@ class CachedDeepHashEmbeddingBag(Cached, DeepHashEmbeddingBag):
 
     Args:
         bag: the module to speed up.
-        nbytes: the cache's memory in bytes, everything counted; see ``mprec._C.RowCache.bytes_for``.
+        nbytes: the cache's memory in bytes, everything counted; see ``RowCache.bytes_for``.
         admit: let IDs that are looked up often enough replace others. Otherwise only :meth:`fill` stores
             rows.
         watch: compare the weights' version counters, addresses and some of their bytes at each call (about

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
-from mprec.bags import Bags
+from mprec.bags import Bags, bags_of
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
 from mprec.ops import pooling
@@ -39,7 +39,8 @@ class _Group(NamedTuple):
         indices, offsets, mode, weights, _, count, _, _ = batch
         if self.whole and mode == self.mode_code:
             return batch
-        return Bags(indices, offsets, self.mode_code, weights, None if self.whole else self.features, count)
+        served = None if self.whole else self.features
+        return bags_of((indices, offsets, self.mode_code, weights, served, count, True, -1))
 
 
 class EmbeddingBagCollection(nn.Module):
@@ -102,7 +103,7 @@ class EmbeddingBagCollection(nn.Module):
         self._table_groups = [group for group in groups if group.part is TABLE]
         self._dhe_groups = [group for group in groups if group.part is DHE]
         self._other_groups = [group for group in groups if group.part not in (TABLE, DHE)]
-        self._mode = groups[0].mode_code
+        self._mode, self._count = groups[0].mode_code, len(self.features)
         self._width = sum(self.output_dims)
         self.reset_parameters()
 
@@ -160,7 +161,7 @@ class EmbeddingBagCollection(nn.Module):
                 one without is negative (a deep hash embedding takes any other).
             InvalidOffsetsError, DtypeError, DeviceError, ValueError, NotImplementedError.
         """
-        batch = Bags(indices, offsets, self._mode, per_sample_weights, None, len(self.features))
+        batch = bags_of((indices, offsets, self._mode, per_sample_weights, None, self._count, True, -1))
         try:
             if (
                 eager()

@@ -33,6 +33,8 @@ from mprec.names import ACTIVATIONS, FAMILIES, code
 from mprec.ops._checks import check_weights
 from mprec.tensors import plain
 
+Decoder, WeightWatch = _C.Decoder, _C.WeightWatch
+
 _LINEAR = ("weight", "bias")
 _groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
 _kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.StackWatch", "_C.Decoder | _C.Mlp"]] = {}

@@ -132,7 +132,7 @@ def _fake(call: Decoders) -> Tensor:
     supports=lambda call: all(native(*weights) for _, weights, _ in call.stacks),
 )
 def _native(call: Decoders) -> Tensor:
-    bags, threads = call.bags.of_native(), torch.get_num_threads()
+    bags, threads = call.bags.with_float_weights(), torch.get_num_threads()
     handles = [decoder(*stack, *call.options) for stack in call.stacks]
     if bags.num_features == len(handles) == 1:  # any offsets, and padding
         return _C.dhe_bag(

@@ -13,6 +13,7 @@ from mprec.ops import _backward, _dhe
 from mprec.ops._common import native
 from mprec.ops._decoders import decoder
 from mprec.ops._table import Op
+from mprec.ops.pooling import decode
 from mprec.tensors import plain
 
 
@@ -79,10 +80,7 @@ def _native_chain(ids: Tensor, stack: _dhe.Stack, options, need_rows: bool):
     encodings and activations are made again block by block, never stored."""
     _, weights, biases = stack
     handle = decoder(*stack, *options, thorough=True)
-    threads = torch.get_num_threads()
-    rows = None
-    if need_rows:
-        rows = _C.dhe_bag(handle, ids, torch.arange(len(ids)), None, 0, False, -1, None, threads)
+    rows = decode(handle, ids) if need_rows else None
 
     def backward(grad_rows):
         grads = [
@@ -90,7 +88,7 @@ def _native_chain(ids: Tensor, stack: _dhe.Stack, options, need_rows: bool):
             for tensors in (weights, biases)
         ]
         detached = [w.detach() for w in weights]
-        _C.dhe_backward(handle, detached, ids.long(), plain(grad_rows), *grads, threads)
+        _C.dhe_backward(handle, detached, ids.long(), plain(grad_rows), *grads, torch.get_num_threads())
         return grads
 
     return rows, backward

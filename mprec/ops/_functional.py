@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mprec import reference
 from mprec._native import _C
-from mprec.bags import Bags, check_features, check_ndim
+from mprec.bags import Bags, bags_of, check_features, check_ndim
 from mprec.hashing import coefficient_rows
 from mprec.names import FAMILIES, MODES, code
 from mprec.ops._checks import check_id_list, check_same_device
@@ -220,7 +220,8 @@ def embedding_bag_multi(
     for t, weight in enumerate(weights):
         check_ndim(weight, f"weights[{t}]", 2)
     features = None if features is None else list(features)
-    bags = Bags(indices, offsets, number, per_sample_weights, features, num_features or len(weights))
+    count = len(weights) if num_features is None else num_features
+    bags = bags_of((indices, offsets, number, per_sample_weights, features, count, True, -1))
     if direct(indices, offsets, per_sample_weights, out, *weights) and len({w.dtype for w in weights}) == 1:
         pooled = try_tables(weights, bags, out, None, None)
         if pooled is not None:
@@ -340,7 +341,8 @@ def dhe_bag_multi(
     check_ndim(indices, "indices")
     check_ndim(offsets, "offsets")
     features = None if features is None else list(features)
-    bags = Bags(indices, offsets, number, per_sample_weights, features, num_features or len(layers))
+    count = len(layers) if num_features is None else num_features
+    bags = Bags(indices, offsets, number, per_sample_weights, features, count)
     options = family, activation, last_activation
     return pool_decoders(coefficients, weights, biases, layers, options, bags)
 

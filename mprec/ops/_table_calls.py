@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mprec.bags import Bags
+from mprec.bags import Bags, bags_of
 from mprec.ops._checks import check_same_device, check_tables, check_weights
 from mprec.ops._common import NATIVE_TABLES
 from mprec.row_formats import quantised_format
@@ -61,7 +61,7 @@ def dims_of(rows: Sequence[Tensor], bits: Sequence[int]) -> list[int]:
 def one_table(
     weight, indices, offsets, mode, psw, include_last_offset, padding_idx, by_freq, sparse
 ) -> Tables:
-    bags = Bags(indices, offsets, mode, psw, None, 1, include_last_offset, padding_idx)
+    bags = bags_of((indices, offsets, mode, psw, None, 1, include_last_offset, padding_idx))
     return Tables([weight], bags, by_freq, sparse)
 
 
@@ -87,14 +87,15 @@ def _check_devices(call: Tables, name: str) -> None:
 def check_one(call: Tables) -> Tables:
     _check_devices(call, "weight")
     check_weights(call.tables[0], "weight")
-    return call._replace(bags=call.bags.checked(1, call.tables[0].dtype))
+    (weight,), bags, *options = call
+    return Tables([weight], bags.checked(1, weight.dtype), *options)
 
 
 def check_many(call: Tables) -> Tables:
     check_tables(call.tables)
     _check_devices(call, "weights")
-    dtype = call.tables[0].dtype
-    return call._replace(bags=call.bags.checked(len(call.tables), dtype, or_float32=True))
+    tables, bags, *options = call
+    return Tables(tables, bags.checked(len(tables), tables[0].dtype, or_float32=True), *options)
 
 
 def check_quantised(call: Tables) -> Tables:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mprec.bags import Bags
 from mprec.kernels import kernel
 from mprec.names import MODES
 from mprec.ops import _autograd, _backward, fused
@@ -63,7 +64,7 @@ def _has_native_gradient(call: Gradients) -> bool:
 
 @kernel("embedding_bag_backward", "embedding_bag_multi_backward", device="cpu", supports=_has_native_gradient)
 def _native_gradient(call: Gradients) -> tuple[list[Tensor], Tensor]:
-    tables, bags = call.of.tables, call.of.bags.of_native()
+    tables, bags = call.of.tables, call.of.bags.with_float_weights()
     if not call.of.sparse:
         bags = bags.only(bags.served(len(tables)))
         return _backward.native_dense_gradients(call.grad, tables, bags), call.without_weights()
@@ -116,7 +117,7 @@ class Pooling(torch.autograd.Function):
         arguments = unflatten(shape, tensors)
         out = op.below(keyset, arguments)
         call = op.call(*arguments)
-        tables, bags = call.tables, call.bags
+        tables, bags, *_ = call
         chosen = None
         if bags.mode == MODES["max"]:
             chosen = torch.ops.mprec.embedding_bag_maximal_ids(
@@ -125,10 +126,8 @@ class Pooling(torch.autograd.Function):
             )  # fmt: skip
         psw = bags.per_sample_weights
         ctx.op, ctx.tables = op, tables
-        ctx.rest = call._replace(
-            tables=None, bags=bags._replace(indices=None, offsets=None, per_sample_weights=None)
-        )
-        ctx.where_psw = None if psw is None else 3 + next(i for i, t in enumerate(tensors) if t is psw)
+        ctx.bags, ctx.rest = (bags.mode, *bags[4:]), call[2:]
+        ctx.where_psw = len(tables) + 5  # after op, keyset, shape, the tables, indices and offsets
         reads = psw is not None and psw.requires_grad
         ctx.save_for_backward(bags.indices, bags.offsets, psw, chosen, *(tables if reads else ()))
         return out
@@ -137,8 +136,9 @@ class Pooling(torch.autograd.Function):
     def backward(ctx, grad):
         indices, offsets, psw, chosen, *tables = ctx.saved_tensors
         tables = tables or ctx.tables
-        bags = ctx.rest.bags._replace(indices=indices, offsets=offsets, per_sample_weights=psw)
-        call = ctx.rest._replace(tables=tables, bags=bags)
+        mode, *others = ctx.bags
+        bags = Bags(indices, offsets, mode, psw, *others)
+        call = Tables(tables, bags, *ctx.rest)
         need_psw = psw is not None and ctx.needs_input_grad[ctx.where_psw]
         # tables come first among the tensors
         fates = [

@@ -41,7 +41,7 @@ def _fake(call: Tables) -> Tensor:
 def _native(call: Tables) -> Tensor:
     tables, bags, threads = (
         [plain(table) for table in call.tables],
-        call.bags.of_native(),
+        call.bags.with_float_weights(),
         torch.get_num_threads(),
     )
     bits = call.bits if call.bits is None else list(call.bits)

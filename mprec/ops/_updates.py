@@ -101,7 +101,7 @@ def _native(rule: str, call: Update) -> None:
     states = () if call.sums is None else (list(call.sums),)
     bags = call.bags.only(call.bags.served(len(call.tables)))
     update_tables(rule, call.tables, states, bags, call.grad, call.columns, call.lr, call.eps)
-    call.written()
+    mutated(*(call.sums or ()))
 
 
 @kernel("table_sgd_", device="cpu")

@@ -152,7 +152,7 @@ def contribute(
         running = _passes[task] = _Pass()
         # The bound method is all that keeps the pass: if the backward pass fails, both are gone.
         torch.autograd.Variable._execution_engine.queue_callback(running.update)
-    bags = bags.of_native() if grad.is_cpu else bags
+    bags = bags.of_kernels().with_float_weights() if grad.is_cpu else bags
     running.parts.append(_Part(weights, owners, bags, grad.detach().contiguous()))
 
 

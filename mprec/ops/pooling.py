@@ -54,6 +54,12 @@ def try_decoders(
     )  # fmt: skip
 
 
+def decode(decoder: "_C.Decoder", ids: Tensor, out: Tensor | None = None) -> Tensor:
+    """The vector of each ID, ``[n, D]`` of float32, of a packed decoder."""
+    each = torch.arange(len(ids))
+    return _C.dhe_bag(decoder, ids, each, None, 0, False, -1, out, torch.get_num_threads())
+
+
 def pool_tables(weights: Sequence[Tensor], bags: Bags, sparse: bool = False) -> Tensor:
     """Pooled rows of tables, side by side ``[B, sum D]``; see :func:`mprec.ops.embedding_bag_multi`."""
     indices, offsets, mode, psw, features, num_features, _, _ = bags

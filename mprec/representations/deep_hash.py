@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
-from mprec.bags import Bags
+from mprec.bags import Bags, bags_of
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
 from mprec.ops._autograd import is_batched
@@ -117,15 +117,17 @@ class DeepHashEmbeddingBag(nn.Module):
             and (per_sample_weights is None or type(per_sample_weights) is Tensor)
         ):
             out = self._forward_direct(
-                Bags(
-                    input,
-                    offsets,
-                    MODES[self.mode],
-                    per_sample_weights,
-                    None,
-                    1,
-                    include_last_offset,
-                    -1 if self.padding_idx is None else self.padding_idx,
+                bags_of(
+                    (
+                        input,
+                        offsets,
+                        MODES[self.mode],
+                        per_sample_weights,
+                        None,
+                        1,
+                        include_last_offset,
+                        -1 if self.padding_idx is None else self.padding_idx,
+                    )
                 )
             )
             if out is not None:
