@@ -235,7 +235,7 @@ class Bags(NamedTuple):
         )
 
 
-#: A :class:`Bags` of a tuple of all its values, in half the time.
+#: A :class:`Bags` of a tuple of all its values, in half the time; compilers cannot trace it.
 bags_of: Callable[[tuple], Bags] = functools.partial(tuple.__new__, Bags)
 
 

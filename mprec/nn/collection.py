@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
-from mprec.bags import Bags, bags_of
+from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
 from mprec.ops import pooling
@@ -40,7 +40,7 @@ class _Group(NamedTuple):
         if self.whole and mode == self.mode_code:
             return batch
         served = None if self.whole else self.features
-        return bags_of((indices, offsets, self.mode_code, weights, served, count, True, -1))
+        return Bags(indices, offsets, self.mode_code, weights, served, count)
 
 
 class EmbeddingBagCollection(nn.Module):
@@ -161,7 +161,7 @@ class EmbeddingBagCollection(nn.Module):
                 one without is negative (a deep hash embedding takes any other).
             InvalidOffsetsError, DtypeError, DeviceError, ValueError, NotImplementedError.
         """
-        batch = bags_of((indices, offsets, self._mode, per_sample_weights, None, self._count, True, -1))
+        batch = Bags(indices, offsets, self._mode, per_sample_weights, None, self._count)
         try:
             if (
                 eager()
