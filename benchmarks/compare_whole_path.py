@@ -1,6 +1,10 @@
 """Rows of ``compare.py``: whole paths of a DLRM as one native call, against the same model in torch and
-compiled by torch, the MLPs alone in ONNX Runtime (where that is installed), and the machine."""
+compiled by torch and by zentorch, the MLPs alone in ONNX Runtime, and the machine.
 
+zentorch and ONNX Runtime are compared where they are installed: zentorch==2.13.0.1 is for torch 2.13.
+"""
+
+import importlib
 import importlib.util
 import io
 from collections.abc import Callable, Iterator
@@ -46,7 +50,9 @@ SHAPES = {
 }
 VS_EAGER = (8, 4, 1.8, 1.5)
 VS_COMPILED = (3, 2, 1.2, 1.12)
-PEAK_SHARE, READ_SHARE, TWO_THREADS, BFLOAT16 = 0.88, 1 / 1.4, 1.85, 1.6
+PEAK_SHARE, READ_SHARE, TWO_THREADS = 0.88, 1 / 1.4, 1.85
+#: Fewer bits against float32, where the CPU has the instructions.
+BFLOAT16, INT8, INT8_AVX2 = 1.6, 2.5, 1.4
 
 
 class Plain(nn.Module):
@@ -94,21 +100,29 @@ def draws(model: DLRM, batch: int) -> Callable[[], tuple[Tensor, Tensor]]:
     )
 
 
-def compiled_by_torch(plain: Plain, batch: int) -> Callable | None:
-    """As torch compiles it with its weights frozen; None where it cannot."""
+def compiled(plain: Plain, batch: int, backend: str) -> Callable | None:
+    """As torch compiles it with its weights frozen, or zentorch; None where they cannot."""
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
     try:
+        if backend != "inductor":
+            importlib.import_module(backend)
         with inductor.patch(freezing=True), torch.no_grad():
-            call = torch.compile(plain, dynamic=False)
+            call = torch.compile(plain, dynamic=False, backend=backend)
             inputs = _example(plain, batch)
             for _ in range(2):
                 call(*inputs)
     except Exception as error:  # no compiler, say: the other rows are still worth having
-        print(f"torch.compile: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        print(f"not compared, {backend}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         return None
-    return call
+    return lambda x, bags: _without_gradients(call, x, bags)
+
+
+@torch.no_grad()
+def _without_gradients(call: Callable, x: tuple[Tensor, Tensor], bags: Tensor) -> Tensor:
+    """Zentorch compiles for inference alone, and each mode of gradients is compiled by itself."""
+    return call(x[0], x[1], bags)
 
 
 def _example(plain: Plain, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,6 +133,7 @@ def _example(plain: Plain, batch: int) -> tuple[Tensor, Tensor, Tensor]:
 def onnx_mlps(model: DLRM) -> Callable[[Tensor, Tensor], object] | None:
     """Both MLPs in ONNX Runtime, on one thread; None where it is not installed."""
     if not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+        print("not compared, ONNX Runtime: not installed", flush=True)
         return None
     import onnx
     import onnxruntime
@@ -177,14 +192,16 @@ def _rows_of_batch(work, i, path, plain, mlps, seconds) -> Iterator[Row]:
         "eager": lambda x: plain(x[0], x[1], bags),
         "module": lambda x: model(x[0], x[1].view(-1), offsets).sigmoid(),
     }
-    if (call := compiled_by_torch(plain, batch)) is not None:
-        candidates["compiled"] = lambda x: call(x[0], x[1], bags)
+    for backend in ("inductor", "zentorch"):
+        if (call := compiled(plain, batch, backend)) is not None:
+            candidates[backend] = lambda x, call=call: call(x, bags)
     item = draws(model, batch)()
     for name in candidates:
         torch.testing.assert_close(candidates[name](item), candidates["ours"](item), rtol=1e-4, atol=1e-5)
     candidates["peak"] = lambda x: ceilings.multiply_add(flops)
-    low = mprec.compile_path(model, precision="bfloat16")
-    candidates["bfloat16"] = lambda x: low(x[0], x[1].view(-1), offsets)
+    for precision in ("bfloat16", "int8"):
+        low = mprec.compile_path(model, precision)
+        candidates[precision] = lambda x, low=low: low(x[0], x[1].view(-1), offsets)
     if mlps is not None:
         candidates["mlps"] = lambda x: mlps(x[0], products)
     t = harness.interleaved(candidates, draws(model, batch), seconds=seconds)
@@ -192,8 +209,9 @@ def _rows_of_batch(work, i, path, plain, mlps, seconds) -> Iterator[Row]:
     ours, note = us["ours"], f"{us['peak'] / us['ours']:.0%} of the FMA peak of its products"
     yield Row(work, "torch, nn.EmbeddingBag", ours, us["eager"], VS_EAGER[i], note)
     yield Row(work, "mprec's DLRM module", ours, us["module"], 1)
-    if "compiled" in us:
-        yield Row(work, "torch.compile, frozen", ours, us["compiled"], VS_COMPILED[i])
+    for backend, name in (("inductor", "torch.compile, frozen"), ("zentorch", "zentorch, compiled")):
+        if backend in us:
+            yield Row(work, name, ours, us[backend], VS_COMPILED[i])
     if "mlps" in us:
         yield Row(work, "ONNX Runtime, MLPs alone", ours, us["mlps"], VS_COMPILED[i])
     if batch == 1:
@@ -201,8 +219,16 @@ def _rows_of_batch(work, i, path, plain, mlps, seconds) -> Iterator[Row]:
         yield Row(work, "reading its weights once", ours, read, READ_SHARE)
     if batch >= 128:
         yield Row(work, "FMA peak of its products", ours, us["peak"], PEAK_SHARE)
-        yield Row(f"{work}, bfloat16", "its float32", us["bfloat16"], ours, BFLOAT16)
+        for precision, target in _low_precision_targets(mprec._C.runnable_isas()):
+            yield Row(f"{work}, {precision}", "its float32", us[precision], ours, target)
         yield from _two_threads(work, path, model, batch, offsets, seconds)
+
+
+def _low_precision_targets(isas: list[str]) -> Iterator[tuple[str, float]]:
+    if "avx512bf16" in isas:
+        yield "bfloat16", BFLOAT16
+    if "avx2" in isas:
+        yield "int8", INT8 if "avx512vnni" in isas else INT8_AVX2
 
 
 def _two_threads(work, path, model, batch, offsets, seconds) -> Iterator[Row]:

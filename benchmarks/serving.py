@@ -14,6 +14,7 @@ the paper gives for its representations: what is measured is time. Rows go to
 from __future__ import annotations
 
 import argparse
+import sys
 import threading
 import time
 from collections import Counter
@@ -34,10 +35,10 @@ from mprec.dispatch import Path as ScoringPath
 from mprec.dispatch.microbenchmark import no_collection
 from mprec.models import DLRM
 from mprec.nn import DheConfig, FeatureConfig, with_representation
-from mprec.serving import Engine
+from mprec.paths import Scorer
+from mprec.serving import Engine, LocalExecutor
 from mprec.serving.engine import QueryRefusedError
 from mprec.serving.loadtest import capacity as measured_capacity
-from mprec.serving.process_executor import ProcessExecutor
 from mprec.simulate import Result, SimulatedExecutor, simulate
 from mprec.simulate.contest import measured
 from mprec.simulate.shapes import PAPER_QUALITY, load_shape
@@ -62,7 +63,7 @@ def paths(rows: int, names=("table", "dhe", "hybrid")) -> list[ScoringPath]:
         model = (
             DLRM(with_representation(features, name, dhe=DHE), NUM_DENSE, DIM).eval().requires_grad_(False)
         )
-        made.append(ScoringPath(name, name, QUALITY[name], Scores(model)))
+        made.append(Scorer(model).path(name, name, QUALITY[name], name))
     return made
 
 
@@ -224,7 +225,7 @@ def endurance(args, share: float, seconds: float) -> None:
     profile = profile_of(some, args.rows)
     capacity = capacity_of(some, profile, args)
     peak = 0.0
-    for load in (0.8, 0.9, 1.0, 1.1):  # five seconds each
+    for load in (0.9, 1.1, 1.3, 1.6):  # five seconds each
         times, watch, _ = serve(
             some, profile, args.sla_ms / 1e3, load, capacity, args, 5.0, seed=int(10 * load)
         )
@@ -285,7 +286,7 @@ def artifact(args) -> None:
 
 
 def simulator(args) -> None:
-    """Each path alone and all together, on one executor in this process and on two in processes."""
+    """Each path alone and all together, on one executor and on two, of a thread each."""
     some = paths(args.rows)
     for count in (1, 2):
         profile = profile_of(some, args.rows)
@@ -306,7 +307,7 @@ def compare_simulation(some, profile: Profile, count: int, share: float, limit: 
         engine = Engine(Dispatcher(some, profile), sla_s=sla_s)
     else:
         engine = Engine(
-            executors=[ProcessExecutor(f"cpu {i}", some, profile) for i in range(count)], sla_s=sla_s
+            executors=[LocalExecutor(f"cpu {i}", some, profile) for i in range(count)], sla_s=sla_s
         )
     with no_collection():
         run(engine.start(), watch, times)
@@ -359,6 +360,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    sys.setswitchinterval(1e-4)  # as mprec serve and loadtest have it
     if args.study == "overload":
         endurance(args, 3.0, args.seconds or 60.0)
     elif args.study == "soak":

@@ -2,7 +2,8 @@
 
 The file is ``torch.save`` of plain containers and tensors, so ``torch.load(path, weights_only=True)``
 reads it: ``format`` and ``version``, the model's ``kind`` and ``config``, its ``state`` and ``metadata``
-(JSON-able: what it was trained on and how good it is), and the ``digest`` of all these.
+(JSON-able: what it was trained on and how good it is), the ``vocabularies`` by which raw values become IDs,
+and the ``digest`` of all these.
 
 The digest is checked against what has been read, so that no way of reading a damaged file, and no flaw of a
 disk or network between the two processes, gives other weights. ``torch.save`` writes a zip archive, whose own
@@ -15,26 +16,46 @@ import hashlib
 import json
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from mprec.data.vocabulary import RawValues, Vocabulary, dump, restore
 from mprec.errors import CheckpointError
 from mprec.files import write_whole
 from mprec.models import KINDS
 from mprec.nn import folded
 
-__all__ = ["FORMAT", "VERSION", "describe", "digest_of", "load", "read_digested", "save"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "describe",
+    "digest_of",
+    "load",
+    "read_digested",
+    "save",
+    "vocabularies",
+    "vocabularies_in",
+    "vocabularies_out",
+]
 
 FORMAT = "mprec checkpoint"
-VERSION = 2  # 1: without a digest
+VERSION = 3  # 1: without a digest; 2: without vocabularies
+_PREFIX = "vocabulary/"  # of tensors of the state; no parameter's name has a slash
 
 
-def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
-    """Write the model, its mapped tables folded. An old file at ``path`` stays whole until the new one is on
-    the disk.
+def save(
+    path: Path | str,
+    model: nn.Module,
+    metadata: dict[str, Any],
+    vocabularies: Mapping[str, Vocabulary | RawValues] | None = None,
+) -> None:
+    """Write the model, its mapped tables folded, and what its features' raw values become IDs by. An old file
+    at ``path`` stays whole until the new one is on the disk.
 
     ``TypeError`` if the metadata is not JSON-able or the model is none of mprec's; ``OSError`` as the
     disk says.
@@ -52,6 +73,8 @@ def save(path: Path | str, model: nn.Module, metadata: dict[str, Any]) -> None:
         "state": {name: tensor.detach().cpu() for name, tensor in folded(model).state_dict().items()},
         "metadata": json.loads(json.dumps(metadata)),
     }
+    content["vocabularies"], tensors = vocabularies_out(vocabularies or {})
+    content["state"] |= tensors
     content["digest"] = digest_of(content)
     write_whole(path, lambda stream: torch.save(content, stream))
 
@@ -65,7 +88,8 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     content = _read(path)
     try:
         model = KINDS[content["kind"]].from_config(content["config"])
-        model.load_state_dict(content["state"])
+        state = content["state"]
+        model.load_state_dict({name: t for name, t in state.items() if not name.startswith(_PREFIX)})
         metadata = dict(content["metadata"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the weights do not fit the model described: {error}") from error
@@ -84,13 +108,42 @@ def describe(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{path}: has no config or no metadata: {error}") from error
 
 
+def vocabularies(path: Path | str) -> dict[str, Vocabulary | RawValues]:
+    """What raw values become IDs by, by feature; empty if the checkpoint does not say.
+
+    ``CheckpointError`` says what is wrong with the file.
+    """
+    return vocabularies_in(Path(path), _read(Path(path)))
+
+
+def vocabularies_out(
+    encoders: Mapping[str, Vocabulary | RawValues],
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(JSON types, tensors for a ``state``) that :func:`vocabularies_in` finds again in a file's content."""
+    described, arrays = dump(encoders)
+    return described, {_PREFIX + name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
+
+
+def vocabularies_in(path: Path, content: Mapping[str, Any]) -> dict[str, Vocabulary | RawValues]:
+    """The vocabularies in a file's content. ``CheckpointError`` if they are none."""
+    arrays = {
+        name.removeprefix(_PREFIX): tensor.numpy()
+        for name, tensor in content["state"].items()
+        if name.startswith(_PREFIX)
+    }
+    try:
+        return restore(content.get("vocabularies", {}), arrays)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the vocabularies do not fit: {error!r}") from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The file's content, found whole; its tensors are views of the file's pages."""
     content = _load(path, FORMAT)
     match content.get("version"):
         case 1:
             _check_archive(path)
-        case 2:
+        case 2 | 3:
             _check_digest(path, content)
         case other:
             raise CheckpointError(

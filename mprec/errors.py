@@ -9,6 +9,8 @@ __all__ = [
     "IdOutOfRangeError",
     "InvalidOffsetsError",
     "PathCompileError",
+    "TrainingError",
+    "TrainingInterruptedError",
 ]
 
 
@@ -49,3 +51,7 @@ class PathCompileError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on: the loss is not a finite number."""
+
+
+class TrainingInterruptedError(TrainingError):
+    """Training was told to stop before its end; where it was given a snapshot, it can go on from there."""

@@ -1,15 +1,17 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and whether there is room for them."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["write_whole"]
+__all__ = ["check_room", "write_whole"]
 
 
 def write_whole(file: str | os.PathLike, write: Callable[[BinaryIO], object]) -> Path:
@@ -31,6 +33,22 @@ def write_whole(file: str | os.PathLike, write: Callable[[BinaryIO], object]) ->
         raise
     _sync_folder(file.parent)
     return file
+
+
+def check_room(file: str | os.PathLike, nbytes: int = 0) -> None:
+    """What writing ``nbytes`` to the file would meet, before the work is done whose result it is to take.
+
+    ``IsADirectoryError`` if it is a folder, ``FileNotFoundError`` or another ``OSError`` if its folder is not
+    there or takes no files, ``OSError`` (``ENOSPC``) if its disk has less room.
+    """
+    file = Path(file)
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, a file is wanted", str(file))
+    with tempfile.TemporaryFile(dir=file.parent):
+        free = shutil.disk_usage(file.parent).free
+    if free < nbytes:
+        told = f"about {nbytes / 1e6:.0f} MB will be written and {free / 1e6:.0f} MB are free"
+        raise OSError(errno.ENOSPC, told, str(file))
 
 
 def _umask() -> int:

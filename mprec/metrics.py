@@ -1,4 +1,4 @@
-"""Quality of predicted click probabilities: AUC, log-loss, accuracy."""
+"""Quality of predicted click probabilities: AUC, log-loss, accuracy, calibration, normalised entropy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-__all__ = ["Metrics", "accuracy", "auc", "log_loss"]
+__all__ = ["Metrics", "accuracy", "auc", "calibration", "log_loss", "normalised_entropy"]
 
 
 def _pair(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +47,24 @@ def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(((probabilities >= 0.5) == labels).mean())
 
 
+def calibration(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean prediction over the share of clicks: 1 where as many clicks come as are predicted; NaN if none
+    come.
+    """
+    labels, probabilities = _pair(labels, probabilities)
+    return float(probabilities.mean() / labels.mean()) if labels.any() else float("nan")
+
+
+def normalised_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Log-loss over that of predicting the share of clicks for every sample (He et al. 2014): below 1 if the
+    predictions tell anything; NaN if one of the classes is missing.
+    """
+    share = float(_pair(labels, probabilities)[0].mean())
+    if not 0 < share < 1:
+        return float("nan")
+    return log_loss(labels, probabilities) / -(share * np.log(share) + (1 - share) * np.log(1 - share))
+
+
 @dataclass(frozen=True)
 class Metrics:
     """Quality over one dataset; log-loss in nats per sample."""
@@ -54,11 +72,17 @@ class Metrics:
     auc: float
     log_loss: float
     accuracy: float
+    calibration: float
+    normalised_entropy: float
 
     @classmethod
     def of(cls, labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
         return cls(
-            auc(labels, probabilities), log_loss(labels, probabilities), accuracy(labels, probabilities)
+            auc(labels, probabilities),
+            log_loss(labels, probabilities),
+            accuracy(labels, probabilities),
+            calibration(labels, probabilities),
+            normalised_entropy(labels, probabilities),
         )
 
     def to_dict(self) -> dict[str, float]:

@@ -12,9 +12,14 @@ step: one for each table, however often the pass met it. Gradients are not accum
 between. ``torch.autograd.grad`` updates nothing. The results are those of torch's optimizer of the same name
 with ``sparse=True`` gradients, to rounding, and do not depend on the number of threads.
 
-Gradients are not exchanged between processes. Where ``torch.distributed`` runs with more than one, a backward
-pass raises ``RuntimeError`` rather than let replicas drift apart; ``sharded=True`` says that each process
-holds tables of its own.
+With ``in_backward=False`` the gradient goes to ``.grad`` as any other's does, and ``step()`` updates the
+table by the same kernels: for gradient accumulation, clipping, ``torch.amp.GradScaler``, hooks, and for
+replicas whose gradients ``DistributedDataParallel`` exchanges. A sparse gradient (modules with
+``sparse=True``) updates the rows that it has, a dense one every row, with zeros for those that no batch met.
+
+Gradients that backward passes apply are not exchanged between processes. Where ``torch.distributed`` runs
+with more than one, such a pass raises ``RuntimeError`` rather than let replicas drift apart;
+``sharded=True`` says that each process holds tables of its own.
 
     model = DLRM(...)
     tables, rest = mprec.optim.split_parameters(model)
@@ -62,8 +67,8 @@ class _TableOptimizer(torch.optim.Optimizer):
     #: Its operator for CUDA tables, with the names of its hyperparameters; None: it has none.
     _on_device: tuple[str, tuple[str, ...]] | None = None
 
-    def __init__(self, params: Iterable, defaults: dict, sharded: bool):
-        self.sharded = sharded
+    def __init__(self, params: Iterable, defaults: dict, sharded: bool, in_backward: bool):
+        self.sharded, self.in_backward = sharded, in_backward
         for name in ("lr", "eps"):
             _non_negative(name, defaults.get(name, 0.0))
         super().__init__(params, defaults)
@@ -71,10 +76,24 @@ class _TableOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        try:
+            for weight in group["params"]:
+                self._check(weight)
+            for weight in group["params"]:
+                fused.attach(weight, self)
+        except ValueError:
+            self.param_groups.pop()
+            for weight in group["params"]:
+                fused.detach(weight, self)
+            raise
         for weight in group["params"]:
-            self._check(weight)
             self._init_state(weight, group)
-            fused.attach(weight, self)
+
+    def release(self) -> None:
+        """Give the tables back: backward passes update them no more, and another optimizer may have them."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                fused.detach(weight, self)
 
     @classmethod
     def _check(cls, weight: Tensor) -> None:
@@ -82,7 +101,8 @@ class _TableOptimizer(torch.optim.Optimizer):
         if weight.dim() != 2 or weight.dtype != torch.float32 or weight.device.type not in devices:
             raise ValueError(
                 f"params: {cls.__name__} expects float32 tables [rows, dim] on {' or '.join(devices)}, got "
-                f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+                f"{tuple(weight.shape)} {weight.dtype} on {weight.device}; "
+                "mprec.optim.split_parameters(model) tells tables from other parameters"
             )
         if not weight.is_contiguous():
             raise ValueError(f"params: expected contiguous tables, got strides {weight.stride()}")
@@ -139,7 +159,7 @@ class _TableOptimizer(torch.optim.Optimizer):
             state[name] = value.contiguous()
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "sharded": self.sharded}
+        return {**super().__getstate__(), "sharded": self.sharded, "in_backward": self.in_backward}
 
     def check_ranks(self) -> None:
         """``RuntimeError`` if other processes train replicas of the tables that would not see an update."""
@@ -149,9 +169,9 @@ class _TableOptimizer(torch.optim.Optimizer):
         if (size := ranks.get_world_size()) > 1:
             raise RuntimeError(
                 f"mprec.optim.{type(self).__name__} updates tables from gradients of its own process, and "
-                f"torch.distributed runs {size}: replicas would drift apart. Train replicated tables by "
-                "torch.optim, whose gradients are exchanged, or pass sharded=True if each process holds "
-                "tables of its own"
+                f"torch.distributed runs {size}: replicas would drift apart. Give replicated tables "
+                "in_backward=False, then DistributedDataParallel exchanges their gradients; or sharded=True "
+                "if each process holds tables of its own"
             )
 
     def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
@@ -203,10 +223,10 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Apply gradients that reached ``.grad`` by another way (for example under ``torch.compile``).
+        """Apply the gradients in ``.grad``: those of ``in_backward=False``, and what came there by another
+        way (under ``torch.compile``). Otherwise there are none: the backward pass has applied them.
 
-        Sparse gradients update their rows, dense ones every row. Normally there are none: the backward pass
-        has applied them.
+        Sparse gradients update their rows, dense ones every row.
         """
         loss = None
         if closure is not None:
@@ -232,8 +252,10 @@ class SGD(_TableOptimizer):
     _rule = "sgd"
     _on_device = "table_sgd_", ("lr",)
 
-    def __init__(self, params: Iterable, lr: float = 1e-3, *, sharded: bool = False):
-        super().__init__(params, {"lr": lr}, sharded)
+    def __init__(
+        self, params: Iterable, lr: float = 1e-3, *, sharded: bool = False, in_backward: bool = True
+    ):
+        super().__init__(params, {"lr": lr}, sharded, in_backward)
 
 
 class Adagrad(_TableOptimizer):
@@ -254,6 +276,7 @@ class Adagrad(_TableOptimizer):
         eps: float = 1e-10,
         *,
         sharded: bool = False,
+        in_backward: bool = True,
     ):
         _non_negative("lr_decay", lr_decay)
         _non_negative("initial_accumulator_value", initial_accumulator_value)
@@ -263,7 +286,7 @@ class Adagrad(_TableOptimizer):
             "eps": eps,
             "initial_accumulator_value": initial_accumulator_value,
         }
-        super().__init__(params, defaults, sharded)
+        super().__init__(params, defaults, sharded, in_backward)
 
     def _init_state(self, weight: Tensor, group: dict) -> None:
         super()._init_state(weight, group)
@@ -284,8 +307,16 @@ class RowWiseAdagrad(_TableOptimizer):
     _states = ("sum",)
     _on_device = "table_rowwise_adagrad_", ("lr", "eps")
 
-    def __init__(self, params: Iterable, lr: float = 1e-2, eps: float = 1e-8, *, sharded: bool = False):
-        super().__init__(params, {"lr": lr, "eps": eps}, sharded)
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-2,
+        eps: float = 1e-8,
+        *,
+        sharded: bool = False,
+        in_backward: bool = True,
+    ):
+        super().__init__(params, {"lr": lr, "eps": eps}, sharded, in_backward)
 
     def _state_shape(self, weight: Tensor) -> tuple[int, int]:
         return len(weight), 1
@@ -308,11 +339,12 @@ class Adam(_TableOptimizer):
         eps: float = 1e-8,
         *,
         sharded: bool = False,
+        in_backward: bool = True,
     ):
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas[{i}]: expected 0 <= beta < 1, got {beta}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, sharded)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, sharded, in_backward)
 
     def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
         beta1, beta2 = group["betas"]

@@ -55,13 +55,13 @@ def encode(coefficients: Tensor, indices: Tensor, family: str) -> Tensor:
     if family == "universal":
         return h.to(torch.float32) * 2.0**-30 - 1  # float32(2 / (p - 1)) is exactly 2**-30
     if family == "sign":
-        high = torch.tensor(3**-0.5, dtype=torch.float32, device=h.device)
+        high = h.new_full((), 3**-0.5, dtype=torch.float32)
         return torch.where(h >= 2**30, high, -high)
     if bits := check_family(family, 0).level_bits:  # evenly spaced levels of the high bits
         most = 2**bits - 1
         return (2 * (h >> (31 - bits)) - most).to(torch.float32) / most
     if family == "artifact":
-        return h.to(torch.float32) / torch.tensor(ARTIFACT_BUCKETS - 1, dtype=torch.float32) * 2 - 1
+        return h.to(torch.float32) / h.new_full((), ARTIFACT_BUCKETS - 1, dtype=torch.float32) * 2 - 1
     u = (h.to(torch.float64) + 1) / ARTIFACT_BUCKETS
     radius, angle = torch.sqrt(-2 * torch.log(u[:, 0::2])), 2 * torch.pi * u[:, 1::2]
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(1).to(torch.float32)

@@ -26,13 +26,19 @@ def _sum(terms: int, magnitude: torch.Tensor, squares: torch.Tensor) -> torch.Te
 
 def linear(x: Bounded, layer: nn.Linear, precision: str = "float32") -> Bounded:
     """In bfloat16 each weight and each input is off by up to half of 2**-7 of itself, evenly: six standard
-    deviations of that."""
+    deviations of that. In int8 by up to half a step, a 127th of an output's largest weight and of the range
+    of a sample's inputs and 0."""
     weight = layer.weight.detach().double()
     bias = torch.zeros(len(weight)).double() if layer.bias is None else layer.bias.detach().double()
     magnitude = x.value.abs() @ weight.abs().T + bias.abs()
     squares = x.error.square() @ weight.square().T
     if precision == "bfloat16" and layer.out_features > 1:
         squares = squares + 9 * 2 * 2.0**-14 / 12 * (x.value.square() @ weight.square().T)
+    if precision == "int8" and layer.out_features > 1 and layer.in_features >= 32:
+        step = weight.abs().amax(1) / 127
+        high, low = (x.value + x.error).amax(1).clamp(min=0), (x.value - x.error).amin(1).clamp(max=0)
+        own = ((high - low) / 127).square()[:, None] * weight.square().sum(1)
+        squares = squares + 9 / 12 * (own + x.value.square().sum(1)[:, None] * step.square())
     return Bounded(x.value @ weight.T + bias, _sum(layer.in_features, magnitude, squares))
 
 
@@ -68,6 +74,9 @@ def scores(model, dense, embedded, embedded_error=0.0, precision="float32") -> B
         first = mlp(Bounded(dense), model.bottom, precision)
     vectors = torch.cat([first.value[:, None], parts.value], dim=1)
     errors = torch.cat([first.error[:, None], parts.error], dim=1)
+    if model.interaction == "cat":
+        out = sigmoid(mlp(Bounded(vectors.flatten(1), errors.flatten(1)), model.top, precision))
+        return Bounded(out.value[:, 0], out.error[:, 0])
     rows, columns = torch.tril_indices(vectors.shape[1], vectors.shape[1], offset=-1)
     a, b, ea, eb = vectors[:, rows], vectors[:, columns], errors[:, rows], errors[:, columns]
     squares = ((a * eb).square() + (b * ea).square()).sum(2)

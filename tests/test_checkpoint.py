@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mprec import checkpoint
+from mprec.data import RawValues, Vocabulary
 from mprec.errors import CheckpointError
 from mprec.models import DLRM
 from mprec.nn import DheConfig, FeatureConfig, with_representation
@@ -100,18 +101,20 @@ def test_truncated(path, share):
         checkpoint.load(path)
 
 
-def as_version_1(path):
-    """The same model as mprec wrote it before there were digests."""
-    content = torch.load(path, weights_only=True)
-    del content["digest"]
-    torch.save({**content, "version": 1}, path)
+def as_version(version, path):
+    """The same model as mprec wrote it before there were digests (1), or vocabularies (2)."""
+    content = {**torch.load(path, weights_only=True), "version": version}
+    del content["digest"], content["vocabularies"]
+    if version == 2:
+        content["digest"] = checkpoint.digest_of(content)
+    torch.save(content, path)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 3])
 def either(request, path):
     """A checkpoint of each version."""
-    if request.param == 1:
-        as_version_1(path)
+    if request.param < checkpoint.VERSION:
+        as_version(request.param, path)
     assert torch.load(path, weights_only=True)["version"] == request.param
     return path
 
@@ -218,7 +221,7 @@ def test_the_digest_knows_names_dtypes_and_shapes():
 
 
 def test_version_1_still_loads(path, model):
-    as_version_1(path)
+    as_version(1, path)
     assert_whole(path, model)
 
 
@@ -233,6 +236,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from mprec import checkpoint
+from mprec.data import RawValues, Vocabulary
 from mprec.models import DLRM
 
 def private():
@@ -258,7 +262,7 @@ def test_loading_does_not_hold_the_weights_twice(tmp_path, version):
     size = 64 << 20
     checkpoint.save(tmp_path / "large.pt", DLRM([FeatureConfig("a", size // 64, 16)], 0, 16), {})
     if version == 1:
-        as_version_1(tmp_path / "large.pt")
+        as_version(1, tmp_path / "large.pt")
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "large.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert all(0.9 * size < int(grown) < 1.5 * size for grown in done.stdout.split()), done.stdout
@@ -291,7 +295,7 @@ def test_foreign_files(tmp_path, capsys):
 
 def test_newer_version(path):
     torch.save({**torch.load(path, weights_only=True), "version": 99}, path)
-    with pytest.raises(CheckpointError, match="has checkpoint version 99; this mprec reads versions 1 to 2"):
+    with pytest.raises(CheckpointError, match="has checkpoint version 99; this mprec reads versions 1 to 3"):
         checkpoint.load(path)
 
 
@@ -313,3 +317,26 @@ def test_contents_that_do_not_fit(path):
         torch.save({**changed, "digest": checkpoint.digest_of(changed)}, path)
         with pytest.raises(CheckpointError, match="do not fit the model described"):
             checkpoint.load(path)
+
+
+def test_vocabularies_are_kept(tmp_path, model):
+    path = tmp_path / "model.pt"
+    encoders = {
+        "a": Vocabulary.in_order(np.array([7, -1, 3]), 2, "integer"),
+        "b": RawValues("text"),
+    }
+    checkpoint.save(path, model, METADATA, encoders)
+    assert_whole(path, model)
+    found = checkpoint.vocabularies(path)
+    assert found["b"] == encoders["b"]
+    assert (found["a"].oov, found["a"].kind) == (2, "integer")
+    assert found["a"].encode(np.array([3, 7, -1])).tolist() == [4, 2, 3]
+    content = torch.load(path, weights_only=True)
+    content["vocabularies"]["a"]["oov"] = 1
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.vocabularies(path)
+    checkpoint.save(path, model, METADATA)
+    assert checkpoint.vocabularies(path) == {}
+    as_version(1, path)
+    assert checkpoint.vocabularies(path) == {}

@@ -50,7 +50,7 @@ def test_an_unknown_isa_is_named():
     done = _mprec("info", MPREC_ISA="avx3")
     assert done.returncode != 0
     assert "MPREC_ISA" in done.stderr
-    assert "'avx3' is none of scalar, avx2, avx512, avx512vnni, avx512bf16" in done.stderr
+    assert "'avx3' is none of scalar, avx2, avx512, avx512vnni, avx512bf16, amx" in done.stderr
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mprec
-from mprec.cache import CachedEmbeddingBagCollection
+from mprec.cache import CachedEmbeddingBagCollection, materialize
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError, PathCompileError
 from mprec.models import DLRM, PATHS, MultiPathDLRM
 from mprec.nn import (
@@ -48,13 +48,14 @@ def make(
     hybrid="both",
     modes=("sum", "mean", "max"),
     dhe=DHE,
+    interaction="dot",
 ):
     torch.manual_seed(0)
     features = [
         FeatureConfig(f"f{i}", size, dim, mode=modes[i % len(modes)]) for i, size in enumerate(vocabularies)
     ]
     features = with_representation(features, representation, dhe=dhe)
-    return DLRM(features, num_dense, dim, bottom, top, hybrid=hybrid).eval()
+    return DLRM(features, num_dense, dim, bottom, top, hybrid=hybrid, interaction=interaction).eval()
 
 
 def batch(model, samples, longest=3, seed=0, dtype=torch.int64):
@@ -150,17 +151,91 @@ def test_any_batch(samples, longest, threads, name, representation, dtype):
     ("num_dense", "bottom", "top"),
     [(1, (), ()), (13, (64, 33), (77, 30)), (261, (255,), (257, 3)), (13, (512, 256), (512, 256))],
 )
-def test_dense_layers_in_bfloat16(name, num_dense, bottom, top):
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_dense_layers_in_fewer_bits(name, precision, num_dense, bottom, top):
     model = make("hybrid", num_dense=num_dense, bottom=bottom, top=top)
-    path = mprec.compile_path(model, precision="bfloat16")
+    path = mprec.compile_path(model, precision)
     with isa(name):
         for samples in (1, 4, 5, 29, 150):
             inputs = batch(model, samples)
             got = path(*inputs)
-            check(model, got, *inputs, precision="bfloat16")
+            check(model, got, *inputs, precision=precision)
             if bottom:
                 assert not torch.equal(got, mprec.compile_path(model)(*inputs))
-    assert pickle.loads(pickle.dumps(path)).precision == "bfloat16"
+    assert pickle.loads(pickle.dumps(path)).precision == precision
+
+
+@pytest.mark.parametrize("name", runnable_isas())
+@pytest.mark.parametrize(
+    ("representation", "hybrid", "precision"),
+    [("table", "both", "float32"), ("hybrid", "mean", "float32"), ("select", "both", "int8")],
+)
+@pytest.mark.parametrize("num_dense", [0, 13])
+def test_vectors_side_by_side(name, representation, hybrid, precision, num_dense):
+    model = make(representation, hybrid=hybrid, num_dense=num_dense, dim=70, interaction="cat")
+    path = mprec.compile_path(model, precision)
+    with isa(name):
+        for samples in (1, 5, 150):
+            for longest in (1, 4):
+                inputs = batch(model, samples, longest)
+                check(model, path(*inputs), *inputs, precision=precision)
+
+
+@pytest.mark.parametrize("tables", [None, "float16", "bfloat16", "float8", "int8", "int4"])
+@pytest.mark.parametrize("hybrid", ["both", "mean"])
+def test_rows_of_two_vectors(tables, hybrid):
+    """A hybrid whose decoders were decoded into rows, once: as long as both of its vectors."""
+    model = make("hybrid", hybrid=hybrid, modes=("sum", "mean"))
+    model.embeddings = materialize(model.embeddings)
+    if tables is not None:
+        model.embeddings = QuantizedEmbeddingBagCollection(model.embeddings, tables)
+    assert {f.embedding_dim for f in model.embeddings.features} == {32}
+    path = mprec.compile_path(model)
+    for samples in (1, 5, 140):
+        for longest in (1, 4):
+            inputs = batch(model, samples, longest)
+            check(model, path(*inputs), *inputs)
+
+
+@pytest.mark.parametrize("decoders", ["float16", "bfloat16", "int8", "lut"])
+def test_decoders_in_fewer_bits(decoders):
+    model = make("hybrid", dhe=DheConfig(k=40, hidden=(24,), family="sign" if decoders == "lut" else "u7"))
+    model.embeddings = QuantizedEmbeddingBagCollection(model.embeddings, decoders=decoders)
+    path = mprec.compile_path(model)
+    for samples in (1, 40):
+        inputs = batch(model, samples)
+        check(model, path(*inputs), *inputs)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen_in_its_own_sample_alone(precision, value):
+    """A sigmoid of infinity is a number, of NaN none; a layer in int8 has no infinities."""
+    model = make(bottom=(64, 32), top=(77, 40))
+    path = mprec.compile_path(model, precision)
+    for samples in (3, 40):
+        dense, indices, offsets = batch(model, samples)
+        want = path(dense, indices, offsets)
+        dense[2, 4] = value
+        got = path(dense, indices, offsets)
+        assert not 1e-6 < got[2] < 1 - 1e-6
+        assert got[2].isnan() or precision != "int8"
+        others = torch.arange(samples) != 2
+        assert torch.equal(got[others], want[others])
+
+
+@pytest.mark.parametrize("samples", [1, 5, 150])
+def test_int8_scores_are_the_same_on_every_isa(samples):
+    """Its sums are integers; what is left is how float32 rounds."""
+    model = make(bottom=(64, 32), top=(300, 77))
+    path = mprec.compile_path(model, "int8")
+    inputs = batch(model, samples)
+    scores = []
+    for name in runnable_isas():
+        with isa(name):
+            scores.append(path(*inputs))
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=0, atol=2e-3)
 
 
 def test_threads_share_samples():

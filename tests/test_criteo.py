@@ -1,6 +1,7 @@
 """Criteo's format, against a line-by-line parser in plain Python."""
 
 import gzip
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mprec.data import Vocabulary, criteo, load
+from mprec.data import Vocabulary, criteo, load, vocabulary
 from mprec.data._text import BadLines
 from mprec.errors import DataError
 
@@ -66,12 +67,16 @@ def test_chunks_agree_with_a_plain_parser(tmp_path_factory, lines, chunk, end, l
     if not last and not lines[-1]:  # an unterminated empty line is no line
         lines = lines[:-1]
     bad = BadLines(path, keep=100)
-    found = list(criteo.chunks(path, bad, chunk_bytes=chunk))
-    expected = [(number, parsed) for number, text in enumerate(lines, 1) if (parsed := parse_plainly(text))]
-    assert [int(n) for c in found for n in c.lines] == [number for number, _ in expected]
-    for name, index in (("labels", 0), ("integers", 1), ("categories", 2)):
-        values = [value for c in found for value in getattr(c, name).tolist()]
-        assert values == [parsed[index] for _, parsed in expected]
+    found = []
+    for part, share in criteo.chunks([path], [bad], chunk_bytes=chunk):
+        assert 0 <= share <= 1
+        missing = part.missing[None, :] >> np.arange(26)[:, None] & 1
+        categories = np.where(missing, -1, part.categories.view(np.uint32).astype(np.int64))
+        found += zip(part.labels.tolist(), part.dense.copy(), categories.T.tolist(), strict=True)
+    expected = [parsed for text in lines if (parsed := parse_plainly(text))]
+    assert [(label, categories) for label, _, categories in found] == [(p[0], p[2]) for p in expected]
+    for (_, dense, _), (_, integers, _) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(dense, [math.log1p(max(i, 0)) for i in integers], rtol=1e-6)
     wrong = [number for number, text in enumerate(lines, 1) if not parse_plainly(text)]
     assert bad.count == len(wrong)
     assert [message.removeprefix(f"{path}:").split(":")[0] for message in bad.first] == [
@@ -97,7 +102,7 @@ def test_chunks_agree_with_a_plain_parser(tmp_path_factory, lines, chunk, end, l
 def test_malformed_lines_are_named_and_counted(tmp_path, text, reason):
     path = write(tmp_path / "train.txt", [line("0"), text, line("1")])
     with pytest.warns(UserWarning, match="1 malformed line"):
-        dataset = criteo.read(path)
+        dataset = criteo.read(path, malformed=0.5)
     assert len(dataset) == 2
     assert dataset.info["malformed_lines"] == 1
     assert dataset.info["malformed_first"][0].startswith(f"{path}:2: {reason}")
@@ -108,10 +113,84 @@ def test_malformed_lines_are_named_and_counted(tmp_path, text, reason):
 
 def test_many_malformed_lines_are_all_counted_but_not_all_kept(tmp_path):
     path = write(tmp_path / "train.txt", [line(), *["nonsense"] * 500])
-    dataset = criteo.read(path, chunk_bytes=64)
+    dataset = criteo.read(path, chunk_bytes=64, malformed=1)
     assert dataset.info["malformed_lines"] == 500
     assert len(dataset.info["malformed_first"]) == 20
     assert dataset.info["malformed_first"][-1].startswith(f"{path}:21:")
+
+
+def test_more_malformed_lines_than_allowed_are_an_error(tmp_path):
+    path = write(tmp_path / "train.txt", [line()] * 95 + [line().rstrip("\t")] * 5)
+    with pytest.raises(DataError, match=r"5 of 100 lines are malformed, more than 1 %.*malformed=SHARE") as e:
+        criteo.read(path)
+    assert f"{path}:96: expected 40 fields, found 1" in str(e.value)
+    with pytest.warns(UserWarning, match="5 malformed line"):
+        assert len(load(f"criteo:{path},malformed=0.05")) == 95
+    with pytest.raises(ValueError, match=r"malformed must be in \[0, 1\], got 2"):
+        criteo.read(path, malformed=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [(line("1")[2:], "test.txt has no labels"), (line("1").replace("\t", ","), "39 commas, where tabs")],
+)
+def test_files_of_another_kind_are_told(tmp_path, text, hint):
+    with pytest.raises(DataError, match=hint):
+        criteo.read(write(tmp_path / "test.txt", [text] * 3))
+
+
+def test_missing_and_the_largest_value_are_two_values(tmp_path):
+    path = write(tmp_path / "train.txt", [line("1", [], [v]) for v in ("ffffffff", "", "", "0", "ffffffff")])
+    dataset = criteo.read(path, min_count=2, vocabulary_share=1)
+    assert dataset.features[0] == ("C1", 3)
+    assert dataset.column("C1").ids.tolist() == [2, 1, 1, 0, 2]  # of equal counts, missing (-1) comes first
+    raw = criteo.read(path, raw=True)
+    assert raw.features[0] == ("C1", (1 << 32) + 1)
+    assert raw.column("C1").ids.tolist() == [1 << 32, 0, 0, 1, 1 << 32]
+    some = criteo.read(path, raw=[2, 26], min_count=1)
+    assert [size > 1 << 32 for _, size in some.features] == [i in (1, 25) for i in range(26)]
+    with pytest.raises(ValueError, match="raw values for IDs"):
+        raw.counts("C1")
+    with pytest.raises(ValueError, match="raw: expected categories from 1 to 26, got 27"):
+        criteo.read(path, raw=27)
+
+
+def test_a_byte_order_mark_and_gzip_without_its_suffix(tmp_path):
+    lines = [line("1", [str(i)]) for i in range(30)]
+    expected = criteo.read(write(tmp_path / "plain", lines))
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "plain").read_bytes())
+    (tmp_path / "zipped").write_bytes(gzip.compress((tmp_path / "marked").read_bytes()))
+    for name in ("marked", "zipped"):
+        np.testing.assert_array_equal(criteo.read(tmp_path / name).dense, expected.dense)
+
+
+def test_several_files_are_read_in_the_order_of_their_numbers(tmp_path):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    for day in (10, 9, 0):
+        write(folder / f"day_{day}", [line("1", [str(day)])] * 3)
+    for spec in (folder, folder / "day_*", [folder / "day_0", folder / "day_9", folder / "day_10"]):
+        found = criteo.read(spec)
+        np.testing.assert_allclose(np.expm1(found.dense[:, 0]), [0] * 3 + [9] * 3 + [10] * 3, rtol=1e-5)
+    assert len(load(str(folder))) == len(load(f"{folder}/day_*")) == 9
+    with pytest.raises(DataError, match="no file has a name of this pattern"):
+        criteo.read(folder / "night_*")
+    with pytest.raises(DataError, match=r"no file day_\* in this folder"):
+        criteo.read(tmp_path)
+
+
+def test_the_next_log_is_read_by_the_vocabularies_of_an_earlier_one(tmp_path):
+    day = write(tmp_path / "a", [line("1", [], [v]) for v in ("a", "b", "a", "b", "b")])
+    first = criteo.read(day, min_count=2, vocabulary_share=1)
+    following = write(tmp_path / "b", [line("1", [], [v]) for v in ("c", "a", "b", "", "c", "c", "c")])
+    second = criteo.read(following, vocabularies=first.vocabularies)
+    assert second.features == first.features
+    assert second.column("C1").ids.tolist() == [0, 2, 1, 0, 0, 0, 0]
+    described, arrays = vocabulary.dump(first.vocabularies)
+    again = vocabulary.restore(json.loads(json.dumps(described)), arrays)
+    assert again["C1"].ids_of(["b", "A", None, "123"]).tolist() == [1, 2, 0, 0]
+    with pytest.raises(ValueError, match="there is none of 'C2'"):
+        criteo.read(following, vocabularies={"C1": again["C1"]})
 
 
 def test_integers_are_log_transformed_and_missing_ones_zero(tmp_path):
@@ -129,7 +208,7 @@ def test_vocabulary_by_frequency_of_the_training_part(tmp_path):
     name, size = dataset.features[0]
     assert (name, size) == ("C1", 4)  # out of vocabulary, a, b, missing
     ids = dict(zip(values, dataset.columns[0].ids.tolist(), strict=True))
-    assert ids == {"a": 1, "b": 2, "": 3, "c": 0, "d": 0}
+    assert ids == {"a": 1, "": 2, "b": 3, "c": 0, "d": 0}  # missing is -1, before b in a tie
     assert criteo.read(path, min_count=1, max_size=3).features[0] == ("C1", 3)
 
 

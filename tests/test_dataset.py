@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mprec import metrics
 from mprec.data import ClickDataset, Column
 from mprec.errors import DataError
 
@@ -160,3 +161,15 @@ def test_inconsistent_datasets_are_refused(columns, labels, message):
 def test_inconsistent_columns_are_refused(ids, offsets, message):
     with pytest.raises(DataError, match=message):
         Column("a", 3, np.array(ids), None if offsets is None else np.array(offsets))
+
+
+def test_calibration_and_normalised_entropy():
+    labels = np.array([1, 0, 0, 1, 0])
+    told = np.array([0.9, 0.2, 0.4, 0.6, 0.4])
+    assert metrics.calibration(labels, told) == pytest.approx(2.5 / 2)
+    share = np.full(5, 0.4)
+    assert metrics.normalised_entropy(labels, share) == pytest.approx(1)
+    expected = metrics.log_loss(labels, told) / metrics.log_loss(labels, share)
+    assert metrics.normalised_entropy(labels, told) == pytest.approx(expected)
+    assert np.isnan(metrics.normalised_entropy(np.zeros(3), np.full(3, 0.1)))
+    assert np.isnan(metrics.calibration(np.zeros(3), np.full(3, 0.1)))

@@ -18,7 +18,7 @@ from mprec.derive.recipes import Source, make
 from mprec.derive.sensitivity import square_root
 from mprec.dispatch import Profile
 from mprec.errors import CheckpointError
-from mprec.models import DLRM
+from mprec.models import DLRM, compile_path
 from mprec.nn import (
     DheConfig,
     EmbeddingBagCollection,
@@ -255,7 +255,7 @@ def test_recipes_of_a_table_model(dataset, trained, tmp_path):
     found = derive(model, metadata, parts, seconds=0, say=said.append)
     names = [each.name for each in found]
     expected = ["table", "table[float16]", "table[int8]", "table[int4]"]
-    assert [n for n in names if "low" not in n and n != "dhe"] == expected
+    assert [n for n in names if "low" not in n and n != "dhe"] == ["table", "table/int8", *expected[1:]]
     assert [n for n in names if "low" in n] == [f"low_rank:{r}[int8]" for r in (4, 2, 1)]
     assert ("dhe" in names) == (not said)
     by_name = {each.name: each for each in found}
@@ -296,6 +296,40 @@ def test_models_with_decoders(dataset, trained, kind, recipes):
         close = np.abs(predict(each.model, test) - exact).max()
         assert close < loose.get(each.name, 0.5), each.name
     assert found[-1].difference["test"]["auc"].value != 0
+
+
+def test_dense_layers_in_fewer_bits(dataset, tmp_path):
+    """Each is a path of its own with the quality of what it answers, and is served so from a bundle."""
+    torch.manual_seed(0)
+    features = [
+        FeatureConfig(name, size, 8, "hybrid", DheConfig(k=32, hidden=(16,)))
+        for name, size in dataset.features
+    ]
+    model = DLRM(features, 2, 8, (64,), (64, 40))
+    recipes = ["hybrid/int8", "hybrid/bfloat16", "table[int8]/int8"]
+    found = derive(model, {"representation": "hybrid"}, dataset.split(), recipes=recipes, seconds=0)
+    assert [each.name for each in found] == ["hybrid", *recipes]
+    assert [each.dense for each in found] == ["float32", "int8", "bfloat16", "int8"]
+    assert [each.representation for each in found] == ["hybrid", "hybrid", "hybrid", "table"]
+    test = dataset.split()[2]
+    whole = next(iter(test.batches(len(test))))
+    for each in found[1:]:
+        assert each.model.top is found[0].model.top
+        scores = compile_path(each.model, each.dense)(whole.dense, whole.indices, whole.offsets)
+        assert each.quality["test"]["auc"].value == pytest.approx(
+            roc_auc_score(test.labels, scores), abs=1e-4
+        )
+        assert 0 < abs(each.difference["test"]["log_loss"].value) < 0.01
+    bundle.save(tmp_path / "b", [each.member() for each in found], {})
+    members, _ = bundle.load(tmp_path / "b")
+    assert [m.dense for m in members] == [each.dense for each in found]
+    paths = paths_from_checkpoints([tmp_path / "b"])
+    assert [p.model.compiled.precision for p in paths] == [each.dense for each in found]
+    assert len({p.shape for p in paths}) == len(paths)
+    sample = next(iter(test.batches(50)))
+    for path, each in zip(paths, found, strict=True):
+        want = compile_path(each.model, each.dense)(sample.dense, sample.indices, sample.offsets)
+        np.testing.assert_allclose(path.model(sample), want, atol=1e-6)
 
 
 def test_dhe_recipe_replaces_large_vocabularies_only(dataset):

@@ -130,3 +130,21 @@ def test_a_step_is_seen_by_the_next_forward(optimizer, fused):
     optimizer(m.parameters(), lr=0.1, fused=fused).step()
     with torch.no_grad():
         torch.testing.assert_close(m(*batch).double(), reference(m, *batch), rtol=1e-4, atol=1e-5)
+
+
+def test_interaction_cat():
+    """Facebook's option: the top MLP sees the vectors themselves, the bottom's first."""
+    torch.manual_seed(0)
+    features = [FeatureConfig("a", 5, 4), FeatureConfig("b", 7, 4)]
+    model = DLRM(features, 3, 4, (6,), (8,), interaction="cat").eval()
+    assert model.top[0].in_features == 3 * 4
+    dense, indices, offsets = torch.randn(2, 3), torch.tensor([1, 4, 0, 6]), torch.arange(5)
+    tables = model.embeddings.tables
+    vectors = [model.bottom(dense), tables["a"].weight[[1, 4]], tables["b"].weight[[0, 6]]]
+    torch.testing.assert_close(model(dense, indices, offsets), model.top(torch.cat(vectors, 1)).squeeze(1))
+    twin = DLRM.from_config(model.config())
+    twin.load_state_dict(model.state_dict())
+    torch.testing.assert_close(twin(dense, indices, offsets), model(dense, indices, offsets))
+    assert "interaction" not in DLRM(features, 3, 4).config()  # as those of older checkpoints
+    with pytest.raises(ValueError, match="interaction must be 'dot' or 'cat', got 'sum'"):
+        DLRM(features, 3, 4, interaction="sum")

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mprec import _C
+from mprec.data import Batch
 
 EXAMPLES = int(os.environ.get("MPREC_FUZZ_EXAMPLES", 300))
 INT64 = np.iinfo(np.int64)
@@ -505,7 +506,7 @@ def layers(*widths):
     return weights, [torch.randn(o) for _, o in sizes], [1] * (len(sizes) - 1) + [0]
 
 
-def program_arguments(modes):
+def program_arguments(modes, interaction="dot", precision="float32"):
     """A path of two features (a table, and a table and a decoder) and three dense numbers."""
     tables = [{"weight": torch.randn(10, 8)} for _ in range(2)]
     decoder = _C.Decoder(**decoder_arguments([16, 5, 8]))
@@ -517,17 +518,20 @@ def program_arguments(modes):
         "decoders": [(decoder, 1, 2, modes[1])],
         "bottom": layers(3, 5, 8),
         "constant": None,
-        "top": layers(8 + 6, 7, 1),
+        "top": layers(8 + 6 if interaction == "dot" else 4 * 8, 7, 1),
         "mixing": [],
-        "self_interaction": False,
+        "interaction": interaction,
         "watch": _C.WeightWatch.of([(table, "weight") for table in tables]),
-        "precision": "float32",
+        "precision": precision,
     }
+
+
+program_kinds = st.tuples(st.sampled_from(["dot", "cat"]), st.sampled_from(["float32", "bfloat16", "int8"]))
 
 
 @st.composite
 def path_program(draw, guard: Guard):
-    return program_arguments(draw(st.tuples(st.integers(0, 2), st.integers(0, 2))))
+    return program_arguments(draw(st.tuples(st.integers(0, 2), st.integers(0, 2))), *draw(program_kinds))
 
 
 @st.composite
@@ -535,7 +539,7 @@ def program_run(draw, guard: Guard):
     batch = draw(st.sampled_from([0, 1, 5, 140]))
     indices, offsets = draw(bags(2, batch, 10))
     return {
-        "program": _C.PathProgram(**program_arguments((0, 1))),
+        "program": _C.PathProgram(**program_arguments((0, 1), *draw(program_kinds))),
         "dense": torch.randn(batch, 3),
         "indices": indices,
         "offsets": offsets,
@@ -596,6 +600,41 @@ def json_query(draw, guard: Guard):
     }
 
 
+@st.composite
+def criteo_text(draw, guard: Guard):
+    line = b"1" + b"\t7" * 13 + b"\tff" * 26 + b"\n"
+    text = b"".join(draw(st.lists(st.sampled_from([line, line[:-2] + b"\n", b"\n", b"0\t"]), max_size=4)))
+    at = draw(st.integers(0, len(text)))
+    text = text[:at] + draw(st.binary(max_size=2)) + text[at:]
+    rows = draw(st.integers(4, 9))
+    return {
+        "text": np.frombuffer(text, np.uint8),
+        "labels": guard.array((rows,)),
+        "dense": guard.array((rows, 13)),
+        "categories": guard.array((26, rows), "i4"),
+        "missing": guard.array((rows,), "i4"),
+    }
+
+
+@st.composite
+def coded_values(draw, guard: Guard):
+    rows = draw(st.integers(0, 9))
+    values, missing = guard.array((rows,), "i4"), guard.array((rows,), "i4")
+    values[:] = draw(st.lists(st.integers(-5, 5), min_size=rows, max_size=rows))
+    missing[:] = draw(st.lists(st.integers(-1, 1), min_size=rows, max_size=rows))
+    return {
+        "values": values,
+        "missing": draw(st.sampled_from([missing, None])),
+        "bit": draw(st.integers(0, 31)),
+        "counted": draw(st.integers(-1, 12)),
+        "results": [],
+    }
+
+
+def summed_bytes(guard: Guard):
+    return st.binary(max_size=99).map(lambda data: {"data": np.frombuffer(data, np.uint8)})
+
+
 seconds = st.lists(st.floats(1e-6, 1.0), min_size=5, max_size=5)
 options = st.builds(_C.Option, st.sampled_from("ab"), st.floats(-1, 1), seconds)
 lanes = st.lists(st.builds(_C.Lane, st.just("cpu"), st.lists(options, min_size=1, max_size=2)), min_size=1)
@@ -630,6 +669,46 @@ def scheduler(guard: Guard):
             "admission": st.booleans(),
         }
     )
+
+
+def engine_calls(batches, sla_s, arrived_s, path_s, fails, **limits):
+    """An engine of a native and another path through the life of some queries, in this thread."""
+    lane = _C.Lane("cpu", [_C.Option("native", 0.6, [1e-6] * 9), _C.Option("other", 0.5, [1e-6] * 9)])
+    arguments = {"late_share": 0.01, "clock": None, "features": 2, "num_dense": 3, "check": lambda *_: None}
+    engine = _C.Engine([lane], **arguments | {"admission": False} | limits)
+    engine.set_program(0, "native", _C.PathProgram(**program_arguments((0, 1))))
+    for batch in batches:
+        taken = engine.submit(object(), batch, sla_s, arrived_s)
+        if isinstance(taken, _C.EngineQuery) and fails:
+            engine.cancel(taken)
+    engine.close()
+    while (job := engine.take(0, 1)) is not None:
+        for _, query, start, stop in engine.wanted(job):
+            if fails or not engine.score(query, start, stop, "other", torch.zeros(stop - start)):
+                engine.fail(query)
+        engine.done(job, path_s)
+    for _, scores, paths, _, _ in engine.outcomes(wait=False):
+        assert scores is None or len(scores) == sum(paths.values())
+    engine.statistics()
+
+
+@st.composite
+def engine_queries(draw, guard: Guard):
+    batches = []
+    for size in draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)):
+        indices, offsets = draw(bags(2, size, 10))
+        inputs = {"dense": torch.randn(size, 3), "indices": indices, "offsets": offsets}
+        inputs = draw(corrupted(inputs)) if draw(st.integers(0, 3)) == 0 else inputs
+        batches.append(Batch(**inputs, labels=torch.zeros(size)))
+    return {
+        "batches": batches,
+        "sla_s": draw(st.sampled_from([1e-9, 10.0])),
+        "arrived_s": None,
+        "path_s": draw(anything_float),
+        "fails": draw(st.booleans()),
+        "max_batch": draw(st.sampled_from([1, 4, 8])),
+        "max_queue": draw(st.sampled_from([1, 100])),
+    }
 
 
 anything_float = st.one_of(st.floats(0, 1), st.floats())
@@ -705,6 +784,9 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "unique_share": (_C.unique_share, unique_share),
     "join_bags": (_C.join_bags, join_bags),
     "read_json_query": (_C.read_json_query, json_query),
+    "read_criteo": (_C.read_criteo, criteo_text),
+    "encode_values": (_C.encode_values, coded_values),
+    "checksum": (_C.checksum, summed_bytes),
     "PathProgram": (_C.PathProgram, path_program),
     "run_program": (_C.run_program, program_run),
     "Mlp": (_C.Mlp, mlp),
@@ -712,6 +794,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "dot_interaction": (_C.dot_interaction, interaction),
     "dot_interaction_backward": (_C.dot_interaction_backward, interaction_backward),
     "Scheduler": (serve, scheduler),
+    "Engine": (engine_calls, engine_queries),
     "FluidPrice": (
         price,
         by_name(
@@ -755,7 +838,7 @@ WITHOUT_ARRAYS = {
     "runnable_isas",
     "use_isa",
 }
-MADE_BY_OTHERS = {"Job", "Piece", "Refusal", "Ticket"}
+MADE_BY_OTHERS = {"EngineJob", "EngineQuery", "Job", "Piece", "Refusal", "Ticket"}
 
 
 def test_every_native_function_is_a_target():
@@ -830,6 +913,8 @@ def describe(value) -> str:
         ):
             text += f" {value.tolist()}"
         return text
+    if isinstance(value, Batch):
+        return "Batch(" + ", ".join(f"{key}={describe(each)}" for key, each in vars(value).items()) + ")"
     if isinstance(value, list):
         return "[" + ", ".join(map(describe, value)) + "]"
     return repr(value)

@@ -94,7 +94,7 @@ def test_outcome_counts_what_happened():
     clock = Clock()
     engine = StepEngine(Dispatcher([timed(paths()[0], clock)], fake_profile(COSTS)), sla_s=1e-2, clock=clock)
     load = generate(dataset(), 1.0, 10, sizes=QuerySizes(100, 0))
-    outcome = replay(engine, load, clock=clock, sleep=clock.advance)
+    outcome = replay(engine, load, sleep=clock.advance)
     labels = torch.cat([a.batch.labels for a in load])
     ids = torch.cat([a.batch.indices for a in load])
     expected = int(
@@ -118,9 +118,7 @@ def test_late_and_refused_queries_are_violations_and_bring_no_throughput():
     late = timed(paths()[0], clock, slow=100.0)
     dispatcher = Dispatcher([late], fake_profile(COSTS))
     engine = StepEngine(dispatcher, sla_s=1e-3, clock=clock)
-    outcome = replay(
-        engine, generate(dataset(), 1.0, 10, sizes=QuerySizes(100, 0)), clock=clock, sleep=clock.advance
-    )
+    outcome = replay(engine, generate(dataset(), 1.0, 10, sizes=QuerySizes(100, 0)), sleep=clock.advance)
     assert outcome.queries == 10
     assert outcome.violations == 1.0
     assert outcome.row("x")["correct_per_s"] == 0
@@ -133,7 +131,7 @@ def test_latency_counts_from_when_a_query_was_due():
     clock = Clock()
     engine = StepEngine(Dispatcher([timed(paths()[0], clock)], fake_profile(COSTS)), sla_s=10.0, clock=clock)
     load = generate(dataset(), 10.0, 5, sizes=QuerySizes(100, 0))
-    outcome = replay(engine, load, clock=clock, sleep=lambda seconds: clock.advance(seconds + 0.5))
+    outcome = replay(engine, load, sleep=lambda seconds: clock.advance(seconds + 0.5))
     assert outcome.percentile_ms(50) > 400
 
 
@@ -153,7 +151,7 @@ def test_the_divisor_is_the_nominal_duration_where_it_is_given():
     engine = StepEngine(Dispatcher([timed(paths()[0], clock)], fake_profile(COSTS)), sla_s=10.0, clock=clock)
     load = generate_from(dataset(), Poisson(2.0), 8.0, sizes=QuerySizes(10, 0))
     before = clock()
-    outcome = replay(engine, load, starts_s=0.0, seconds=8.0, clock=clock, sleep=clock.advance)
+    outcome = replay(engine, load, starts_s=0.0, seconds=8.0, sleep=clock.advance)
     assert outcome.seconds == 8.0
     assert outcome.row("x")["correct_per_s"] == outcome.correct / 8.0
     assert clock() - before >= load[-1].at_s  # the piece starts before its first query

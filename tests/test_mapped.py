@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mprec import checkpoint, optim, reference, training
+from mprec import checkpoint, optim, reference
 from mprec.cache import CachedEmbeddingBagCollection, materialize
 from mprec.data import load
 from mprec.models import DLRM, MultiPathDLRM
@@ -275,19 +275,19 @@ def test_mapped_tables_need_a_collection(dataset):
 
 
 @pytest.mark.parametrize("mode", ["sum", "max"])
-def test_by_default_tables_are_mapped_where_they_can_be(dataset, mode, monkeypatch):
+def test_by_default_tables_are_mapped_where_they_can_be(dataset, mode):
     features = [FeatureConfig(name, size, 8, mode=mode) for name, size in dataset.features]
     model = DLRM(features, dataset.num_dense, 8, (8,), (8,))
-    seen = []
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "predict", lambda m, d, **options: seen.append(m) or np.full(len(d), 0.5))
-        optimizers = training._optimizers
-        patch.setattr(
-            training, "_optimizers", lambda m, o: seen.append(type(m.embeddings)) or optimizers(m, o)
-        )
-        train(model, *dataset.split()[:2], TrainOptions(epochs=1, batch_size=512))
-    assert seen[0] is (MappedEmbeddingBagCollection if mode == "sum" else EmbeddingBagCollection)
-    assert type(seen[1].embeddings) is EmbeddingBagCollection
+    trained, measured = set(), []
+
+    def quality(plain, part):
+        measured.append(type(plain.embeddings))
+        return evaluate(plain, part)
+
+    options = TrainOptions(epochs=1, batch_size=512)
+    train(model, *dataset.split()[:2], options, lambda event: trained.add(type(model.embeddings)), quality)
+    assert trained == {MappedEmbeddingBagCollection if mode == "sum" else EmbeddingBagCollection}
+    assert measured == [EmbeddingBagCollection]
     if mode == "max":
         with pytest.raises(ValueError, match="does not commute with mode 'max'"):
             train(model, *dataset.split()[:2], TrainOptions(mapped_tables=True))

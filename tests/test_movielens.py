@@ -95,7 +95,7 @@ def test_malformed_ratings_are_named_and_counted(tmp_path):
     with open(tmp_path / "u.data", "a") as file:
         file.write("1\t10\t5\n1\t10\tx\t5\n1\t10\tnan\t5\n1\t10\t5\tnoon\n")
     with pytest.warns(UserWarning, match="4 malformed line"):
-        dataset = movielens.read(tmp_path)
+        dataset = movielens.read(tmp_path, malformed=0.6)
     assert len(dataset) == 3
     assert dataset.info["malformed_lines"] == 4
     assert dataset.info["malformed_first"][0] == f"{tmp_path / 'u.data'}:4: expected 4 fields, found 3"

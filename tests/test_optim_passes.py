@@ -183,6 +183,7 @@ def test_states_that_do_not_fit_are_named_when_they_are_loaded():
 
 RANK = """
 import os, torch, mprec, torch.distributed as dist
+torch.set_num_threads(1)
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 rank = dist.get_rank()

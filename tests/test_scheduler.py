@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scheduling import MAX_BATCH, SYSTEMS, contest, fluid_bound, load, paths
 
 from mprec.dispatch.scheduler import Job, Lane, Option, Refusal, Scheduler
-from mprec.simulate import SimulatedExecutor, simulate
+from mprec.simulate import SimulatedExecutor, SimulatedPath, simulate
 
 # -- never below the best static choice
 
@@ -147,6 +147,27 @@ def test_an_executor_does_not_wait_for_its_twin():
         queue.offer(0.0, 100, 100.0)
     first, second = queue.next(0.0), queue.next(0.0)
     assert {first.index, second.index} == {0, 1}
+
+
+@pytest.mark.parametrize("noise", [0.15, 0.4])
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_no_executor_idles_beside_a_backlog(noise, share):
+    """Under the first query's deadline alone, a twin that is soon free always looked better."""
+    curve = 1.2e-4 + 6.8e-6 * np.arange(MAX_BATCH + 1)
+    path = SimulatedPath("table", 0.79, curve.tolist())
+    rng = np.random.default_rng(1)
+    sizes = np.clip(rng.lognormal(math.log(128) - 0.5, 1.0, 6000), 1, 1024).astype(int)
+    times = np.cumsum(rng.exponential((6.8e-6 * sizes.mean() + 1e-4) / (2 * share), len(sizes)))
+    result = simulate(
+        [SimulatedExecutor(name, [path]) for name in "ab"],
+        times,
+        sizes,
+        sla_s=0.05,
+        query_s=5e-5,
+        noise=noise,
+    )
+    assert result.correct_per_s > 0.95 * 0.79 * sizes.sum() / times[-1]
+    assert result.late < 0.02
 
 
 def test_a_large_query_is_shared_where_one_executor_would_be_late():

@@ -22,7 +22,7 @@ def rows(batch):
 
 def test_inputs_of_the_models(files):
     inputs = model_inputs(files)
-    assert inputs == (VOCABULARIES, NAMES, NUM_DENSE)
+    assert inputs == (VOCABULARIES, NAMES, NUM_DENSE, None)
     assert inputs.vocabularies == VOCABULARIES
     assert inputs.num_dense == NUM_DENSE
 

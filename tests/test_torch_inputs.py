@@ -265,7 +265,7 @@ def test_the_place_of_an_id_is_that_in_the_whole_batch():
 def test_scripted_modules(options):
     bag = EmbeddingBag(5, 3, _weight=table(), **options)
     plain = torch.nn.EmbeddingBag(5, 3, _weight=table(), **options)
-    scripted = torch.jit.script(mprec.nn.swap(torch.nn.Sequential(bag)))
+    scripted = torch.jit.script(mprec.nn.swap(torch.nn.Sequential(bag)).model)
     saved = io.BytesIO()
     torch.jit.save(torch.jit.script(bag), saved)
     saved.seek(0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from mprec import checkpoint
 from mprec.cli import train as command
 from mprec.data import ClickDataset, Column, load, movielens
 from mprec.errors import TrainingError
-from mprec.nn import DheConfig
+from mprec.metrics import Metrics
+from mprec.nn import DheConfig, FeatureConfig
 from mprec.training import (
     MODELS,
+    Keep,
     TrainOptions,
     build_model,
     evaluate,
@@ -194,6 +197,118 @@ def test_command_checks_before_it_trains(tmp_path):
         command.run(parse(*arguments, str(tmp_path / "model.pt"), "--epochs", "0"))
     with pytest.raises(SystemExit):
         parse(*arguments, "x", "--top", "8,zero")
+
+
+def test_disk_and_output_are_looked_at_before_training(tmp_path, monkeypatch):
+    arguments = ["--data", "synthetic:rows=500", "--representation", "table", "--output"]
+    with pytest.raises(IsADirectoryError, match="a folder, a file is wanted"):
+        command.run(parse(*arguments, str(tmp_path)))
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="MB will be written and 0 MB are free"):
+        command.run(parse(*arguments, str(tmp_path / "model.pt")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_rates_warm_up_and_decay():
+    options = TrainOptions(warmup_steps=4, decay="linear")
+    factors = [options.rate_factor(step, 14) for step in range(14)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    np.testing.assert_allclose(factors[4:], 1 - np.arange(10) / 10)
+    cosine = [TrainOptions(decay="cosine").rate_factor(step, 10) for step in range(11)]
+    np.testing.assert_allclose(cosine, 0.5 + 0.5 * np.cos(np.pi * np.arange(11) / 10), atol=1e-12)
+    assert {TrainOptions().rate_factor(step, 5) for step in range(5)} == {1.0}
+
+
+def test_training_uses_the_rates_and_clips(dataset):
+    """A warm-up longer than training and a gradient clipped to nothing leave MLPs where they are."""
+    parts = dataset.take(slice(0, 600)).split((0.5, 0.5))
+    for arguments, tables_move in (({"warmup_steps": 10**12}, False), ({"clip_norm": 1e-30}, True)):
+        model = build_model(dataset, "table", **SMALL)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        train(model, *parts, TrainOptions(epochs=1, batch_size=100, mapped_tables=False, **arguments))
+        moved = {n for n, t in model.state_dict().items() if not torch.allclose(t, before[n], atol=1e-5)}
+        tables = {name for name in before if name.startswith("embeddings.")}
+        assert moved == (tables if tables_move else set())
+
+
+def test_an_epoch_that_tells_less_than_chance_is_not_kept(dataset):
+    """AUC alone would keep an epoch whose probabilities are useless."""
+    parts = dataset.take(slice(0, 600)).split((0.5, 0.5))
+    rates = {"auc": [0.6, 0.7, 0.9, 0.95, 0.65], "normalised_entropy": [1.2, 1.3, 0.99, 1.4, 0.98]}
+    epochs = iter([dict(zip(rates, values, strict=True)) for values in zip(*rates.values(), strict=True)])
+
+    def quality(model, part):
+        return Metrics(log_loss=0.5, accuracy=0.5, calibration=1.0, **next(epochs))
+
+    model = build_model(dataset, "table", **SMALL)
+    told = []
+    result = train(
+        model,
+        *parts,
+        TrainOptions(epochs=5, batch_size=300),
+        quality=quality,
+        keep=Keep(best=lambda plain, so_far: told.append(so_far.best_epoch)),
+    )
+    assert told == [1, 2, 3]
+    assert (result.best_epoch, len(result.history)) == (3, 5)
+
+
+def test_a_plan_and_a_file_of_features_are_trained(tmp_path, capsys):
+    data = "synthetic:rows=1000,features=3,vocabulary=50"
+    features = [{"name": "f0", "num_embeddings": 50, "embedding_dim": 8}]
+    features += [{"name": "f1", "num_embeddings": 33, "embedding_dim": 8, "representation": "dhe"}]
+    features += [{"name": "f2", "num_embeddings": 22, "embedding_dim": 8, "representation": "hybrid"}]
+    dhe = {"k": 16, "hidden": [8]}
+    features[1]["dhe"] = features[2]["dhe"] = dhe
+    rows = [{"feature": f["name"], "precision": "float32", "config": f} for f in features]
+    rows[0]["precision"] = "int8"
+    plan, own, output = tmp_path / "plan.json", tmp_path / "own.json", tmp_path / "model.pt"
+    plan.write_text(json.dumps({"plans": {"here": [{"name": "accurate", "rows": rows}]}}))
+    own.write_text(json.dumps({"f1": {"representation": "dhe", "dhe": dhe}, "*": "table"}))
+    shape = ["--dim", "8", "--top", "8", "--bottom", "8", "--epochs", "1", "--data", data]
+    log = tmp_path / "log.csv"
+    shape += ["--output", str(output), "--log", str(log)]
+    assert command.run(parse("--plan", str(plan), *shape)) == 0
+    model, metadata = checkpoint.load(output)
+    assert [f.to_dict() for f in model.features] == [FeatureConfig.from_dict(f).to_dict() for f in features]
+    assert metadata["planned_precisions"] == {"f0": "int8"}
+    assert "float32" in capsys.readouterr().err
+    lines = log.read_text().splitlines()
+    assert lines[0].startswith("representation,epoch,loss,seconds,auc,log_loss,accuracy,calibration,norm")
+    assert lines[1].startswith("mixed,1,")
+    assert command.run(parse("--features", str(own), *shape)) == 0
+    model, _ = checkpoint.load(output)
+    assert [f.representation for f in model.features] == ["table", "dhe", "table"]
+    assert model.features[1].dhe.k == 16
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"nope": "table", "*": "table"}, "feature 'nope': synthetic has none of that name"),
+        ({"f0": "table"}, "feature 'f1': no representation is given"),
+        ({"*": {"num_embeddings": 7}}, "feature 'f0': num_embeddings: expected 40, got 7"),
+        ({"*": {"embedding_dim": 16}}, "feature 'f0': embedding_dim: expected 8, got 16"),
+        ({"*": "bloom"}, "feature 'f0': representation: expected one of"),
+    ],
+)
+def test_bad_choices_of_features_are_named(dataset, chosen, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(dataset, "mixed", chosen=chosen, **SMALL)
+
+
+def test_bad_plans_are_named(tmp_path):
+    file = tmp_path / "plan.json"
+    arguments = ["--data", "synthetic:rows=500", "--output", str(tmp_path / "m.pt"), "--plan", str(file)]
+    for content, message in (
+        ("{", "is not JSON"),
+        ('{"features": 1}', "is no plan of mprec plan --output"),
+        ('{"plans": {"a": [{"name": "x", "rows": []}], "b": [{"name": "x", "rows": []}]}}', "a/x, b/x: say"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            command.run(parse(*arguments))
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 #include "common/cpu.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <stdexcept>
@@ -26,6 +28,17 @@ const std::string& cpu_model() {
   }();
   return model;
 }
+
+namespace {
+
+// Linux gives a process the registers of AMX when it asks (arch_prctl, from 5.16 on); all its threads have
+// them then. It says no where a signal handler's stack would not hold them.
+bool lends_tiles() {
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+}  // namespace
 
 bool can_run(Isa isa) {
   // libgcc's test covers the operating system's saved-state bits (XCR0) too.

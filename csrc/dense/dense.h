@@ -13,14 +13,17 @@ namespace mprec {
 constexpr int max_samples = 2 * max_ids;
 constexpr int64_t sample_block_stride = int64_t{max_samples} * block_pitch;
 
-// Layers of one precision, float32 or bfloat16: of weights, and of inputs, which are rounded in place. A
-// layer of a single output is a row of float32 weights, [inputs]: in a panel of 16 columns it would cost 16
+// A layer's weights, and its inputs, which are rounded in place, in float32, bfloat16 or int8 (quantised.h).
+// A layer of a single output is a row of float32 weights, [inputs]: in a panel of 16 columns it would cost 16
 // times as much.
-struct MlpView {
-  const LayerView* layers;
-  int num_layers;
-  int widest;  // of all inputs and outputs
+struct DenseLayer : LayerView {
   Precision precision;
+};
+
+struct MlpView {
+  const DenseLayer* layers;
+  int num_layers;
+  int widest;                      // of all inputs and outputs
   int64_t multiply_adds() const {  // per sample
     int64_t sum = 0;
     for (int l = 0; l < num_layers; ++l) sum += int64_t{layers[l].inputs} * layers[l].outputs;

@@ -2,6 +2,8 @@
 #pragma once
 #include "dense/dense.h"
 #include "dense/interaction.h"
+#include "dense/quantised.h"
+#include "dense/tiles.h"
 #include "dhe/bf16.h"
 #include "dhe/gemm.h"
 #include "dhe/math.h"
@@ -72,16 +74,31 @@ inline void single_output(const LayerView& layer, int samples, const float* in, 
   for (s = 0; s < samples; ++s) out[s * block_pitch] = sums[s];
 }
 
+// A layer in fewer bits, by tiles where the ISA has them: all but the weights' way from memory is then cheap,
+// and few samples have nothing to gain.
+template <class Product>
+inline void low_precision_layer(const DenseLayer& layer, int samples, bool backwards, float* in, float* out,
+                                int64_t block_stride, const DenseLayer* next) {
+#if defined(MPREC_TILES)
+  if (samples > few_rows && layer.inputs <= most_tiled_inputs)
+    return next_layer_by_tiles<Product>(layer, samples, in, out, block_stride);
+#endif
+  next_layer<Product>(layer, samples, backwards, in, out, block_stride, next);
+}
+
 static inline float* mlp(const MlpView& view, int samples, bool backwards, float* in, float* spare,
                          int64_t block_stride) {
   for (int l = 0; l < view.num_layers; ++l) {
-    const LayerView& layer = view.layers[l];
+    const DenseLayer& layer = view.layers[l];
+    const DenseLayer* const next = l + 1 < view.num_layers ? &layer + 1 : nullptr;
     if (layer.outputs == 1)
       single_output(layer, samples, in, spare, block_stride);
-    else if (view.precision == Precision::bfloat16)
-      next_layer<BFloatProduct>(layer, samples, backwards, in, spare, block_stride);
+    else if (layer.precision == Precision::int8)
+      low_precision_layer<QuantisedProduct>(layer, samples, backwards, in, spare, block_stride, next);
+    else if (layer.precision == Precision::bfloat16)
+      low_precision_layer<BFloatProduct>(layer, samples, backwards, in, spare, block_stride, next);
     else
-      next_layer<FloatProduct<float>>(layer, samples, backwards, in, spare, block_stride);
+      next_layer<FloatProduct<float>>(layer, samples, backwards, in, spare, block_stride, next);
     float* const result = spare;
     spare = in;
     in = result;

@@ -11,6 +11,7 @@ namespace mprec {
 namespace {
 
 constexpr int64_t largest_size = int64_t{1} << 20;  // of a layer: sizes and offsets then fit everywhere
+constexpr int64_t least_int8_inputs = 32;           // of fewer the product takes less time than rounding them
 
 AlignedBuffer<char> pack_row(const LinearWeights& w) {
   AlignedBuffer<char> row(w.inputs * static_cast<int64_t>(sizeof(float)));
@@ -22,11 +23,9 @@ AlignedBuffer<char> pack_row(const LinearWeights& w) {
 }  // namespace
 
 Mlp::Mlp(const std::vector<LinearWeights>& layers, const std::vector<Activation>& activations,
-         Precision precision)
-    : precision_(precision) {
-  const bool bfloat = precision == Precision::bfloat16;
-  if (!bfloat && precision != Precision::float32)
-    throw std::invalid_argument("precision: dense layers are float32 or bfloat16");
+         Precision precision) {
+  if (precision != Precision::float32 && precision != Precision::bfloat16 && precision != Precision::int8)
+    throw std::invalid_argument("precision: dense layers are float32, bfloat16 or int8");
   if (layers.empty()) throw std::invalid_argument("weights: expected at least one layer");
   if (activations.size() != layers.size())
     throw std::invalid_argument(message("activations: expected one for each of the ", layers.size(),
@@ -40,12 +39,23 @@ Mlp::Mlp(const std::vector<LinearWeights>& layers, const std::vector<Activation>
       if (size < 1 || size > largest_size)
         throw std::invalid_argument(
             message("weights[", l, "]: expected 1 to ", largest_size, what, ", got ", size));
-    AlignedBuffer<float> bias(round_up(w.outputs, lut_columns));
+    const int64_t columns = round_up(w.outputs, lut_columns);
+    const Precision own =
+        precision == Precision::int8 && w.inputs < least_int8_inputs ? Precision::float32 : precision;
+    const bool quantised = own == Precision::int8 && w.outputs > 1;
+    AlignedBuffer<float> bias(columns), scale(quantised ? 2 * columns : 0);
     for (int64_t o = 0; w.bias && o < w.outputs; ++o) bias.data()[o] = w.bias[o * w.bias_stride];
-    weights_.push_back(w.outputs == 1 ? pack_row(w) : bfloat ? pack_bfloat16(w) : pack_float32(w));
+    float* const shift = quantised ? scale.data() + columns : nullptr;
+    weights_.push_back(w.outputs == 1               ? pack_row(w)
+                       : quantised                  ? pack_int8(w, scale.data(), shift)
+                       : own == Precision::bfloat16 ? pack_bfloat16(w)
+                                                    : pack_float32(w));
+    for (int64_t o = 0; quantised && o < w.outputs; ++o) shift[o] *= scale.data()[o];
     biases_.push_back(std::move(bias));
-    layers_.push_back({weights_[l].data(), nullptr, biases_[l].data(), static_cast<int>(w.inputs),
-                       static_cast<int>(w.outputs), activations[l]});
+    scales_.push_back(std::move(scale));
+    layers_.push_back({{weights_[l].data(), scales_[l].data(), biases_[l].data(), static_cast<int>(w.inputs),
+                        static_cast<int>(w.outputs), activations[l], shift},
+                       own});
     widest_ = std::max({widest_, static_cast<int>(w.inputs), static_cast<int>(w.outputs)});
   }
 }
@@ -53,7 +63,8 @@ Mlp::Mlp(const std::vector<LinearWeights>& layers, const std::vector<Activation>
 int64_t Mlp::nbytes() const {
   int64_t bytes = 0;
   for (const auto& w : weights_) bytes += w.size();
-  for (const auto& b : biases_) bytes += b.size() * static_cast<int64_t>(sizeof(float));
+  for (const auto* kept : {&biases_, &scales_})
+    for (const auto& b : *kept) bytes += b.size() * static_cast<int64_t>(sizeof(float));
   return bytes;
 }
 

@@ -12,12 +12,16 @@ namespace mprec::MPREC_ISA {
 struct BFloatProduct {
   using Weight = uint16_t;
   using Sum = Vec;
-  static constexpr int group = 2, block = block_columns;
+  static constexpr int group = 2, pad = bfloat16_pad, block = block_columns;
   static constexpr int weight_pitch = 2 * panel_columns, step_pitch = 2;
   static Vec zero() { return MPREC_ISA::zero(); }
   static Vec add(Vec a, Vec b) { return a + b; }
   static Vec start(Vec before) { return before; }
-  static Vec finish(Vec sum, Vec, const float*) { return sum; }
+  template <class Columns>
+  static Vec finish(const Columns&, Vec sum, Vec, int, int) {
+    return sum;
+  }
+  static constexpr bool prepares_rows = false;
 
 #if defined(MPREC_DOT2)  // isa/ISA.h has the instruction
   using Input = uint16_t;
@@ -30,16 +34,21 @@ struct BFloatProduct {
   }
   static Vec load_weights(const uint16_t* p) { return from_bits(load(reinterpret_cast<const uint32_t*>(p))); }
   static Vec multiply_add(Vec a, Vec w, Vec sum) { return dot2(sum, a, w); }
-  // Rounds a block of float32 inputs in place: each row's numbers move to its first half. A pair's second
-  // number is 0 where there is none: past the inputs may be anything.
+  // Rounds a block of float32 inputs in place: each row's numbers move to its first half. Zeros where a panel
+  // has padding: past the inputs may be anything.
   static const uint16_t* prepare(float* block, int rows, int inputs) {
     for (int r = 0; r < rows; ++r) {
       float* row = block + r * block_pitch;
       auto* to = reinterpret_cast<BFloat*>(row);
       for (int j = 0; j < inputs; j += Vec::width) store(to + j, load(row + j));
-      if (inputs % 2) to[inputs].bits = 0;
+      for (int j = inputs; j % pad; ++j) to[j].bits = 0;
     }
     return reinterpret_cast<const uint16_t*>(block);
+  }
+  // What a tile's sum (dense/tiles.h) makes of the output.
+  template <class Columns>
+  static Vec of_tile(const Columns&, Int sum, Vec bias, int) {
+    return from_bits(sum) + bias;
   }
 #else
   using Input = float;

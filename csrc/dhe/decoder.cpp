@@ -90,7 +90,13 @@ Decoder::Decoder(Encoder encoder, const std::vector<LinearWeights>& layers, Acti
     } else if (precision == Precision::bfloat16) {
       weights_.push_back(pack_bfloat16(w));
     } else if (l == 0 && precision == Precision::int8) {
-      weights_.push_back(pack_int8(w, family.int8_unit, scale.data(), bias.data()));
+      // u = (2 level - 127) unit.
+      AlignedBuffer<float> sums(columns);
+      weights_.push_back(pack_int8(w, scale.data(), sums.data()));
+      for (int64_t o = 0; o < w.outputs; ++o) {
+        bias.data()[o] -= 127.0f * family.int8_unit * scale.data()[o] * sums.data()[o];
+        scale.data()[o] *= 2.0f * family.int8_unit;
+      }
     } else if (l == 0 && precision == Precision::lut) {
       weights_.push_back(pack_tables(w, family.lut_magnitude, scale.data(), bias.data()));
     } else {

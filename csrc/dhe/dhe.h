@@ -34,6 +34,8 @@ enum class Precision : int { float32 = 0, float16 = 1, int8 = 2, lut = 3, bfloat
 // out = activation(weight in + bias).
 constexpr int panel_columns = 16;  // of float and int8 weights
 constexpr int lut_columns = 64;    // of look-up tables
+// The inputs of a panel are padded to a multiple: what a tile of AMX takes.
+constexpr int bfloat16_pad = 32, int8_pad = 64;
 struct LayerView {
   // Zero-padded panels. float: [outputs / 16][inputs][16]; bfloat16: [outputs / 16][inputs / 2][16][2]; int8:
   // [outputs / 16][inputs / 4][16][4]; look-up tables: [outputs / 64][inputs / 4][16][64].
@@ -42,6 +44,7 @@ struct LayerView {
   const float* bias;   // as scale, padded with zeros to 64 columns
   int inputs, outputs;
   Activation activation;
+  const float* shift = nullptr;  // int8 of dense layers: what a sample's offset is multiplied by
 };
 
 struct DecoderView {

@@ -13,7 +13,7 @@ struct Int8Product {
   using Input = uint8_t;
   using Weight = int8_t;
   using Sum = Int;
-  static constexpr int group = 4, block = level_columns;
+  static constexpr int group = 4, pad = int8_pad, block = level_columns;
   static constexpr int row_pitch = level_pitch, step_pitch = 4;
   static constexpr int weight_pitch = panel_columns * 4;
   static constexpr int unpack_rows = never;
@@ -27,8 +27,9 @@ struct Int8Product {
   static Int multiply_add(Int levels, Int w, Int sum) { return dot4(sum, levels, w); }
   static Int add(Int a, Int b) { return a + b; }
   static Int start(Vec) { return zero(); }
-  static Vec finish(Int sum, Vec before, const float* scale) {
-    return fma(to_float(sum), load(scale), before);
+  template <class Columns>
+  static Vec finish(const Columns& c, Int sum, Vec before, int, int vector) {
+    return fma(to_float(sum), load(c.scale + vector * Vec::width), before);
   }
 };
 

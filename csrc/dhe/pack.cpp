@@ -13,9 +13,9 @@ namespace {
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
 // [outputs / 16][inputs / group][16][group] of T, zeros beyond the last output and input.
-template <class T, int group = 1, class Convert>
+template <class T, int group = 1, int pad = group, class Convert>
 AlignedBuffer<char> pack_panels(const LinearWeights& w, const Convert& convert) {
-  const int64_t inputs = round_up(w.inputs, group);
+  const int64_t inputs = round_up(w.inputs, pad);
   AlignedBuffer<char> buffer(round_up(w.outputs, panel_columns) * inputs * static_cast<int64_t>(sizeof(T)));
   T* panels = reinterpret_cast<T*>(buffer.data());
   // A few inputs of 16 outputs at a time: the panel is written in order, and the rows are read in lines.
@@ -55,7 +55,7 @@ AlignedBuffer<char> pack_float16(const LinearWeights& w) {
 }
 
 AlignedBuffer<char> pack_bfloat16(const LinearWeights& w) {
-  return pack_panels<scalar::BFloat, 2>(w, [](float x) {
+  return pack_panels<scalar::BFloat, 2, bfloat16_pad>(w, [](float x) {
     scalar::BFloat rounded;
     scalar::narrow(x, &rounded);
     return rounded;
@@ -71,14 +71,14 @@ bool fits_float16(const LinearWeights& w) {
   return true;
 }
 
-AlignedBuffer<char> pack_int8(const LinearWeights& w, float unit, float* scale, float* bias) {
-  const int64_t groups = (w.inputs + 3) / 4;
+AlignedBuffer<char> pack_int8(const LinearWeights& w, float* steps, float* sums) {
+  const int64_t groups = round_up(w.inputs, int8_pad) / 4;
   AlignedBuffer<char> panels(round_up(w.outputs, panel_columns) * groups * 4);
   std::vector<float> row(w.inputs);
   for (int64_t o = 0; o < w.outputs; ++o) {
     const float largest = copy_row(w, o, row);
     if (std::isnan(largest)) {
-      scale[o] = bias[o] = nan;
+      steps[o] = sums[o] = nan;
       continue;
     }
     const float step = largest > 0 ? largest / 127.0f : 1.0f;
@@ -89,8 +89,8 @@ AlignedBuffer<char> pack_int8(const LinearWeights& w, float unit, float* scale, 
       column[i / 4 * panel_columns * 4 + i % 4] = static_cast<char>(q);
       sum += q;
     }
-    scale[o] = 2.0f * step * unit;
-    bias[o] -= 127.0f * unit * step * static_cast<float>(sum);
+    steps[o] = step;
+    sums[o] = static_cast<float>(sum);
   }
   return panels;
 }

@@ -17,11 +17,12 @@ AlignedBuffer<char> pack_float16(const LinearWeights&);
 // Rounded to nearest, ties to even; beyond bfloat16's largest value, infinite.
 AlignedBuffer<char> pack_bfloat16(const LinearWeights&);
 
-// For inputs u = (2 level - 127) unit, level 0 ... 127: the output is scale * sum q level + bias. Fills in
-// scale and adds to bias. An output with a weight that is not finite becomes NaN.
-AlignedBuffer<char> pack_int8(const LinearWeights&, float unit, float* scale, float* bias);
+// Weights as step * q, q from -127 to 127, and of each output the step and the sum of its q. Both are NaN if
+// a weight of it is not finite.
+AlignedBuffer<char> pack_int8(const LinearWeights&, float* steps, float* sums);
 
-// For inputs +-magnitude, by four: the output is scale * sum entries + bias. As pack_int8.
+// For inputs +-magnitude, by four: the output is scale * sum entries + bias. Fills in scale and adds to bias.
+// An output with a weight that is not finite becomes NaN.
 AlignedBuffer<char> pack_tables(const LinearWeights&, float magnitude, float* scale, float* bias);
 
 }  // namespace mprec

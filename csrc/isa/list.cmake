@@ -1,6 +1,8 @@
 # The instruction sets, slowest first. One line here and one header, isa/NAME.h, each.
 #   BASE   whatever it demands of the CPU and the compiler, this one does too
 #   CPU    features that the CPU must have, as __builtin_cpu_supports names them
+#   LENT   a function of common/cpu.cpp that asks the operating system for what it does not give by itself; an ISA
+#          with this one for its BASE would have to ask too
 #   FLAGS  for the compiler
 #   FOR    the families of kernels that gain by it; those of the nearest BASE serve the others
 mprec_isa(scalar     FOR all)
@@ -10,5 +12,6 @@ mprec_isa(avx2       BASE scalar CPU avx2 fma bmi2 f16c FOR all
 mprec_isa(avx512     BASE avx2 CPU avx512f avx512bw avx512dq avx512vl FOR all
                      FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
                            -Wno-maybe-uninitialized -Wno-uninitialized)
-mprec_isa(avx512vnni BASE avx512 CPU avx512vnni FLAGS -mavx512vnni FOR dhe)           # int8 layers
+mprec_isa(avx512vnni BASE avx512 CPU avx512vnni FLAGS -mavx512vnni FOR dhe dense)     # int8 layers
 mprec_isa(avx512bf16 BASE avx512vnni CPU avx512bf16 FLAGS -mavx512bf16 FOR dhe dense) # bfloat16 layers
+mprec_isa(amx        BASE avx512bf16 CPU amx-tile amx-int8 amx-bf16 LENT lends_tiles FOR dense)       # layers by tiles

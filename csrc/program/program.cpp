@@ -58,16 +58,21 @@ void check_bags(const Batch& b, int64_t num_features) {
   }
 }
 
+int vectors_of(const TableStage& stage) { return stage.vectors; }
+int vectors_of(const DecoderStage&) { return 1; }
+
 template <class Stages>
 void check_stages(const Stages& stages, int64_t num_features, std::vector<bool>& filled) {
   for (const auto& stage : stages) {
     if (stage.feature < 0 || stage.feature >= num_features)
       throw std::invalid_argument(
           message("stages: feature ", stage.feature, " is none of the ", num_features));
-    if (stage.part < 0 || stage.part >= static_cast<int64_t>(filled.size()) || filled[stage.part])
-      throw std::invalid_argument(
-          message("stages: expected each part below ", filled.size(), " once, got ", stage.part));
-    filled[stage.part] = true;
+    for (int64_t part = stage.part; part < stage.part + vectors_of(stage); ++part) {
+      if (part < 0 || part >= static_cast<int64_t>(filled.size()) || filled[part])
+        throw std::invalid_argument(
+            message("stages: expected each part below ", filled.size(), " once, got ", part));
+      filled[part] = true;
+    }
   }
 }
 
@@ -95,8 +100,14 @@ Program::Program(Parts parts) : parts_(std::move(parts)) {
   const auto& p = parts_;
   if (p.num_features < 1) throw std::invalid_argument("num_features: expected at least 1");
   if (p.dim < 1) throw std::invalid_argument(message("dim: expected at least 1, got ", p.dim));
-  const auto num_parts = static_cast<int64_t>(p.tables.size() + p.decoders.size());
-  std::vector<bool> filled(num_parts);
+  num_parts_ = static_cast<int64_t>(p.decoders.size());
+  for (const TableStage& stage : p.tables) {
+    if (stage.vectors < 1 || stage.vectors > 4096)
+      throw std::invalid_argument(message("tables: rows of ", stage.vectors, " vectors"));
+    num_parts_ += stage.vectors;
+  }
+  if (num_parts_ > 4096) throw std::invalid_argument(message("stages: at most 4096 parts, got ", num_parts_));
+  std::vector<bool> filled(num_parts_);
   check_stages(p.tables, p.num_features, filled);
   check_stages(p.decoders, p.num_features, filled);
   for (const DecoderStage& stage : p.decoders)
@@ -107,13 +118,13 @@ Program::Program(Parts parts) : parts_(std::move(parts)) {
                : p.num_dense != 0 || static_cast<int>(p.constant.size()) != p.dim)
     throw std::invalid_argument(message("bottom: expected layers from ", p.num_dense, " numbers to ", p.dim));
 
-  int64_t vectors = 1 + num_parts;
+  int64_t vectors = 1 + num_parts_;
   if (!p.mixing.empty()) {
     int last = 0;
     for (const MixTerm& term : p.mixing) {
       if (term.vector != last && term.vector != last + 1)
         throw std::invalid_argument("mixing: expected terms of vectors 1, 2, and so on, in order");
-      if (term.vector < 1 || term.part < 0 || term.part >= num_parts)
+      if (term.vector < 1 || term.part < 0 || term.part >= num_parts_)
         throw std::invalid_argument(message("mixing: vector ", term.vector, " of part ", term.part));
       last = term.vector;
     }
@@ -121,8 +132,9 @@ Program::Program(Parts parts) : parts_(std::move(parts)) {
   }
   if (vectors > 4096)
     throw std::invalid_argument(message("stages: at most 4096 vectors interact, got ", vectors));
-  interaction_ = {static_cast<int>(vectors), p.dim, p.self_interaction};
-  const int64_t inputs = p.dim + interaction_.products();
+  interaction_ = {static_cast<int>(vectors), p.dim, false};
+  const bool dot = p.interaction == Interaction::dot;
+  const int64_t inputs = dot ? p.dim + interaction_.products() : vectors * p.dim;
   if (!p.top || p.top->inputs() != inputs || p.top->outputs() != 1)
     throw std::invalid_argument(message("top: expected layers from ", inputs, " numbers to 1"));
 
@@ -137,7 +149,7 @@ Program::Program(Parts parts) : parts_(std::move(parts)) {
       runs_.push_back({i, 1, t.mode});
   }
   multiply_adds_ = p.top->view().multiply_adds() + (p.bottom ? p.bottom->view().multiply_adds() : 0) +
-                   interaction_.products() * p.dim;
+                   (dot ? interaction_.products() * p.dim : 0);
 }
 
 int64_t Program::nbytes() const {
@@ -150,7 +162,7 @@ Program::Layout Program::layout() const {
   Layout l{};
   l.activations = blocks_of(widest) * sample_block_stride + 16;  // a kernel stores whole registers
   l.vectors_stride = int64_t{interaction_.vectors} * p.dim;
-  l.parts_stride = static_cast<int64_t>(p.tables.size() + p.decoders.size()) * p.dim;
+  l.parts_stride = num_parts_ * p.dim;
   l.vectors = 2 * l.activations;
   l.parts = l.vectors + round_up(max_samples * l.vectors_stride + 16, 16);
   l.transposed = l.parts + (p.mixing.empty() ? 0 : round_up(max_samples * l.parts_stride + 16, 16));
@@ -211,9 +223,14 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
                  run.mode,  -1,        samples};
     for (size_t i = run.first; i < run.first + run.count; ++i) {
       const TableStage& t = p.tables[i];
-      *feature++ = {
-          t.rows,       t.num_rows, p.dim, t.row_bytes, t.feature * b.samples + begin, parts + t.part * p.dim,
-          parts_stride, t.format};
+      *feature++ = {t.rows,
+                    t.num_rows,
+                    t.vectors * p.dim,
+                    t.row_bytes,
+                    t.feature * b.samples + begin,
+                    parts + t.part * p.dim,
+                    parts_stride,
+                    t.format};
     }
     // The bags between this and the next feature's first are as many as the batch has; a block is `samples`.
     feature->first_bag = feature[-1].first_bag + b.samples;
@@ -241,9 +258,12 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
     for (int s = 0; s < samples; ++s)
       std::copy(p.constant.begin(), p.constant.end(), vectors + s * l.vectors_stride);
   }
-  k.dense->gather(vectors, l.vectors_stride, samples, p.dim, in, sample_block_stride, 0);
-  k.dense->interact(interaction_, vectors, l.vectors_stride, samples, scratch + l.transposed, in,
-                    sample_block_stride, p.dim);
+  const bool dot = p.interaction == Interaction::dot;
+  k.dense->gather(vectors, l.vectors_stride, samples, dot ? p.dim : interaction_.vectors * p.dim, in,
+                  sample_block_stride, 0);
+  if (dot)
+    k.dense->interact(interaction_, vectors, l.vectors_stride, samples, scratch + l.transposed, in,
+                      sample_block_stride, p.dim);
   const float* out = k.dense->mlp(p.top->view(), samples, backwards, in, spare, sample_block_stride);
   for (int s = 0; s < samples; ++s) scores[begin + s] = out[s * block_pitch];
   return true;

@@ -12,19 +12,24 @@
 
 namespace mprec {
 
-// Stages make vectors of `dim` numbers: of each sample one `part`, pooled from the bag of `feature`.
+// Stages make vectors of `dim` numbers: of each sample one `part`, pooled from the bag of `feature`. Rows of
+// a table may be several vectors long: then they are that part and the next ones.
 struct TableStage {
   const char* rows;
   int64_t num_rows, row_bytes;
   Format format;
   int64_t feature, part;
   Mode mode;
+  int vectors = 1;  // of a row
 };
 struct DecoderStage {
   DecoderView decoder;
   int64_t feature, part;
   Mode mode;
 };
+
+// What the top MLP gets: the first vector and the products of all pairs, or all vectors.
+enum class Interaction { dot, cat };
 
 struct Batch {
   const float* dense;  // [samples][num_dense], rows `dense_stride` apart
@@ -46,8 +51,8 @@ class Program {
     std::vector<float> constant;         // dim numbers in its output's place
     // The vectors 1 ... that interact, 0 being the bottom's; none: the parts as they are.
     std::vector<MixTerm> mixing;
-    bool self_interaction = false;
-    std::optional<Mlp> top;  // dim + products -> 1
+    Interaction interaction = Interaction::dot;
+    std::optional<Mlp> top;  // dim + products -> 1, or all vectors' numbers -> 1
   };
   // std::invalid_argument if the parts do not fit together.
   explicit Program(Parts);
@@ -56,6 +61,8 @@ class Program {
   // Does not allocate once a calling thread has run a batch of that size.
   void run(const Batch&, float* scores, int threads) const;
 
+  int64_t num_features() const { return parts_.num_features; }
+  int num_dense() const { return parts_.num_dense; }
   int64_t nbytes() const;  // of the packed MLPs
 
  private:
@@ -73,6 +80,7 @@ class Program {
 
   Parts parts_;
   std::vector<TableRun> runs_;
+  int64_t num_parts_;
   InteractionView interaction_;
   int64_t multiply_adds_;  // per sample, without decoders
 };

@@ -14,40 +14,13 @@
 #include "python/bags.h"
 #include "python/layers.h"
 #include "python/make_tensor.h"
+#include "python/path_program.h"
 #include "python/tensor.h"
-#include "python/weight_watch.h"
 
 namespace py = pybind11;
 
 namespace mprec::python {
 namespace {
-
-// A table that is read where it lies: the dict and key where a module keeps its tensor, which may be written
-// to but neither replaced nor moved.
-class TablePlace {
- public:
-  TablePlace(py::dict dict, py::str key) : dict_(std::move(dict)), key_(std::move(key)) {
-    PyObject* const found = PyDict_GetItemWithError(dict_.ptr(), key_.ptr());
-    if (!found) throw py::key_error(message("tables: no '", std::string(key_), "' in the dict"));
-    tensor_ = py::reinterpret_borrow<py::object>(found);
-    view_ = view(found, "tables");
-    if (TensorMark::is_torch(found)) storage_ = tensor_.attr("detach")();  // keeps what is read
-  }
-  PyObject* tensor() const { return tensor_.ptr(); }
-  bool changed() const {
-    PyObject* const found = PyDict_GetItemWithError(dict_.ptr(), key_.ptr());
-    if (found != tensor_.ptr()) return true;
-    const Tensor now = view(found, "tables");
-    return now.data != view_.data || now.ndim != view_.ndim || now.shape[0] != view_.shape[0] ||
-           now.shape[1] != view_.shape[1] || now.strides[0] != view_.strides[0];
-  }
-
- private:
-  py::dict dict_;
-  py::str key_;
-  py::object tensor_, storage_;
-  Tensor view_;
-};
 
 // Python's arguments of an MLP: weights, biases, activations.
 using MlpArguments = std::tuple<std::vector<py::object>, std::vector<py::object>, std::vector<int>>;
@@ -56,23 +29,6 @@ Mlp make_mlp(const MlpArguments& arguments, Precision precision) {
   const auto& [weights, biases, activations] = arguments;
   return Mlp(linear_layers(weights, biases), parse_activations(activations), precision);
 }
-
-struct PathProgram {
-  Program program;
-  std::vector<TablePlace> tables;
-  std::vector<py::object> decoders;  // owned
-  py::object watch;                  // of all that is packed
-  int64_t num_features;
-  int num_dense;
-
-  // Looked at before a call of so many IDs.
-  bool changed(int64_t ids) const {
-    if (watch.cast<const WeightWatch&>().changed(Share::before(ids))) return true;
-    for (const TablePlace& table : tables)
-      if (table.changed()) return true;
-    return false;
-  }
-};
 
 using TableArguments = std::tuple<py::dict, py::str, int64_t, int64_t, int, int>;
 using DecoderArguments = std::tuple<py::object, int64_t, int64_t, int>;
@@ -88,11 +44,13 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
                                           const std::optional<MlpArguments>& bottom,
                                           const py::object& constant, const MlpArguments& top,
                                           const std::vector<std::tuple<int, int, float>>& mixing,
-                                          bool self_interaction, const py::object& watch,
+                                          const std::string& interaction, const py::object& watch,
                                           const std::string& precision_name) {
-  if (precision_name != "float32" && precision_name != "bfloat16")
-    throw py::value_error(message("precision: '", precision_name, "' is none of float32, bfloat16"));
-  const Precision precision = precision_name == "float32" ? Precision::float32 : Precision::bfloat16;
+  if (precision_name != "float32" && precision_name != "bfloat16" && precision_name != "int8")
+    throw py::value_error(message("precision: '", precision_name, "' is none of float32, bfloat16, int8"));
+  const Precision precision = precision_name == "float32"    ? Precision::float32
+                              : precision_name == "bfloat16" ? Precision::bfloat16
+                                                             : Precision::int8;
   Program::Parts parts;
   parts.num_features = num_features;
   parts.num_dense = num_dense;
@@ -101,9 +59,11 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
   for (const auto& [dict, key, feature, part, mode, bits] : tables) {
     places.emplace_back(dict, key);
     const Feature f = table(matrix(places.back().tensor(), "tables"), "tables", py::int_(bits).ptr());
-    if (f.dim != dim)
-      throw py::value_error(message("tables: expected rows of ", dim, " numbers, got ", f.dim));
-    parts.tables.push_back({f.rows, f.num_rows, f.row_bytes, f.format, feature, part, mode_of(mode)});
+    if (dim < 1 || f.dim % dim != 0 || f.dim > 4096 * int64_t{dim})
+      throw py::value_error(
+          message("tables: expected rows of ", dim, " numbers or a multiple of it, got ", f.dim));
+    parts.tables.push_back({f.rows, f.num_rows, f.row_bytes, f.format, feature, part, mode_of(mode),
+                            static_cast<int>(f.dim / dim)});
   }
   std::vector<py::object> owned;
   for (const auto& [decoder, feature, part, mode] : decoders) {
@@ -117,7 +77,9 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
   }
   parts.top.emplace(make_mlp(top, precision));
   for (const auto& [vector, part, weight] : mixing) parts.mixing.push_back({vector, part, weight});
-  parts.self_interaction = self_interaction;
+  if (interaction != "dot" && interaction != "cat")
+    throw py::value_error(message("interaction: '", interaction, "' is none of dot, cat"));
+  parts.interaction = interaction == "dot" ? Interaction::dot : Interaction::cat;
   watch.cast<const WeightWatch&>();  // TypeError for anything else
   return std::make_unique<PathProgram>(PathProgram{Program(std::move(parts)), std::move(places),
                                                    std::move(owned), watch, num_features, num_dense});
@@ -131,8 +93,8 @@ PyObject* run_program(PyObject*, PyObject* const* args, Py_ssize_t count, PyObje
       throw py::type_error(message("program: expected a PathProgram, got ", Py_TYPE(a[0])->tp_name));
     const auto& path = *py::handle(a[0]).cast<const PathProgram*>();
     const Integers indices = integers(view_ids(a[2], "indices"));
-    if (path.changed(indices.size)) return py::none();
     const Tensor dense = float_matrix(a[1], "dense");
+    if (path.changed(dense.shape[0])) return py::none();
     if (dense.shape[1] != path.num_dense)
       throw py::value_error(message("dense: expected [B, ", path.num_dense, "], got [", dense.shape[0], ", ",
                                     dense.shape[1], "]"));
@@ -162,9 +124,9 @@ void bind_program(py::module_& m) {
   py::class_<PathProgram>(m, "PathProgram", "A model's whole path, its weights packed for the kernels.")
       .def(py::init(&make_program), py::arg("num_features"), py::arg("num_dense"), py::arg("dim"),
            py::arg("tables"), py::arg("decoders"), py::arg("bottom"), py::arg("constant"), py::arg("top"),
-           py::arg("mixing"), py::arg("self_interaction"), py::arg("watch"), py::arg("precision"))
+           py::arg("mixing"), py::arg("interaction"), py::arg("watch"), py::arg("precision"))
       .def_property_readonly("nbytes", [](const PathProgram& p) { return p.program.nbytes(); })
-      .def("changed", &PathProgram::changed, py::arg("ids") = 0);
+      .def("changed", &PathProgram::changed, py::arg("samples") = 0);
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 

@@ -22,6 +22,8 @@ void bind_scheduler(py::module_&);      // bind_scheduler.cpp
 void bind_program(py::module_&);        // bind_program.cpp
 void bind_dense(py::module_&);          // bind_dense.cpp
 void bind_queries(py::module_&);        // bind_queries.cpp
+void bind_data(py::module_&);           // bind_data.cpp
+void bind_engine(py::module_&);         // bind_engine.cpp
 }  // namespace mprec::python
 
 PYBIND11_MODULE(_C, m) {
@@ -56,4 +58,6 @@ PYBIND11_MODULE(_C, m) {
   python::bind_program(m);
   python::bind_dense(m);
   python::bind_queries(m);
+  python::bind_data(m);
+  python::bind_engine(m);
 }

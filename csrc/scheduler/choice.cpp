@@ -124,31 +124,37 @@ std::optional<Scheduler::Candidate> Scheduler::best(const State& state, size_t i
   return best;
 }
 
-// Would an executor that is busy now gain more by the first query, once it is free, than the best batch that
-// is possible now? Only if that batch loses. Its executor would idle meanwhile, which costs the price of its
-// time.
+// Would an executor that is busy now gain more by the first query, once it is free, than the free one gains
+// now? Only if the best batch loses, and unless it leaves others enough to do. The free executor would idle
+// meanwhile, which costs the price of its time.
 bool Scheduler::better_elsewhere(const State& state, const Candidate& best) const {
   const Ticket& head = queue_[0];
   const int64_t samples = head.left();
   if (best.gain >= 0 || samples > limits_.max_batch) return false;
-  const double idle = price_.second(best.lane, state.value);
-  // Without the damage on both sides: there, too, others have to wait.
-  const double here = best.profit * static_cast<double>(samples) / static_cast<double>(best.samples);
-  for (size_t index = 0; index < lanes_.size(); ++index) {
+  if (best.profit > 0 && best.samples < queue_.waiting()) return false;
+  // What an executor gains by the first query alone from `start` on.
+  const auto alone = [&](size_t index, double start) {
     const Lane& lane = *lanes_[index];
-    if (!lane.busy) continue;
     const double second = price_.second(index, state.value),
                  scale = chance_scale(*lane.correction, state.now);
-    const double free = std::max(lane.until, state.now);
+    double most = -INFINITY;
     for (size_t o = 0; o < lane.options.size(); ++o) {
       const double seconds = expected(lane, o, samples, 1);
       if (std::isinf(seconds) || lane.resting(o, state.now)) continue;
-      const double chance = chance_of(head.deadline - free, std::log(seconds), scale);
-      const double there =
-          static_cast<double>(samples) * ((lane.options[o].quality + shift_) * chance - state.value) -
-          second * seconds;
-      if (there - idle * (free - state.now) > here) return true;
+      const double chance = chance_of(head.deadline - start, std::log(seconds), scale);
+      const double quality = (lane.options[o].quality + shift_) * chance;
+      most = std::max(most, static_cast<double>(samples) * (quality - state.value) - second * seconds);
     }
+    return most;
+  };
+  // Without the damage on both sides: there, too, others have to wait.
+  const double part = best.profit * static_cast<double>(samples) / static_cast<double>(best.samples);
+  const double here = std::max(part, alone(best.lane, state.now));
+  const double idle = price_.second(best.lane, state.value);
+  for (size_t index = 0; index < lanes_.size(); ++index) {
+    if (!lanes_[index]->busy) continue;
+    const double free = std::max(lanes_[index]->until, state.now);
+    if (alone(index, free) - idle * (free - state.now) > here) return true;
   }
   return false;
 }

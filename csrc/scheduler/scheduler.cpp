@@ -104,7 +104,7 @@ std::optional<Refusal> Scheduler::offer(double now, std::shared_ptr<Ticket> tick
   if (queue_.waiting() + size > limits_.max_queue)
     return Refusal{"full", message(queue_.waiting(), " samples wait already, ", size, " more would exceed ",
                                    limits_.max_queue)};
-  if (limits_.admission && !is_probe(now)) {
+  if (limits_.admission && !(now < deadline && is_probe(now))) {
     const size_t place = queue_.place(deadline);
     const int64_t ahead = place ? queue_.upto(place - 1) : 0;
     const double needed = time_for(now, ahead + size, certainty(now));

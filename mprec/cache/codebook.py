@@ -113,7 +113,12 @@ def relative_error(rows: Tensor, approximate: Tensor, weights: Tensor) -> float:
 
 def centroids_of(rows: Tensor, weights: Tensor, seed: int) -> Tensor:
     """At most 256 centroids of (a sample of) the rows."""
-    from sklearn.cluster import KMeans  # slow to import, and only needed here
+    try:
+        from sklearn.cluster import KMeans  # slow to import, and only needed here
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "codebooks need scikit-learn: pip install 'mprec[cli]'", name=error.name
+        ) from None
 
     rng = np.random.default_rng(seed)
     x, w = rows.numpy(), weights.numpy()

@@ -11,6 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+#: What the extra "cli" installs.
+_EXTRA = {"rich", "matplotlib", "jinja2", "sklearn"}
+
 #: Module of each subcommand -> what its help says.
 SUBCOMMANDS = {
     "info": "print versions, CPU, instruction set in use, threads, GPU and what is compiled in",
@@ -64,9 +67,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns its exit status (2 for bad arguments or input, as argparse does)."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        args = parse(argv)
         return args.run(args)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA or os.environ.get("MPREC_DEBUG"):
+            raise
+        print(f"mprec: {error.name} is not installed: pip install 'mprec[cli]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("mprec: interrupted", file=sys.stderr)
         return 130

@@ -1,6 +1,7 @@
-"""Training progress for people: a rich bar on a terminal, one plain line per epoch elsewhere.
+"""Training progress for people: a rich bar on a terminal, plain lines elsewhere: one at the end of each epoch
+and one every half minute within it.
 
-Quality is that of the validation part.
+Quality is that of the validation part. What is left of the epoch is told from its own pace.
 """
 
 from __future__ import annotations
@@ -15,14 +16,43 @@ from rich.progress import Progress as Bars
 
 from mprec.training import Progress
 
-__all__ = ["training_progress"]
+__all__ = ["Pace", "training_progress"]
+
+_EVERY_S = 30.0
+
+
+class Pace:
+    """Samples per second and seconds left of the epoch, from the events of one training."""
+
+    def __init__(self) -> None:
+        self._epoch = self._step = 0
+        self._seconds = 0.0
+
+    def of(self, event: Progress) -> tuple[float, float]:
+        """Both, as of the first event of the epoch that was seen; (0, 0) at that one."""
+        if event.epoch != self._epoch:
+            self._epoch, self._step, self._seconds = event.epoch, event.step, event.seconds
+        steps, seconds = event.step - self._step, event.seconds - self._seconds
+        if not steps or seconds <= 0:
+            return 0.0, 0.0
+        return steps * event.batch_size / seconds, (event.steps - event.step) * seconds / steps
 
 
 def _line(name: str, event: Progress) -> str:
     quality = event.valid
     return (
         f"{name}: epoch {event.epoch}/{event.epochs}, loss {event.loss:.4f}, AUC {quality.auc:.4f}, "
-        f"log-loss {quality.log_loss:.4f}, accuracy {quality.accuracy:.4f} ({event.seconds:.1f} s)"
+        f"log-loss {quality.log_loss:.4f}, normalised entropy {quality.normalised_entropy:.4f}, "
+        f"accuracy {quality.accuracy:.4f}, calibration {quality.calibration:.3f} ({event.seconds:.1f} s)"
+    )
+
+
+def _within(name: str, event: Progress, pace: Pace) -> str:
+    rate, left = pace.of(event)
+    share = 100 * event.step / event.steps
+    return (
+        f"{name}: epoch {event.epoch}/{event.epochs}, {share:.0f} %, loss {event.loss:.4f}, "
+        f"{rate:,.0f} rows/s, {left:.0f} s left of the epoch"
     )
 
 
@@ -30,11 +60,20 @@ def _line(name: str, event: Progress) -> str:
 def training_progress(file=None) -> Iterator[Callable[[str, Progress], None]]:
     """A function ``report(name, event)`` that writes to ``file`` (standard error)."""
     file = sys.stderr if file is None else file
+    paces: dict[str, Pace] = {}
     if not file.isatty():
+        told = {}
 
         def report(name: str, event: Progress) -> None:
+            pace = paces.setdefault(name, Pace())
+            pace.of(event)
             if event.valid is not None:
                 print(_line(name, event), file=file, flush=True)
+            elif event.seconds - told.setdefault(name, event.seconds) > _EVERY_S:
+                print(_within(name, event, pace), file=file, flush=True)
+            else:
+                return
+            told[name] = event.seconds
 
         yield report
         return
@@ -47,11 +86,12 @@ def training_progress(file=None) -> Iterator[Callable[[str, Progress], None]]:
         def draw(name: str, event: Progress) -> None:
             if name not in tasks:
                 tasks[name] = bars.add_task(name, total=event.steps, note="")
+            rate, left = paces.setdefault(name, Pace()).of(event)
             bars.update(
                 tasks[name],
                 description=f"{name} {event.epoch}/{event.epochs}",
                 completed=event.step,
-                note=f"loss {event.loss:.4f}",
+                note=f"loss {event.loss:.4f}, {rate:,.0f} rows/s, {left:.0f} s left",
             )
             if event.valid is not None:
                 bars.console.print(_line(name, event), highlight=False)

@@ -6,7 +6,8 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 
 import torch
@@ -14,7 +15,14 @@ import torch
 from mprec import data
 from mprec.data import ClickDataset
 from mprec.dispatch import BATCH_SIZES, Path, Profile
-from mprec.paths import can_cache, inputs_of, paths_from_checkpoints, sampler, with_cache
+from mprec.paths import (
+    can_cache,
+    inputs_of,
+    paths_from_checkpoints,
+    sampler,
+    vocabularies_of,
+    with_cache,
+)
 
 __all__ = [
     "add_path_arguments",
@@ -22,6 +30,7 @@ __all__ = [
     "batch_sizes",
     "get_profile",
     "held_out",
+    "load_for",
     "load_paths",
     "parts_of",
     "reporter",
@@ -36,21 +45,26 @@ def say(message: str) -> None:
 
 
 def reporter() -> Callable[[str, float], None]:
-    """Progress ``(what, share done)``: a counter on a terminal, a line per new ``what`` elsewhere."""
-    state = {"what": None, "tenth": -1}
+    """Progress ``(what, share done)``: a counter on a terminal, a line per new ``what`` elsewhere and one
+    every half minute; with the seconds that are left, once a few have passed."""
     terminal = sys.stderr.isatty()
+    before, began, told = None, 0.0, 0.0
 
     def report(what: str, share: float) -> None:
+        nonlocal before, began, told
+        now = time.monotonic()
+        if what != before:
+            before, began, told = what, now, now
+            if not terminal:
+                say(f"{what} ...")
+        passed = now - began
+        left = f", {passed * (1 - share) / share:.0f} s left" if passed > 3 and 0 < share < 1 else ""
         if terminal:
-            print(
-                f"\r{what:<28} {100 * share:3.0f} %",
-                end="\n" if share >= 1 else "",
-                file=sys.stderr,
-                flush=True,
-            )
-        elif what != state["what"]:
-            say(f"{what} ...")
-        state["what"] = what
+            end = "\n" if share >= 1 else ""
+            print(f"\r{what:<28} {100 * share:3.0f} %{left:<14}", end=end, file=sys.stderr, flush=True)
+        elif now - told > 30:
+            say(f"{what}: {100 * share:.0f} %{left}")
+            told = now
 
     return report
 
@@ -160,13 +174,19 @@ def held_out(args: argparse.Namespace) -> ClickDataset:
 def parts_of(file: FilePath, spec: str) -> tuple[ClickDataset, ...]:
     """(train, valid, test) of the data, cut as it was for the checkpoint in ``file``."""
     inputs = inputs_of(file)
-    dataset = data.load(spec)
+    dataset = load_for([file], spec)
     if (dataset.features, dataset.num_dense) != (inputs.features, inputs.num_dense):
         raise ValueError(
             f"--data: {dataset.name} has other features or vocabularies than the data that "
             f"{file} was trained on"
         )
     return dataset.split(by=inputs.split)
+
+
+def load_for(files: Sequence[FilePath], spec: str) -> ClickDataset:
+    """The data, its raw values as IDs by the vocabularies of the first of the checkpoints, if it has any."""
+    known = vocabularies_of(files[0]) if files else {}
+    return data.load(spec, progress=reporter(), **({"vocabularies": known} if known else {}))
 
 
 def get_profile(args: argparse.Namespace, paths: list[Path], dataset: ClickDataset) -> Profile:

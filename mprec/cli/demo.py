@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     options = TrainOptions(epochs=setting.epochs, seed=args.seed)
     with training_progress() as progress:
         trained = train_representations(dataset, ["table"], options, progress=progress)["table"]
-    checkpoint.save(args.output / "model.pt", trained.model, trained.metadata)
+    checkpoint.save(args.output / "model.pt", trained.model, trained.metadata, dataset.vocabularies)
 
     say("2/4 deriving paths from it: fewer bits, lower rank, decoders that its rows teach")
     parts = dataset.split()
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         say=say,
         progress=reporter(),
     )
-    folder = bundle.save(args.output / "bundle", kept(found), trained.metadata)
+    folder = bundle.save(args.output / "bundle", kept(found), trained.metadata, dataset.vocabularies)
     test = parts[2]
     paths = paths_from_checkpoints([folder], metric="accuracy")
     planned = _plan(found, dataset)

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipes",
         nargs="+",
         metavar="RECIPE",
-        help="table, table[float16|int8|int4], dhe, low_rank:RANK, low_rank:RANK[float16|int8] "
+        help="table, table[float16|int8|int4], dhe, low_rank:RANK, low_rank:RANK[float16|int8], each also "
+        "with /int8 or /bfloat16, of the dense layers, behind it, as the trained path's name "
         "(default: what suits the model)",
     )
     parser.add_argument(
@@ -69,14 +70,15 @@ def run(args: argparse.Namespace) -> int:
     )
     members = [each.member() for each in found] if args.all else kept(found)
     metadata = {"derived_from": str(args.model), "metric": args.metric, **metadata}
-    bundle.save(args.output, members, metadata)
+    bundle.save(args.output, members, metadata, checkpoint.vocabularies(args.model))
     result = {
         "bundle": str(args.output),
         "bytes": sum(file.stat().st_size for file in args.output.iterdir()),
         "metric": args.metric,
         "kept": [member.name for member in members],
         "paths": [
-            {"name": each.name, "representation": each.representation, **each.facts()} for each in found
+            {"name": each.name, "representation": each.representation, "dense": each.dense, **each.facts()}
+            for each in found
         ],
     }
     if args.json:

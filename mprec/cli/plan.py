@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mprec import checkpoint, data
-from mprec.cli._setup import say, size_in_bytes
+from mprec import checkpoint
+from mprec.cli._setup import load_for, say, size_in_bytes
 from mprec.nn import DheConfig, FeatureConfig, with_representation
 from mprec.paths import bundle
 from mprec.paths.forms import form_of
@@ -140,7 +140,7 @@ def _inputs(args):
             shapes |= {f.name: f.dhe for f in own if f.has_dhe}
             measurements.append(measurement)
     dhe = next(iter(shapes.values()), dhe)
-    dataset = data.load(args.data) if args.data else None
+    dataset = load_for(args.checkpoints, args.data) if args.data else None
     if args.features:
         if features is not None:
             raise ValueError("--features and --checkpoints both name the features: give one of them")

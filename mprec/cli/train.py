@@ -1,21 +1,36 @@
-"""``mprec train``: fit one model to a click log and write its checkpoint."""
+"""``mprec train``: fit one model to a click log and write its checkpoint.
+
+The checkpoint is written as soon as an epoch is better than those before it. Beside it, until training ends,
+is what an interrupted one goes on from (``--resume``).
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import sys
 from pathlib import Path
 
 from mprec import checkpoint, data
+from mprec.cli._choices import read_features, read_plan
+from mprec.cli._logs import csv_log, tensorboard_log
 from mprec.cli._progress import training_progress
+from mprec.cli._setup import reporter, say
 from mprec.data.dataset import SPLITS
+from mprec.errors import TrainingInterruptedError
+from mprec.files import check_room
 from mprec.nn import DheConfig
 from mprec.training import (
+    DECAYS,
+    MIXED,
     MODELS,
     MONITORS,
     MULTI_PATH,
     TABLE_OPTIMIZERS,
+    Interruption,
+    Keep,
+    Progress,
+    Trained,
     TrainOptions,
     train_representations,
 )
@@ -40,9 +55,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help=f"{', '.join(data.available())}, a folder or a file; options follow: criteo:train.txt,rows=1000",
     )
-    parser.add_argument("--representation", required=True, choices=(*MODELS, MULTI_PATH))
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--representation", choices=(*MODELS, MULTI_PATH), help="of every feature")
+    what.add_argument(
+        "--plan", type=Path, metavar="FILE", help="that of each feature as mprec plan --output chose it"
+    )
+    what.add_argument(
+        "--features",
+        type=Path,
+        metavar="FILE",
+        help='or as JSON says: {"item": {"representation": "dhe", "dhe": {"k": 64}}, "*": "table"}',
+    )
+    parser.add_argument("--plan-name", metavar="NAME", help="of the plan, where the file has several")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="checkpoint to write")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted training with this output stopped"
+    )
+    parser.add_argument("--log", type=Path, metavar="FILE", help="CSV to write a line for each epoch to")
+    parser.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="for TensorBoard's events")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
+    parser.add_argument(
+        "--malformed", type=float, metavar="SHARE", help="of lines that may be left out (0.01)"
+    )
     parser.add_argument("--split", choices=SPLITS, help="how rows are held out (default: the data's own)")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=int, default=options.epochs, help="at most (%(default)s)")
@@ -50,6 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--learning-rate", type=float, default=options.learning_rate, help="(%(default)s)")
     training.add_argument("--table-optimizer", choices=("auto", *TABLE_OPTIMIZERS), default="auto")
     training.add_argument("--table-learning-rate", type=float, help="default: the table optimizer's own")
+    training.add_argument(
+        "--warmup-steps", type=int, default=options.warmup_steps, help="of growing rates (%(default)s)"
+    )
+    training.add_argument(
+        "--decay", choices=tuple(DECAYS), default=options.decay, help="of rates, over all epochs (none)"
+    )
+    training.add_argument(
+        "--clip-norm", type=float, help="largest norm of the gradient of all but tables (default: any)"
+    )
     training.add_argument(
         "--mapped-tables",
         action=argparse.BooleanOptionalAction,
@@ -81,14 +124,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.output.parent.is_dir():
-        raise ValueError(f"--output: there is no folder {args.output.parent}")
+    for name, file in (("--output", args.output), ("--log", args.log)):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{name}: there is no folder {file.parent}")
+    check_room(args.output)
+    snapshot = args.output.with_name(args.output.name + ".training")
+    if args.resume and not snapshot.exists():
+        raise ValueError(f"--resume: there is no {snapshot}, which an interrupted training leaves")
     options = TrainOptions(
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         table_optimizer=args.table_optimizer,
         table_learning_rate=args.table_learning_rate,
+        warmup_steps=args.warmup_steps,
+        decay=args.decay,
+        clip_norm=args.clip_norm,
         mapped_tables=args.mapped_tables,
         patience=args.patience,
         monitor=args.monitor,
@@ -103,25 +154,57 @@ def run(args: argparse.Namespace) -> int:
         last_activation=args.dhe_last_activation,
         seed=args.seed,
     )
-    dataset = data.load(args.data, strict=args.strict)
-    print(
-        f"{dataset.name}: {len(dataset)} rows, {len(dataset.features)} features, {dataset.num_dense} dense",
-        file=sys.stderr,
-    )
-    with training_progress() as report:
-        trained = train_representations(
-            dataset,
-            [args.representation],
-            options,
-            split=args.split,
-            progress=report,
-            dim=args.dim,
-            dhe=dhe,
-            select_largest=args.select_largest,
-            bottom=args.bottom,
-            top=args.top,
-        )[args.representation]
-    checkpoint.save(args.output, trained.model, trained.metadata)
+    representation, chosen, extra = args.representation, None, {}
+    if representation is None:
+        representation = MIXED
+        if args.plan is None:
+            chosen = read_features(args.features)
+        else:
+            chosen, precisions = read_plan(args.plan, args.plan_name)
+            if precisions:
+                extra = {"planned_precisions": precisions}
+                say("rows are trained in float32; mprec derive makes those of fewer bits of them")
+    limits = {} if args.malformed is None else {"malformed": args.malformed}
+    dataset = data.load(args.data, strict=args.strict, progress=reporter(), **limits)
+    say(f"{dataset.name}: {len(dataset)} rows, {len(dataset.features)} features, {dataset.num_dense} dense")
+
+    def save(trained: Trained) -> None:
+        metadata = {**trained.metadata, **extra}
+        checkpoint.save(args.output, trained.model, metadata, dataset.vocabularies)
+
+    with contextlib.ExitStack() as stack:
+        reports = [stack.enter_context(training_progress())]
+        if args.log is not None:
+            reports.append(csv_log(args.log, args.resume))
+        if args.tensorboard is not None:
+            reports.append(stack.enter_context(tensorboard_log(args.tensorboard)))
+
+        def report(name: str, event: Progress) -> None:
+            for each in reports:
+                each(name, event)
+
+        stop = stack.enter_context(Interruption())
+        try:
+            trained = train_representations(
+                dataset,
+                [representation],
+                options,
+                split=args.split,
+                progress=report,
+                keep=Keep(snapshot, args.resume, stop=stop),
+                best=save,
+                dim=args.dim,
+                dhe=dhe,
+                select_largest=args.select_largest,
+                chosen=chosen,
+                bottom=args.bottom,
+                top=args.top,
+            )[representation]
+        except TrainingInterruptedError as error:
+            say(f"mprec train: {error}. The same command with --resume goes on")
+            return 128 + stop.signal
+    save(trained)
+    snapshot.unlink(missing_ok=True)
     result = {
         "checkpoint": str(args.output),
         "bytes": args.output.stat().st_size,
@@ -135,7 +218,8 @@ def run(args: argparse.Namespace) -> int:
         rows = trained.metadata["rows"][part]
         print(
             f"{part} ({rows} rows): AUC {quality['auc']:.4f}, log-loss {quality['log_loss']:.4f}, "
-            f"accuracy {quality['accuracy']:.4f}"
+            f"normalised entropy {quality['normalised_entropy']:.4f}, accuracy {quality['accuracy']:.4f}, "
+            f"calibration {quality['calibration']:.3f}"
         )
     for path, quality in trained.metadata.get("paths", {}).items():
         test = quality["test"]

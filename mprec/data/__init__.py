@@ -6,8 +6,9 @@
 The layout of a batch is described in :mod:`mprec.data.dataset`.
 """
 
+from mprec.data.batching import collate
 from mprec.data.dataset import Batch, ClickDataset, Column
 from mprec.data.registry import available, load
-from mprec.data.vocabulary import Vocabulary
+from mprec.data.vocabulary import RawValues, Vocabulary
 
-__all__ = ["Batch", "ClickDataset", "Column", "Vocabulary", "available", "load"]
+__all__ = ["Batch", "ClickDataset", "Column", "RawValues", "Vocabulary", "available", "collate", "load"]

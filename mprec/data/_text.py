@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,17 +14,50 @@ import numpy as np
 
 from mprec.errors import DataError
 
-__all__ = ["BadLines", "Fields", "line_blocks", "open_binary"]
+__all__ = ["BadLines", "Fields", "find_files", "line_blocks", "open_binary"]
 
 MAX_LINE = 1 << 20
+GZIP = b"\x1f\x8b"
+BOM = b"\xef\xbb\xbf"
 
 
 def open_binary(path: Path):
-    """A file opened for reading bytes, decompressed if its name ends in .gz."""
+    """A file opened for reading bytes, decompressed if it begins as gzip's do."""
     try:
-        return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115 - for the caller to close
+        if file.peek(2)[:2] != GZIP:
+            return file
+        unzipped = gzip.GzipFile(fileobj=file)
+        unzipped.myfileobj = file  # to be closed with it
+        return unzipped
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def find_files(path: Path | str | Sequence[Path | str], pattern: str) -> list[Path]:
+    """The files that a path, a pattern (``logs/day_*``), a folder (its files of ``pattern``), or several of
+    these stand for; numbers in names are in their order. ``DataError`` if there are none.
+    """
+    if not isinstance(path, str | Path):
+        return [file for each in path for file in find_files(each, pattern)]
+    here = Path(path)
+    if here.is_dir():
+        found = [file for file in here.glob(pattern) if file.is_file()]
+        if not found:
+            raise DataError(f"{here}: no file {pattern} in this folder; name the files, or a pattern of them")
+    elif here.exists():
+        return [here]
+    elif not glob.has_magic(str(path)):
+        raise DataError(f"cannot read {path}: No such file or directory")
+    else:
+        found = [Path(name) for name in glob.glob(str(path)) if Path(name).is_file()]
+        if not found:
+            raise DataError(f"{path}: no file has a name of this pattern")
+
+    def order(file: Path) -> list:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(file))]
+
+    return sorted(found, key=order)
 
 
 @dataclass
@@ -37,6 +72,11 @@ class BadLines:
     keep: int = 20
     count: int = 0
     first: list[str] = field(default_factory=list)
+
+    @property
+    def is_full(self) -> bool:
+        """Has it as many messages as it keeps?"""
+        return len(self.first) >= self.keep and not self.strict
 
     def add(self, line: int, reason: str) -> None:
         message = f"{self.path}:{line}: {reason}"
@@ -61,24 +101,40 @@ class BadLines:
             self.add(int(line), findings[source[index]][1](int(position[index])))
         self.count += max(len(unique) - room, 0)
 
-    def warn(self) -> None:
-        """Say, once per file, how many lines were left out and which came first."""
-        if self.count:
-            shown = "\n  ".join(self.first)
-            more = f"\n  and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
-            warnings.warn(f"{self.count} malformed line(s) left out:\n  {shown}{more}", stacklevel=3)
+    def settle(self, good: int, allowed: float) -> None:
+        """Say, once per file, how many lines were left out and which came first; beside so many ``good``
+        ones ``DataError`` if they are more than the share that is ``allowed``, or any with ``strict``.
+        """
+        if not self.count:
+            return
+        shown = "\n  ".join(self.first)
+        more = f"\n  and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
+        if self.strict:
+            raise DataError(self.first[0])
+        if self.count > allowed * (self.count + good):
+            raise DataError(
+                f"{self.path}: {self.count} of {self.count + good} lines are malformed, more than "
+                f"{100 * allowed:g} %; leaving them out may bias what is learnt (the option malformed=SHARE "
+                f"allows more):\n  {shown}{more}"
+            )
+        warnings.warn(f"{self.count} malformed line(s) left out:\n  {shown}{more}", stacklevel=4)
 
     def describe(self) -> dict:
         return {"malformed_lines": self.count, "malformed_first": list(self.first)}
 
 
-def line_blocks(path: Path, block_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first line, bytes) of blocks of whole lines, each ended by a newline.
+def line_blocks(path: Path, block_bytes: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    """(number of the first line, bytes, position in the file as it is on disk) of blocks of whole lines, each
+    ended by a newline. A byte order mark is left out.
 
     Memory is bounded by ``block_bytes`` plus one line, however large the file.
     """
     line, rest = 1, b""
     with open_binary(path) as file:
+        raw = getattr(file, "fileobj", file)  # a compressed one has it
+        position = 0
+        if file.peek(len(BOM)).startswith(BOM):
+            file.read(len(BOM))
         while True:
             try:
                 block = file.read(block_bytes)
@@ -92,12 +148,14 @@ def line_blocks(path: Path, block_bytes: int) -> Iterator[tuple[int, np.ndarray]
                 if len(rest) > max(MAX_LINE, block_bytes):
                     raise DataError(f"{path}:{line}: a line of over {len(rest)} bytes; is this a text file?")
                 continue
-            whole = np.frombuffer(rest + block[:cut], dtype=np.uint8)
+            whole = np.frombuffer(rest + block[:cut] if rest else memoryview(block)[:cut], dtype=np.uint8)
             rest = block[cut:]
-            yield line, whole
+            if raw.seekable():
+                position = raw.tell()
+            yield line, whole, position
             line += int(np.count_nonzero(whole == ord("\n")))
     if rest:
-        yield line, np.frombuffer(rest + b"\n", dtype=np.uint8)
+        yield line, np.frombuffer(rest + b"\n", dtype=np.uint8), position
 
 
 def _digit_table(digits: bytes) -> np.ndarray:

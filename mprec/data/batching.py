@@ -12,7 +12,7 @@ import torch
 from mprec.bags import join_bags
 from mprec.data.dataset import Batch
 
-__all__ = ["concatenate", "join", "num_features", "take"]
+__all__ = ["collate", "concatenate", "join", "num_features", "take"]
 
 
 def num_features(batch: Batch) -> int:
@@ -63,6 +63,11 @@ def _rows(tensors: list[torch.Tensor], starts: Sequence[int], stops: Sequence[in
 def concatenate(batches: Sequence[Batch]) -> Batch:
     """The samples of all the batches, in order; see :func:`join`."""
     return join(batches, [0] * len(batches), [len(batch) for batch in batches])
+
+
+def collate(rows: Batch | Sequence[Batch]) -> Batch:
+    """``collate_fn`` of a DataLoader over a :class:`mprec.data.ClickDataset`, or over batches."""
+    return rows if isinstance(rows, Batch) else concatenate(rows)
 
 
 def take(batch: Batch, samples: slice) -> Batch:

@@ -1,4 +1,4 @@
-"""Click logs in memory, and the batches that models read.
+"""Click logs in memory or in mapped files, and the batches that models read.
 
 A log is a list of columns, one per categorical feature, with dense numbers, labels and times beside them. A
 batch is feature-major CSR (FBGEMM's and TorchRec's layout): the bag of sample ``b`` for feature ``t`` is
@@ -7,13 +7,15 @@ batch is feature-major CSR (FBGEMM's and TorchRec's layout): the bag of sample `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from mprec.data.vocabulary import RawValues, Vocabulary
 from mprec.errors import DataError
 
 __all__ = ["Batch", "ClickDataset", "Column"]
@@ -24,7 +26,7 @@ SPLITS = ("time", "user-time")
 @dataclass(frozen=True)
 class Batch:
     """B samples: ``dense`` float32 [B, num_dense], ``indices`` int64 [n], ``offsets`` int64 [T*B+1],
-    ``labels`` float32 [B].
+    ``labels`` float32 [B]. A pytree of these four.
     """
 
     dense: torch.Tensor
@@ -37,6 +39,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(tensor.to(device) for tensor in (self.dense, self.indices, self.offsets, self.labels)))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, for DataLoader."""
+        tensors = self.dense, self.indices, self.offsets, self.labels
+        return Batch(*(tensor.pin_memory() for tensor in tensors))
+
+
+torch.export.register_dataclass(Batch, serialized_type_name="mprec.data.Batch")
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,16 @@ class Column:
     ids: np.ndarray
     offsets: np.ndarray | None = None
 
+    @classmethod
+    def of_checked(cls, *values: Any) -> Column:
+        """A column of IDs that are known to be in order: of a checked one, or of a cache."""
+        column = object.__new__(cls)
+        for name, value in zip(("name", "vocabulary", "ids", "offsets"), values, strict=True):
+            object.__setattr__(column, name, value)
+        return column
+
     def __post_init__(self) -> None:
-        ids = np.ascontiguousarray(self.ids)
+        ids = np.asarray(self.ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(
                 f"feature {self.name!r}: ids must be a vector of integers, not {ids.dtype} {ids.shape}"
@@ -76,9 +94,10 @@ class Column:
     def take(self, rows: np.ndarray) -> Column:
         """The same feature over the given rows, in their order."""
         if self.offsets is None:
-            return replace(self, ids=self.ids[rows])
+            return Column.of_checked(self.name, self.vocabulary, self.ids[rows], None)
         ids, lengths = self.bags(rows)
-        return replace(self, ids=ids, offsets=np.concatenate([[0], np.cumsum(lengths)]))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return Column.of_checked(self.name, self.vocabulary, ids, offsets)
 
     def bags(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """IDs of the given rows, bag after bag, and the bags' lengths (only for a column with offsets)."""
@@ -89,14 +108,20 @@ class Column:
 
 
 @dataclass(frozen=True)
-class ClickDataset:
+class ClickDataset(torch.utils.data.Dataset):
     """A click log: ``columns`` (one per feature), ``dense`` float32 [rows, num_dense], ``labels`` {0, 1}
     [rows].
 
     ``times`` [rows] orders the rows for ``split`` (row order if None); ``users`` [rows] groups them for
     ``split="user-time"``. ``probabilities`` [rows] is known only for synthetic logs: the click
     probability that each label was drawn with. ``info`` (JSON-able) says where the data came from and
-    what was skipped.
+    what was skipped. ``vocabularies`` (by feature, where known) are what raw values became IDs by: with
+    them a trained model can be asked about another log. ``matrix`` [rows, features with one ID a row] holds
+    the IDs of those features side by side, so that a row of a batch is in one place; their columns are views
+    of it. It is made if it is not given.
+
+    A ``torch.utils.data.Dataset``: a row is a :class:`Batch` of one sample, and a DataLoader with
+    ``collate_fn=mprec.data.collate`` asks for all rows of a batch at once.
     """
 
     name: str
@@ -108,6 +133,8 @@ class ClickDataset:
     probabilities: np.ndarray | None = None
     default_split: str = "time"
     info: dict[str, Any] = field(default_factory=dict)
+    vocabularies: Mapping[str, Vocabulary | RawValues] = field(default_factory=dict)
+    matrix: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -122,21 +149,25 @@ class ClickDataset:
         ]:
             if values is not None and len(values) != rows:
                 raise DataError(f"{self.name}: {name} has {len(values)} rows, labels have {rows}")
-        if not np.isin(self.labels, (0, 1)).all():
+        if not ((self.labels == 0) | (self.labels == 1)).all():
             raise DataError(f"{self.name}: labels must be 0 or 1")
         names = [column.name for column in self.columns]
         if len(set(names)) != len(names):
             raise DataError(f"{self.name}: feature names must be unique, got {names}")
-        # One ID per row is the common case: those columns side by side make a batch one gather.
         single = [column.ids for column in self.columns if column.offsets is None]
-        set_(self, "_single", np.stack(single) if single else np.zeros((0, rows), dtype=np.int32))
-        # ... and the columns become views of that, so that nothing is held twice.
-        views = iter(self._single)
-        set_(
-            self,
-            "columns",
-            tuple(replace(c, ids=next(views)) if c.offsets is None else c for c in self.columns),
-        )
+        if self.matrix is None:
+            set_(self, "matrix", np.stack(single, axis=1) if single else np.zeros((rows, 0), dtype=np.int32))
+        elif self.matrix.shape != (rows, len(single)):
+            raise DataError(
+                f"{self.name}: matrix: expected {(rows, len(single))} IDs, got {self.matrix.shape}"
+            )
+        # The columns are views of it, so that nothing is held twice.
+        views = iter(self.matrix.T)
+        columns = [
+            Column.of_checked(c.name, c.vocabulary, next(views), None) if c.offsets is None else c
+            for c in self.columns
+        ]
+        set_(self, "columns", tuple(columns))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -157,8 +188,10 @@ class ClickDataset:
         raise KeyError(f"no feature {name!r} in {self.name}; it has {[c.name for c in self.columns]}")
 
     def counts(self, name: str) -> np.ndarray:
-        """How often each ID of a feature occurs: int64 [vocabulary]."""
+        """How often each ID of a feature occurs: int64 [vocabulary]. ``ValueError`` for one of raw values."""
         column = self.column(name)
+        if isinstance(self.vocabularies.get(name), RawValues):
+            raise ValueError(f"feature {name!r} has raw values for IDs: there is no table of their counts")
         return np.bincount(column.ids, minlength=column.vocabulary)
 
     def batch(self, rows: slice | np.ndarray | Sequence[int]) -> Batch:
@@ -172,7 +205,7 @@ class ClickDataset:
                 )
         labels = self.labels[rows]
         size = len(labels)
-        single = self._single[:, rows]
+        single = np.ascontiguousarray(self.matrix[rows].T)
         if len(single) == len(self.columns):
             indices, lengths = single.reshape(-1), None
         else:
@@ -203,29 +236,50 @@ class ClickDataset:
                 lengths.append(bag_lengths)
         return np.concatenate(ids), np.concatenate(lengths)
 
-    def batches(self, batch_size: int, *, seed: int | None = None) -> Iterator[Batch]:
+    def __getitem__(self, row: int) -> Batch:
+        size = len(self)
+        if not -size <= row < size:
+            raise IndexError(f"row {row} of {size}")
+        return self.batch([row % size])
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        """For DataLoader: :meth:`batch`."""
+        return self.batch(rows)
+
+    def batches(self, batch_size: int, *, seed: int | None = None, first: int = 0) -> Iterator[Batch]:
         """All rows once, ``batch_size`` at a time (the last may be smaller); shuffled if ``seed`` is
-        given.
+        given. ``first``: the batches before that one are left out.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         order = None if seed is None else np.random.default_rng(seed).permutation(len(self))
-        for start in range(0, len(self), batch_size):
+        for start in range(first * batch_size, len(self), batch_size):
             rows = slice(start, start + batch_size)
             yield self.batch(rows if order is None else order[rows])
 
     def take(self, rows: slice | np.ndarray) -> ClickDataset:
-        """A dataset of the given rows, in their order."""
-        numbers = np.arange(len(self))[rows]
+        """A dataset of the given rows, in their order; of a slice, in the same memory where rows have one ID
+        each.
+        """
 
         def pick(values):
-            return None if values is None else values[numbers]
+            return None if values is None else values[rows]
 
+        bags = any(column.offsets is not None for column in self.columns)
+        numbers = np.arange(len(self))[rows] if bags else None
+        matrix = self.matrix[rows]
+        views = iter(matrix.T)
         return replace(
             self,
-            columns=[column.take(numbers) for column in self.columns],
-            labels=self.labels[numbers],
-            dense=self.dense[numbers],
+            columns=[
+                Column.of_checked(column.name, column.vocabulary, next(views), None)
+                if column.offsets is None
+                else column.take(numbers)
+                for column in self.columns
+            ],
+            matrix=matrix,
+            labels=self.labels[rows],
+            dense=self.dense[rows],
             times=pick(self.times),
             users=pick(self.users),
             probabilities=pick(self.probabilities),
@@ -242,6 +296,16 @@ class ClickDataset:
         everything in one sitting and a cut in time leaves mostly cold users. The default is the dataset's
         ``default_split``. Rows of equal time keep their order in the log.
         """
+        part = self.parts(fractions, by)
+        if (part[1:] >= part[:-1]).all():  # the rows' own order: slices, of which nothing is copied
+            cuts = [0, *np.searchsorted(part, np.arange(1, len(fractions))), len(self)]
+            return tuple(self.take(slice(a, b)) for a, b in itertools.pairwise(cuts))
+        order = np.arange(len(self)) if self.times is None else np.argsort(self.times, kind="stable")
+        part = part[order]
+        return tuple(self.take(order[part == index]) for index in range(len(fractions)))
+
+    def parts(self, fractions: Sequence[float] = (0.8, 0.1, 0.1), by: str | None = None) -> np.ndarray:
+        """The number of the part that each row falls into when the log is ``split``: int8 [rows]."""
         by = self.default_split if by is None else by
         if by not in SPLITS:
             raise ValueError(f"by must be one of {', '.join(SPLITS)}, got {by!r}")
@@ -249,14 +313,20 @@ class ClickDataset:
             raise ValueError(f"fractions must not be negative and must add up to 1, got {tuple(fractions)}")
         if by == "user-time" and self.users is None:
             raise ValueError(f"{self.name} names no users: split it by time")
-        order = np.arange(len(self)) if self.times is None else np.argsort(self.times, kind="stable")
         edges = np.cumsum(fractions)[:-1]
+        rows = len(self)
+        if by == "time" and self.times is None:
+            # Row i stands at (i + 1/2) / rows.
+            cuts = np.ceil(edges * rows - 0.5).astype(int).clip(0, rows)
+            return np.searchsorted(cuts, np.arange(rows), side="right").astype(np.int8)
+        order = np.arange(rows) if self.times is None else np.argsort(self.times, kind="stable")
         if by == "time":
-            position = (np.arange(len(order)) + 0.5) / max(len(order), 1)
+            position = (np.arange(rows) + 0.5) / max(rows, 1)
         else:
             position = _position_within(self.users[order])
-        part = np.searchsorted(edges, position, side="right")
-        return tuple(self.take(order[part == index]) for index in range(len(fractions)))
+        part = np.empty(rows, dtype=np.int8)
+        part[order] = np.searchsorted(edges, position, side="right")
+        return part
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint should remember about its data (JSON-able)."""

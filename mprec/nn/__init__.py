@@ -2,12 +2,13 @@
 
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.dense import MLP, DotInteraction
+from mprec.nn.embedding import DeepHashEmbedding, Embedding, LowRankEmbedding, LowRankEmbeddingBag
 from mprec.nn.hybrid import HybridEmbeddingBag
 from mprec.nn.low_rank import LowRankEmbeddingBagCollection, LowRankTable
 from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
 from mprec.nn.memory import use_huge_pages
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
-from mprec.nn.swapping import swap
+from mprec.nn.swapping import SwapReport, swap
 from mprec.nn.unseen import MeanForUnseen
 from mprec.options import KernelOptions
 from mprec.representations import DheConfig, FeatureConfig, with_representation
@@ -17,20 +18,25 @@ from mprec.tuning import auto_kernels, kernel_candidates, tune_kernels
 
 __all__ = [
     "MLP",
+    "DeepHashEmbedding",
     "DeepHashEmbeddingBag",
     "DheConfig",
     "DotInteraction",
+    "Embedding",
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "FeatureConfig",
     "HybridEmbeddingBag",
     "KernelOptions",
+    "LowRankEmbedding",
+    "LowRankEmbeddingBag",
     "LowRankEmbeddingBagCollection",
     "LowRankTable",
     "MappedEmbeddingBagCollection",
     "MeanForUnseen",
     "QuantizedEmbeddingBagCollection",
     "QuantizedTable",
+    "SwapReport",
     "auto_kernels",
     "folded",
     "kernel_candidates",

@@ -1,7 +1,7 @@
 """All categorical features of a model in one module."""
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from mprec import ops
 from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
+from mprec.nn.keyed import embed_keyed
 from mprec.ops import pooling
 from mprec.ops._common import NATIVE_TABLES, into
 from mprec.ops._decoders import group_decoders
@@ -86,6 +87,11 @@ class EmbeddingBagCollection(nn.Module):
         self.sparse = sparse
         if not self.features:
             raise ValueError("features: expected at least one")
+        if wrong := [f for f in self.features if not isinstance(f, FeatureConfig)]:
+            raise TypeError(
+                f"features: expected FeatureConfigs, got {type(wrong[0]).__name__}; TorchRec's are for "
+                "mprec.nn.torchrec.EmbeddingBagCollection"
+            )
         names = [feature.name for feature in self.features]
         if len(set(names)) != len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -138,29 +144,32 @@ class EmbeddingBagCollection(nn.Module):
 
     def forward(
         self,
-        indices: Tensor,
-        offsets: Tensor,
+        indices: Any,
+        offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Embed and pool a batch.
 
         Args:
-            indices: int64 or int32 ``[n]``, feature after feature.
+            indices: int64 or int32 ``[n]``, feature after feature; or a KeyedJaggedTensor alone, with the
+                names of the features as keys, in any order.
             offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
             per_sample_weights: one factor per index (features of modes sum and mean only).
             out: where to write the result, and what to return: a buffer of its shape and dtype that is used
                 again costs neither an allocation nor its page faults. Not with gradients.
 
         Returns:
-            ``[B, sum(output_dims)]``.
+            ``[B, sum(output_dims)]``; of a KeyedJaggedTensor a KeyedTensor (see :mod:`mprec.nn.keyed`).
 
         Raises:
             IdOutOfRangeError: an ID of a feature with a table is not in ``[0, num_embeddings)``, or an ID of
                 one without is negative (a deep hash embedding takes any other).
             InvalidOffsetsError, DtypeError, DeviceError, ValueError, NotImplementedError.
         """
+        if offsets is None:
+            return embed_keyed(self, indices)
         batch = Bags(indices, offsets, self._mode, per_sample_weights, None, self._count)
         try:
             if (

@@ -30,6 +30,10 @@ class HybridEmbeddingBag(nn.Module):
         self.table = EmbeddingBag(num_embeddings, embedding_dim, padding_idx=padding_idx, **options)
         self.dhe = DeepHashEmbeddingBag(embedding_dim, config, padding_idx=self.table.padding_idx, **options)
 
+    def reset_parameters(self) -> None:
+        self.table.reset_parameters()
+        self.dhe.reset_parameters()
+
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:

@@ -18,6 +18,7 @@ from mprec.bags import Bags
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.mapped import pooled_ones
 from mprec.representations import FeatureConfig
+from mprec.tracing import eager
 
 __all__ = ["CODE_PRECISIONS", "LowRankEmbeddingBagCollection", "LowRankTable"]
 
@@ -102,12 +103,14 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
     def forward(
         self,
         indices: Tensor,
-        offsets: Tensor,
+        offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
         out: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`EmbeddingBagCollection.forward`; float32 results without gradients."""
+        if not eager():  # exporters write no_grad() down, and an error would leave it switched on
+            return super().forward(indices, offsets, per_sample_weights, out=out)
         with torch.no_grad():
             return super().forward(indices, offsets, per_sample_weights, out=out)
 
@@ -116,21 +119,29 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
 
     def _forward_ops(self, batch: Bags) -> Tensor:
         indices, offsets, _, per_sample_weights, _, count, _, _ = batch
-        batch.check_offsets()
-        batch.check_ids([f.num_embeddings for f in self.features])
-        samples = batch.batch
+        samples, watched = (offsets.shape[0] - 1) // count, not eager()
+        bounds = [f.num_embeddings for f in self.features]
+        if not watched:
+            batch.check_offsets()
+            batch.check_ids(bounds)
         lengths = offsets.diff()
-        singles = len(indices) == count * samples and per_sample_weights is None
+        singles = not watched and len(indices) == count * samples and per_sample_weights is None
         if singles and bool((lengths == 1).all()):
             codes = self.codes.index_select(0, (indices.view(count, samples) + self._starts).flatten())
             pooled = codes.to(torch.float32).view(count, samples, -1)
             bias = self.biases[:, None]
         else:
-            bounds = offsets[::samples] if samples else offsets.new_zeros(count + 1)
-            starts = torch.repeat_interleave(self._starts[:, 0], bounds.diff(), output_size=len(indices))
+            of_feature = lengths.view(count, samples).sum(1)
+            starts = torch.repeat_interleave(self._starts[:, 0], of_feature, output_size=indices.shape[0])
+            if watched:  # values are looked at when this runs; an ID too large would be another feature's
+                sizes = torch.repeat_interleave(
+                    torch.tensor(bounds, device=indices.device), of_feature, output_size=indices.shape[0]
+                )
+                inside = ((indices >= 0) & (indices < sizes)).all()
+                torch._assert_async(inside, "IdOutOfRangeError: an index is not below its num_embeddings")
             rows = self.codes.index_select(0, indices + starts).to(torch.float32)
             # Each row is its own table's: pooled by the native kernel.
-            each = torch.arange(len(rows), device=rows.device)
+            each = torch.arange(rows.shape[0], device=rows.device)
             pooled = ops.embedding_bag(
                 each,
                 rows,
@@ -146,7 +157,7 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
                 pooled = pooled / by[:, :, None]
             ones = pooled_ones(offsets, per_sample_weights, modes, torch.float32)
             bias = ones[:, :, None] * self.biases[:, None]
-        return torch.baddbmm(bias, pooled, self.projections).transpose(0, 1).flatten(1)
+        return torch.baddbmm(bias, pooled, self.projections).transpose(0, 1).flatten(1).detach()
 
     def rows(self, name: str) -> Tensor:
         """The table that a feature's codes stand for: float32 ``[num_embeddings, embedding_dim]``."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mprec.names import MODES
 from mprec.nn.collection import EmbeddingBagCollection
+from mprec.nn.keyed import embed_keyed
 from mprec.ops._common import into
 from mprec.representations import PARTS, TABLE
 
@@ -73,11 +74,13 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
     def forward(
         self,
         indices: Tensor,
-        offsets: Tensor,
+        offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
         out: Tensor | None = None,
     ) -> Tensor:
+        if offsets is None:
+            return embed_keyed(self, indices)
         pooled = super().forward(indices, offsets, per_sample_weights)
         ones = pooled_ones(offsets, per_sample_weights, [f.mode for f in self.features], pooled.dtype)
         blocks = list(pooled.split(self._blocks, dim=1))
@@ -132,7 +135,7 @@ def pooled_ones(
     if per_sample_weights is None:
         total = counts
     else:
-        bags = torch.repeat_interleave(lengths.flatten(), output_size=len(per_sample_weights))
+        bags = torch.repeat_interleave(lengths.flatten(), output_size=per_sample_weights.shape[0])
         zeros = per_sample_weights.new_zeros(lengths.numel(), dtype=dtype)
         total = zeros.index_add(0, bags, per_sample_weights.to(dtype)).view_as(counts)
     if "mean" not in modes:

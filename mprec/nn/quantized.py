@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import reference
-from mprec.bags import Bags, check_mode
+from mprec.bags import Bags, check_mode, check_ndim
 from mprec.hashing import families_for
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.ops import pooling
@@ -17,6 +17,7 @@ from mprec.representations import DHE, PARTS, TABLE
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
 from mprec.row_formats import row_format
 from mprec.tensors import plain
+from mprec.tracing import eager
 
 #: Hash families that a decoder precision serves; None: all.
 DECODER_PRECISIONS = {
@@ -170,18 +171,19 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             raise TypeError(f"decoders in {', '.join(low)} are for the CPU, not for {converted.device}")
         return super()._apply(fn, recurse)
 
-    @torch.compiler.disable
-    @torch.no_grad()
     def forward(
         self,
         indices: Tensor,
-        offsets: Tensor,
+        offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
         *,
         out: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`EmbeddingBagCollection.forward`; float32 results without gradients."""
-        return super().forward(indices, offsets, per_sample_weights, out=out)
+        if not eager():  # exporters write no_grad() down, and an error would leave it switched on
+            return super().forward(indices, offsets, per_sample_weights, out=out)
+        with torch.no_grad():
+            return super().forward(indices, offsets, per_sample_weights, out=out)
 
     def _dtype(self) -> torch.dtype:
         return torch.float32
@@ -220,14 +222,21 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         return pooling.pool_quantised(rows, bits, group.bags(batch))
 
     def _embed_decoders(self, group, batch: Bags) -> Tensor:
-        scaled = self._in_float8(group.names[0])
-        return pooling.pool_decoders(*self._stacks(group), group.decoder, group.bags(batch), scaled)
+        precisions, scaled = self._precisions(group), self._in_float8(group.names[0])
+        if scaled or set(precisions) == {"float32"}:
+            return pooling.pool_decoders(*self._stacks(group), group.decoder, group.bags(batch), scaled)
+        return pooling.pool_packed(*self._stacks(group), group.decoder, precisions, group.bags(batch))
 
     def _forward_ops(self, batch: Bags) -> Tensor:
         """Where the kernels refused: inputs in another form, or something to raise an exception about."""
-        weights = batch.per_sample_weights
+        indices, offsets, mode, weights, *others = batch
         if weights is not None:
-            batch = batch._replace(per_sample_weights=weights.detach().to(torch.float32))
+            weights = weights.detach().to(torch.float32)
+        for name, tensor in (("indices", indices), ("offsets", offsets)):
+            check_ndim(tensor, name)
+        batch = Bags(indices, offsets, mode, weights, *others)
+        if not eager():  # operators check when they run
+            return super()._forward_ops(batch).detach()
         batch = batch.checked(len(self.features), torch.float32)
         check_same_device(module=next(self.buffers()), indices=batch.indices, offsets=batch.offsets)
         if batch.indices.is_cuda:

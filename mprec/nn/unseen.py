@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mprec.nn.collection import EmbeddingBagCollection
+from mprec.nn.keyed import embed_keyed
 from mprec.ops._checks import check_id_list
+from mprec.tracing import eager
 
 
 class MeanForUnseen(nn.Module):
@@ -105,42 +107,52 @@ class MeanForUnseen(nn.Module):
         offsets[(feature + 1) * len(ids) :] = len(ids)
         return self.collection(ids, offsets)
 
-    @torch.compiler.disable
-    def forward(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, indices: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
         """As the collection's: ``indices`` ``[n]``, offsets ``[F * B + 1]`` to ``[B, sum(output_dims)]``."""
-        feature = self._feature_of_each(indices, offsets)
-        if feature is None:  # nothing to do, or something that the collection will object to
+        if offsets is None:
+            return embed_keyed(self, indices)
+        watched = not eager()  # a compiler cannot look at values
+        if not self.known.numel() or not self._is_batch(indices, offsets, watched):
             return self.collection(indices, offsets, per_sample_weights)
+        count, bags = len(self.features), offsets.shape[0] - 1
+        lengths = offsets.diff()
+        every = torch.arange(bags, device=indices.device)
+        bag = torch.repeat_interleave(every, lengths, output_size=indices.shape[0])
+        feature = bag // (bags // count)
         sizes = self.sizes[feature]
         inside = (indices >= 0) & (indices < sizes)
         place = torch.where(inside, indices + self.starts[feature], 0)
-        unseen = ((sizes > 0) & (indices >= 0) & ~(inside & self.known[place])).nonzero()[:, 0]
-        if not len(unseen):
+        unseen = (sizes > 0) & (indices >= 0) & ~(inside & self.known[place])
+        if not watched and not bool(unseen.any()):
             return self.collection(indices, offsets, per_sample_weights)
-        feature = feature[unseen]
-        indices = indices.clone()
-        indices[unseen] = self.proxies[feature].to(indices.dtype)
+        indices = torch.where(unseen, self.proxies[feature].to(indices.dtype), indices)
         out = self.collection(indices, offsets, per_sample_weights)
 
-        bag = torch.searchsorted(offsets, unseen.to(offsets.dtype), right=True) - 1
-        share = out.new_ones(len(unseen))
+        # How much of each bag is unseen, [F, B]: so much of the difference of the mean to the proxy it gets.
+        share = unseen.to(self.corrections.dtype)
         if per_sample_weights is not None:
-            share = share * per_sample_weights[unseen].to(share.dtype)
-        share = torch.where(self.averaged[feature], share / (offsets[bag + 1] - offsets[bag]), share)
-        batch = (offsets.shape[0] - 1) // len(self.features)
-        return out.index_add(0, bag % batch, self.corrections[feature].to(out.dtype) * share[:, None])
+            share = share * per_sample_weights.to(share.dtype)
+        share = share.new_zeros(bags).index_add(0, bag, share).view(count, -1)
+        of_bag = lengths.view(count, -1).clamp(min=1)
+        share = torch.where(self.averaged[:, None], share / of_bag, share)
+        return out + (share.T @ self.corrections).to(out.dtype)
 
-    def _feature_of_each(self, indices: Tensor, offsets: Tensor) -> Tensor | None:
-        """The feature of each index, ``[n]``; None for a batch without indices or that is not valid."""
+    def _is_batch(self, indices: Tensor, offsets: Tensor, watched: bool) -> bool:
+        """Whether the indices belong to features; if not, the collection will object, or has nothing to do.
+        ``watched``: only by shapes and types; operators check the rest when they run."""
         count, bags = len(self.features), offsets.shape[0] - 1 if offsets.dim() == 1 else -1
-        if indices.dim() != 1 or not len(indices) or bags < 1 or bags % count or not len(self.known):
-            return None
+        if indices.dim() != 1 or bags < 0 or bags % count:
+            return False
         if indices.is_floating_point() or offsets.is_floating_point():
-            return None
-        lengths = offsets[:: bags // count].diff()
-        if int(lengths.min()) < 0 or int(lengths.sum()) != len(indices):
-            return None
-        return torch.repeat_interleave(torch.arange(count, device=indices.device), lengths)
+            return False
+        if watched:
+            return True
+        if not bags or not len(indices):
+            return False
+        lengths = offsets.diff()
+        return int(lengths.min()) >= 0 and int(lengths.sum()) == len(indices)
 
     def extra_repr(self) -> str:
         parts = []

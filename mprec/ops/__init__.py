@@ -13,11 +13,14 @@ run the formulas of :mod:`mprec.reference` in plain torch.
 CUDA: Triton kernels that do not wait for the device; bad IDs are left out and reported by a later call.
 """
 
+from mprec.ops import _decompositions as _decompositions
 from mprec.ops import _dhe_gradient as _dhe_gradient  # the operators without a function of their own
+from mprec.ops import _flops as _flops
 from mprec.ops import _tables as _tables
 from mprec.ops import _updates as _updates
 from mprec.ops._decoders import clear_decoders
 from mprec.ops._dense import dot_interaction, mlp
+from mprec.ops._embedding import embedding
 from mprec.ops._functional import dhe_bag, dhe_bag_multi, embedding_bag, embedding_bag_multi, hash_encode
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "dhe_bag",
     "dhe_bag_multi",
     "dot_interaction",
+    "embedding",
     "embedding_bag",
     "embedding_bag_multi",
     "hash_encode",

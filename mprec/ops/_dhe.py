@@ -1,6 +1,6 @@
 """Bags of deep hash embeddings: ``torch.ops.mprec.dhe_bag`` and ``dhe_bag_multi``;
-``quantized_dhe_bag_multi``, whose weights are in float8; and ``cached_dhe_bag``, behind a fixed table of hot
-IDs' vectors.
+``quantized_dhe_bag_multi``, whose weights are in float8; ``packed_dhe_bag_multi``, whose decoders are packed
+in few bytes; and ``cached_dhe_bag``, behind a fixed table of hot IDs' vectors.
 """
 
 from collections.abc import Sequence
@@ -35,13 +35,17 @@ class Cache(NamedTuple):
 
 
 class Decoders(NamedTuple):
-    """The call: ``options`` are the hash family, the activation, and that of the last layer."""
+    """The call: ``options`` are the hash family, the activation, and that of the last layer.
+
+    ``precisions``: what decoders are packed in on the CPU, of each; None: float32.
+    """
 
     stacks: Sequence[Stack]
     options: tuple[str, str, str]
     bags: Bags
     scaled: bool = False
     cache: Cache | None = None
+    precisions: Sequence[str] | None = None
 
     @property
     def device(self) -> str:
@@ -86,6 +90,11 @@ def _many(indices, offsets, coefficients, weights, biases, layers, family, activ
     return Decoders(stacks, (family, activation, last_activation), bags, scaled)
 
 
+def _packed(*arguments) -> Decoders:
+    *stacks, precisions, mode, psw, features, num_features = arguments
+    return _many(*stacks, mode, psw, features, num_features)._replace(precisions=precisions)
+
+
 def _check(call: Decoders) -> Decoders:
     bags, count = call.bags, len(call.stacks)
     for t, stack in enumerate(call.stacks):
@@ -128,12 +137,14 @@ def _fake(call: Decoders) -> Tensor:
 @kernel(
     "dhe_bag",
     "dhe_bag_multi",
+    "packed_dhe_bag_multi",
     device="cpu",
     supports=lambda call: all(native(*weights) for _, weights, _ in call.stacks),
 )
 def _native(call: Decoders) -> Tensor:
     bags, threads = call.bags.with_float_weights(), torch.get_num_threads()
-    handles = [decoder(*stack, *call.options) for stack in call.stacks]
+    precisions = call.precisions or ["float32"] * len(call.stacks)
+    handles = [decoder(*stack, *call.options, p) for stack, p in zip(call.stacks, precisions, strict=True)]
     if bags.num_features == len(handles) == 1:  # any offsets, and padding
         return _C.dhe_bag(
             handles[0], bags.indices, bags.offsets, bags.per_sample_weights, bags.mode,
@@ -249,4 +260,13 @@ Op(
     check=_check,
     fake=_fake,
     reference=_reference,
+)
+# For serving under compilers; called eagerly, modules go past operators.
+Op(
+    "packed_dhe_bag_multi(Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] weights, "
+    "Tensor[] biases, int[] layers, str family, str activation, str last_activation, str[] precisions, "
+    "int mode=0, Tensor? per_sample_weights=None, int[]? features=None, int? num_features=None) -> Tensor",
+    call=_packed,
+    check=_check,
+    fake=_fake,
 )

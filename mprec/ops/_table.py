@@ -5,7 +5,7 @@ Arguments, as the schema lists them, become one object, the *call* (tables or de
 formula: one table is many tables of which there is one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,14 +64,14 @@ class Op:
     ) -> None:
         self.name = library.define(schema)
         self.make_call, self.check, self.reference, self.result = call, check, reference, result
-        self.formula, self.gradient = formula, gradient
+        self.fake, self.formula, self.gradient = fake, formula, gradient
         self.overload = getattr(torch.ops.mprec, self.name).default
         declared = self.overload._schema.arguments
         self.arguments = [a.name for a in declared]
         self._defaults = [a.default_value if a.has_default_value() else None for a in declared]
         # CompositeExplicitAutograd: one implementation for every device; it asks the tensors where they are.
         library.impl(self.name, self.run, "CompositeExplicitAutograd")
-        fake_result = lambda *arguments: result(fake(self.call(*arguments)))  # noqa: E731
+        fake_result = lambda *arguments: self.shape(self.call(*arguments))  # noqa: E731
         torch.library.register_fake(f"mprec::{self.name}", fake_result, lib=library)
         if formula is not None:
             _autograd.register(self, library, differentiate or by_kernels)
@@ -85,17 +85,26 @@ class Op:
         """The dispatcher leaves trailing defaults out."""
         return (*arguments, *self._defaults[len(arguments) :])
 
+    def positional(self, arguments: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
+        """All arguments by position."""
+        if not named:
+            return arguments
+        late = list(zip(self.arguments, self._defaults, strict=True))[len(arguments) :]
+        return *arguments, *(named.get(name, default) for name, default in late)
+
     def call(self, *arguments):
         return self.make_call(*self.complete(arguments))
+
+    def shape(self, call):
+        """An empty result."""
+        return self.result(self.fake(call))
 
     def run(self, *arguments, device: str | None = None, **named):
         """The result by the first kernel that supports the call, or by the reference.
 
         ``device``: whose kernels; default: that of the call.
         """
-        if named:
-            arguments = [named.get(name, a) for name, a in zip(self.arguments, self._defaults, strict=True)]
-        call = self.check(self.call(*arguments))
+        call = self.check(self.call(*self.positional(arguments, named)))
         for kernel in kernels(self.name, device or call.device):
             if kernel.supports(call):
                 return self.result(kernel.run(call))

@@ -8,6 +8,7 @@ Under ``torch.compile`` a traced table is not the attached one: its gradient is 
 optimizer's ``step()`` applies it.
 """
 
+import gc
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -20,11 +21,14 @@ from mprec.bags import Bags
 from mprec.names import MODES
 from mprec.ops import _backward
 
-__all__ = ["RETURN", "SKIP", "Owned", "Owner", "attach", "attached", "contribute", "fate"]
+__all__ = ["RETURN", "SKIP", "Owned", "Owner", "attach", "attached", "contribute", "detach", "fate"]
 
 
 class Owner(Protocol):
     """What this module asks of an optimizer."""
+
+    #: Whether backward passes update its tables. If not, gradients are returned to autograd.
+    in_backward: bool
 
     def group_key(self, weight: Tensor) -> object:
         """Tables of equal keys can be updated by one call."""
@@ -48,16 +52,38 @@ _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def attach(weight: Tensor, owner: Owner) -> None:
-    """From now on gradients of ``weight`` go to ``owner`` as they are computed."""
+    """From now on gradients of ``weight`` go to ``owner``.
+
+    Raises:
+        ValueError: another optimizer has it.
+    """
+    if _living(weight) not in (None, owner):
+        gc.collect()  # one that only a circle holds, as a learning rate schedule makes, is gone
+        if (other := _living(weight)) not in (None, owner):
+            raise ValueError(
+                f"params: the table {tuple(weight.shape)} belongs to another optimizer of mprec.optim, "
+                f"{type(other).__name__}; delete that one first, or call its release()"
+            )
     _owners[weight] = weakref.ref(owner)
 
 
-def attached(weight: Tensor) -> Owner | None:
-    """The optimizer that has taken over the table, if any."""
-    if not _owners:
-        return None
+def detach(weight: Tensor, owner: Owner) -> None:
+    """Gradients of ``weight`` no longer go to ``owner``."""
+    if _living(weight) is owner:
+        del _owners[weight]
+
+
+def _living(weight: Tensor) -> Owner | None:
     reference = _owners.get(weight)
     return None if reference is None else reference()
+
+
+def attached(weight: Tensor) -> Owner | None:
+    """The optimizer that backward passes are to update the table for, if any."""
+    if not _owners:
+        return None
+    owner = _living(weight)
+    return owner if owner is not None and owner.in_backward else None
 
 
 class Owned(NamedTuple):
@@ -143,9 +169,15 @@ def contribute(
         raise NotImplementedError("mode: max is not for tables that an optimizer of mprec owns")
     if scale_grad_by_freq:
         raise NotImplementedError("scale_grad_by_freq: not for tables that an optimizer of mprec owns")
-    for owned in owners:
-        if owned is not None:
-            owned.owner.check_ranks()
+    for weight, owned in zip(weights, owners, strict=True):
+        if owned is None:
+            continue
+        owned.owner.check_ranks()
+        if weight._backward_hooks:
+            raise RuntimeError(
+                f"the table {tuple(weight.shape)} has hooks on its gradient, and a backward pass that "
+                "updates it makes none: give its optimizer of mprec.optim in_backward=False"
+            )
     task = torch._C._current_graph_task_id()
     running = _passes.get(task)
     if running is None:

@@ -99,6 +99,24 @@ def pool_decoders(
     return operator(indices, offsets, *stacks, *options, mode, psw, features, num_features)
 
 
+def pool_packed(
+    coefficients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layers: Sequence[int],
+    options: tuple[str, str, str],
+    precisions: Sequence[str],
+    bags: Bags,
+) -> Tensor:
+    """As :func:`pool_decoders`, of decoders packed in these precisions, on the CPU."""
+    indices, offsets, mode, psw, features, num_features, _, _ = bags
+    weights, biases = [w.detach() for w in weights], [b.detach() for b in biases]
+    return torch.ops.mprec.packed_dhe_bag_multi(
+        indices, offsets, coefficients, weights, biases, layers, *options, precisions, mode, psw, features,
+        num_features,
+    )  # fmt: skip
+
+
 def seen_by_compilers(operator, sparse_gradient: bool):
     """The operator; out of sight of a compiler if its gradient is sparse, which compilers cannot trace."""
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()

@@ -11,7 +11,17 @@ from mprec.paths.checkpoints import (
     inputs_of,
     paths_from_checkpoints,
     sampler,
+    vocabularies_of,
     with_cache,
 )
 
-__all__ = ["Inputs", "Scorer", "can_cache", "inputs_of", "paths_from_checkpoints", "sampler", "with_cache"]
+__all__ = [
+    "Inputs",
+    "Scorer",
+    "can_cache",
+    "inputs_of",
+    "paths_from_checkpoints",
+    "sampler",
+    "vocabularies_of",
+    "with_cache",
+]

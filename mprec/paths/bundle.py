@@ -20,14 +20,16 @@ from typing import Any
 import torch
 
 from mprec import checkpoint
+from mprec.data import RawValues, Vocabulary
 from mprec.dispatch.paths import shape_digest
 from mprec.errors import CheckpointError
 from mprec.files import write_whole
 from mprec.models import DLRM
+from mprec.models.compiled import PRECISIONS
 from mprec.nn import folded
 from mprec.paths.forms import build, form_of
 
-__all__ = ["FORMAT", "MANIFEST", "Member", "describe", "is_bundle", "load", "save"]
+__all__ = ["FORMAT", "MANIFEST", "Member", "describe", "is_bundle", "load", "save", "vocabularies"]
 
 FORMAT = "mprec bundle"
 VERSION = 1
@@ -40,6 +42,7 @@ class Member:
 
     ``metrics``: by part of the data (``valid``, ``test``), the value of each metric, as in the metadata of a
     checkpoint. ``facts``: what else is known of the path (JSON-able): bytes, latencies, standard errors.
+    ``dense``: the precision of dense layers when it is served, as :func:`mprec.compile_path` takes it.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Member:
     model: DLRM
     metrics: Mapping[str, Mapping[str, float]]
     facts: Mapping[str, Any]
+    dense: str = "float32"
 
     @property
     def shape(self) -> str:
@@ -59,10 +63,16 @@ def is_bundle(path: str | os.PathLike) -> bool:
     return FilePath(path).is_dir()
 
 
-def save(folder: str | os.PathLike, members: Sequence[Member], metadata: Mapping[str, Any]) -> FilePath:
+def save(
+    folder: str | os.PathLike,
+    members: Sequence[Member],
+    metadata: Mapping[str, Any],
+    vocabularies: Mapping[str, Vocabulary | RawValues] | None = None,
+) -> FilePath:
     """Write a bundle into ``folder``, which is made if need be; returns the folder.
 
-    ``metadata`` (JSON-able) says of the model what a checkpoint's says: dataset, split. ``ValueError`` if two
+    ``metadata`` (JSON-able) says of the model what a checkpoint's says: dataset, split; ``vocabularies`` are
+    what its features' raw values become IDs by. ``ValueError`` if two
     members share a name or there is none, ``TypeError`` if a model is no DLRM, ``OSError`` as the
     disk says; then a bundle that was there is as it was.
     """
@@ -80,19 +90,22 @@ def save(folder: str | os.PathLike, members: Sequence[Member], metadata: Mapping
                 "representation": member.representation,
                 "config": model.config(),
                 "embeddings": form_of(model.embeddings),
+                "dense": member.dense,
                 "metrics": member.metrics,
                 **member.facts,
             }
         )
         # detach() keeps the storage, and torch saves each storage once.
         state |= {f"{position}/{key}": tensor.detach().cpu() for key, tensor in model.state_dict().items()}
-    content = {"format": FORMAT, "version": VERSION, "state": state}
+    described, tensors = checkpoint.vocabularies_out(vocabularies or {})
+    content = {"format": FORMAT, "version": VERSION, "state": state | tensors}
     content["digest"] = digest = checkpoint.digest_of(content)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "weights": digest,
         "metadata": dict(metadata),
+        "vocabularies": described,
         "paths": entries,
     }
     text = json.dumps(manifest, indent=1).encode()
@@ -132,25 +145,47 @@ def describe(folder: str | os.PathLike) -> dict[str, Any]:
     return manifest
 
 
+def vocabularies(folder: str | os.PathLike) -> dict[str, Vocabulary | RawValues]:
+    """What raw values become IDs by, by feature; empty if the bundle does not say. ``CheckpointError`` says
+    what is wrong with the files.
+    """
+    folder = FilePath(folder)
+    manifest = describe(folder)
+    if not manifest.get("vocabularies"):
+        return {}
+    content = {**_weights(folder, manifest), "vocabularies": manifest["vocabularies"]}
+    return checkpoint.vocabularies_in(folder, content)
+
+
+def _weights(folder: FilePath, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the file that the manifest was written with."""
+    file = folder / _weights_name(str(manifest.get("weights")))
+    content = checkpoint.read_digested(file, FORMAT, VERSION)
+    if content["digest"] != manifest["weights"]:
+        raise CheckpointError(f"{file} is not what {folder / MANIFEST} was written with")
+    return content
+
+
 def load(folder: str | os.PathLike) -> tuple[list[Member], dict[str, Any]]:
     """(the paths of a bundle, metadata). The weights are the file's pages, read when they are used and shared
     between paths and processes. ``CheckpointError`` says what is wrong with the files.
     """
     folder = FilePath(folder)
     manifest = describe(folder)
-    file = folder / _weights_name(str(manifest.get("weights")))
-    content = checkpoint.read_digested(file, FORMAT, VERSION)
-    if content["digest"] != manifest["weights"]:
-        raise CheckpointError(f"{file} is not what {folder / MANIFEST} was written with")
+    content = _weights(folder, manifest)
     members = []
     try:
         for position, entry in enumerate(manifest["paths"]):
             prefix = f"{position}/"
             state = {k.removeprefix(prefix): v for k, v in content["state"].items() if k.startswith(prefix)}
             model = build(entry["config"], entry["embeddings"], state)
-            known = ("name", "representation", "config", "embeddings", "metrics")
+            known = ("name", "representation", "config", "embeddings", "metrics", "dense")
             facts = {key: value for key, value in entry.items() if key not in known}
-            members.append(Member(entry["name"], entry["representation"], model, entry["metrics"], facts))
+            dense = entry.get("dense", "float32")
+            if dense not in PRECISIONS:
+                raise ValueError(f"path {entry['name']!r}: dense layers in {dense!r}")
+            representation, metrics = entry["representation"], entry["metrics"]
+            members.append(Member(entry["name"], representation, model, metrics, facts, dense))
         return members, dict(manifest["metadata"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the weights do not fit the paths described: {error!r}") from error

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from mprec import checkpoint
+from mprec._native import _C
 from mprec.cache import CachedEmbeddingBagCollection
-from mprec.data import Batch, ClickDataset
+from mprec.data import Batch, ClickDataset, RawValues, Vocabulary
 from mprec.dispatch.paths import Path, shape_digest
 from mprec.errors import CheckpointError, PathCompileError
 from mprec.models import compile_path
@@ -22,17 +23,29 @@ from mprec.nn import EmbeddingBagCollection
 from mprec.paths import bundle
 from mprec.paths.forms import form_of
 
-__all__ = ["Inputs", "Scorer", "can_cache", "inputs_of", "paths_from_checkpoints", "sampler", "with_cache"]
+__all__ = [
+    "Inputs",
+    "Scorer",
+    "can_cache",
+    "inputs_of",
+    "paths_from_checkpoints",
+    "sampler",
+    "vocabularies_of",
+    "with_cache",
+]
 
 
 class Scorer:
     """Click probabilities [B] of a batch, by a model that returns logits: by its compiled path, or by the
-    model itself where ``reason`` says why it has none (empty: it has)."""
+    model itself where ``reason`` says why it has none (empty: it has).
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.reason = model.eval(), ""
+    ``dense``: the precision of dense layers, as :func:`mprec.compile_path` takes it; the model itself
+    computes in its own."""
+
+    def __init__(self, model: torch.nn.Module, dense: str = "float32") -> None:
+        self.model, self.dense, self.reason = model.eval(), dense, ""
         try:
-            self.compiled = compile_path(model)
+            self.compiled = compile_path(model, dense)
         except PathCompileError as error:
             self.compiled, self.reason = None, str(error)
 
@@ -41,6 +54,10 @@ class Scorer:
             return self.compiled(batch.dense, batch.indices, batch.offsets)
         with torch.inference_mode():
             return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+
+    def program(self) -> _C.PathProgram | None:
+        """The compiled path's native call, its weights packed as they are now."""
+        return None if self.compiled is None else self.compiled.program()
 
     def path(self, name: str, representation: str, quality: float, description: Any) -> Path:
         """The path that scores so; ``description`` says what is measured, beside how it runs."""
@@ -77,7 +94,8 @@ def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = 
         name = each.name
         if shared[name] > 1:
             name = f"{each.file.stem}/{name}" if each.several else each.file.stem
-        paths.append(Scorer(each.model).path(name, each.representation, each.quality, each.shape))
+        scorer = Scorer(each.model, each.dense)
+        paths.append(scorer.path(name, each.representation, each.quality, each.shape))
     if repeated := [name for name, count in Counter(path.name for path in paths).items() if count > 1]:
         raise ValueError(f"two checkpoints would both be called {repeated[0]!r}: rename a file")
     return paths
@@ -93,6 +111,7 @@ class _Found(NamedTuple):
     model: torch.nn.Module
     shape: str
     several: bool  # in that file
+    dense: str  # precision of dense layers
 
 
 def _open(file: FilePath, metric: str) -> tuple[tuple[list[tuple[str, int]], int], list[_Found]]:
@@ -100,7 +119,7 @@ def _open(file: FilePath, metric: str) -> tuple[tuple[list[tuple[str, int]], int
     if bundle.is_bundle(file):
         members, metadata = bundle.load(file)
         model, several = members[0].model, True
-        rows = [(m.name, m.representation, m.metrics, m.model, m.shape) for m in members]
+        rows = [(m.name, m.representation, m.metrics, m.model, m.shape, m.dense) for m in members]
     else:
         model, metadata = checkpoint.load(file)
         several = "paths" in metadata  # one model, several paths
@@ -109,16 +128,17 @@ def _open(file: FilePath, metric: str) -> tuple[tuple[list[tuple[str, int]], int
             if several:
                 for name, metrics in metadata["paths"].items():
                     path = model.path(name)
-                    rows.append((name, name, metrics, path, shape_digest(path.config())))
+                    rows.append((name, name, metrics, path, shape_digest(path.config()), "float32"))
             else:
                 name = str(metadata["representation"])
-                rows.append((name, name, metadata["metrics"], model, shape_digest(model.config())))
+                shape = shape_digest(model.config())
+                rows.append((name, name, metadata["metrics"], model, shape, "float32"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{file}: its metadata has no representation or no metrics") from error
     try:
         found = [
-            _Found(file, name, kind, float(metrics["valid"][metric]), each, shape, several)
-            for name, kind, metrics, each, shape in rows
+            _Found(file, name, kind, float(metrics["valid"][metric]), each, shape, several, dense)
+            for name, kind, metrics, each, shape, dense in rows
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -149,6 +169,12 @@ def inputs_of(file: str | os.PathLike) -> Inputs:
         raise CheckpointError(f"{file}: its config does not name the model's inputs: {error!r}") from error
 
 
+def vocabularies_of(file: str | os.PathLike) -> dict[str, Vocabulary | RawValues]:
+    """What raw values become IDs by, by feature, of a checkpoint or a bundle; empty if it does not say.
+    ``CheckpointError`` for a bad file."""
+    return bundle.vocabularies(file) if bundle.is_bundle(file) else checkpoint.vocabularies(file)
+
+
 def can_cache(path: Path) -> bool:
     """Has the path plain decoders, so that :func:`with_cache` takes it?"""
     embeddings = getattr(getattr(path.model, "model", None), "embeddings", None)
@@ -175,7 +201,7 @@ def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None)
     twin._modules = dict(model._modules)
     twin._modules["embeddings"] = CachedEmbeddingBagCollection(model.embeddings, nbytes, known)
     name, description = f"{path.name}+cache", [model.config(), "cache", nbytes]
-    return Scorer(twin).path(name, path.representation, path.quality, description)
+    return Scorer(twin, path.model.dense).path(name, path.representation, path.quality, description)
 
 
 def sampler(dataset: ClickDataset) -> Callable[[int, np.random.Generator], Batch]:

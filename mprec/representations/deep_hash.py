@@ -67,8 +67,8 @@ class DeepHashEmbeddingBag(nn.Module):
         self.include_last_offset = include_last_offset
         self.padding_idx = padding_idx
         self.num_embeddings = num_embeddings
-        hashes = coefficients(self.config.k, self.config.family, self.config.seed)
-        self.register_buffer("coefficients", hashes.to(device) if device is not None else hashes)
+        hashes = _hashes(self.config)
+        self.register_buffer("coefficients", hashes.to(torch.empty(0, device=device).device))
         widths = self.config.widths(embedding_dim)
         self.decoder = nn.ModuleList(
             nn.Linear(inputs, outputs, device=device, dtype=dtype)
@@ -78,9 +78,23 @@ class DeepHashEmbeddingBag(nn.Module):
         self._packed = ModuleDecoder()
 
     def reset_parameters(self) -> None:
+        """The hash functions of the configuration's seed, and a new decoder."""
+        self._reset_hashes()
         for layer in self.decoder:
             nn.init.xavier_normal_(layer.weight)
             nn.init.normal_(layer.bias, std=math.sqrt(1 / layer.out_features))
+
+    @torch.no_grad()
+    def _reset_hashes(self) -> None:
+        if not self.coefficients.is_meta:
+            self.coefficients.copy_(_hashes(self.config))
+
+    def _apply(self, fn, recurse=True):
+        was_meta = self.coefficients.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:  # to_empty: what no training makes is right at once
+            self._reset_hashes()
+        return self
 
     @property
     def weights(self) -> list[Tensor]:
@@ -194,6 +208,11 @@ class DeepHashEmbeddingBag(nn.Module):
             f"{c.k} {c.family} hashes, {'-'.join(map(str, c.widths(self.embedding_dim)))}, {c.activation}, "
             f"last {c.last_activation}, mode={self.mode!r}{bound}{padding}"
         )
+
+
+def _hashes(config: DheConfig) -> Tensor:
+    with torch.device("cpu"):
+        return coefficients(config.k, config.family, config.seed)
 
 
 def _recompute(layer: nn.Module) -> None:

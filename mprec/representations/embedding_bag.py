@@ -48,7 +48,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
     ) -> None:
         fresh = _weight is None
         if fresh:
-            _weight = _storage(num_embeddings, embedding_dim, device, dtype, huge_pages)
+            _weight = table_storage(num_embeddings, embedding_dim, device, dtype, huge_pages)
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -126,7 +126,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         )
 
 
-def _storage(rows, dim, device, dtype, huge_pages) -> Tensor | None:
+def table_storage(rows, dim, device, dtype, huge_pages) -> Tensor | None:
     """Memory for a new table in huge pages, or ``None``: then torch allocates."""
     if huge_pages is False or rows <= 0 or dim <= 0 or torch.empty(0, device=device).device.type != "cpu":
         return None

@@ -18,10 +18,10 @@ from mprec.representations.base import Part, Representation
 from mprec.representations.embedding_bag import EmbeddingBag
 from mprec.row_formats import row_format
 
-__all__ = ["LOW_RANK", "REPRESENTATION", "LowRankEmbedding"]
+__all__ = ["LOW_RANK", "REPRESENTATION", "LowRankWeights"]
 
 
-class LowRankEmbedding(nn.Module):
+class LowRankWeights(nn.Module):
     """The weights of one feature.
 
     Attributes:
@@ -68,11 +68,11 @@ class LowRank(Part):
     def num_parameters(self, feature) -> int:
         return (feature.num_embeddings + feature.embedding_dim) * self.rank(feature)
 
-    def module(self, feature, *, sparse, device, dtype) -> LowRankEmbedding:
+    def module(self, feature, *, sparse, device, dtype) -> LowRankWeights:
         options = {"device": device, "dtype": dtype}
         rank = self.rank(feature)
         rows = EmbeddingBag(feature.num_embeddings, rank, mode=feature.mode, sparse=sparse, **options)
-        return LowRankEmbedding(rows, nn.Linear(rank, feature.embedding_dim, bias=False, **options))
+        return LowRankWeights(rows, nn.Linear(rank, feature.embedding_dim, bias=False, **options))
 
     def id_bytes(self, feature, precision="float32") -> int:
         return row_format(precision).row_bytes(self.rank(feature))
@@ -89,8 +89,8 @@ class LowRank(Part):
     def materialize(self, module, num_embeddings) -> Tensor:
         return module.rows.weight.detach()[:num_embeddings] @ module.projection.weight.detach().T
 
-    def quantised(self, module, quantise) -> LowRankEmbedding:
-        return LowRankEmbedding(quantise(module.rows.weight), module.projection)
+    def quantised(self, module, quantise) -> LowRankWeights:
+        return LowRankWeights(quantise(module.rows.weight), module.projection)
 
     def pool(self, modules: Sequence[Any], bags: Bags, sparse: bool) -> Tensor:
         tables = [module.rows for module in modules]

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mprec.data import RawValues, Vocabulary
+from mprec.data.vocabulary import same_ids
 from mprec.data.zipf import zipf_batches
 from mprec.dispatch import Dispatcher, Profile
-from mprec.paths import inputs_of, paths_from_checkpoints
+from mprec.paths import inputs_of, paths_from_checkpoints, vocabularies_of
 from mprec.serving.engine import Engine
 
 __all__ = ["ModelInputs", "engine_from_checkpoints", "model_inputs"]
@@ -24,26 +26,37 @@ __all__ = ["ModelInputs", "engine_from_checkpoints", "model_inputs"]
 
 class ModelInputs(NamedTuple):
     """What a sample consists of: an ID (or a bag of them) below ``vocabularies[t]`` for each feature, called
-    ``names[t]``, and ``num_dense`` numbers."""
+    ``names[t]``, and ``num_dense`` numbers. ``encoders[t]`` makes IDs of a feature's raw values; None: the
+    checkpoints do not say how."""
 
     vocabularies: list[int]
     names: list[str]
     num_dense: int
+    encoders: Sequence[Vocabulary | RawValues] | None = None
 
 
 def model_inputs(files: Sequence[str | os.PathLike]) -> ModelInputs:
     """The inputs that the models of all the checkpoints (or bundles) take, without making the models.
 
-    ``CheckpointError`` for a bad file; ``ValueError`` if there is no file or two take different inputs.
+    ``CheckpointError`` for a bad file; ``ValueError`` if there is no file or two take different inputs, or
+    make other IDs of raw values.
     """
     if not files:
         raise ValueError("files must name at least one checkpoint")
     found = None
     for file in files:
         features, num_dense, _ = inputs_of(file)
-        here = ModelInputs([size for _, size in features], [name for name, _ in features], num_dense)
-        if found is not None and here != found:
+        names, known = [name for name, _ in features], vocabularies_of(file)
+        encoders = [known[name] for name in names] if set(names) <= set(known) else None
+        here = ModelInputs([size for _, size in features], names, num_dense, encoders)
+        if found is not None and here[:3] != found[:3]:
             raise ValueError(f"{file} takes other inputs (features or dense numbers) than {files[0]}")
+        if found is not None and None not in (encoders, found.encoders):
+            for name, own, first in zip(names, encoders, found.encoders, strict=True):
+                if not same_ids(own, first):
+                    raise ValueError(f"{file} makes other IDs of the values of {name!r} than {files[0]}")
+        if found is not None and found.encoders is None:
+            here = here._replace(encoders=None)
         found = here
     return found
 

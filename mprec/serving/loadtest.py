@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +29,11 @@ from mprec.arrivals import LOGNORMAL_SIZES, QuerySizes, Sizes
 from mprec.data import Batch, ClickDataset
 from mprec.dispatch import Dispatcher, Path, Profile
 from mprec.dispatch.microbenchmark import no_collection
-from mprec.serving.engine import Engine, QueryRefusedError
+from mprec.serving.engine import Answer, Engine, QueryRefusedError
 from mprec.serving.executors import Executor
 from mprec.serving.loads import Arrival, generate, generate_from
 from mprec.serving.process_executor import ProcessExecutor
+from mprec.serving.queries import Replayed
 
 __all__ = [
     "Arrival",
@@ -129,18 +130,17 @@ class Outcome:
             else None,
         }
 
-    def _add(self, due: float, batch: Batch, future) -> None:
+    def _add(self, batch: Batch, query: Replayed) -> None:
         """Count one query."""
-        try:
-            answer = future.result()
-        except QueryRefusedError as error:
-            self.refused[error.reason] += 1
+        self.generator_late_s.append(query.late_s)
+        if query.refused:
+            self.refused[query.refused] += 1
             return
-        except Exception:
+        if query.failed:
             self.failed += 1
             return
-        latency = answer.finished_s - due
-        correct = int(((answer.scores >= 0.5) == (batch.labels >= 0.5)).sum())
+        latency = query.finished_s - query.due_s
+        correct = int(((query.scores >= 0.5) == (batch.labels >= 0.5)).sum())
         in_time = latency <= self.sla_s
         self.latencies_s.append(latency)
         self.samples += len(batch)
@@ -148,8 +148,8 @@ class Outcome:
         self.in_time += in_time
         self.samples_in_time += len(batch) * in_time
         self.correct_in_time += correct * in_time
-        self.paths.update(answer.paths)
-        self.last_finish_s = max(self.last_finish_s, answer.finished_s)
+        self.paths.update(query.paths)
+        self.last_finish_s = max(self.last_finish_s, query.finished_s)
 
 
 def replay(
@@ -159,42 +159,55 @@ def replay(
     *,
     starts_s: float | None = None,
     seconds: float | None = None,
-    clock: Callable[[], float] | None = None,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] | None = None,
 ) -> Outcome:
     """Submit a load's queries when they are due to a started engine, wait for all, and count.
 
     ``starts_s``: when in the load's time this piece of it starts (None: at its first query). ``seconds``: how
     long the piece lasts (None: from the first to the last query's due time, and one mean gap); added to the
-    outcome's seconds. ``clock``: the engine's by default, and it must be. Adds to ``outcome`` if given.
+    outcome's seconds. Adds to ``outcome`` if given. ``sleep``: for an engine whose clock is not real; None:
+    queries come by :meth:`Engine.replay`.
     """
     outcome = Outcome(engine.sla_s) if outcome is None else outcome
-    clock = engine.clock if clock is None else clock
     if seconds is None:
         seconds = (load[-1].at_s - load[0].at_s) * len(load) / max(len(load) - 1, 1) if load else 0.0
     if load and starts_s is None:
         starts_s = load[0].at_s
-    # Prepared ahead: between two queries the generator only sleeps and submits.
-    waiting: list = [None] * len(load)
-    late = [0.0] * len(load)
-    submit = engine.submit
-    start = clock()
-    for i, arrival in enumerate(load):
-        due = start + arrival.at_s - starts_s
-        # Sleeping leaves the core to the engine; how late it ends is recorded.
-        if (wait := due - clock()) > 0:
-            sleep(wait)
-        late[i] = clock() - due
-        waiting[i] = due, submit(arrival.batch, arrived_s=due)
+    batches, at_s = [arrival.batch for arrival in load], [arrival.at_s - starts_s for arrival in load]
+    found = engine.replay(batches, at_s) if sleep is None else _submit_all(engine, batches, at_s, sleep)
     before = outcome.correct_in_time
-    for arrival, (due, future) in zip(load, waiting, strict=True):
-        outcome._add(due, arrival.batch, future)
-    outcome.generator_late_s += late
+    for batch, query in zip(batches, found, strict=True):
+        outcome._add(batch, query)
     outcome.corrections.append(dict(engine.statistics()["corrections"]))
     outcome.seconds += seconds
     if seconds:
         outcome.piece_rates.append((outcome.correct_in_time - before) / seconds)
     return outcome
+
+
+def _submit_all(
+    engine: Engine, batches: Sequence[Batch], at_s: Sequence[float], sleep: Callable[[float], None]
+) -> list[Replayed]:
+    """As :meth:`Engine.replay`, on the engine's own clock."""
+    clock, waiting = engine.clock, []
+    start = clock()
+    for batch, at in zip(batches, at_s, strict=True):
+        due = start + at
+        if (wait := due - clock()) > 0:
+            sleep(wait)
+        late = clock() - due
+        waiting.append((late, due, engine.submit(batch, arrived_s=due)))
+    return [_outcome_of(*each) for each in waiting]
+
+
+def _outcome_of(late: float, due: float, future: Future[Answer]) -> Replayed:
+    try:
+        answer = future.result()
+    except QueryRefusedError as error:
+        return Replayed(late, due, 0.0, error.reason, False, None, {})
+    except Exception:
+        return Replayed(late, due, 0.0, "", True, None, {})
+    return Replayed(late, due, answer.finished_s, "", False, answer.scores, answer.paths)
 
 
 def contestants(

@@ -1,16 +1,17 @@
-"""Queries as an engine keeps them, what becomes of them, and what is counted."""
+"""Queries as an engine's clients see them."""
 
 from __future__ import annotations
 
-from collections import Counter
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from mprec._native import _C
 from mprec.data import Batch
 
-__all__ = ["Answer", "Query", "QueryRefusedError", "Statistics"]
+__all__ = ["Answer", "QueryFuture", "QueryRefusedError", "Replayed"]
 
 
 class QueryRefusedError(RuntimeError):
@@ -23,7 +24,7 @@ class QueryRefusedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """``scores`` float [B] in the order of the query's samples; ``paths``: samples scored by each path.
+    """``scores`` float32 [B] in the order of the query's samples; ``paths``: samples scored by each path.
 
     Times are the engine's clock in seconds: when the query came, when the last of it was scored.
     """
@@ -38,31 +39,45 @@ class Answer:
         return self.finished_s - self.arrived_s
 
 
-@dataclass
-class Statistics:
-    """Counts since the engine was made."""
+class Replayed(NamedTuple):
+    """What became of a query of a load. ``late_s``: from when it was due until it was submitted; other times
+    are the engine's clock. ``refused``: the reason, empty if it was not. ``scores`` and ``paths`` as an
+    :class:`Answer` has them; None and empty without an answer.
+    """
 
-    queries: int = 0
-    answered: int = 0
-    late: int = 0  # answered, after the deadline
-    failed: int = 0  # the query's own input raised, on every path
-    cancelled: int = 0  # by the client, before it was scored
-    refused: Counter = field(default_factory=Counter)  # by reason
-    batches: int = 0
-    samples: Counter = field(default_factory=Counter)  # by path
-    path_errors: Counter = field(default_factory=Counter)  # by path: batches that another had to answer
-    executor_errors: Counter = field(default_factory=Counter)  # by executor: the same of queries
+    late_s: float
+    due_s: float
+    finished_s: float
+    refused: str
+    failed: bool
+    scores: torch.Tensor | None
+    paths: dict[str, int]
 
 
-class Query:
-    """A query and how far it is."""
+class QueryFuture(Future):
+    """A query's outcome to come. Once it is cancelled, the query costs no more work."""
 
-    __slots__ = ("arrived", "batch", "failed_on", "future", "missing", "paths", "scores")
-
-    def __init__(self, batch: Batch, arrived: float) -> None:
-        self.batch, self.arrived = batch, arrived
-        self.future: Future[Answer] = Future()
-        self.missing = len(batch)
-        self.scores: dict[int, torch.Tensor] = {}  # by the first sample's position
-        self.paths: dict[str, int] = {}  # samples by path
+    def __init__(self, batch: Batch) -> None:
+        super().__init__()
+        self.batch = batch
         self.failed_on: int | None = None  # the executor none of whose paths could score it
+        self._engine: _C.Engine | None = None
+        self._query: _C.EngineQuery | None = None
+
+    def taken(self, engine: _C.Engine, query: _C.EngineQuery) -> None:
+        """The engine has queued it."""
+        self._engine, self._query = engine, query
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        if cancelled and self._engine is not None and self._engine.cancel(self._query):
+            self.set_running_or_notify_cancel()
+        return cancelled
+
+    def settle(self, answer: Answer | None = None, error: BaseException | None = None) -> None:
+        """Unless it was cancelled."""
+        if self.set_running_or_notify_cancel():
+            if error is not None:
+                self.set_exception(error)
+            else:
+                self.set_result(answer)

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from mprec.data import Batch
+from mprec.data import Batch, RawValues, Vocabulary
 
-__all__ = ["MAX_IDS", "QueryTooLargeError", "rows_to_batch"]
+__all__ = ["MAX_IDS", "QueryTooLargeError", "rows_to_batch", "values_to_ids"]
 
 MAX_IDS = 1 << 20  # of a query, over all samples and features
 
@@ -58,6 +58,30 @@ def rows_to_batch(
     return Batch(
         torch.from_numpy(numbers), torch.from_numpy(indices), torch.from_numpy(offsets), torch.zeros(size)
     )
+
+
+def values_to_ids(
+    values: Sequence[Sequence[Any]], names: Sequence[str], encoders: Sequence[Vocabulary | RawValues]
+) -> list[list[Any]]:
+    """Rows of IDs, as :func:`rows_to_batch` takes them, from rows of raw values: numbers, text, or None where
+    one is missing, or lists of them. ``ValueError`` names the row and the feature of what is wrong.
+    """
+    width = len(encoders)
+    for b, row in enumerate(values):
+        if not _are_rows(row) or len(row) != width:
+            raise ValueError(f"values[{b}] must have an entry for each of the {width} features")
+    columns = []
+    for t, (name, encoder) in enumerate(zip(names, encoders, strict=True)):
+        column: list[Any] = []
+        for b, row in enumerate(values):
+            is_bag = _are_rows(row[t])
+            try:
+                ids = encoder.ids_of(row[t] if is_bag else (row[t],)).tolist()
+            except ValueError as error:
+                raise ValueError(f"values[{b}][{t}], {name}: {error}") from None
+            column.append(ids if is_bag else ids[0])
+        columns.append(column)
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _are_rows(value: Any) -> bool:

@@ -35,6 +35,9 @@ struct Layers {
       for (float& b : biases[l]) b = random.normal_ish();
     }
   }
+  bool quantised(size_t l) const {
+    return precision == Precision::int8 && sizes[l] >= 32 && sizes[l + 1] > 1;
+  }
   Activation after(size_t l) const { return l + 1 == weights.size() ? last : between; }
   Mlp mlp() const {
     std::vector<LinearWeights> linear;
@@ -50,8 +53,17 @@ struct Layers {
   Row operator()(Row x) const {
     for (size_t l = 0; l < weights.size(); ++l) {
       Row y;
+      double low = 0, high = 0;
+      for (const Bounded& b : x) {
+        low = std::min(low, b.value - b.bound);
+        high = std::max(high, b.value + b.bound);
+      }
+      const double input_step = (high - low) / 127;
       for (int64_t o = 0; o < sizes[l + 1]; ++o) {
         double sum = l % 2 ? 0 : biases[l][o], magnitude = std::fabs(sum), inherited = 0;
+        double weight_step = 0;
+        for (int64_t i = 0; i < sizes[l]; ++i)
+          weight_step = std::max(weight_step, std::fabs(double{weights[l][o * sizes[l] + i]}) / 127);
         for (int64_t i = 0; i < sizes[l]; ++i) {
           const double w = weights[l][o * sizes[l] + i];
           sum += w * x[i].value;
@@ -60,6 +72,8 @@ struct Layers {
           // As in dhe_network.h: six standard deviations of two roundings.
           if (precision == Precision::bfloat16 && sizes[l + 1] > 1)
             inherited += 36 * 2 * std::pow(w * 0x1p-7 * x[i].value, 2) / 12;
+          if (quantised(l))
+            inherited += 36 * (std::pow(w * input_step, 2) + std::pow(weight_step * x[i].value, 2)) / 12;
         }
         const double value = activate(after(l), sum);
         const double rounding = eps * (2 + std::sqrt(static_cast<double>(sizes[l])) / 4) * magnitude;
@@ -130,6 +144,60 @@ void test_bfloat16(const std::string& isa) {
     Layers layers(sizes, Activation::relu, Activation::none, random);
     layers.precision = Precision::bfloat16;
     for (int samples : {1, 4, 5, 30}) check_mlp(c, layers, samples, random);
+  }
+}
+
+void test_int8(const std::string& isa) {
+  Case c(isa + " dense mlp in int8");
+  Random random(17);
+  for (const std::vector<int64_t>& sizes : std::vector<std::vector<int64_t>>{{5, 18, 3, 1},
+                                                                             {32, 1},
+                                                                             {32, 17},
+                                                                             {63, 33, 2},
+                                                                             {257, 70, 256},
+                                                                             {13, 300, 64, 21, 4},
+                                                                             {1030, 40, 1},
+                                                                             {2050, 5}}) {
+    Layers layers(sizes, Activation::relu, Activation::none, random);
+    layers.precision = Precision::int8;
+    for (int samples : {1, 4, 5, 16, 31}) check_mlp(c, layers, samples, random);
+  }
+}
+
+// Its integers: numbers that are their own levels come out as in exact arithmetic, on every ISA alike.
+void test_int8_is_exact(const std::string& isa) {
+  Case c(isa + " dense mlp in int8, exact");
+  Random random(18);
+  for (const auto& [inputs, outputs] : {std::pair{32, 16}, {100, 33}, {367, 40}, {1500, 17}}) {
+    std::vector<float> weights(inputs * outputs), bias(outputs);
+    for (float& w : weights) w = static_cast<float>(random.below(255) - 127);
+    for (int o = 0; o < outputs; ++o) weights[o * inputs + o % inputs] = 127;  // the step is 1
+    for (float& b : bias) b = static_cast<float>(random.below(100));
+    const Mlp mlp({{weights.data(), outputs, inputs, inputs, 1, bias.data(), 1}}, {Activation::none},
+                  Precision::int8);
+    for (int samples : {1, 5, 20, 40}) {
+      const int64_t activations = blocks_of(mlp.view().widest) * sample_block_stride;
+      Guarded<float> in(samples * inputs), out(samples * outputs), blocks(activations), spare(activations);
+      for (int64_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(random.below(128) - 50);
+      for (int s = 0; s < samples; ++s) {
+        in[s * inputs] = -50;  // the ends of the range
+        in[s * inputs + inputs - 1] = 77;
+      }
+      const DenseKernels& k = *kernels().dense;
+      k.gather(in.data(), inputs, samples, inputs, blocks.data(), sample_block_stride, 0);
+      k.scatter(k.mlp(mlp.view(), samples, false, blocks.data(), spare.data(), sample_block_stride),
+                sample_block_stride, samples, outputs, out.data(), outputs);
+      for (int s = 0; s < samples; ++s)
+        for (int o = 0; o < outputs; ++o) {
+          double want = bias[o], magnitude = std::fabs(bias[o]);
+          for (int i = 0; i < inputs; ++i) {
+            want += double{weights[o * inputs + i]} * in[s * inputs + i];
+            magnitude = std::max(magnitude, 50 * 127.0 * inputs);
+          }
+          c.close(out[s * outputs + o], want, 4 * eps * magnitude, samples, " samples, ", inputs,
+                  " inputs: ", s, " output ", o);
+        }
+    }
   }
 }
 
@@ -313,6 +381,8 @@ void test_program(const std::string& isa, int threads) {
 void dense_suite(const std::string& isa, int threads) {
   test_mlp(isa);
   test_bfloat16(isa);
+  test_int8(isa);
+  test_int8_is_exact(isa);
   test_interaction(isa);
   test_interaction_backward(isa);
   test_mix(isa);

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import run_command
 
-# Model: the best ISA that it can run.
+# Model: the best ISA that it can run. The emulator has no AMX: that is run on a CPU that has it.
 MODELS = {"spr": "avx512bf16", "icl": "avx512vnni", "skx": "avx512", "hsw": "avx2"}
 
 
@@ -36,7 +36,9 @@ def test_on_emulated_cpu(kernel_build, emulate, cpu):
 
 
 @pytest.mark.parametrize(
-    ("cpu", "isa"), [("hsw", "avx512"), ("hsw", "avx512vnni"), ("skx", "avx512vnni"), ("icl", "avx512bf16")]
+    ("cpu", "isa"),
+    [("hsw", "avx512"), ("hsw", "avx512vnni"), ("skx", "avx512vnni"), ("icl", "avx512bf16"), ("spr", "amx")],
+    [("hsw", "avx512"), ("hsw", "avx512vnni"), ("skx", "avx512vnni"), ("icl", "avx512bf16"), ("spr", "amx")],
 )
 def test_an_isa_is_not_reached_without_it(kernel_build, emulate, cpu, isa):
     done = emulate(cpu, kernel_build / "kernel_test", isa)

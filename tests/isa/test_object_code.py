@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import checked
 
-ISAS = ("avx2", "avx512", "avx512vnni", "avx512bf16")
+ISAS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
 def objects(build: Path) -> dict[str, Path]:

@@ -109,6 +109,12 @@ def _schemas(inputs: ModelInputs, limits: Limits) -> dict[str, Any]:
         "minItems": len(features),
         "maxItems": len(features),
     }
+    raw = {
+        "type": "array",
+        "description": "As they stand in a log: text, integers, null, or bags of them",
+        "minItems": len(features),
+        "maxItems": len(features),
+    }
     numbers = {
         "type": "array",
         "items": {"type": "number"},
@@ -121,10 +127,12 @@ def _schemas(inputs: ModelInputs, limits: Limits) -> dict[str, Any]:
             "type": "object",
             "properties": {
                 "ids": {**rows, "items": row},
+                **({"values": {**rows, "items": raw}} if inputs.encoders is not None else {}),
                 "dense": {**rows, "items": numbers},
                 "sla_ms": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": MAX_SLA_MS},
             },
-            "required": ["ids", "dense"] if inputs.num_dense else ["ids"],
+            "required": ["dense"] if inputs.num_dense else [],
+            "oneOf": [{"required": ["ids"]}, *([{"required": ["values"]}] if inputs.encoders else [])],
             "additionalProperties": False,
         },
         "Answer": {

@@ -14,12 +14,12 @@ from mprec._native import _C
 from mprec.data import Batch
 from mprec.serving.build import ModelInputs
 from mprec.serving.http.wire import decode_query
-from mprec.serving.rows import QueryTooLargeError, rows_to_batch
+from mprec.serving.rows import QueryTooLargeError, rows_to_batch, values_to_ids
 
 __all__ = ["MAX_SLA_MS", "Limits", "parse_binary", "parse_json"]
 
 MAX_SLA_MS = 3_600_000
-_KNOWN = ("ids", "dense", "sla_ms")
+_KNOWN = ("ids", "values", "dense", "sla_ms")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Limits:
 
 
 def parse_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, float | None]:
-    """(batch, SLA in seconds or None) of ``{"ids": [[...], ...], "dense": [[...], ...], "sla_ms": 10}``.
+    """(batch, SLA in seconds or None) of ``{"ids": [[...], ...], "dense": [[...], ...], "sla_ms": 10}``, or
+    of the same with ``values``, as they stand in a log, in place of IDs.
 
     ``ValueError`` says what is wrong, and where; ``QueryTooLargeError``, which is one, if the query has more
     samples or IDs than it may.
@@ -76,6 +77,10 @@ def _any_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, 
         query = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"the body is not JSON: {error}") from error
+    if isinstance(query, dict) and "values" in query:
+        if "ids" in query:
+            raise ValueError("give ids or values, not both")
+        query["ids"] = _ids_of(query.pop("values"), inputs, limits)
     if not isinstance(query, dict) or not isinstance(query.get("ids"), list) or not query["ids"]:
         raise ValueError(
             'the body must be {"ids": [[...], ...], "dense": [[...], ...]} with at least one row'
@@ -94,6 +99,17 @@ def _any_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, 
         may_hold_bools=b"r" in body or b"f" in body,  # of true and false; no known key has either letter
     )
     return batch, sla_s
+
+
+def _ids_of(values: Any, inputs: ModelInputs, limits: Limits) -> list[list[Any]]:
+    """Rows of IDs from rows of raw values."""
+    if inputs.encoders is None:
+        raise ValueError("values: the models hold no vocabularies, so send ids")
+    if not isinstance(values, list) or not values:
+        raise ValueError("values: expected at least one row")
+    if len(values) > limits.max_samples:
+        raise QueryTooLargeError(f"values: expected at most {limits.max_samples} rows, got {len(values)}")
+    return values_to_ids(values, inputs.names, inputs.encoders)
 
 
 def parse_binary(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, float | None]:

@@ -1,0 +1,242 @@
+"""Engines whose paths are native programs: queries are joined, scored and cut without the interpreter."""
+
+import threading
+
+import pytest
+import torch
+from dispatch_fakes import fake_profile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mprec.data import Batch
+from mprec.dispatch import Dispatcher, Path
+from mprec.errors import IdOutOfRangeError
+from mprec.models import DLRM
+from mprec.nn import DheConfig, FeatureConfig, with_representation
+from mprec.paths.checkpoints import Scorer
+from mprec.serving import Engine, LocalExecutor
+
+SIZES = (11, 7)
+DHE = DheConfig(k=8, hidden=(8,))
+COSTS = {"table": (1e-6, 1e-7), "hybrid": (2e-6, 2e-7)}
+QUALITY = {"table": 0.78, "hybrid": 0.795}
+
+
+def model(representation, seed=0):
+    torch.manual_seed(seed)
+    features = with_representation(
+        [FeatureConfig(f"f{i}", size, 8) for i, size in enumerate(SIZES)], representation, DHE
+    )
+    return DLRM(features, 3, 8, bottom=(8,), top=(8,)).eval()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: model(name) for name in COSTS}
+
+
+def paths(models):
+    return [Scorer(models[name]).path(name, name, QUALITY[name], name) for name in COSTS]
+
+
+def engine_of(models, executors=1, **options):
+    found = [LocalExecutor(f"cpu{i}", paths(models), fake_profile(COSTS)) for i in range(executors)]
+    return Engine(executors=found, **{"sla_s": 10.0, **options})
+
+
+def query(samples, seed=0, ids=torch.int64, offsets=torch.int64, bags=True):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 4 if bags else 2, (2, samples), generator=g)
+    if not bags:
+        lengths.fill_(1)
+    indices = [
+        torch.randint(0, size, (int(n.sum()),), generator=g) for size, n in zip(SIZES, lengths, strict=True)
+    ]
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
+    dense = torch.randn(samples, 3, generator=g)
+    return Batch(dense, torch.cat(indices).to(ids), starts.to(offsets), torch.zeros(samples))
+
+
+def expected(models, answer, batch):
+    """Scores of the path that answered, by the model itself."""
+    (path,) = answer.paths
+    with torch.no_grad():
+        return models[path](batch.dense, batch.indices.long(), batch.offsets.long()).sigmoid()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    widths=st.lists(st.sampled_from([torch.int32, torch.int64]), min_size=2, max_size=2),
+    mixed=st.booleans(),
+    max_batch=st.sampled_from([1, 7, 64, 2048]),
+    executors=st.integers(1, 2),
+)
+def test_scores_are_the_models(models, sizes, widths, mixed, max_batch, executors):
+    """Whatever is joined and cut, each query gets its own scores."""
+    queries = [
+        query(size, i, widths[i % 2 if mixed else 0], widths[(i + 1) % 2 if mixed else 1])
+        for i, size in enumerate(sizes)
+    ]
+    with engine_of(models, executors, max_batch=max_batch) as engine:
+        answers = [future.result(30) for future in [engine.submit(q) for q in queries]]
+    for answer, batch in zip(answers, queries, strict=True):
+        assert sum(answer.paths.values()) == len(batch)
+        if len(answer.paths) == 1:
+            torch.testing.assert_close(answer.scores, expected(models, answer, batch), rtol=1e-4, atol=1e-6)
+    counts = engine.statistics()
+    assert counts["answered"] == len(sizes)
+    assert sum(counts["samples"].values()) == sum(sizes)
+
+
+def test_only_the_query_at_fault_fails(models):
+    good, bad = query(5), query(4, seed=1, bags=False)
+    bad.indices[0] = SIZES[0]
+    with engine_of(models) as engine:
+        futures = [engine.submit(q) for q in (good, bad, good)]
+        with pytest.raises(IdOutOfRangeError):
+            futures[1].result(30)
+        for future in futures[::2]:
+            answer = future.result(30)
+            torch.testing.assert_close(answer.scores, expected(models, answer, good), rtol=1e-4, atol=1e-6)
+    assert engine.statistics()["failed"] == 1
+
+
+def test_forms_that_no_program_takes_are_answered_by_the_model(models):
+    odd = query(6)
+    odd = Batch(odd.dense.t().contiguous().t(), odd.indices.to(torch.int16), odd.offsets, odd.labels)
+    with engine_of(models) as engine:
+        futures = [engine.submit(q) for q in (query(3, 1), odd, query(4, 2))]
+        for future, batch in zip(futures, (query(3, 1), odd, query(4, 2)), strict=True):
+            answer = future.result(30)
+            torch.testing.assert_close(answer.scores, expected(models, answer, batch), rtol=1e-4, atol=1e-6)
+
+
+def test_scores_that_are_not_finite_are_errors():
+    broken = model("table")
+    with torch.no_grad():
+        broken.top[0].bias.fill_(float("nan"))
+    scorer = Scorer(broken)
+    path = scorer.path("table", "table", 0.7, "x")
+    with (
+        Engine(Dispatcher([path], fake_profile({"table": COSTS["table"]})), sla_s=10.0) as engine,
+        pytest.raises(ArithmeticError, match="not finite"),
+    ):
+        engine.submit(query(3)).result(30)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "silently"])
+def test_changed_weights_are_noticed(how):
+    changing = model("table")
+    path = Scorer(changing).path("table", "table", 0.7, "x")
+    batch = query(9)
+    with Engine(Dispatcher([path], fake_profile({"table": COSTS["table"]})), sla_s=10.0) as engine:
+        before = engine.submit(batch).result(30).scores
+        layer = changing.top[0]
+        with torch.no_grad():
+            if how == "in place":
+                layer.weight.mul_(-3.0)
+            elif how == "replaced":
+                layer.weight = torch.nn.Parameter(-3.0 * layer.weight)
+            else:
+                layer.weight.data.numpy()[:] *= -3.0
+        threading.Event().wait(0.01)
+        after = [engine.submit(batch).result(30).scores for _ in range(3)]
+        with torch.no_grad():
+            want = changing(batch.dense, batch.indices, batch.offsets).sigmoid()
+    assert not torch.allclose(before, want, atol=1e-3)
+    for scores in after:
+        torch.testing.assert_close(scores, want, rtol=1e-4, atol=1e-6)
+
+
+def test_the_native_path_is_what_runs(models, monkeypatch):
+    """Models are called for no query that programs take."""
+    calls = []
+    found = paths(models)
+    for path in found:
+        monkeypatch.setattr(path.model.compiled, "_by_model", lambda *a: calls.append(a))
+    monkeypatch.setattr(LocalExecutor, "run", LocalExecutor.run)  # as it is
+    with Engine(Dispatcher(found, fake_profile(COSTS)), sla_s=10.0) as engine:
+        monkeypatch.setattr(Engine, "_run", lambda self, index, job: calls.append(job))
+        for future in [engine.submit(query(3, i)) for i in range(20)]:
+            future.result(30)
+    assert not calls
+
+
+def test_an_executor_that_runs_in_its_own_way_has_no_programs(models):
+    class Own(LocalExecutor):
+        def run(self, path, batch):
+            return super().run(path, batch)
+
+    assert Own("cpu", paths(models), fake_profile(COSTS)).program("table") is None
+    assert LocalExecutor("cpu", paths(models), fake_profile(COSTS)).program("table") is not None
+    plain = Path("plain", "table", 0.5, lambda batch: batch.labels)
+    assert LocalExecutor("cpu", [plain], fake_profile({"plain": COSTS["table"]})).program("plain") is None
+
+
+def test_paths_are_replaced_while_serving(models):
+    other = {name: model(name, seed=1) for name in COSTS}
+    batch = query(8)
+    with engine_of(models) as engine:
+        futures = []
+        for turn in range(6):
+            futures += [engine.submit(batch) for _ in range(50)]
+            engine.replace(
+                executors=[LocalExecutor("cpu0", paths((models, other)[turn % 2]), fake_profile(COSTS))]
+            )
+        answers = [future.result(30) for future in futures]
+        last = engine.submit(batch).result(30)
+    torch.testing.assert_close(last.scores, expected(other, last, batch), rtol=1e-4, atol=1e-6)
+    for answer in answers:
+        matches = [
+            torch.allclose(answer.scores, expected(m, answer, batch), rtol=1e-4, atol=1e-6)
+            for m in (models, other)
+        ]
+        assert any(matches)
+
+
+def test_replayed_queries_keep_their_outcomes(models):
+    queries = [query(5, i) for i in range(30)]
+    queries[7].indices[:] = 99
+    with engine_of(models, sla_s=5.0) as engine:
+        found = engine.replay(queries, [1e-3 * i for i in range(30)])
+        with pytest.raises(ValueError, match="at_s: expected 30 times"):
+            engine.replay(queries, [0.0])
+    assert [each.failed for each in found] == [i == 7 and len(queries[7].indices) > 0 for i in range(30)]
+    for each, batch in zip(found, queries, strict=True):
+        assert each.refused == ""
+        assert each.late_s >= 0
+        if not each.failed:
+            assert each.finished_s > each.due_s
+            torch.testing.assert_close(each.scores, expected(models, each, batch), rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match="started engine"):
+        engine_of(models).replay(queries, [0.0] * 30)
+
+
+def test_a_replay_of_a_closed_engine_refuses(models):
+    engine = engine_of(models).start()
+    engine.close()
+    found = engine.replay([query(3)] * 2, [0.0, 0.0])
+    assert [each.refused for each in found] == ["closed", "closed"]
+
+
+def test_refused_and_cancelled_queries_are_let_go(models):
+    """Futures are kept until they have their outcome, and no longer."""
+    import gc
+    import weakref
+
+    engine = engine_of(models, max_queue=10)
+    kept = engine.submit(query(8))
+    refused, cancelled = engine.submit(query(8)), engine.submit(query(2))
+    assert refused.exception(0).reason == "full"
+    assert cancelled.cancel()
+    assert cancelled.cancelled()
+    looked_at = [weakref.ref(future) for future in (kept, refused, cancelled)]
+    del refused, cancelled
+    gc.collect()
+    assert [ref() is None for ref in looked_at] == [False, True, True]
+    engine.close(drain=False)
+    assert kept.exception(0).reason == "closed"
+    del kept
+    gc.collect()
+    assert looked_at[0]() is None

@@ -1,0 +1,206 @@
+"""Optimizers whose step() updates tables: accumulation, clipping, scaling, replicas; and who owns a table."""
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import mprec.nn
+import mprec.optim
+
+#: Ours, torch's of the same meaning for sparse gradients, arguments of both.
+PAIRS = {
+    "sgd": (mprec.optim.SGD, torch.optim.SGD),
+    "adagrad": (mprec.optim.Adagrad, torch.optim.Adagrad),
+    "adam": (mprec.optim.Adam, torch.optim.SparseAdam),
+}
+BATCHES = [torch.tensor([[1, 2], [2, 9]]), torch.tensor([[2, 3], [1, 1]])]
+
+
+def bags(sparse=False):
+    torch.manual_seed(0)
+    ours = mprec.nn.EmbeddingBag(10, 4, mode="sum", sparse=sparse)
+    theirs = nn.EmbeddingBag(10, 4, mode="sum", sparse=sparse)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def loss(bag, ids):
+    return (bag(ids) * torch.arange(1.0, 5)).square().sum()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_accumulated_gradients_make_one_step(name, sparse):
+    if name == "adam" and not sparse:
+        pytest.skip("torch's SparseAdam has no dense gradients")
+    ours, theirs = bags(sparse)
+    a = PAIRS[name][0](ours.parameters(), lr=0.1, in_backward=False)
+    b = PAIRS[name][1](theirs.parameters(), lr=0.1)
+    for _ in range(3):
+        for bag, optimizer in ((ours, a), (theirs, b)):
+            before = bag.weight.detach().clone()
+            optimizer.zero_grad()
+            for ids in BATCHES:
+                loss(bag, ids).backward()
+                assert torch.equal(bag.weight, before)
+            assert bag.weight.grad.is_sparse == sparse
+            optimizer.step()
+        torch.testing.assert_close(ours.weight, theirs.weight)
+    assert a.state[ours.weight]["step"] == 3
+
+
+def test_clipping():
+    ours, theirs = bags()
+    a = mprec.optim.SGD(ours.parameters(), lr=0.1, in_backward=False)
+    b = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    for bag, optimizer in ((ours, a), (theirs, b)):
+        loss(bag, BATCHES[0]).backward()
+        assert nn.utils.clip_grad_norm_(bag.parameters(), 0.5) > 0.5
+        optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_grad_scaler_unscales_and_skips_what_is_not_finite(sparse):
+    ours, theirs = bags(sparse)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    a = mprec.optim.RowWiseAdagrad(ours.parameters(), lr=0.1, in_backward=False)
+    scaler.scale(loss(ours, BATCHES[0])).backward()
+    scaler.step(a)
+    scaler.update()
+    b = mprec.optim.RowWiseAdagrad(theirs.parameters(), lr=0.1, in_backward=False)
+    loss(theirs, BATCHES[0]).backward()
+    b.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    a.zero_grad()
+    before = ours.weight.detach().clone()
+    scaler.scale(loss(ours, BATCHES[1]) * float("inf")).backward()
+    scaler.step(a)
+    scaler.update()
+    assert torch.equal(ours.weight, before)
+    assert a.state[ours.weight]["step"] == 1
+    assert scaler.get_scale() == 512.0
+
+
+def test_hooks_see_gradients_or_are_refused():
+    ours, twin = bags()
+    ours.weight.register_hook(lambda grad: 2 * grad)
+    optimizer = mprec.optim.SGD(ours.parameters(), lr=0.1)
+    before = ours.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="has hooks on its gradient"):
+        loss(ours, BATCHES[0]).backward()
+    assert torch.equal(ours.weight, before)
+    optimizer.release()
+    optimizer = mprec.optim.SGD(ours.parameters(), lr=0.1, in_backward=False)
+    (plain,) = torch.autograd.grad(loss(twin, BATCHES[0]), twin.weight)
+    loss(ours, BATCHES[0]).backward()
+    torch.testing.assert_close(ours.weight.grad, 2 * plain)
+
+
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_a_table_has_one_owner(in_backward):
+    ours, _ = bags()
+    other = nn.EmbeddingBag(3, 2)
+    first = mprec.optim.SGD(ours.parameters(), lr=0.1, in_backward=in_backward)
+    with pytest.raises(
+        ValueError, match=r"\(10, 4\) belongs to another optimizer of mprec\.optim, SGD"
+    ) as error:
+        mprec.optim.Adagrad([other.weight, ours.weight])
+    mprec.optim.Adagrad([other.weight])  # what failed owns nothing, though the traceback holds it
+    del error
+    loss(ours, BATCHES[0]).backward()
+    assert (ours.weight.grad is None) == in_backward
+    first.release()
+    second = mprec.optim.Adagrad(ours.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(second, 1)  # a circle
+    gc.disable()
+    try:
+        del second, scheduler
+        third = mprec.optim.Adagrad(ours.parameters())
+    finally:
+        gc.enable()
+    assert third.state[ours.weight]["step"] == 0
+    third.add_param_group({"params": [other.weight]})
+    with pytest.raises(ValueError, match="split_parameters"):
+        third.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(third.param_groups) == 2
+
+
+def test_copies_keep_the_mode():
+    ours, _ = bags()
+    optimizer = mprec.optim.SGD(ours.parameters(), lr=0.1, in_backward=False)
+    assert not copy.deepcopy(optimizer).in_backward
+
+
+REPLICAS = """
+import os, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import mprec.nn, mprec.optim
+from mprec.models import DLRM
+from mprec.nn import DheConfig, FeatureConfig, with_representation
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+features = [FeatureConfig("a", 20, 4), FeatureConfig("b", 9, 4)]
+dhe = DheConfig(k=8, hidden=(4,))
+makers = [mprec.optim.SGD, mprec.optim.Adagrad, mprec.optim.RowWiseAdagrad, mprec.optim.Adam]
+
+def batch(rank, step):
+    g = torch.Generator().manual_seed(10 * step + rank)
+    indices = torch.cat([torch.randint(0, f.num_embeddings, (4,), generator=g) for f in features])
+    return torch.randn(4, 2, generator=g), indices, torch.arange(9)
+
+def train(model, owner, ranks, tables, rest):
+    dense = torch.optim.SGD(rest, lr=0.1)
+    for step in range(3):
+        dense.zero_grad()
+        if owner is not None: owner.zero_grad()
+        sum(model(*batch(r, step)).square().mean() for r in ranks).div(len(ranks)).backward()
+        dense.step()
+        if owner is not None: owner.step()
+
+for representation in ("table", "dhe", "hybrid", "low_rank", "select"):
+    for make in makers:
+        for sparse in (False, True):
+            results = []
+            for replicated in (True, False):
+                torch.manual_seed(0)
+                model = DLRM(with_representation(features, representation, dhe, 1), 2, 4, (4,), (4,))
+                for module in model.modules():
+                    if hasattr(module, "sparse"): module.sparse = sparse
+                tables, rest = mprec.optim.split_parameters(model)
+                owner = make(tables, lr=0.1, in_backward=False) if tables else None
+                inner = DistributedDataParallel(model) if replicated else model
+                train(inner, owner, [rank] if replicated else [0, 1], tables, rest)
+                results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+                if owner is not None: owner.release()
+            both = [torch.empty_like(results[0]) for _ in range(2)]
+            dist.all_gather(both, results[0])
+            name = representation, make.__name__, sparse
+            assert torch.equal(*both), name
+            torch.testing.assert_close(results[0], results[1], msg=lambda m: f"{name}: {m}")
+dist.destroy_process_group()
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_replicas_stay_equal_and_equal_one_process(tmp_path):
+    def start(rank):
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29737"}
+        return subprocess.Popen(
+            [sys.executable, "-c", REPLICAS], env={**os.environ, **variables}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        )  # fmt: skip
+
+    for process in [start(0), start(1)]:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        assert "done" in out
