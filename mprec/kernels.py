@@ -42,6 +42,7 @@ def kernel(*operators: str, device: str, supports: Callable[[Any], bool] = lambd
 def kernels(operator: str, device: str) -> list[Kernel]:
     """An operator's kernels for a kind of device (``"cpu"``, ``"cuda"``), first choice first."""
     if device in _LATE:
-        for module in _LATE.pop(device):
+        for module in _LATE[device]:
             importlib.import_module(module)
+        _LATE.pop(device, None)
     return _kernels.get((operator, device), [])
