@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
-from mprec.bags import Bags
+from mprec.bags import Bags, new
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
 from mprec.nn.keyed import embed_keyed
@@ -41,7 +41,7 @@ class _Group(NamedTuple):
         if self.whole and mode == self.mode_code:
             return batch
         served = None if self.whole else self.features
-        return Bags(indices, offsets, self.mode_code, weights, served, count)
+        return new(Bags, (indices, offsets, self.mode_code, weights, served, count, True, -1))
 
 
 class EmbeddingBagCollection(nn.Module):
@@ -170,7 +170,7 @@ class EmbeddingBagCollection(nn.Module):
         """
         if offsets is None:
             return embed_keyed(self, indices)
-        batch = Bags(indices, offsets, self._mode, per_sample_weights, None, self._count)
+        batch = new(Bags, (indices, offsets, self._mode, per_sample_weights, None, self._count, True, -1))
         try:
             if (
                 eager()
@@ -229,11 +229,13 @@ class EmbeddingBagCollection(nn.Module):
 
     def _run_tables(self, group: _Group, batch: Bags, out, options, bits=None) -> Tensor | None:
         """One group's pooled rows into its columns of ``out``; None if native code does not take them."""
-        tables = pooling.tensors_of(self._modules["tables"]._modules, group.names, *self._table_at)
+        where, name, kind = self._table_at
+        tables = pooling.tensors_of(self._modules["tables"]._modules, group.names, where, name, kind)
         if tables is None:
             return None
-        columns = None if group.alone else group.columns
-        return pooling.try_tables(tables, group.bags(batch), out, columns, options.threads, bits)
+        if group.alone:
+            return pooling.try_tables(tables, batch, out, None, options.threads, bits)
+        return pooling.try_tables(tables, group.bags(batch), out, group.columns, options.threads, bits)
 
     def _run_decoders(self, group: _Group, batch: Bags, out, options) -> Tensor | None:
         """One group's vectors into its columns of ``out``; None if native code does not take them."""

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mprec import reference
 from mprec._native import _C
-from mprec.bags import Bags, check_features, check_ndim
+from mprec.bags import Bags, check_features, check_ndim, new
 from mprec.hashing import coefficient_rows
 from mprec.names import FAMILIES, MODES, code
 from mprec.ops._checks import check_id_list, check_same_device
@@ -221,7 +221,7 @@ def embedding_bag_multi(
         check_ndim(weight, f"weights[{t}]", 2)
     features = None if features is None else list(features)
     count = len(weights) if num_features is None else num_features
-    bags = Bags(indices, offsets, number, per_sample_weights, features, count)
+    bags = new(Bags, (indices, offsets, number, per_sample_weights, features, count, True, -1))
     if direct(indices, offsets, per_sample_weights, out, *weights) and len({w.dtype for w in weights}) == 1:
         pooled = try_tables(weights, bags, out, None, None)
         if pooled is not None:

@@ -83,7 +83,8 @@ class Op:
 
     def complete(self, arguments: Sequence[Any]) -> tuple:
         """The dispatcher leaves trailing defaults out."""
-        return (*arguments, *self._defaults[len(arguments) :])
+        missing = self._defaults[len(arguments) :]
+        return (*arguments, *missing) if missing else arguments
 
     def positional(self, arguments: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
         """All arguments by position."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mprec.bags import Bags, bags_of
+from mprec.bags import Bags, new
 from mprec.ops._checks import check_same_device, check_tables, check_weights
 from mprec.ops._common import NATIVE_TABLES
 from mprec.row_formats import quantised_format
@@ -61,7 +61,7 @@ def dims_of(rows: Sequence[Tensor], bits: Sequence[int]) -> list[int]:
 def one_table(
     weight, indices, offsets, mode, psw, include_last_offset, padding_idx, by_freq, sparse
 ) -> Tables:
-    bags = bags_of((indices, offsets, mode, psw, None, 1, include_last_offset, padding_idx))
+    bags = new(Bags, (indices, offsets, mode, psw, None, 1, include_last_offset, padding_idx))
     return Tables([weight], bags, by_freq, sparse)
 
 

@@ -10,7 +10,7 @@ from mprec.kernels import kernel
 from mprec.names import MODES
 from mprec.ops import _autograd, _backward, fused
 from mprec.ops._common import NATIVE_TABLES
-from mprec.ops._table import Op, flatten, unflatten
+from mprec.ops._table import Op
 from mprec.ops._table_calls import Tables
 
 
@@ -42,7 +42,8 @@ class Gradients(NamedTuple):
 
 
 def check_gradient(call: Gradients) -> Gradients:
-    return call._replace(of=call.of._replace(bags=call.of.bags.of_kernels()))
+    grad, (tables, bags, *options), *needs = call
+    return Gradients(grad, Tables(tables, bags.of_kernels(), *options), *needs)
 
 
 def fake_gradient(call: Gradients) -> tuple[list[Tensor], Tensor]:
@@ -109,27 +110,24 @@ class Pooling(torch.autograd.Function):
 
     @staticmethod
     def apply_to(op: Op, keyset, *arguments):
-        shape, tensors = flatten(arguments)
-        return Pooling.apply(op, keyset, shape, *tensors)
+        call = op.call(*arguments)
+        indices, offsets, _, psw, *_ = call.bags
+        return Pooling.apply(op, keyset, arguments, call, indices, offsets, psw, *call.tables)
 
     @staticmethod
-    def forward(ctx, op, keyset, shape, *tensors):
-        arguments = unflatten(shape, tensors)
+    def forward(ctx, op, keyset, arguments, call, indices, offsets, psw, *tables):
         out = op.below(keyset, arguments)
-        call = op.call(*arguments)
-        tables, bags, *_ = call
+        bags = call.bags
         chosen = None
         if bags.mode == MODES["max"]:
             chosen = torch.ops.mprec.embedding_bag_maximal_ids(
                 [table.detach() for table in tables], bags.indices, bags.offsets, bags.padding_idx,
                 bags.include_last_offset, bags.served(len(tables)), bags.num_features,
             )  # fmt: skip
-        psw = bags.per_sample_weights
         ctx.op, ctx.tables = op, tables
         ctx.bags, ctx.rest = (bags.mode, *bags[4:]), call[2:]
-        ctx.where_psw = len(tables) + 5  # after op, keyset, shape, the tables, indices and offsets
         reads = psw is not None and psw.requires_grad
-        ctx.save_for_backward(bags.indices, bags.offsets, psw, chosen, *(tables if reads else ()))
+        ctx.save_for_backward(indices, offsets, psw, chosen, *(tables if reads else ()))
         return out
 
     @staticmethod
@@ -139,13 +137,11 @@ class Pooling(torch.autograd.Function):
         mode, *others = ctx.bags
         bags = Bags(indices, offsets, mode, psw, *others)
         call = Tables(tables, bags, *ctx.rest)
-        need_psw = psw is not None and ctx.needs_input_grad[ctx.where_psw]
-        # tables come first among the tensors
+        need_psw = ctx.needs_input_grad[6]
+        nodes = [node for node, _ in ctx.next_functions[-len(tables) :]]
         fates = [
             fused.fate(table, node) if wanted else fused.SKIP
-            for table, (node, _), wanted in zip(
-                tables, ctx.next_functions, ctx.needs_input_grad[3:], strict=False
-            )
+            for table, node, wanted in zip(tables, nodes, ctx.needs_input_grad[7:], strict=True)
         ]
         grads, grad_psw = [None] * len(tables), None
         if bags.mode == MODES["max"]:
@@ -160,13 +156,8 @@ class Pooling(torch.autograd.Function):
         owners = [fate if isinstance(fate, fused.Owned) else None for fate in fates]
         if any(owners):
             fused.contribute(tables, owners, bags, grad, scale_grad_by_freq=call.by_freq)
-        found: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
-        found[: len(tables)] = [
-            g if fate is fused.RETURN else None for fate, g in zip(fates, grads, strict=True)
-        ]
-        if need_psw:
-            found[ctx.where_psw - 3] = grad_psw
-        return None, None, None, *found
+        grads = [g if fate is fused.RETURN else None for fate, g in zip(fates, grads, strict=True)]
+        return None, None, None, None, None, None, grad_psw if need_psw else None, *grads
 
 
 def _by_operator(op: Op, call: Gradients) -> tuple[list[Tensor], Tensor | None]:

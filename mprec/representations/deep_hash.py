@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
-from mprec.bags import Bags, bags_of
+from mprec.bags import Bags, new
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
 from mprec.ops._autograd import is_batched
@@ -130,19 +130,9 @@ class DeepHashEmbeddingBag(nn.Module):
             and type(input) is type(offsets) is Tensor
             and (per_sample_weights is None or type(per_sample_weights) is Tensor)
         ):
+            mode, padding = MODES[self.mode], -1 if self.padding_idx is None else self.padding_idx
             out = self._forward_direct(
-                bags_of(
-                    (
-                        input,
-                        offsets,
-                        MODES[self.mode],
-                        per_sample_weights,
-                        None,
-                        1,
-                        include_last_offset,
-                        -1 if self.padding_idx is None else self.padding_idx,
-                    )
-                )
+                new(Bags, (input, offsets, mode, per_sample_weights, None, 1, include_last_offset, padding))
             )
             if out is not None:
                 return out
