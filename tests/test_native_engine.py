@@ -105,9 +105,23 @@ def test_only_the_query_at_fault_fails(models):
 def test_forms_that_no_program_takes_are_answered_by_the_model(models):
     odd = query(6)
     odd = Batch(odd.dense.t().contiguous().t(), odd.indices.to(torch.int16), odd.offsets, odd.labels)
-    with engine_of(models) as engine:
-        futures = [engine.submit(q) for q in (query(3, 1), odd, query(4, 2))]
-        for future, batch in zip(futures, (query(3, 1), odd, query(4, 2)), strict=True):
+    queries = [query(3, 1), odd, query(4, 2)]
+    engine = engine_of(models)
+    futures = [engine.submit(q) for q in queries]  # all in one batch, as nobody takes them yet
+    with engine:
+        for future, batch in zip(futures, queries, strict=True):
+            answer = future.result(30)
+            torch.testing.assert_close(answer.scores, expected(models, answer, batch), rtol=1e-4, atol=1e-6)
+
+
+def test_a_query_that_goes_with_no_other_fails_alone(models):
+    odd = query(6)
+    odd = Batch(odd.dense, odd.indices.float(), odd.offsets, odd.labels)
+    engine = engine_of(models)
+    futures = [engine.submit(q) for q in (query(3, 1), odd, query(4, 2))]
+    with engine:
+        assert isinstance(futures[1].exception(30), TypeError)
+        for future, batch in zip(futures[::2], (query(3, 1), query(4, 2)), strict=True):
             answer = future.result(30)
             torch.testing.assert_close(answer.scores, expected(models, answer, batch), rtol=1e-4, atol=1e-6)
 

@@ -29,7 +29,12 @@ def path(model=echo):
 
 @pytest.mark.parametrize(
     ("text", "split"),
-    [("local:2", Split(0, 2)), ("process:3", Split(3, 1)), ("process:2x4", Split(2, 4))],
+    [
+        ("local:2", Split(0, 2)),
+        ("local:3x2", Split(0, 2, 3)),
+        ("process:3", Split(3, 1)),
+        ("process:2x4", Split(2, 4)),
+    ],
 )
 def test_splits_are_written(text, split):
     assert Split.parse(text) == split
@@ -37,7 +42,8 @@ def test_splits_are_written(text, split):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "local", "local:0", "local:2x2", "process:0", "process:2x0", "auto", "process:-1"]
+    "text",
+    ["", "local", "local:0", "local:2x0", "local:0x1", "process:0", "process:2x0", "auto", "process:-1"],
 )
 def test_other_splits_are_refused(text):
     with pytest.raises(ValueError, match="expected"):
@@ -46,11 +52,12 @@ def test_other_splits_are_refused(text):
 
 def test_candidates_fit_the_cores():
     assert splits.candidates(1) == [Split(0, 1)]
-    assert set(splits.candidates(2)) == {Split(0, 1), Split(0, 2), Split(1, 1), Split(2, 1)}
+    two = {Split(0, 1), Split(0, 2), Split(0, 1, 2), Split(1, 1), Split(2, 1)}
+    assert set(splits.candidates(2)) == two
     for cores in (2, 3, 4, 7, 64):
         found = splits.candidates(cores)
         assert len(set(found)) == len(found)
-        assert all(max(split.processes, 1) * split.threads <= cores for split in found)
+        assert all(max(split.processes, split.workers) * split.threads <= cores for split in found)
         assert {Split(0, 1), Split(0, 2), Split(cores, 1)} <= set(found)
 
 
@@ -61,6 +68,16 @@ def test_executors_of_a_split():
     assert [type(e) for e in some] == [ProcessExecutor] * 2
     assert [e.threads for e in some] == [3, 3]
     assert len({e.name for e in some}) == 2
+    here = splits.executors(Split(0, 1, 3), [path()], PROFILE)
+    assert [type(e) for e in here] == [LocalExecutor] * 3
+    assert len({e.name for e in here}) == 3
+
+
+def test_a_kept_executor_runs_where_its_own_does(monkeypatch):
+    monkeypatch.setattr(echo, "program", lambda: "a program", raising=False)
+    local, process = LocalExecutor("a", [path()], PROFILE), ProcessExecutor("b", [path()], PROFILE)
+    assert splits._Kept(local).program("p") == "a program"
+    assert splits._Kept(process).program("p") is None
 
 
 class Slow(Executor):

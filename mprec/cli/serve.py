@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--executors",
         metavar="SPLIT",
-        help="local:THREADS in this process, process:N or process:NxTHREADS in others, or auto: what serves "
-        "batches of at most 128 best on this machine, which is measured once (auto; with --threads, local)",
+        help="local:THREADS or local:NxTHREADS in this process, process:N or process:NxTHREADS in others, or "
+        "auto: what serves batches of at most 128 best on this machine, which is measured once (auto; with "
+        "--threads, local)",
     )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")

@@ -35,8 +35,8 @@ def join(batches: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) 
     if len(batches) == 1 and starts[0] == 0 and stops[0] == len(first):
         return first
     indices, offsets = join_bags(
-        [batch.indices for batch in batches],
-        [batch.offsets for batch in batches],
+        [_as_ids(batch.indices) for batch in batches],
+        [_as_ids(batch.offsets) for batch in batches],
         [len(batch) for batch in batches],
         starts,
         stops,
@@ -48,6 +48,13 @@ def join(batches: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) 
         offsets=offsets,
         labels=_rows([batch.labels for batch in batches], starts, stops),
     )
+
+
+def _as_ids(tensor: torch.Tensor) -> torch.Tensor:
+    """Integers of other types and strides become contiguous int64; what is no integer stays as it is."""
+    if tensor.dtype in (torch.int32, torch.int64) and tensor.is_contiguous():
+        return tensor
+    return tensor if tensor.is_floating_point() else tensor.to(torch.int64).contiguous()
 
 
 def _rows(tensors: list[torch.Tensor], starts: Sequence[int], stops: Sequence[int]) -> torch.Tensor:

@@ -304,12 +304,15 @@ class Engine:
         only queries at fault fail. Adds (piece, (path, scores) or error) to ``outcomes``. Gives the path's
         seconds; -1 if another path answered; 0 if no path did.
         """
-        batch = join(
-            [future.batch for future, _, _, _ in pieces],
-            [start for _, _, start, _ in pieces],
-            [stop for _, _, _, stop in pieces],
-        )
         first_error = None
+        try:
+            batch = join(
+                [future.batch for future, _, _, _ in pieces],
+                [start for _, _, start, _ in pieces],
+                [stop for _, _, _, stop in pieces],
+            )
+        except (TypeError, ValueError) as error:  # a query is in a form that does not go with the others
+            return self._score_halves(executor, path, pieces, outcomes, error)
         others = sorted((p for p in executor.paths if p.name != path), key=lambda p: -p.quality)
         for name in (path, *(p.name for p in others if p.supports is None or p.supports(len(batch)))):
             try:
@@ -328,8 +331,19 @@ class Engine:
             parts = scores.contiguous().split([stop - start for _, _, start, stop in pieces])
             outcomes += [(piece, (name, part)) for piece, part in zip(pieces, parts, strict=True)]
             return max(end - start, 1e-9) if first_error is None else -1.0
+        return self._score_halves(executor, path, pieces, outcomes, first_error)
+
+    def _score_halves(
+        self,
+        executor: Executor,
+        path: str,
+        pieces: Sequence[Piece],
+        outcomes: list[tuple[Piece, object]],
+        error: BaseException,
+    ) -> float:
+        """As :meth:`_score`, of pieces that raised ``error`` together."""
         if len(pieces) == 1:
-            outcomes.append((pieces[0], first_error))
+            outcomes.append((pieces[0], error))
             return 0.0
         middle = len(pieces) // 2
         parts = [self._score(executor, path, part, outcomes) for part in (pieces[:middle], pieces[middle:])]

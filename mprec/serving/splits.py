@@ -1,8 +1,9 @@
 """How the cores of a machine are split among executors, and which split is the best on the machine at hand.
 
-``local:T`` is one executor in this process, of T threads; ``process:NxT`` are N processes of T threads each
-(:class:`mprec.serving.ProcessExecutor`), which share one copy of the weights. Processes cost a message for
-each batch and gain what threads lose to Python's lock, so that only a measurement can tell.
+``local:T`` is one executor in this process, of T threads; ``local:NxT`` are N of them, side by side;
+``process:NxT`` are N processes of T threads each (:class:`mprec.serving.ProcessExecutor`), which share one
+copy of the weights. Processes cost a message for each batch, and gain what threads lose to Python's lock
+where paths are not native programs, so that only a measurement can tell.
 """
 
 from __future__ import annotations
@@ -42,34 +43,41 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Split:
-    """``processes`` of ``threads`` each; 0 is one executor in this process."""
+    """``processes`` of ``threads`` each; 0 is this process, with ``workers`` executors of so many."""
 
     processes: int
     threads: int
+    workers: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Split:
-        """``local:2``, ``process:2`` or ``process:2x1``. ``ValueError`` for anything else."""
-        found = re.fullmatch(r"(local):(\d+)|process:(\d+)(?:x(\d+))?", text)
+        """``local:2``, ``local:2x1``, ``process:2`` or ``process:2x1``. ``ValueError`` for anything else."""
+        found = re.fullmatch(r"(local|process):(\d+)(?:x(\d+))?", text)
         if not found:
-            raise ValueError(f"expected local:THREADS, process:N or process:NxTHREADS, got {text!r}")
-        local, alone, processes, threads = found.groups()
-        split = cls(0, int(alone)) if local else cls(int(processes), int(threads or 1))
-        if split.threads < 1 or (not local and split.processes < 1):
+            raise ValueError(
+                f"expected local:THREADS, local:NxTHREADS, process:N or process:NxTHREADS, got {text!r}"
+            )
+        kind, first, second = found[1], int(found[2]), found[3] and int(found[3])
+        if first < 1 or second == 0:
             raise ValueError(f"expected at least one thread and one process, got {text!r}")
-        return split
+        if kind == "process":
+            return cls(first, second or 1)
+        return cls(0, first) if second is None else cls(0, second, first)
 
     def __str__(self) -> str:
-        return f"process:{self.processes}x{self.threads}" if self.processes else f"local:{self.threads}"
+        if self.processes:
+            return f"process:{self.processes}x{self.threads}"
+        return f"local:{self.threads}" if self.workers == 1 else f"local:{self.workers}x{self.threads}"
 
 
 def candidates(cores: int) -> list[Split]:
-    """What is worth measuring on so many cores: one thread, two threads, and processes for all cores, all but
-    the one that the front end needs, and half of them."""
+    """What is worth measuring on so many cores: one thread, two threads, and executors and processes for all
+    cores, all but the one that the front end needs, and half of them."""
     found = [Split(0, 1)]
     if cores > 1:
         counts = sorted({max(cores // 2, 1), cores - 1, cores})
-        found += [Split(0, 2), *(Split(count, 1) for count in counts)]
+        found += [Split(0, 2), *(Split(0, 1, count) for count in counts if count > 1)]
+        found += [Split(count, 1) for count in counts]
     if cores > 3:
         found.append(Split(cores // 2, 2))
     return found
@@ -79,7 +87,8 @@ def executors(split: Split, paths: Sequence[Path], profile: Profile) -> list[Exe
     """Not yet started. The profile should be of as many threads as an executor has. For ``local`` set torch's
     threads yourself. ``ValueError`` if a path cannot go to a process."""
     if not split.processes:
-        return [LocalExecutor("cpu", paths, profile)]
+        names = ["cpu"] if split.workers == 1 else [f"cpu {i}" for i in range(split.workers)]
+        return [LocalExecutor(name, paths, profile) for name in names]
     return [
         ProcessExecutor(f"cpu {i}", paths, profile, threads=split.threads) for i in range(split.processes)
     ]
@@ -107,7 +116,7 @@ class _Kept(Executor):
 
     def __init__(self, executor: Executor) -> None:
         super().__init__(executor.name, executor.paths, executor.profile)
-        self.run = executor.run
+        self.run, self.program = executor.run, executor.program
 
 
 def measure(

@@ -38,7 +38,6 @@ def test_on_emulated_cpu(kernel_build, emulate, cpu):
 @pytest.mark.parametrize(
     ("cpu", "isa"),
     [("hsw", "avx512"), ("hsw", "avx512vnni"), ("skx", "avx512vnni"), ("icl", "avx512bf16"), ("spr", "amx")],
-    [("hsw", "avx512"), ("hsw", "avx512vnni"), ("skx", "avx512vnni"), ("icl", "avx512bf16"), ("spr", "amx")],
 )
 def test_an_isa_is_not_reached_without_it(kernel_build, emulate, cpu, isa):
     done = emulate(cpu, kernel_build / "kernel_test", isa)
