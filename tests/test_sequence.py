@@ -175,7 +175,8 @@ def test_raw_values_need_no_vocabulary(tmp_path, capsys):
     arguments = ["--data", str(file), "--output", str(folder), "--seconds", "0.1"]
     assert cli.main(["derive", str(output), *arguments]) == 0
     assert "too many for rows" in capsys.readouterr().err
-    assert [member.name for member in bundle.load(folder)[0]] == ["dhe"]
+    # Which precisions of the decoder survive depends on this CPU; rows for all values never do.
+    assert {member.name.split("/")[0] for member in bundle.load(folder)[0]} == {"dhe"}
 
 
 def test_a_table_is_trained_in_a_process_of_its_own(logs, tmp_path):
