@@ -118,9 +118,9 @@ class Bags(NamedTuple):
 
     def of_kernels(self) -> "Bags":
         """Indices, offsets and weights as kernels take them."""
-        indices, offsets, mode, weights, *others = self
-        ids = as_ids(indices, "indices"), as_ids(offsets, "offsets")
-        return new(Bags, (*ids, mode, plain(weights), *others))
+        indices, offsets, mode, weights, features, count, last, padding = self
+        indices, offsets = as_ids(indices, "indices"), as_ids(offsets, "offsets")
+        return new(Bags, (indices, offsets, mode, plain(weights), features, count, last, padding))
 
     def with_float_weights(self) -> "Bags":
         """Per-sample weights in float32, unseen by autograd, as the CPU's kernels take them."""
@@ -189,7 +189,7 @@ class Bags(NamedTuple):
     def parts(self, count: int) -> "Iterator[tuple[int, int, Bags]]":
         """Of each of ``count`` parts: where its indices begin and end, and the bags of its feature alone."""
         if self.num_features == 1:
-            yield from [(0, len(self.indices), self._replace(features=None))] * count
+            yield from [(0, len(self.indices), self._of_all())] * count
             return
         batch = self.batch
         bounds = self.offsets[::batch].tolist() if batch else [0] * (self.num_features + 1)
@@ -208,10 +208,13 @@ class Bags(NamedTuple):
                 ),
             )
 
+    def _of_all(self) -> "Bags":
+        return self if self.features is None else self._replace(features=None)
+
     def only(self, features: Sequence[int]) -> "Bags":
         """The batch of these features alone, in this order, on the CPU. ``InvalidOffsetsError``."""
         if list(features) == list(range(self.num_features)):
-            return self._replace(features=None)
+            return self._of_all()
         indices, offsets, weights = as_ids(self.indices, "indices"), as_ids(self.offsets, "offsets"), None
         self.check_number()
         room = len(indices)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from mprec.bags import Bags
 from mprec.ops import fused
+from mprec.ops._common import mutated
 from mprec.ops._updates import update_tables
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "split_parameters"]
@@ -208,6 +209,7 @@ class _TableOptimizer(torch.optim.Optimizer):
             )  # fmt: skip
             return
         update_tables(self._rule, weights, kinds, bags, grad, columns, lr, eps, tuple(betas))
+        mutated(*weights)
 
     def group_key(self, weight: Tensor) -> tuple[int, int]:
         """Tables of equal keys can be updated by one call."""

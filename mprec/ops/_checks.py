@@ -1,6 +1,6 @@
 """Checks of tensors that operators share. Those of bags are in :mod:`mprec.bags`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ def check_same_device(**tensors: Tensor | Sequence[Tensor] | None) -> None:
                 raise DeviceError(
                     f"{name} is on {tensor.device}, but {first[0]} is on {first[1]}: expected one device"
                 )
+
+
+def on_cpu(tensors: Iterable[Tensor]) -> bool:
+    """True if all are there: a question that costs little before :func:`check_same_device` is asked."""
+    for tensor in tensors:  # noqa: SIM110 - a generator costs twice as much
+        if not tensor.is_cpu:
+            return False
+    return True
 
 
 def check_floats(tensor: Tensor, name: str) -> None:

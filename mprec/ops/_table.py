@@ -83,18 +83,15 @@ class Op:
 
     def complete(self, arguments: Sequence[Any]) -> tuple:
         """The dispatcher leaves trailing defaults out."""
-        missing = self._defaults[len(arguments) :]
-        return (*arguments, *missing) if missing else arguments
+        return (*arguments, *self._defaults[len(arguments) :])
 
     def positional(self, arguments: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
         """All arguments by position."""
-        if not named:
-            return arguments
         late = list(zip(self.arguments, self._defaults, strict=True))[len(arguments) :]
         return *arguments, *(named.get(name, default) for name, default in late)
 
     def call(self, *arguments):
-        return self.make_call(*self.complete(arguments))
+        return self.make_call(*arguments, *self._defaults[len(arguments) :])
 
     def shape(self, call):
         """An empty result."""
@@ -105,7 +102,9 @@ class Op:
 
         ``device``: whose kernels; default: that of the call.
         """
-        call = self.check(self.call(*self.positional(arguments, named)))
+        if named:
+            arguments = self.positional(arguments, named)
+        call = self.check(self.call(*arguments))
         for kernel in kernels(self.name, device or call.device):
             if kernel.supports(call):
                 return self.result(kernel.run(call))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mprec.bags import Bags, new
-from mprec.ops._checks import check_same_device, check_tables, check_weights
+from mprec.ops._checks import check_same_device, check_tables, check_weights, on_cpu
 from mprec.ops._common import NATIVE_TABLES
 from mprec.row_formats import quantised_format
 
@@ -30,7 +30,8 @@ class Tables(NamedTuple):
 
     @property
     def device(self) -> str:
-        return self.bags.indices.device.type
+        indices = self.bags.indices
+        return "cpu" if indices.is_cpu else indices.device.type
 
     @property
     def dims(self) -> list[int]:
@@ -62,12 +63,13 @@ def one_table(
     weight, indices, offsets, mode, psw, include_last_offset, padding_idx, by_freq, sparse
 ) -> Tables:
     bags = new(Bags, (indices, offsets, mode, psw, None, 1, include_last_offset, padding_idx))
-    return Tables([weight], bags, by_freq, sparse)
+    return new(Tables, ([weight], bags, by_freq, sparse, None))
 
 
 def many_tables(weights, indices, offsets, mode, psw, features, num_features, sparse) -> Tables:
     num_features = len(weights) if num_features is None else num_features
-    return Tables(weights, Bags(indices, offsets, mode, psw, features, num_features), False, sparse)
+    bags = new(Bags, (indices, offsets, mode, psw, features, num_features, True, -1))
+    return new(Tables, (weights, bags, False, sparse, None))
 
 
 def quantised_tables(rows, bits, indices, offsets, mode, psw, features, num_features) -> Tables:
@@ -75,27 +77,25 @@ def quantised_tables(rows, bits, indices, offsets, mode, psw, features, num_feat
 
 
 def _check_devices(call: Tables, name: str) -> None:
-    bags = call.bags
-    tensors = {
-        "indices": bags.indices,
-        "offsets": bags.offsets,
-        "per_sample_weights": bags.per_sample_weights,
-    }
-    check_same_device(**{name: call.tables}, **tensors)
+    indices, offsets, _, psw, *_ = call.bags
+    if not on_cpu([*call.tables, indices, offsets] if psw is None else [*call.tables, indices, offsets, psw]):
+        tensors = {"indices": indices, "offsets": offsets, "per_sample_weights": psw}
+        check_same_device(**{name: call.tables}, **tensors)
 
 
 def check_one(call: Tables) -> Tables:
+    tables, bags, by_freq, sparse, _ = call
     _check_devices(call, "weight")
-    check_weights(call.tables[0], "weight")
-    (weight,), bags, *options = call
-    return Tables([weight], bags.checked(1, weight.dtype), *options)
+    check_weights(tables[0], "weight")
+    return new(Tables, (tables, bags.checked(1, tables[0].dtype), by_freq, sparse, None))
 
 
 def check_many(call: Tables) -> Tables:
-    check_tables(call.tables)
+    tables, bags, by_freq, sparse, _ = call
+    check_tables(tables)
     _check_devices(call, "weights")
-    tables, bags, *options = call
-    return Tables(tables, bags.checked(len(tables), tables[0].dtype, or_float32=True), *options)
+    bags = bags.checked(len(tables), tables[0].dtype, or_float32=True)
+    return new(Tables, (tables, bags, by_freq, sparse, None))
 
 
 def check_quantised(call: Tables) -> Tables:

@@ -1,11 +1,12 @@
 """Gradients of look-ups: by kernels, in plain torch, or handed to an optimizer."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mprec.bags import Bags
+from mprec.bags import Bags, new
 from mprec.kernels import kernel
 from mprec.names import MODES
 from mprec.ops import _autograd, _backward, fused
@@ -42,8 +43,9 @@ class Gradients(NamedTuple):
 
 
 def check_gradient(call: Gradients) -> Gradients:
-    grad, (tables, bags, *options), *needs = call
-    return Gradients(grad, Tables(tables, bags.of_kernels(), *options), *needs)
+    grad, (tables, bags, by_freq, sparse, _), need_tables, need_weights = call
+    of = new(Tables, (tables, bags.of_kernels(), by_freq, sparse, None))
+    return new(Gradients, (grad, of, need_tables, need_weights))
 
 
 def fake_gradient(call: Gradients) -> tuple[list[Tensor], Tensor]:
@@ -63,14 +65,18 @@ def _has_native_gradient(call: Gradients) -> bool:
     )
 
 
+def _columns(tensor: Tensor, of: Tables) -> Sequence[Tensor]:
+    """Those of each table, of ``tensor`` ``[B, sum D]``."""
+    return (tensor,) if len(of.tables) == 1 else tensor.split(of.dims, dim=1)
+
+
 @kernel("embedding_bag_backward", "embedding_bag_multi_backward", device="cpu", supports=_has_native_gradient)
 def _native_gradient(call: Gradients) -> tuple[list[Tensor], Tensor]:
     tables, bags = call.of.tables, call.of.bags.with_float_weights()
     if not call.of.sparse:
         bags = bags.only(bags.served(len(tables)))
         return _backward.native_dense_gradients(call.grad, tables, bags), call.without_weights()
-    columns = call.grad.split(call.of.dims, dim=1)
-    parts = zip(columns, tables, bags.parts(len(tables)), strict=True)
+    parts = zip(_columns(call.grad, call.of), tables, bags.parts(len(tables)), strict=True)
     grads = [_backward.native_sparse_gradient(grad, table, part) for grad, table, (_, _, part) in parts]
     return grads, call.without_weights()
 
@@ -81,7 +87,7 @@ def plain_gradient(call: Gradients, again: bool = False) -> tuple[list[Tensor], 
     if bags.indices.is_cpu and not again:  # plain torch trusts them
         bags.check_offsets()
         bags.check_ids([len(table) for table in tables])
-    columns, grads = call.grad.split(call.of.dims, dim=1), []
+    columns, grads = _columns(call.grad, call.of), []
     grad_psw = call._like().new_zeros(bags.indices.shape if call.need_weights else 0)
     for grad, table, (begin, end, part) in zip(columns, tables, bags.parts(len(tables)), strict=True):
         if part.mode == MODES["max"]:
@@ -110,7 +116,7 @@ class Pooling(torch.autograd.Function):
 
     @staticmethod
     def apply_to(op: Op, keyset, *arguments):
-        call = op.call(*arguments)
+        call = op.make_call(*arguments)
         indices, offsets, _, psw, *_ = call.bags
         return Pooling.apply(op, keyset, arguments, call, indices, offsets, psw, *call.tables)
 
@@ -135,8 +141,8 @@ class Pooling(torch.autograd.Function):
         indices, offsets, psw, chosen, *tables = ctx.saved_tensors
         tables = tables or ctx.tables
         mode, *others = ctx.bags
-        bags = Bags(indices, offsets, mode, psw, *others)
-        call = Tables(tables, bags, *ctx.rest)
+        bags = new(Bags, (indices, offsets, mode, psw, *others))
+        call = new(Tables, (tables, bags, *ctx.rest))
         need_psw = ctx.needs_input_grad[6]
         nodes = [node for node, _ in ctx.next_functions[-len(tables) :]]
         fates = [
@@ -145,10 +151,10 @@ class Pooling(torch.autograd.Function):
         ]
         grads, grad_psw = [None] * len(tables), None
         if bags.mode == MODES["max"]:
-            parts = zip(grad.split(call.dims, dim=1), chosen.split(call.dims, dim=1), tables, strict=True)
+            parts = zip(_columns(grad, call), _columns(chosen, call), tables, strict=True)
             grads = [_backward.maximum_gradient(*part) for part in parts]
         elif need_psw or fused.RETURN in fates:
-            of = Gradients(grad, call, fused.RETURN in fates, need_psw)
+            of = new(Gradients, (grad, call, fused.RETURN in fates, need_psw))
             if _autograd.differentiate_again(grad, psw, *tables):
                 grads, grad_psw = plain_gradient(check_gradient(of), again=True)
             else:

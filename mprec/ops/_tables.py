@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mprec import reference
 from mprec._native import _C
-from mprec.bags import Bags
+from mprec.bags import Bags, new
 from mprec.kernels import kernel
 from mprec.names import MODES
 from mprec.ops import _autograd, _backward
@@ -39,21 +39,16 @@ def _fake(call: Tables) -> Tensor:
     supports=lambda call: call.bits is not None or call.tables[0].dtype in NATIVE_TABLES,
 )
 def _native(call: Tables) -> Tensor:
-    tables, bags, threads = (
-        [plain(table) for table in call.tables],
-        call.bags.with_float_weights(),
-        torch.get_num_threads(),
-    )
-    bits = call.bits if call.bits is None else list(call.bits)
-    if bits is None and bags.num_features == len(tables) == 1:  # any offsets, and padding
+    tables, bits, threads = call.tables, call.bits, torch.get_num_threads()
+    indices, offsets, mode, psw, features, count, last, padding_idx = call.bags.with_float_weights()
+    if bits is None and count == len(tables) == 1:  # any offsets, and padding
         return _C.embedding_bag(
-            tables[0], bags.indices, bags.offsets, bags.per_sample_weights, bags.mode,
-            bags.include_last_offset, bags.padding_idx, None, threads,
-        )  # fmt: skip
-    out = None if bits is None else _fake(call)
+            plain(tables[0]), indices, offsets, psw, mode, last, padding_idx, None, threads
+        )
+    bits, out = (None, None) if bits is None else (list(bits), _fake(call))
     return _C.embedding_bag_multi(
-        tables, bags.indices, bags.offsets, bags.per_sample_weights, bags.mode, -1, out, None, threads,
-        bits, features=bags.features, num_features=bags.num_features,
+        [plain(table) for table in tables], indices, offsets, psw, mode, -1, out, None, threads,
+        bits, features=features, num_features=count,
     )  # fmt: skip
 
 
@@ -125,7 +120,7 @@ Op(
     "embedding_bag_backward(Tensor grad, Tensor weight, Tensor indices, Tensor offsets, int mode, "
     "Tensor? per_sample_weights, bool include_last_offset, int padding_idx, bool scale_grad_by_freq, "
     "bool sparse, bool need_weight, bool need_per_sample_weights) -> (Tensor, Tensor)",
-    call=lambda grad, *of: Gradients(grad, one_table(*of[:-2]), *of[-2:]),
+    call=lambda grad, *of: new(Gradients, (grad, one_table(*of[:-2]), of[-2], of[-1])),
     check=check_gradient,
     fake=fake_gradient,
     reference=plain_gradient,
@@ -135,7 +130,7 @@ Op(
     "embedding_bag_multi_backward(Tensor grad, Tensor[] weights, Tensor indices, Tensor offsets, int mode, "
     "Tensor? per_sample_weights, int[] features, int num_features, bool sparse, "
     "bool need_per_sample_weights) -> (Tensor[], Tensor)",
-    call=lambda grad, *of: Gradients(grad, many_tables(*of[:-1]), True, of[-1]),
+    call=lambda grad, *of: new(Gradients, (grad, many_tables(*of[:-1]), True, of[-1])),
     check=check_gradient,
     fake=fake_gradient,
     reference=plain_gradient,

@@ -58,13 +58,13 @@ def update_tables(
     """Update tables in place on the CPU, with the gradient ``grad`` ``[B, total]`` of their pooled output.
 
     ``bags`` of the tables' features alone, as native kernels take them; ``columns`` None: side by side.
+    Autograd is not told: :func:`mprec.ops._common.mutated` does, of tables that it knows.
     """
     first, second = [*states, None, None][:2]
     _C.update_tables(
         list(tables), first, second, bags.indices, bags.offsets, bags.per_sample_weights, bags.mode,
         bags.padding_idx, grad, columns, RULES[rule], lr, eps, *betas, torch.get_num_threads(),
     )  # fmt: skip
-    mutated(*tables)
 
 
 def _call(grad, indices, offsets, mode, psw, padding_idx, features, num_features, columns) -> dict:
@@ -101,7 +101,7 @@ def _native(rule: str, call: Update) -> None:
     states = () if call.sums is None else (list(call.sums),)
     bags = call.bags.only(call.bags.served(len(call.tables)))
     update_tables(rule, call.tables, states, bags, call.grad, call.columns, call.lr, call.eps)
-    mutated(*(call.sums or ()))
+    call.written()
 
 
 @kernel("table_sgd_", device="cpu")
