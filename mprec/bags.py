@@ -211,9 +211,9 @@ class Bags(NamedTuple):
     def _of_all(self) -> "Bags":
         return self if self.features is None else self._replace(features=None)
 
-    def only(self, features: Sequence[int]) -> "Bags":
-        """The batch of these features alone, in this order, on the CPU. ``InvalidOffsetsError``."""
-        if list(features) == list(range(self.num_features)):
+    def only(self, features: Sequence[int] | None) -> "Bags":
+        """The batch of these features (None: all) alone, in this order, on the CPU. ``InvalidOffsetsError``."""
+        if features is None or list(features) == list(range(self.num_features)):
             return self._of_all()
         indices, offsets, weights = as_ids(self.indices, "indices"), as_ids(self.offsets, "offsets"), None
         self.check_number()

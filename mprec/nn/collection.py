@@ -29,7 +29,7 @@ class _Group(NamedTuple):
     names: tuple[str, ...]
     features: list[int]  # their positions in the collection
     columns: list[int]  # first output column of each
-    whole: bool  # all features, in order
+    served: list[int] | None  # the positions, None: all features, in order
     alone: bool  # all columns, side by side
     mode: str
     mode_code: int
@@ -38,10 +38,9 @@ class _Group(NamedTuple):
     def bags(self, batch: Bags) -> Bags:
         """Those of the batch that the group pools, in its mode."""
         indices, offsets, mode, weights, _, count, _, _ = batch
-        if self.whole and mode == self.mode_code:
+        if self.served is None and mode == self.mode_code:
             return batch
-        served = None if self.whole else self.features
-        return new(Bags, (indices, offsets, self.mode_code, weights, served, count, True, -1))
+        return new(Bags, (indices, offsets, self.mode_code, weights, self.served, count, True, -1))
 
 
 class EmbeddingBagCollection(nn.Module):
@@ -138,8 +137,9 @@ class EmbeddingBagCollection(nn.Module):
         for (part, mode, kind), members in found.items():
             positions, columns = [i for i, _ in members], [column for _, column in members]
             names = tuple(self.features[i].name for i in positions)
-            whole, alone = len(members) == len(self.features), len(found) == 1
-            made.append(_Group(part, names, positions, columns, whole, alone, mode, MODES[mode], kind))
+            served = None if len(members) == len(self.features) else positions
+            alone = len(found) == 1
+            made.append(_Group(part, names, positions, columns, served, alone, mode, MODES[mode], kind))
         return made
 
     def forward(
@@ -193,7 +193,7 @@ class EmbeddingBagCollection(nn.Module):
         offsets, count = batch.offsets, batch.num_features
         if offsets.dim() != 1:
             return None  # the operators say what is wrong
-        ends = offsets.shape[0] - 1
+        ends = offsets.numel() - 1
         samples = ends // count
         if ends < 0 or samples * count != ends:
             return None

@@ -204,7 +204,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
                     field: [getattr(group, field)[i] for i in at]
                     for field in ("names", "features", "columns")
                 }
-                yield group._replace(**lists, whole=group.whole and len(at) == len(group.names))
+                served = group.served if len(at) == len(group.names) else lists["features"]
+                yield group._replace(**lists, served=served)
 
     def _run_decoders(self, group, batch: Bags, out, options) -> Tensor | None:
         if not self._in_float8(group.names[0]):

@@ -168,13 +168,17 @@ def group_decoders(
     As :func:`decoder` for each, but one native check of all weights, which is kept with ``owner``, replaces
     one per decoder. Only with grad mode off.
     """
-    parts = [(module, *module._modules["decoder"]._modules.values()) for module in modules]
+    parts: list[nn.Module] = []  # each module with its layers
+    for module in modules:
+        parts.append(module)
+        parts += module._modules["decoder"]._modules.values()
     kept = _groups.get(owner)
     found = None if kept is None else kept.get(group)
     if found is not None and found[0] == parts and not found[1].changed(ids):
         return found[2]
     places = [(module._buffers, "coefficients") for module in modules]
-    places += [(layer._parameters, name) for _, *layers in parts for layer in layers for name in _LINEAR]
+    layers = [layer for module in modules for layer in module._modules["decoder"]._modules.values()]
+    places += [(layer._parameters, name) for layer in layers for name in _LINEAR]
     precisions = ["float32"] * len(modules) if precisions is None else precisions
     stacks = [module.stack() for module in modules]
     if not all(packable(*stack) for stack in stacks):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mprec.kernels import kernels
 from mprec.ops import _autograd
+from mprec.ops._common import direct
 
 try:  # not public, and so perhaps elsewhere in another release: operators stay whole there
     from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -23,6 +24,9 @@ except ImportError:
 
 #: Owns the schemas and implementations; they last as long as this module.
 library = torch.library.Library("mprec", "DEF")
+
+#: Those with memory: on others the fakes serve.
+_DEVICES = ("cpu", "cuda")
 
 #: By name.
 OPS: dict[str, "Op"] = {}
@@ -98,19 +102,29 @@ class Op:
         return self.result(self.fake(call))
 
     def run(self, *arguments, device: str | None = None, **named):
+        """What the dispatcher calls."""
+        if named:
+            arguments = self.positional(arguments, named)
+        return self.serve(self.call(*arguments), device)
+
+    def serve(self, call, device: str | None = None):
         """The result by the first kernel that supports the call, or by the reference.
 
         ``device``: whose kernels; default: that of the call.
         """
-        if named:
-            arguments = self.positional(arguments, named)
-        call = self.check(self.call(*arguments))
-        for kernel in kernels(self.name, device or call.device):
+        call = self.check(call)
+        device = device or call.device
+        for kernel in kernels(self.name, device):
             if kernel.supports(call):
                 return self.result(kernel.run(call))
         if self.reference is None:
-            raise NotImplementedError(f"torch.ops.mprec.{self.name}: no kernel for {device or call.device}")
+            raise NotImplementedError(f"torch.ops.mprec.{self.name}: no kernel for {device}")
         return self.result(self.reference(call))
+
+    def is_unseen(self, call, *tensors: Tensor | None) -> bool:
+        """Whether :meth:`serve` may take the dispatcher's place: nobody would notice. For these, the call's
+        tensors, in a function of autograd."""
+        return call.device in _DEVICES and direct(*tensors)
 
     def by_formula(self, *arguments):
         return self.result(self.formula(self.check(self.call(*arguments))))

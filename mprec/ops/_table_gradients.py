@@ -11,7 +11,7 @@ from mprec.kernels import kernel
 from mprec.names import MODES
 from mprec.ops import _autograd, _backward, fused
 from mprec.ops._common import NATIVE_TABLES
-from mprec.ops._table import Op
+from mprec.ops._table import OPS, Op
 from mprec.ops._table_calls import Tables
 
 
@@ -25,7 +25,8 @@ class Gradients(NamedTuple):
 
     @property
     def device(self) -> str:
-        return self.of.device
+        indices = self.of.bags.indices
+        return "cpu" if indices.is_cpu else indices.device.type
 
     @property
     def is_dense_sum(self) -> bool:
@@ -74,7 +75,7 @@ def _columns(tensor: Tensor, of: Tables) -> Sequence[Tensor]:
 def _native_gradient(call: Gradients) -> tuple[list[Tensor], Tensor]:
     tables, bags = call.of.tables, call.of.bags.with_float_weights()
     if not call.of.sparse:
-        bags = bags.only(bags.served(len(tables)))
+        bags = bags.only(bags.features)
         return _backward.native_dense_gradients(call.grad, tables, bags), call.without_weights()
     parts = zip(_columns(call.grad, call.of), tables, bags.parts(len(tables)), strict=True)
     grads = [_backward.native_sparse_gradient(grad, table, part) for grad, table, (_, _, part) in parts]
@@ -122,7 +123,8 @@ class Pooling(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, keyset, arguments, call, indices, offsets, psw, *tables):
-        out = op.below(keyset, arguments)
+        unseen = op.is_unseen(call, indices, offsets, psw, *tables)
+        out = op.serve(call) if unseen else op.below(keyset, arguments)
         bags = call.bags
         chosen = None
         if bags.mode == MODES["max"]:
@@ -167,8 +169,12 @@ class Pooling(torch.autograd.Function):
 
 
 def _by_operator(op: Op, call: Gradients) -> tuple[list[Tensor], Tensor | None]:
-    """Through the dispatcher, so that compilers see one operator."""
+    """Where someone watches, through the dispatcher: compilers see one operator."""
     (tables, bags, by_freq, sparse, _), need_psw = call.of, call.need_weights
+    backward = OPS[f"{op.name}_backward"]
+    if backward.is_unseen(call, call.grad, bags.indices, bags.offsets, bags.per_sample_weights, *tables):
+        grads, grad_psw = backward.serve(call)
+        return [grads] if op.name == "embedding_bag" else grads, grad_psw
     if op.name == "embedding_bag":
         grad, grad_psw = torch.ops.mprec.embedding_bag_backward(
             call.grad, tables[0], bags.indices, bags.offsets, bags.mode, bags.per_sample_weights,

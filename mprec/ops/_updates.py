@@ -99,7 +99,7 @@ def _check(call: Update) -> Update:
 
 def _native(rule: str, call: Update) -> None:
     states = () if call.sums is None else (list(call.sums),)
-    bags = call.bags.only(call.bags.served(len(call.tables)))
+    bags = call.bags.only(call.bags.features)
     update_tables(rule, call.tables, states, bags, call.grad, call.columns, call.lr, call.eps)
     call.written()
 
