@@ -212,7 +212,7 @@ class Bags(NamedTuple):
         return self if self.features is None else self._replace(features=None)
 
     def only(self, features: Sequence[int] | None) -> "Bags":
-        """The batch of these features (None: all) alone, in this order, on the CPU. ``InvalidOffsetsError``."""
+        """The batch of these features (None: all) alone, in this order. CPU only. ``InvalidOffsetsError``."""
         if features is None or list(features) == list(range(self.num_features)):
             return self._of_all()
         indices, offsets, weights = as_ids(self.indices, "indices"), as_ids(self.offsets, "offsets"), None
