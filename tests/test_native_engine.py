@@ -1,6 +1,8 @@
 """Engines whose paths are native programs: queries are joined, scored and cut without the interpreter."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from mprec.errors import IdOutOfRangeError
 from mprec.models import DLRM
 from mprec.nn import DheConfig, FeatureConfig, with_representation
 from mprec.paths.checkpoints import Scorer
-from mprec.serving import Engine, LocalExecutor
+from mprec.serving import Engine, LocalExecutor, QueryRefusedError
 
 SIZES = (11, 7)
 DHE = DheConfig(k=8, hidden=(8,))
@@ -236,9 +238,6 @@ def test_a_replay_of_a_closed_engine_refuses(models):
 
 def test_refused_and_cancelled_queries_are_let_go(models):
     """Futures are kept until they have their outcome, and no longer."""
-    import gc
-    import weakref
-
     engine = engine_of(models, max_queue=10)
     kept = engine.submit(query(8))
     refused, cancelled = engine.submit(query(8)), engine.submit(query(2))
@@ -254,3 +253,107 @@ def test_refused_and_cancelled_queries_are_let_go(models):
     del kept
     gc.collect()
     assert looked_at[0]() is None
+
+
+def test_the_callers_own_thread_scores(models):
+    """As ``submit`` does, but that no worker is woken for a short query."""
+    queries = [query(size, size) for size in (1, 5, 40)]
+    with engine_of(models) as engine:
+        for batch in queries * 20:
+            answer = engine.score(batch)
+            torch.testing.assert_close(answer.scores, expected(models, answer, batch), rtol=1e-4, atol=1e-6)
+            assert answer.paths == {"hybrid": len(batch)}
+            assert 0 < answer.latency_s < 10
+        counts = engine.statistics()
+    assert counts["answered"] == counts["batches"] == 60
+    with pytest.raises(QueryRefusedError, match="closed"):
+        engine.score(queries[0])
+    with pytest.raises(RuntimeError, match="started engine"):
+        engine_of(models).score(queries[0])
+
+
+def test_what_a_query_that_is_scored_raises(models):
+    bad, wide = query(4, seed=1, bags=False), query(9)
+    bad.indices[0] = SIZES[0]
+    odd = Batch(wide.dense.t().contiguous().t(), wide.indices.to(torch.int16), wide.offsets, wide.labels)
+    with engine_of(models, max_queue=8) as engine:
+        with pytest.raises(IdOutOfRangeError):
+            engine.score(bad)
+        with pytest.raises(QueryRefusedError) as refused:
+            engine.score(wide)
+        with pytest.raises(ValueError, match="features"):
+            engine.score(Batch(wide.dense, wide.indices, wide.offsets[:-9], wide.labels))
+        with pytest.raises(ValueError, match="sla_s"):
+            engine.score(bad, sla_s=0.0)
+        assert engine.score(query(8)).scores.shape == (8,)
+    assert refused.value.reason == "full"
+    with engine_of(models) as engine:  # no program takes it
+        answer = engine.score(odd)
+    torch.testing.assert_close(answer.scores, expected(models, answer, wide), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("executors", [1, 2])
+def test_many_threads_score(models, executors):
+    """Beside queries that are submitted, bad ones among them; each gets its own outcome."""
+    wrong = []
+
+    def client(seed):
+        for turn in range(40):
+            batch = query(1 + (seed + turn) % 9, seed * 100 + turn)
+            if turn % 10 == 3 and len(batch.indices):
+                batch.indices[0] = SIZES[0] + 50
+                try:
+                    engine.score(batch)
+                    wrong.append("no error")
+                except IdOutOfRangeError:
+                    continue
+            answer = engine.score(batch) if turn % 2 else engine.submit(batch).result(30)
+            if not torch.allclose(answer.scores, expected(models, answer, batch), rtol=1e-4, atol=1e-6):
+                wrong.append((seed, turn))
+
+    with engine_of(models, executors) as engine:
+        clients = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+    assert not wrong
+    counts = engine.statistics()
+    assert counts["queries"] == counts["answered"] + counts["failed"] == 240
+
+
+def test_a_batch_outlives_the_program_that_reads_it():
+    """A query that is cancelled while a program reads its tensors keeps them until the program has ended."""
+    torch.manual_seed(0)
+    features = with_representation([FeatureConfig(f"f{i}", 1000, 16) for i in range(2)], "dhe", DheConfig())
+    slow = DLRM(features, 3, 16, bottom=(64,), top=(512, 512)).eval()
+    path = Scorer(slow).path("dhe", "dhe", 0.7, "x")
+    size = 60_000
+    profile = fake_profile({"dhe": (1e-6, 1e-8)}, batch_sizes=tuple(2**i for i in range(17)))
+    with Engine(Dispatcher([path], profile), sla_s=100.0, max_batch=size) as engine:
+        batch = Batch(
+            torch.randn(size, 3),
+            torch.randint(0, 1000, (2 * size,)),
+            torch.arange(2 * size + 1),
+            torch.zeros(size),
+        )
+        kept = weakref.ref(batch.indices)
+        future = engine.submit(batch)
+        lane = engine._lanes[0]
+        while not engine._native.uses(0, lane):
+            threading.Event().wait(1e-3)
+        assert future.cancel()
+        del future, batch
+        alive = kept() is not None
+        if engine._native.uses(0, lane):  # still, so it did while we looked
+            assert alive
+        else:
+            pytest.skip("this machine was too fast or too busy")
+        while engine._native.uses(0, lane):
+            threading.Event().wait(1e-3)
+        for _ in range(1000):
+            if kept() is None:
+                break
+            threading.Event().wait(1e-3)
+        assert kept() is None
+    assert engine.statistics()["cancelled"] == 1

@@ -83,42 +83,31 @@ class PyEngine {
     return py::cast(query);
   }
 
-  // [(late_s, due_s, finished_s, refused, failed, scores, {path: samples})] of each query: see Engine.replay.
+  // [(late_s, due_s, finished_s, refused, failed, scores, {path: samples}, message)] of each query: see
+  // Engine::replay. The future of one that failed gets the error.
   py::list replay(const py::list& futures, const std::vector<double>& at, double sla) {
     Load load;
-    for (size_t i = 0; i < at.size(); ++i) {
-      const py::object future = futures[i], batch = future.attr("batch");
-      const int64_t size = samples(batch);
-      const auto plain = take(batch, size);
-      if (!plain) check_(batch, features_, num_dense_);
-      load.entries.push_back({size, at[i], plain, future.ptr()});
-    }
+    for (size_t i = 0; i < at.size(); ++i) load.entries.push_back(entry(futures[i], at[i]));
     looked_ = 0;
     look_at_weights();
-    bool interrupted = false;
-    {
-      const py::gil_scoped_release release;
-      engine_.replay(load, sla, [&] {
-        const py::gil_scoped_acquire acquire;
-        if (!interrupted) interrupted = PyErr_CheckSignals() != 0;
-        return interrupted;
-      });
-    }
-    if (interrupted) throw py::error_already_set();
+    interruptible([&](const auto& stop) { engine_.replay(load, sla, stop); });
     py::list all(load.results.size());
-    for (size_t i = 0; i < load.results.size(); ++i) {
-      const Load::Result& r = load.results[i];
-      const bool answered = r.kind == Load::Result::answered;
-      auto [scores, paths] = answered ? answer(*r.query) : std::make_pair(py::object(py::none()), py::dict());
-      all[i] =
-          py::make_tuple(r.late, r.due, r.finished, r.reason, r.kind == Load::Result::failed, scores, paths);
-    }
+    for (size_t i = 0; i < load.results.size(); ++i) all[i] = told(load.results[i]);
     return all;
+  }
+
+  // The same of one query that is due now: see Engine::answer.
+  py::tuple answer(const py::object& future, double sla, std::optional<double> arrived) {
+    Load load;
+    load.entries.push_back(entry(future, 0));
+    look_at_weights();
+    interruptible([&](const auto& stop) { engine_.answer(load, sla, arrived, stop); });
+    return told(load.results[0]);
   }
 
   bool cancel(Query& query) {
     const bool first = engine_.cancel(query);
-    if (first) release(query);
+    if (first && !query.orphan) release(query);
     return first;
   }
 
@@ -129,14 +118,12 @@ class PyEngine {
       const py::gil_scoped_release release;
       found = engine_.outcomes(wait);
     }
-    py::list all(found.size());
-    for (size_t i = 0; i < found.size(); ++i) {
-      Query& query = *found[i].query;
-      auto [scores, paths] =
-          found[i].answered ? answer(query) : std::make_pair(py::object(py::none()), py::dict());
-      auto future = py::reinterpret_steal<py::object>(static_cast<PyObject*>(query.client));
-      all[i] = py::make_tuple(std::move(future), std::move(scores), std::move(paths), found[i].arrived,
-                              found[i].finished);
+    py::list all;
+    for (const auto& [query, kind, arrived, finished] : found) {
+      const auto future = py::reinterpret_steal<py::object>(static_cast<PyObject*>(query->client));
+      if (kind == Engine::Outcome::done_with) continue;
+      const auto [scores, paths] = scores_of(kind == Engine::Outcome::answered ? query.get() : nullptr);
+      all.append(py::make_tuple(future, scores, paths, arrived, finished));
     }
     return all;
   }
@@ -175,15 +162,17 @@ class PyEngine {
   // True if this settles the query: its future is then the caller's.
   bool fail(const std::shared_ptr<Query>& query) {
     const bool first = engine_.fail(query);
-    if (first) release(*query);
+    if (first && !query->load && !query->orphan) release(*query);
     return first;
   }
 
   // Futures of the queries that waited.
   py::list clear() {
     py::list futures;
-    for (const auto& query : engine_.clear())
-      futures.append(py::reinterpret_steal<py::object>(static_cast<PyObject*>(query->client)));
+    for (const auto& query : engine_.clear()) {
+      futures.append(client(*query));
+      if (!query->orphan) release(*query);
+    }
     return futures;
   }
 
@@ -251,16 +240,46 @@ class PyEngine {
   }
 
   Engine& engine() { return engine_; }
-  const py::object& program(size_t index, size_t option) const { return programs_.at(index).at(option); }
 
  private:
-  static std::pair<py::object, py::dict> answer(const Query& query) {
-    py::object scores = make_tensor(query.size, DType::f32);
-    std::copy(query.scores.begin(), query.scores.end(),
-              view(scores.ptr(), "scores", DType::f32, 1).ptr<float>());
+  Load::Entry entry(const py::object& future, double at) const {
+    const py::object batch = future.attr("batch");
+    const int64_t size = samples(batch);
+    const auto plain = take(batch, size);
+    if (!plain) check_(batch, features_, num_dense_);
+    return {size, at, plain, future.ptr()};
+  }
+
+  // Runs f(stop) without the interpreter's lock; an interrupt stops it.
+  template <class F>
+  static void interruptible(const F& f) {
+    bool interrupted = false;
+    {
+      const py::gil_scoped_release release;
+      f([&] {
+        const py::gil_scoped_acquire acquire;
+        if (!interrupted) interrupted = PyErr_CheckSignals() != 0;
+        return interrupted;
+      });
+    }
+    if (interrupted) throw py::error_already_set();
+  }
+
+  static py::tuple told(const Load::Result& r) {
+    const auto [scores, paths] = scores_of(r.kind == Load::Result::answered ? r.query.get() : nullptr);
+    return py::make_tuple(r.late, r.due, r.finished, r.reason, r.kind == Load::Result::failed, scores,
+                          paths, r.message);
+  }
+
+  // Of a query that is answered; null: it is not.
+  static std::pair<py::object, py::dict> scores_of(const Query* query) {
     py::dict paths;
-    for (const auto& [path, count] : query.paths) paths[path.c_str()] = count;
-    return {std::move(scores), std::move(paths)};
+    if (!query) return {py::none(), paths};
+    py::object scores = make_tensor(query->size, DType::f32);
+    std::copy(query->scores.begin(), query->scores.end(),
+              view(scores.ptr(), "scores", DType::f32, 1).ptr<float>());
+    for (const auto& [path, count] : query->paths) paths[path.c_str()] = count;
+    return {std::move(scores), paths};
   }
   static py::object client(const Query& query) {
     return py::reinterpret_borrow<py::object>(static_cast<PyObject*>(query.client));
@@ -345,6 +364,7 @@ void bind_engine(py::module_& m) {
       .def("submit", &PyEngine::submit, py::arg("future"), py::arg("batch"), py::arg("sla_s"),
            py::arg("arrived_s"))
       .def("replay", &PyEngine::replay, py::arg("futures"), py::arg("at_s"), py::arg("sla_s"))
+      .def("answer", &PyEngine::answer, py::arg("future"), py::arg("sla_s"), py::arg("arrived_s"))
       .def("cancel", &PyEngine::cancel, py::arg("query"))
       .def("outcomes", &PyEngine::outcomes, py::arg("wait"))
       .def("start", [](PyEngine& e) { e.engine().start(); })

@@ -13,7 +13,8 @@ namespace {
 constexpr double own_work_s = 20e-6;    // of the engine for a query, about
 constexpr double own_work_gain = 0.05;  // share of the way that one batch moves the time of its own work
 constexpr std::chrono::milliseconds look_again{5};
-constexpr double ask_again_s = 0.1;  // whether a load goes on
+constexpr double ask_again_s = 0.1;   // whether to wait on
+constexpr double short_job_s = 2e-4;  // a few times what handing it to another thread and back takes
 
 bool all_finite(const float* scores, int64_t count) {
   float sum = 0;  // of numbers times zero: not a number if one is not finite
@@ -58,7 +59,7 @@ std::pair<std::shared_ptr<Query>, std::optional<scheduler::Refusal>> Engine::sub
   return {std::move(query), std::move(refusal)};
 }
 
-std::optional<scheduler::Refusal> Engine::offer(std::shared_ptr<Query> query, double now) {
+std::optional<scheduler::Refusal> Engine::offer(std::shared_ptr<Query> query, double now, const Query* own) {
   ++counts_.queries;
   std::optional<scheduler::Refusal> refusal;
   if (closed_)
@@ -73,41 +74,86 @@ std::optional<scheduler::Refusal> Engine::offer(std::shared_ptr<Query> query, do
     return refusal;
   }
   const auto is_free = [](const auto& lane) { return !lane->busy; };
-  if (started_ && std::any_of(scheduler_.lanes().begin(), scheduler_.lanes().end(), is_free)) assign(now);
+  if (started_ && std::any_of(scheduler_.lanes().begin(), scheduler_.lanes().end(), is_free))
+    assign(now, own);
   return refusal;
 }
 
-void Engine::replay(Load& load, double sla, const std::function<bool()>& stop) {
+// Offers a query of a load; null if it is refused. `by_client`: see answer().
+std::shared_ptr<Query> Engine::enlist(Load& load, size_t place, double sla, double from, double now,
+                                      bool by_client) {
+  const Load::Entry& entry = load.entries[place];
+  Load::Result& result = load.results[place];
+  auto query = std::make_shared<Query>(entry.size, from, from + sla, entry.batch, entry.client);
+  query->load = &load, query->place = place;
+  ++load.open;
+  if (auto refusal = offer(query, now, by_client ? query.get() : nullptr)) {
+    --load.open;
+    result.kind = Load::Result::refused;
+    result.reason = refusal->reason, result.message = std::move(refusal->message);
+    return nullptr;
+  }
+  return query;
+}
+
+void Engine::wait(Load& load, std::unique_lock<std::mutex>& lock, const Stop& stop) {
+  while (load.open > 0) {
+    if (load.closed.wait_for(lock, std::chrono::duration<double>(ask_again_s)) == std::cv_status::no_timeout)
+      continue;
+    lock.unlock();
+    stop();  // the queries' memory is the load's: nobody leaves before they have their outcomes
+    lock.lock();
+  }
+}
+
+void Engine::replay(Load& load, double sla, const Stop& stop) {
   load.results.resize(load.entries.size());
   const double start = clock_();
   double asked = start;
   const auto stopped = [&](double now) { return now - asked > ask_again_s && (asked = now, stop()); };
   for (size_t i = 0; i < load.entries.size(); ++i) {
-    const Load::Entry& entry = load.entries[i];
     Load::Result& result = load.results[i];
-    result.due = start + entry.at;
+    result.due = start + load.entries[i].at;
     double time = clock_();
     for (; time < result.due && !stopped(time); time = clock_())
       std::this_thread::sleep_for(std::chrono::duration<double>(std::min(result.due - time, ask_again_s)));
     if (stopped(time)) break;
     result.late = time - result.due;
     const std::lock_guard lock(mutex_);
-    const double now = this->now(time), from = result.due + offset_;
-    auto query = std::make_shared<Query>(entry.size, from, from + sla, entry.batch, entry.client);
-    query->load = &load, query->place = i;
-    ++load.open;
-    if (auto refusal = offer(query, now)) {
-      --load.open;
-      result.kind = Load::Result::refused, result.reason = refusal->reason;
-    }
+    const double now = this->now(time);
+    enlist(load, i, sla, result.due + offset_, now, false);
   }
   std::unique_lock lock(mutex_);
-  while (load.open > 0) {
-    load.closed.wait_for(lock, std::chrono::duration<double>(ask_again_s));
-    lock.unlock();
-    stop();  // the queries' memory is the load's: nobody leaves before they have their outcomes
-    lock.lock();
+  wait(load, lock, stop);
+}
+
+// Is it one that answer() leaves to the thread that asks?
+bool Engine::is_for_its_client(const Job& job, const Query* own) const {
+  return own && job.pieces.size() == 1 && job.pieces[0].ticket.get() == own && job.samples == own->size &&
+         job.predicted_s <= short_job_s && program_of(job);
+}
+
+void Engine::answer(Load& one, double sla, std::optional<double> arrived, const Stop& stop) {
+  one.results.resize(1);
+  const double time = clock_();
+  std::unique_lock lock(mutex_);
+  const double now = this->now(time), from = arrived ? *arrived + offset_ : now;
+  one.results[0].due = from - offset_;
+  const auto query = enlist(one, 0, sla, from, now, true);
+  for (size_t i = 0; query && i < executors_.size(); ++i) {
+    Executor& executor = *executors_[i];
+    if (!executor.job || !is_for_its_client(*executor.job, query.get())) continue;
+    auto job = std::move(executor.job);
+    executor.lane = job->lane;
+    // By one thread: teams of threads for each client would be too many.
+    if (execute(*job, *program_of(*job), 1, lock))
+      assign(last_);
+    else
+      executor.job = std::move(job);
+    if (executor.job || closed_) executor.wake.notify_one();
+    break;
   }
+  wait(one, lock, stop);
 }
 
 // The outcome of a query of a load; false if it is none.
@@ -116,14 +162,24 @@ bool Engine::settle_in_load(const std::shared_ptr<Query>& query, Load::Result ou
   Load::Result& result = query->load->results[query->place];
   result.kind = outcome.kind, result.reason = std::move(outcome.reason);
   result.finished = outcome.finished, result.query = query;
-  if (--query->load->open == 0) query->load->closed.notify_all();
+  query->orphan = query->readers;
+  if (!query->orphan) done_with(query);
   return true;
+}
+
+// Nobody reads the batch of a query any more that has its outcome.
+void Engine::done_with(const std::shared_ptr<Query>& query) {
+  if (!query->load)
+    settle(query, Outcome::done_with, last_);
+  else if (--query->load->open == 0)
+    query->load->closed.notify_all();
 }
 
 bool Engine::cancel(Query& query) {
   const std::lock_guard lock(mutex_);
   if (!query.missing) return false;
   query.missing = 0;
+  query.orphan = query.readers;
   ++counts_.cancelled;
   scheduler_.withdraw(query);
   return true;
@@ -144,29 +200,32 @@ void Engine::start() {
   assign(now(time));
 }
 
-void Engine::settle(std::shared_ptr<Query> query, bool answered, double now) {
-  const auto kind = answered ? Load::Result::answered : Load::Result::refused;
-  if (settle_in_load(query, {kind, answered ? "" : "expired", 0, 0, now - offset_, nullptr})) return;
+void Engine::settle(std::shared_ptr<Query> query, Outcome::Kind kind, double now) {
+  const auto in_load = kind == Outcome::answered ? Load::Result::answered : Load::Result::refused;
+  const char* const reason = kind == Outcome::expired ? "expired" : "";
+  if (kind != Outcome::done_with && settle_in_load(query, {in_load, reason, "", 0, 0, now - offset_, nullptr}))
+    return;
   const double arrived = query->arrived - offset_;
-  outcomes_.push_back({std::move(query), answered, arrived, now - offset_});
+  outcomes_.push_back({std::move(query), kind, arrived, now - offset_});
   has_outcomes_.notify_one();
 }
 
-// Refuses what is hopeless, hands jobs to free executors. True if something was refused.
-bool Engine::assign(double now) {
+// Refuses what is hopeless, hands jobs to free executors; `own`: of a client who runs it himself. True if
+// something was refused.
+bool Engine::assign(double now, const Query* own) {
   bool expired = false;
   for (auto& ticket : scheduler_.expire(now)) {
     auto query = std::static_pointer_cast<Query>(std::move(ticket));
     if (!query->missing) continue;
     query->missing = 0;
     ++counts_.refused["expired"];
-    settle(std::move(query), false, now);
+    settle(std::move(query), Outcome::expired, now);
     expired = true;
   }
   while (auto job = scheduler_.next(now)) {
     Executor& executor = *executors_[job->index];
     executor.job = std::move(job);
-    executor.wake.notify_one();
+    if (!is_for_its_client(*executor.job, own)) executor.wake.notify_one();
   }
   return expired;
 }
@@ -187,7 +246,7 @@ std::shared_ptr<Job> Engine::take(size_t index, int threads) {
   for (;;) {
     assign(now(time));
     if (!executor.job) {
-      if (closed_ && scheduler_.queue().empty()) {
+      if (closed_ && scheduler_.queue().empty() && !executor.lane) {
         for (auto& other : executors_) other->wake.notify_all();
         return nullptr;
       }
@@ -206,26 +265,38 @@ std::shared_ptr<Job> Engine::take(size_t index, int threads) {
     executor.lane = job->lane;
     const Program* const program = program_of(*job);
     if (!program) return job;
-    std::vector<Piece> pieces;
-    for (const Piece& piece : job->pieces)
-      if (query_of(piece).missing) pieces.push_back(piece);
-    executor.running = program;
-    lock.unlock();
-    const double seconds = pieces.empty() ? 0 : run(*program, pieces, executor, threads);
-    time = clock_();
-    lock.lock();
-    executor.running = nullptr;
-    if (seconds < 0) return job;
-    const double end = now(time);
-    const bool own = seconds > 0 && pieces.size() == job->pieces.size();
-    finish(*job, end, own ? seconds : 0, 0);
-    const std::string& path = job->lane->options[job->option].path;
-    const float* scores = executor.scores.data();
-    for (const Piece& piece : pieces) {
-      enter(piece, path, scores, end);
-      scores += piece.stop - piece.start;
-    }
+    if (!execute(*job, *program, threads, lock)) return job;
+    time = last_ - offset_;
   }
+}
+
+// Runs a job by its program, without the lock meanwhile. False if that did not succeed.
+bool Engine::execute(const Job& job, const Program& program, int threads,
+                     std::unique_lock<std::mutex>& lock) {
+  Executor& executor = *executors_[job.index];
+  const std::vector<Piece> pieces = open_pieces(job);
+  for (const Piece& piece : pieces) ++query_of(piece).readers;
+  executor.running = &program;
+  lock.unlock();
+  const double seconds = pieces.empty() ? 0 : run(program, pieces, executor, threads);
+  const double time = clock_();
+  lock.lock();
+  executor.running = nullptr;
+  for (const Piece& piece : pieces) {
+    Query& query = query_of(piece);
+    if (--query.readers == 0 && query.orphan) done_with(std::static_pointer_cast<Query>(piece.ticket));
+  }
+  if (seconds < 0) return false;
+  const double end = now(time);
+  const bool own = seconds > 0 && pieces.size() == job.pieces.size();
+  finish(job, end, own ? seconds : 0, 0);
+  const std::string& path = job.lane->options[job.option].path;
+  const float* scores = executor.scores.data();
+  for (const Piece& piece : pieces) {
+    enter(piece, path, scores, end);
+    scores += piece.stop - piece.start;
+  }
+  return true;
 }
 
 // The program of a job's path, if it takes all its queries.
@@ -273,12 +344,16 @@ double Engine::run(const Program& program, const std::vector<Piece>& pieces, Exe
   return -1;  // the caller finds out which query is at fault
 }
 
-std::vector<Piece> Engine::wanted(const Job& job) {
-  const std::lock_guard lock(mutex_);
+std::vector<Piece> Engine::open_pieces(const Job& job) const {
   std::vector<Piece> pieces;
   for (const Piece& piece : job.pieces)
     if (query_of(piece).missing) pieces.push_back(piece);
   return pieces;
+}
+
+std::vector<Piece> Engine::wanted(const Job& job) {
+  const std::lock_guard lock(mutex_);
+  return open_pieces(job);
 }
 
 void Engine::enter(const Piece& piece, const std::string& path, const float* scores, double now) {
@@ -298,7 +373,7 @@ void Engine::enter(const Piece& piece, const std::string& path, const float* sco
   ++counts_.answered;
   counts_.late += now > query.deadline;
   counts_.last_answer = now;
-  settle(std::static_pointer_cast<Query>(piece.ticket), true, now);
+  settle(std::static_pointer_cast<Query>(piece.ticket), Outcome::answered, now);
 }
 
 bool Engine::score(const Piece& piece, const std::string& path, const float* scores) {
@@ -315,7 +390,8 @@ bool Engine::fail(const std::shared_ptr<Query>& query) {
   query->missing = 0;
   ++counts_.failed;
   scheduler_.withdraw(*query);
-  return !settle_in_load(query, {Load::Result::failed, "", 0, 0, 0, nullptr});
+  if (!settle_in_load(query, {Load::Result::failed, "", "", 0, 0, 0, nullptr})) query->orphan = query->readers;
+  return true;
 }
 
 void Engine::done(const Job& job, double seconds, double rest_s) {
@@ -369,8 +445,10 @@ std::vector<std::shared_ptr<Query>> Engine::clear() {
     if (!query->missing) continue;
     query->missing = 0;  // pieces under way find nothing to answer
     ++counts_.refused["closed"];
-    if (!settle_in_load(query, {Load::Result::refused, "closed", 0, 0, 0, nullptr}))
-      left.push_back(std::move(query));
+    if (settle_in_load(query, {Load::Result::refused, "closed", "the engine is closed", 0, 0, 0, nullptr}))
+      continue;
+    query->orphan = query->readers;
+    left.push_back(std::move(query));
   }
   return left;
 }

@@ -43,11 +43,13 @@ struct Query : scheduler::Ticket {
   size_t place = 0;
   // Guarded by the engine's lock.
   int64_t missing;                                     // samples not scored yet; 0: it has its outcome
+  int readers = 0;                                     // programs that read its batch now
+  bool orphan = false;                                 // it had its outcome before they were done
   std::vector<float> scores;                           // of those that are
   std::vector<std::pair<std::string, int64_t>> paths;  // how many samples each path scored
 };
 
-// Queries that are submitted when they are due, by a thread that does nothing else. They keep their outcomes.
+// Queries whose outcomes are kept for a thread that waits for all of them.
 struct Load {
   struct Entry {
     int64_t size;
@@ -57,7 +59,7 @@ struct Load {
   };
   struct Result {
     enum { open, answered, refused, failed } kind = open;
-    std::string reason;            // of a refusal
+    std::string reason, message;   // of a refusal
     double late = 0;               // until it was submitted
     double due = 0, finished = 0;  // on the clock
     std::shared_ptr<Query> query;  // with its scores
@@ -87,12 +89,16 @@ class Engine {
     std::vector<Executor> executors;
     double last_answer = -std::numeric_limits<double>::infinity();
   };
-  // A query has its outcome: its scores, or it is refused as `expired`.
+  // A query has its scores; or it is refused as `expired`; or it had its outcome, told by another call, while
+  // a program read its batch, which is now done with it.
   struct Outcome {
+    enum Kind { answered, expired, done_with };
     std::shared_ptr<Query> query;
-    bool answered;
+    Kind kind;
     double arrived, finished;  // on the clock
   };
+  // Asked several times a second by a thread that waits; true: wait no longer, where that can be helped.
+  using Stop = std::function<bool()>;
 
   Engine(std::vector<std::shared_ptr<Lane>> lanes, scheduler::Scheduler::Limits limits, Clock clock);
 
@@ -103,9 +109,13 @@ class Engine {
                                                                               std::optional<double> arrived,
                                                                               std::optional<Batch> batch,
                                                                               void* client);
-  // Submits a load and waits for its outcomes. `stop` is asked several times a second; true: submit no more.
-  void replay(Load& load, double sla, const std::function<bool()>& stop);
-  // False if the query has its outcome already; else it has none but this, and costs no more work.
+  // Submits the queries of a load when they are due, and waits for their outcomes. Stopped, it submits no more.
+  void replay(Load& load, double sla, const Stop& stop);
+  // Submits a load of one query and waits for its outcome. If an executor is free, and the query's job is so
+  // short that handing it to another thread would take longer, this thread runs it.
+  void answer(Load& one, double sla, std::optional<double> arrived, const Stop& stop);
+  // False if the query has its outcome already; else it has none but this, and costs no more work. A program
+  // may still read its batch: see Query::orphan.
   bool cancel(Query& query);
   // The outcomes since the last call. With `wait`, not before there are some or the engine has stopped.
   std::vector<Outcome> outcomes(bool wait);
@@ -120,8 +130,8 @@ class Engine {
   std::shared_ptr<Job> poll(size_t index, bool& expired);
   std::vector<Piece> wanted(const Job& job);  // pieces of queries that have no outcome yet
   bool score(const Piece& piece, const std::string& path, const float* scores);
-  bool fail(
-      const std::shared_ptr<Query>& query);  // its own input raised; false if it has its outcome already
+  // A query's own input raised. False if it has its outcome already.
+  bool fail(const std::shared_ptr<Query>& query);
   // The end of a job: its path took `seconds`; or (seconds <= 0) it did not serve, and is left alone for a
   // while.
   void done(const Job& job, double seconds, double rest_s = 0);
@@ -147,7 +157,7 @@ class Engine {
 
  private:
   struct Executor {
-    std::shared_ptr<Job> job;    // started, not yet seen by its thread
+    std::shared_ptr<Job> job;    // started, not yet seen by the thread that runs it
     std::shared_ptr<Lane> lane;  // of the job under way
     const Program* running = nullptr;
     std::vector<const Program*> programs;
@@ -157,12 +167,20 @@ class Engine {
   };
 
   double now(double time);
-  bool assign(double now);
-  std::optional<scheduler::Refusal> offer(std::shared_ptr<Query> query, double now);
-  void settle(std::shared_ptr<Query> query, bool answered, double now);
+  bool assign(double now, const Query* own = nullptr);
+  std::optional<scheduler::Refusal> offer(std::shared_ptr<Query> query, double now,
+                                          const Query* own = nullptr);
+  bool is_for_its_client(const Job& job, const Query* own) const;
+  std::shared_ptr<Query> enlist(Load& load, size_t place, double sla, double from, double now,
+                                bool by_client);
+  void wait(Load& load, std::unique_lock<std::mutex>& lock, const Stop& stop);
+  void settle(std::shared_ptr<Query> query, Outcome::Kind kind, double now);
   bool settle_in_load(const std::shared_ptr<Query>& query, Load::Result result);
+  void done_with(const std::shared_ptr<Query>& query);
   void finish(const Job& job, double now, double seconds, double rest_s);
   const Program* program_of(const Job& job) const;
+  std::vector<Piece> open_pieces(const Job& job) const;
+  bool execute(const Job& job, const Program& program, int threads, std::unique_lock<std::mutex>& lock);
   double run(const Program& program, const std::vector<Piece>& pieces, Executor& executor, int threads);
   void enter(const Piece& piece, const std::string& path, const float* scores, double now);
 

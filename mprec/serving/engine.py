@@ -53,8 +53,8 @@ class Engine:
     Paths that are native programs (see :meth:`mprec.serving.Executor.program`) are run by threads that never
     wait for Python's interpreter lock. Weights that are changed meanwhile are noticed within a millisecond.
 
-    ``submit`` may be called from any thread. The workers start with ``start()`` or ``with``; a test of one
-    executor can call ``step()`` instead, with a ``clock`` of its own.
+    ``submit`` and ``score`` may be called from any thread. The workers start with ``start()`` or ``with``; a
+    test of one executor can call ``step()`` instead, with a ``clock`` of its own.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Engine:
         self.sla_s, self.max_batch, self.clock = sla_s, max_batch, clock
         self._executors = _as_executors(dispatcher, executors)
         self._lanes = self._lanes_of(self._executors)
+        features, num_dense = _inputs(self._executors)
         self._native = _C.Engine(
             self._lanes,
             max_batch=max_batch,
@@ -82,8 +83,8 @@ class Engine:
             admission=admission,
             late_share=late_share,
             clock=None if clock is time.perf_counter else clock,
-            features=_inputs(self._executors)[0],
-            num_dense=_inputs(self._executors)[1],
+            features=features,
+            num_dense=num_dense,
             check=_check,
         )
         self._closed = False
@@ -118,20 +119,38 @@ class Engine:
         ``ValueError`` at once for a query that has no samples, a bad SLA or time of arrival, or other
         features or dense numbers than the paths take.
         """
+        future = QueryFuture(batch)
+        outcome = self._native.submit(future, batch, self._checked(sla_s, arrived_s), arrived_s)
+        if type(outcome) is tuple:
+            future.set_exception(_refusal(*outcome))
+        else:
+            future.taken(self._native, outcome)
+        return future
+
+    def score(self, batch: Batch, sla_s: float | None = None, arrived_s: float | None = None) -> Answer:
+        """As ``submit(...).result()``, for clients that have a thread to wait with.
+
+        If an executor is free and its job would be over before another thread could have been woken, the
+        caller's own thread runs it, by one core and without the interpreter's lock. Raises what ``submit``
+        and its future raise; ``RuntimeError`` if the engine is not started.
+        """
+        if not self._threads:
+            raise RuntimeError("expected a started engine")
+        future = QueryFuture(batch)
+        told = Replayed(*self._native.answer(future, self._checked(sla_s, arrived_s), arrived_s))
+        if told.failed:
+            future.result()  # raises, perhaps once the worker has told it
+        if told.refused:
+            raise _refusal(told.refused, told.message)
+        return Answer(told.scores, told.paths, told.due_s, told.finished_s)
+
+    def _checked(self, sla_s: float | None, arrived_s: float | None) -> float:
         sla_s = self.sla_s if sla_s is None else sla_s
         if not 0 < sla_s < math.inf:
             raise ValueError(f"sla_s must be positive and finite, got {sla_s}")
         if arrived_s is not None and not math.isfinite(arrived_s):
             raise ValueError(f"arrived_s must be finite, got {arrived_s}")
-        future = QueryFuture(batch)
-        outcome = self._native.submit(future, batch, sla_s, arrived_s)
-        if type(outcome) is tuple:
-            reason, message = outcome
-            unsupported = reason == "unsupported"
-            future.set_exception(ValueError(message) if unsupported else QueryRefusedError(reason, message))
-        else:
-            future.taken(self._native, outcome)
-        return future
+        return sla_s
 
     def replay(self, batches: Sequence[Batch], at_s: Sequence[float]) -> list[Replayed]:
         """Submit queries ``at_s`` seconds from now, rising, and wait for the outcomes of all.
@@ -394,8 +413,15 @@ def _settle_outcomes(outcomes: Iterable[tuple]) -> None:
         if scores is not None:
             _settle(future, Answer(scores, paths, arrived, finished))
         else:
-            message = "the deadline could no longer be met when the query's turn came"
-            _settle(future, error=QueryRefusedError("expired", message))
+            _settle(future, error=_refusal("expired", ""))
+
+
+def _refusal(reason: str, message: str) -> Exception:
+    if reason == "unsupported":
+        return ValueError(message)
+    if reason == "expired":
+        message = "the deadline could no longer be met when the query's turn came"
+    return QueryRefusedError(reason, message)
 
 
 def _settle(future: QueryFuture, answer: Answer | None = None, error: BaseException | None = None) -> None:

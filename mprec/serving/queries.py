@@ -41,8 +41,8 @@ class Answer:
 
 class Replayed(NamedTuple):
     """What became of a query of a load. ``late_s``: from when it was due until it was submitted; other times
-    are the engine's clock. ``refused``: the reason, empty if it was not. ``scores`` and ``paths`` as an
-    :class:`Answer` has them; None and empty without an answer.
+    are the engine's clock. ``refused``: the reason, empty if it was not; ``message`` says more. ``scores``
+    and ``paths`` as an :class:`Answer` has them; None and empty without an answer.
     """
 
     late_s: float
@@ -52,6 +52,7 @@ class Replayed(NamedTuple):
     failed: bool
     scores: torch.Tensor | None
     paths: dict[str, int]
+    message: str = ""
 
 
 class QueryFuture(Future):
