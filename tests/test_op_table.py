@@ -1,7 +1,10 @@
 """The table of operators is whole: what one entry promises, torch has."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError
 from mprec.kernels import kernel, kernels
@@ -58,3 +61,46 @@ def test_gradients_refuse_bad_bags(name, indices, offsets, error):
         arguments = (torch.ones(5, 3), *bags, 0, None, True, -1, False, False, True, False)
     with pytest.raises(error):
         getattr(torch.ops.mprec, name)(grad, *arguments)
+
+
+class _Seen(TorchDispatchMode):
+    """Names of the library's operators that the dispatcher was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if operator.namespace == "mprec":
+            self.names.add(operator._schema.name.removeprefix("mprec::"))
+        return operator(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", ["embedding_bag", "embedding_bag_multi"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_training_is_the_same_watched_and_unwatched(name, sparse):
+    """Without a mode, kernels of a forward and backward pass are called past the dispatcher."""
+    several = name == "embedding_bag_multi"
+    indices, offsets = torch.tensor([1, 3, 3, 0]), torch.tensor([0, 3, 4] if several else [0, 3])
+
+    def run(mode):
+        tables = [torch.arange(8.0).view(4, 2).requires_grad_() for _ in range(1 + several)]
+        with mode:
+            operator = getattr(torch.ops.mprec, name)
+            pooled = operator(tables if several else tables[0], indices, offsets, sparse=sparse)
+            pooled.square().sum().backward()
+        return [pooled.detach(), *(table.grad.to_dense() for table in tables)]
+
+    seen = _Seen()
+    watched, unwatched = run(seen), run(contextlib.nullcontext())
+    assert seen.names == {name, f"{name}_backward"}
+    for a, b in zip(watched, unwatched, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_without_memory_gives_shapes():
+    table = torch.empty(4, 2, device="meta", requires_grad=True)
+    indices, offsets = torch.empty(5, dtype=torch.int64, device="meta"), torch.arange(3, device="meta")
+    pooled = torch.ops.mprec.embedding_bag(table, indices, offsets)
+    pooled.backward(torch.ones_like(pooled))
+    assert (pooled.device.type, pooled.shape, table.grad.shape) == ("meta", (3, 2), (4, 2))
