@@ -25,8 +25,7 @@ class Gradients(NamedTuple):
 
     @property
     def device(self) -> str:
-        indices = self.of.bags.indices
-        return "cpu" if indices.is_cpu else indices.device.type
+        return self.of.device
 
     @property
     def is_dense_sum(self) -> bool:
