@@ -32,13 +32,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mprec._native import _C
+from mprec.bags import Bags
 from mprec.ops import fused
 from mprec.ops._common import mutated
+from mprec.ops._updates import update_tables
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "split_parameters"]
-
-_RULES = {"sgd": 1, "adagrad": 2, "rowwise_adagrad": 3, "adam": 4}  # csrc/gradient/gradient.h
 
 #: Options of torch's optimizers that would change an update here.
 _UNSUPPORTED = {"weight_decay", "maximize", "momentum", "nesterov", "amsgrad", "dampening"}
@@ -183,57 +182,33 @@ class _TableOptimizer(torch.optim.Optimizer):
     def apply_bags(
         self,
         weights: Sequence[Tensor],
-        indices: Tensor,
-        offsets: Tensor,
-        per_sample_weights: Tensor | None,
-        mode: int,
-        padding_idx: int,
+        bags: Bags,
         grad: Tensor,
         columns: Sequence[int] | None = None,
-        features: Sequence[int] = (0,),
-        num_features: int = 1,
     ) -> None:
-        """Update `weights` with the gradient `grad` [B, total] of their pooled output.
+        """Update ``weights`` with the gradient ``grad`` ``[B, total]`` of their pooled output.
 
-        `indices`, `offsets` (T·B or T·B+1 of them), `per_sample_weights` [n] and `mode` are those of the
-        forward pass; table t's gradient stands at columns ``columns[t]`` and on (side by side if None).
-        On CUDA the batch may hold other features too: those of the tables are `features` of `num_features`.
-        Called by the backward pass of ``mprec.ops``. All tables must belong to one parameter group and have
-        taken equally many steps; ``mprec.ops.fused`` sees to that.
+        ``bags`` are those of the forward pass; on CUDA they may hold other features too. Table t's gradient
+        stands at columns ``columns[t]`` and on (side by side if None). Called by the backward pass of
+        ``mprec.ops``. All tables must belong to one parameter group and have taken equally many steps;
+        ``mprec.ops.fused`` sees to that.
         """
         group = self._group_of(weights[0])
         states = [self.state[weight] for weight in weights]
         for state in states:
             state["step"] += 1
-        lr, eps, beta1, beta2 = self._hyperparameters(group, int(states[0]["step"].item()))
+        lr, eps, *betas = self._hyperparameters(group, int(states[0]["step"].item()))
+        kinds = [[state[key] for state in states] for key in self._states]
         if weights[0].is_cuda:
             name, hyperparameters = self._on_device
-            if len(offsets) == num_features * len(grad):  # without the last one
-                offsets = torch.nn.functional.pad(offsets, (0, 1), value=len(indices))
+            bags = bags.with_last_offset()
             getattr(torch.ops.mprec, name)(
-                weights, *([state[key] for state in states] for key in self._states), grad, indices, offsets,
-                mode, per_sample_weights, padding_idx, features, num_features, columns or [0],
+                weights, *kinds, grad, bags.indices, bags.offsets, bags.mode, bags.per_sample_weights,
+                bags.padding_idx, bags.served(len(weights)), bags.num_features, columns or [0],
                 *({"lr": lr, "eps": eps}[key] for key in hyperparameters),
             )  # fmt: skip
             return
-        _C.update_tables(
-            list(weights),
-            [state[self._states[0]] for state in states] if self._states else None,
-            [state[self._states[1]] for state in states] if len(self._states) > 1 else None,
-            indices,
-            offsets,
-            per_sample_weights,
-            mode,
-            padding_idx,
-            grad,
-            columns,
-            _RULES[self._rule],
-            lr,
-            eps,
-            beta1,
-            beta2,
-            torch.get_num_threads(),
-        )
+        update_tables(self._rule, weights, kinds, bags, grad, columns, lr, eps, tuple(betas))
         mutated(*weights)
 
     def group_key(self, weight: Tensor) -> tuple[int, int]:
@@ -268,7 +243,8 @@ class _TableOptimizer(torch.optim.Optimizer):
                 else:
                     rows, values = torch.arange(len(weight), device=weight.device), weight.grad
                 each = torch.arange(len(rows), device=weight.device)
-                self.apply_bags([weight], rows.contiguous(), each, None, 0, -1, values.contiguous())
+                bags = Bags(rows.contiguous(), each, include_last_offset=False)
+                self.apply_bags([weight], bags, values.contiguous())
         return loss
 
 

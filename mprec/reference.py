@@ -19,6 +19,7 @@ FLOAT8_MAX = 448.0
 
 __all__ = [
     "activate",
+    "activation_gradient",
     "bag_ids",
     "decode",
     "dhe",
@@ -68,6 +69,17 @@ def encode(coefficients: Tensor, indices: Tensor, family: str) -> Tensor:
 
 def activate(x: Tensor, activation: str) -> Tensor:
     return {"none": lambda x: x, "relu": F.relu, "sigmoid": torch.sigmoid, "mish": F.mish}[activation](x)
+
+
+def activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    """The gradient for ``x`` given that of ``activate(x, activation)``."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, x, 0)
+    if activation == "sigmoid":
+        return torch.ops.aten.sigmoid_backward(grad, x.sigmoid())
+    if activation == "mish":
+        return torch.ops.aten.mish_backward(grad, x)
+    return grad
 
 
 def float8(x: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Operators on CUDA check what their twins on the CPU check, before a kernel is launched."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from mprec.ops import _cached_dhe, _cuda_dhe, _cuda_tables, _quantized, _tables
+from mprec.ops._table import OPS
 
 #: Where the arguments are. The functions that serve CUDA are called past the dispatcher, on tensors without
 #: memory: what they check needs none.
@@ -11,14 +13,7 @@ devices = pytest.mark.parametrize("device", ["cpu", "meta"])
 
 
 def operator(name: str, device: str):
-    if device == "meta":
-        return getattr(_cuda_dhe if "dhe" in name else _cuda_tables, name)
-    return {
-        "embedding_bag": _tables._embedding_bag,
-        "embedding_bag_multi": _tables._embedding_bag_multi,
-        "quantized_embedding_bag_multi": _quantized._quantized_embedding_bag_multi,
-        "cached_dhe_bag": _cached_dhe._cached_dhe_bag,
-    }[name]
+    return partial(OPS[name].run, device="cuda" if device == "meta" else "cpu")
 
 
 def arguments(name: str, device: str) -> dict:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mprec import ops, optim
+from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError
 
 
@@ -121,9 +122,7 @@ def test_bad_input_changes_nothing(ids, offsets, error):
     optimizer = optim.SGD([torch.nn.Parameter(weight)], lr=1.0)
     parameter = optimizer.param_groups[0]["params"][0]
     with pytest.raises(error):
-        optimizer.apply_bags(
-            [parameter], torch.tensor(ids), torch.tensor(offsets), None, 0, -1, torch.ones(1, 4)
-        )
+        optimizer.apply_bags([parameter], Bags(torch.tensor(ids), torch.tensor(offsets)), torch.ones(1, 4))
     assert torch.equal(parameter, torch.zeros(9, 4))
 
 

@@ -1,5 +1,6 @@
 """CUDA tensors reach the Triton kernels: seen by tracing, and by compiling what would be launched."""
 
+import cuda_kernels
 import pytest
 import torch
 from mprec.triton_kernels import static
@@ -9,9 +10,9 @@ from torch.func import functional_call
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import mprec.nn
+from mprec.kernels import kernels
 from mprec.names import MODES
 from mprec.nn import FeatureConfig
-from mprec.ops import _cuda_dhe, _cuda_tables
 
 FORWARD = ["embedding_bag", "embedding_bag_multi", "dhe_bag", "dhe_bag_multi"]
 OTHERS = ["quantized_embedding_bag_multi", "table_sgd_", "table_rowwise_adagrad_", "cached_dhe_bag",
@@ -21,7 +22,7 @@ OPERATORS = [*FORWARD, *(f"{name}_backward" for name in FORWARD), *OTHERS]
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_have_a_cuda_implementation(name):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mprec::{name}", "CUDA")
+    assert kernels(name, "cuda")
 
 
 def collection():
@@ -134,9 +135,9 @@ def test_the_cuda_implementation_launches_the_kernels():
     indices, offsets = torch.zeros(64, dtype=torch.int64), torch.arange(64)
     coefficients = torch.ones(4, 1024, dtype=torch.int32)
     with static.recorded("sm_90") as launches:
-        _cuda_dhe.dhe_bag(indices, offsets, coefficients, weights, biases, "universal", "relu", "sigmoid")
+        cuda_kernels.dhe_bag(indices, offsets, coefficients, weights, biases, "universal", "relu", "sigmoid")
         starts = torch.zeros(65, dtype=torch.int64)
-        _cuda_tables.embedding_bag_multi([torch.zeros(10, 16)] * 4, indices, starts)
+        cuda_kernels.embedding_bag_multi([torch.zeros(10, 16)] * 4, indices, starts)
     kernels = [launch.kernel for launch in launches]
     assert kernels == [FUSED, POOL, BAG]
 
@@ -154,9 +155,9 @@ def test_float8_decoders_run_where_there_are_float8_products(target):
         arguments = (*bags, *stacks, "universal", "relu", "sigmoid")
         if target == "sm_80":
             with pytest.raises(TypeError, match=r"weights: float8_e4m3fn needs .* 9\.0 .* served as sm_80"):
-                _cuda_dhe.quantized_dhe_bag_multi(*arguments)
+                cuda_kernels.quantized_dhe_bag_multi(*arguments)
         else:
-            out = _cuda_dhe.quantized_dhe_bag_multi(*arguments)
+            out = cuda_kernels.quantized_dhe_bag_multi(*arguments)
             assert (out.shape, out.dtype) == ((5, 32), torch.float32)
             assert [launch.kernel for launch in launches] == [FUSED, POOL]
             assert launches[0].constants["DTYPE"] == "fp8e4nv"

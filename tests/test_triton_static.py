@@ -4,11 +4,10 @@ import functools
 import itertools
 import re
 
+import cuda_kernels
 import pytest
 import torch
 from mprec.triton_kernels import catalogue, dhe, static
-
-from mprec.ops import _cuda_dhe
 
 CPU = torch.device("cpu")
 CASES = {case.name: case for case in catalogue.CASES}
@@ -99,7 +98,7 @@ def test_gates_of_one_feature(target):
     bags = torch.zeros(4096, dtype=torch.int64), torch.arange(4096)
     with static.recorded(target) as recorded:
         hashes = torch.ones(4, 1024, dtype=torch.int32)
-        _cuda_dhe.dhe_bag(*bags, hashes, *stack, "universal", "relu", "sigmoid")
+        cuda_kernels.dhe_bag(*bags, hashes, *stack, "universal", "relu", "sigmoid")
     assert [launch.kernel for launch in recorded] == ["fused_kernel", "embedding_bag_kernel"]
     for launch in recorded:
         check(static.describe(launch, target))

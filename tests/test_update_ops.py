@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mprec.nn
 from mprec import optim, reference
 from mprec.cache import DeviceCachedDeepHashEmbeddingBag
-from mprec.ops._quantized import dims_of
+from mprec.ops._table_calls import dims_of
 
 
 def bags():

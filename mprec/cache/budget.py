@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mprec._native import _C
+from mprec.cache.native import RowCache
 
 __all__ = ["Counts", "Hot", "hottest", "split_budget"]
 
@@ -72,7 +72,7 @@ def split_budget(
     if nbytes < 0:
         raise ValueError(f"nbytes: expected >= 0, got {nbytes}")
     most = {
-        name: nbytes if size is None else min(nbytes, _C.RowCache.bytes_for(dims[name], _room(size)))
+        name: nbytes if size is None else min(nbytes, RowCache.bytes_for(dims[name], _room(size)))
         for name, size in vocabularies.items()
     }
     if hot:
@@ -81,7 +81,7 @@ def split_budget(
     shares, left = {}, nbytes
     for done, name in enumerate(sorted(dims, key=lambda n: most[n])):
         share = min(most[name], left // (len(dims) - done))
-        shares[name] = share if share >= _C.RowCache.bytes_for(dims[name], 1) else 0
+        shares[name] = share if share >= RowCache.bytes_for(dims[name], 1) else 0
         left -= shares[name]
     return {name: shares[name] for name in dims}
 
@@ -92,9 +92,9 @@ def _room(rows: int) -> int:
 
 def _by_savings(nbytes, dims, hot, costs) -> dict[str, int]:
     names = [name for name in dims if name in hot and len(hot[name].ids)]
-    empty = {name: _C.RowCache.bytes_for(dims[name], 1) for name in names}
+    empty = {name: RowCache.bytes_for(dims[name], 1) for name in names}
     # The bytes of one more row, on average over a large cache.
-    each = {name: (_C.RowCache.bytes_for(dims[name], 6000) - empty[name]) / 5994 / _FILL for name in names}
+    each = {name: (RowCache.bytes_for(dims[name], 6000) - empty[name]) / 5994 / _FILL for name in names}
     savings = [
         hot[name].counts.numpy().astype(np.float64) * costs.get(name, 1.0) / each[name] for name in names
     ]

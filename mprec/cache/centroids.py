@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
-from mprec._native import _C
 from mprec.cache.codebook import CodebookError, centroids_of, decode, nearest, relative_error
-from mprec.names import FAMILIES
 from mprec.nn import DeepHashEmbeddingBag
 
 __all__ = ["CentroidEmbeddingBag"]
@@ -73,8 +71,7 @@ class CentroidEmbeddingBag(nn.Module):
             )
 
     def _intermediate(self, ids: Tensor) -> Tensor:
-        encoded = torch.empty(len(ids), self.bag.config.k)
-        _C.hash_encode(self.bag.coefficients, ids, FAMILIES[self.bag.config.family], encoded)
+        encoded = ops.hash_encode(self.bag.coefficients, ids, self.bag.config.family)
         return self._layers(encoded, 0, self.layer)
 
     def _layers(self, x: Tensor, begin: int, end: int) -> Tensor:

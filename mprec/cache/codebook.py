@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
-from mprec._native import _C
 from mprec.cache.budget import Counts, hottest
+from mprec.cache.native import codebook_rows
 from mprec.nn import DeepHashEmbeddingBag
 
 __all__ = ["Codebook", "CodebookEmbeddingBag", "CodebookError"]
@@ -50,7 +50,7 @@ class Codebook:
         """The approximate rows ``[m, D]`` of row numbers int64 ``[m]``; ``IdOutOfRangeError`` if there is no
         such row."""
         out = torch.empty(len(ids), self.centroids.shape[1])
-        _C.codebook_rows(self.codes, self.centroids, ids, out)
+        codebook_rows(self.codes, self.centroids, ids, out)
         return out
 
     @classmethod

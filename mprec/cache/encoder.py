@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mprec.bags import Bags
 from mprec.cache.budget import Counts, hottest, split_budget
 from mprec.cache.codebook import Codebook
 from mprec.cache.rows import Cached, Rows
-from mprec.names import MODES
 from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection
 from mprec.representations import PARTS
 
@@ -41,7 +41,7 @@ class CachedDeepHashEmbeddingBag(Cached, DeepHashEmbeddingBag):
 
     Args:
         bag: the module to speed up.
-        nbytes: the cache's memory in bytes, everything counted; see ``mprec._C.RowCache.bytes_for``.
+        nbytes: the cache's memory in bytes, everything counted; see ``RowCache.bytes_for``.
         admit: let IDs that are looked up often enough replace others. Otherwise only :meth:`fill` stores
             rows.
         watch: compare the weights' version counters, addresses and some of their bytes at each call (about
@@ -78,17 +78,8 @@ class CachedDeepHashEmbeddingBag(Cached, DeepHashEmbeddingBag):
         # Under a name of its own: nn.Module would register the bag as a child.
         self._rows = [Rows({"": self}, {"": nbytes}, [0], [0], 1, admit, watch, _book(codebook))]
 
-    def _forward_direct(self, input, offsets, per_sample_weights, include_last_offset) -> Tensor | None:
-        return self._rows[0].forward(
-            input,
-            offsets,
-            per_sample_weights,
-            MODES[self.mode],
-            include_last_offset,
-            -1 if self.padding_idx is None else self.padding_idx,
-            self.num_embeddings,
-            None,
-        )
+    def _forward_direct(self, bags: Bags) -> Tensor | None:
+        return self._rows[0].forward(bags, self.num_embeddings, None)
 
     def fill(self, counts: Counts) -> int:
         """Decode and store the most frequent IDs, as many as there is room for; returns how many are held."""
@@ -189,12 +180,10 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         cache holds then. ``counts``: see :data:`mprec.cache.budget.Counts`."""
         return self._fill(counts)
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
-        if options.cache is False:
-            return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)
-        rows = self._rows_of[group.names[0]]
-        mode, threads = group.mode_code, options.threads
-        served = rows.forward(indices, offsets, per_sample_weights, mode, True, -1, None, out, threads)
-        if served is not None:
-            return served
-        return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)
+    def _run_decoders(self, group, batch: Bags, out, options) -> Tensor | None:
+        if options.cache is not False:
+            rows = self._rows_of[group.names[0]]
+            served = rows.forward(batch._replace(mode=group.mode_code), None, out, options.threads)
+            if served is not None:
+                return served
+        return super()._run_decoders(group, batch, out, options)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mprec._native import _C
+from mprec.bags import Bags
 from mprec.cache.budget import Counts, hottest
 from mprec.cache.codebook import Codebook
+from mprec.cache.native import CachedDecoders, RowCache, cached_dhe_bag
 from mprec.nn import DeepHashEmbeddingBag
-from mprec.ops._decoders import clear_decoders, decoder, packable
+from mprec.ops._decoders import Decoder, WeightWatch, clear_decoders, decoder, packable
+from mprec.ops.pooling import decode
 
 __all__ = ["CacheStats", "Cached", "RowStats", "Rows"]
 
@@ -89,10 +91,10 @@ class Rows:
         self._bind(None)  # codebooks are those of the weights as they are now
 
     def _reset(self) -> None:
-        self.caches: dict[str, _C.RowCache | None] = {}
+        self.caches: dict[str, RowCache | None] = {}
         self._lock = threading.Lock()
-        self._native: _C.CachedDecoders | None = None  # until it is made
-        self._handles: dict[str, _C.Decoder] = {}
+        self._native: CachedDecoders | None = None  # until it is made
+        self._handles: dict[str, Decoder] = {}
         self._past = dict.fromkeys(_COUNTERS, 0)
 
     def __getstate__(self) -> dict:
@@ -108,15 +110,16 @@ class Rows:
         self._reset()  # bound at the first call: the modules may not be complete yet
 
     def forward(
-        self, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out, threads=None
+        self, bags: Bags, bound: int | None, out: Tensor | None, threads: int | None = None
     ) -> Tensor | None:
-        """The pooled vectors in ``out``, or a new tensor; arguments as of ``_C.cached_dhe_bag``.
+        """The pooled vectors in ``out``, or a new tensor; ``bound``: IDs are to be below, or None.
 
         None for what native code does not take."""
         native = self._native
+        indices, offsets, mode, weights, _, _, include_last_offset, padding_idx = bags
         threads = threads or torch.get_num_threads()
         while native is not None or (native := self._bind(None)) is not None:
-            result = _C.cached_dhe_bag(
+            result = cached_dhe_bag(
                 native, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out,
                 self.admit, threads,
             )  # fmt: skip
@@ -125,14 +128,14 @@ class Rows:
             native = self._bind(native)
         return None
 
-    def _bind(self, stale) -> "_C.CachedDecoders | None":
+    def _bind(self, stale) -> CachedDecoders | None:
         """Packs the decoders as they are now, under a new generation. None if they cannot be watched or
         packed now: layers that are parametrised or pruned, say."""
         with self._lock:
             if self._native is not stale:
                 return self._native  # another thread did
             # The watch first: a change while the decoders are packed must not be missed.
-            watch = _C.WeightWatch.of(_places(self.modules.values())) if self._watches else None
+            watch = WeightWatch.of(_places(self.modules.values())) if self._watches else None
             stacks = [module.stack() for module in self.modules.values()]
             if stale is not None:
                 for key, value in stale.stats().items():
@@ -150,7 +153,7 @@ class Rows:
                     )
             if not self.caches:
                 self.caches = {
-                    name: _C.RowCache(module.embedding_dim, self._budgets[name])
+                    name: RowCache(module.embedding_dim, self._budgets[name])
                     if self._budgets.get(name)
                     else None
                     for name, module in self.modules.items()
@@ -159,7 +162,7 @@ class Rows:
                 if cache is not None:
                     cache.invalidate()
             books = [self._codebooks.get(name) for name in self.modules]
-            self._native = _C.CachedDecoders(
+            self._native = CachedDecoders(
                 handles,
                 list(self.caches.values()),
                 *self._layout,
@@ -184,8 +187,7 @@ class Rows:
         ids = ids[: cache.capacity].to(torch.int64).contiguous()
         for part in ids.split(_CHUNK):
             rows = torch.empty(len(part), cache.dim, dtype=torch.float32)
-            starts = torch.arange(len(part))
-            _C.dhe_bag(handle, part, starts, None, 0, False, -1, rows, torch.get_num_threads())
+            decode(handle, part, rows)
             cache.fill(part, rows, generation)
         return len(cache)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mprec._native import _C
+from mprec.bags import join_bags
 from mprec.data.dataset import Batch
 
 __all__ = ["collate", "concatenate", "join", "num_features", "take"]
@@ -34,7 +34,7 @@ def join(batches: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) 
     first = batches[0]
     if len(batches) == 1 and starts[0] == 0 and stops[0] == len(first):
         return first
-    indices, offsets = _C.join_bags(
+    indices, offsets = join_bags(
         [_as_ids(batch.indices) for batch in batches],
         [_as_ids(batch.offsets) for batch in batches],
         [len(batch) for batch in batches],

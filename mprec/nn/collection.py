@@ -7,20 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
-from mprec._native import _C
+from mprec.bags import Bags, new
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
 from mprec.nn.keyed import embed_keyed
-from mprec.ops._checks import check_ids
-from mprec.ops._common import NATIVE_TABLES, ids, into
-from mprec.ops._csr import batch_size
+from mprec.ops import pooling
+from mprec.ops._common import NATIVE_TABLES, into
 from mprec.ops._decoders import group_decoders
 from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
 from mprec.representations import DHE, PARTS, REPRESENTATIONS, TABLE, FeatureConfig, Part
 from mprec.tracing import eager
 from mprec.tuning import kernel_options
 
-_Parameter = nn.Parameter
 _PARTS = {part.container for part in PARTS}
 
 
@@ -31,11 +29,18 @@ class _Group(NamedTuple):
     names: tuple[str, ...]
     features: list[int]  # their positions in the collection
     columns: list[int]  # first output column of each
-    whole: bool  # all features, in order
+    served: list[int] | None  # the positions, None: all features, in order
     alone: bool  # all columns, side by side
     mode: str
     mode_code: int
     decoder: Hashable  # of a deep hash embedding: family, activation, last_activation
+
+    def bags(self, batch: Bags) -> Bags:
+        """Those of the batch that the group pools, in its mode."""
+        indices, offsets, mode, weights, _, count, _, _ = batch
+        if self.served is None and mode == self.mode_code:
+            return batch
+        return new(Bags, (indices, offsets, self.mode_code, weights, self.served, count, True, -1))
 
 
 class EmbeddingBagCollection(nn.Module):
@@ -65,6 +70,7 @@ class EmbeddingBagCollection(nn.Module):
     """
 
     has_cache = False  # of rows before the decoders
+    _table_at = "_parameters", "weight", nn.Parameter  # where a table's are, and what
 
     def __init__(
         self,
@@ -102,6 +108,7 @@ class EmbeddingBagCollection(nn.Module):
         self._table_groups = [group for group in groups if group.part is TABLE]
         self._dhe_groups = [group for group in groups if group.part is DHE]
         self._other_groups = [group for group in groups if group.part not in (TABLE, DHE)]
+        self._mode, self._count = groups[0].mode_code, len(self.features)
         self._width = sum(self.output_dims)
         self.reset_parameters()
 
@@ -130,8 +137,9 @@ class EmbeddingBagCollection(nn.Module):
         for (part, mode, kind), members in found.items():
             positions, columns = [i for i, _ in members], [column for _, column in members]
             names = tuple(self.features[i].name for i in positions)
-            whole, alone = len(members) == len(self.features), len(found) == 1
-            made.append(_Group(part, names, positions, columns, whole, alone, mode, MODES[mode], kind))
+            served = None if len(members) == len(self.features) else positions
+            alone = len(found) == 1
+            made.append(_Group(part, names, positions, columns, served, alone, mode, MODES[mode], kind))
         return made
 
     def forward(
@@ -162,6 +170,7 @@ class EmbeddingBagCollection(nn.Module):
         """
         if offsets is None:
             return embed_keyed(self, indices)
+        batch = new(Bags, (indices, offsets, self._mode, per_sample_weights, None, self._count, True, -1))
         try:
             if (
                 eager()
@@ -170,27 +179,27 @@ class EmbeddingBagCollection(nn.Module):
                 and (per_sample_weights is None or type(per_sample_weights) is Tensor)
                 and (out is None or type(out) is Tensor)
             ):
-                pooled = self._forward_direct(indices, offsets, per_sample_weights, out)
+                pooled = self._forward_direct(batch, out)
                 if pooled is not None:
                     return pooled
-            return into(out, self._forward_ops(indices, offsets, per_sample_weights))
+            return into(out, self._forward_ops(batch))
         except IdOutOfRangeError as error:
-            self._name_feature(indices, offsets, error)
+            self._name_feature(batch, error)
             raise
 
-    def _forward_direct(self, indices, offsets, per_sample_weights, out=None) -> Tensor | None:
+    def _forward_direct(self, batch: Bags, out: Tensor | None = None) -> Tensor | None:
         """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code.
         None for what that does not take."""
+        offsets, count = batch.offsets, batch.num_features
         if offsets.dim() != 1:
             return None  # the operators say what is wrong
-        ends = offsets.shape[0] - 1
-        samples = ends // len(self.features)
-        if ends < 0 or samples * len(self.features) != ends:
+        ends = offsets.numel() - 1
+        samples = ends // count
+        if ends < 0 or samples * count != ends:
             return None
         options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, samples)
         if out is None and self._table_groups and self._table_groups[0].alone:  # native code makes it
-            group = self._table_groups[0]
-            return self._run_tables(group, indices, offsets, per_sample_weights, None, options)
+            return self._run_tables(self._table_groups[0], batch, None, options)
         dtype = self._dtype()
         if out is None:
             if dtype not in NATIVE_TABLES:
@@ -199,14 +208,13 @@ class EmbeddingBagCollection(nn.Module):
         elif out.dtype is not dtype or out.shape != (samples, self._width):
             return None
         for group in self._table_groups:
-            if self._run_tables(group, indices, offsets, per_sample_weights, out, options) is None:
+            if self._run_tables(group, batch, out, options) is None:
                 return None
         for group in self._dhe_groups:
-            if self._run_decoders(group, indices, offsets, per_sample_weights, out, options) is None:
+            if self._run_decoders(group, batch, out, options) is None:
                 return None
         for group in self._other_groups:
-            pooled = self._embed_others(group, indices, offsets, per_sample_weights)
-            for column, part in self._by_column(group, pooled):
+            for column, part in self._by_column(group, self._embed_others(group, batch)):
                 out[:, column : column + part.shape[1]] = part
         return out
 
@@ -219,56 +227,28 @@ class EmbeddingBagCollection(nn.Module):
             return group.part.dtype(self._members(group.part)[group.names[0]])
         return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0].dtype
 
-    def _run_tables(self, group: _Group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
+    def _run_tables(self, group: _Group, batch: Bags, out, options, bits=None) -> Tensor | None:
         """One group's pooled rows into its columns of ``out``; None if native code does not take them."""
-        weights = _C.tensors_of(
-            self._modules["tables"]._modules, group.names, "_parameters", "weight", _Parameter
-        )
-        return self._pool_tables(group, weights, None, indices, offsets, per_sample_weights, out, options)
-
-    def _pool_tables(self, group, tables, bits, indices, offsets, per_sample_weights, out, options):
+        where, name, kind = self._table_at
+        tables = pooling.tensors_of(self._modules["tables"]._modules, group.names, where, name, kind)
         if tables is None:
             return None
-        return _C.try_embedding_bag_multi(
-            tables,
-            indices,
-            offsets,
-            per_sample_weights,
-            group.mode_code,
-            -1,
-            out,
-            None if group.alone else group.columns,
-            options.threads or torch.get_num_threads(),
-            bits,
-            None,
-            None if group.whole else group.features,
-            len(self.features),
-        )
+        if group.alone:
+            return pooling.try_tables(tables, batch, out, None, options.threads, bits)
+        return pooling.try_tables(tables, group.bags(batch), out, group.columns, options.threads, bits)
 
-    def _run_decoders(
-        self, group: _Group, indices, offsets, per_sample_weights, out, options
-    ) -> Tensor | None:
+    def _run_decoders(self, group: _Group, batch: Bags, out, options) -> Tensor | None:
         """One group's vectors into its columns of ``out``; None if native code does not take them."""
         modules = self._modules["dhe"]._modules
         members = [modules[name] for name in group.names]
+        count = batch.indices.numel()
         decoders = group_decoders(
-            self, group.names[0], members, group.decoder, self._precisions(group), indices.numel()
+            self, group.names[0], members, group.decoder, self._precisions(group), count
         )
         if decoders is None:
             return None
-        return _C.try_dhe_bag_multi(
-            decoders,
-            indices,
-            offsets,
-            per_sample_weights,
-            group.mode_code,
-            -1,
-            out,
-            group.columns,
-            options.threads or torch.get_num_threads(),
-            options.dedupe,
-            None if group.whole else group.features,
-            len(self.features),
+        return pooling.try_decoders(
+            decoders, group.bags(batch), out, group.columns, options.threads, options.dedupe
         )
 
     def _precisions(self, group: _Group) -> list[str] | None:
@@ -280,64 +260,40 @@ class EmbeddingBagCollection(nn.Module):
         version counter and may else go unnoticed until some 2048 IDs have been decoded."""
         ops.clear_decoders()
 
-    def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
-        if indices.dim() != 1 or offsets.dim() != 1:
+    def _forward_ops(self, batch: Bags) -> Tensor:
+        """By operators: with gradients, under compilers, and to say what is wrong."""
+        if batch.indices.dim() != 1 or batch.offsets.dim() != 1:
             raise ValueError(
-                f"expected indices and offsets of 1 dimension, got {indices.dim()} and {offsets.dim()}"
+                "expected indices and offsets of 1 dimension, got "
+                f"{batch.indices.dim()} and {batch.offsets.dim()}"
             )
         parts = {}
-        for group in self._table_groups:
-            out = self._embed_tables(group, indices, offsets, per_sample_weights)
-            parts.update(self._by_column(group, out))
-        for group in self._dhe_groups:
-            out = self._embed_decoders(group, indices, offsets, per_sample_weights)
-            parts.update(self._by_column(group, out))
-        for group in self._other_groups:
-            out = self._embed_others(group, indices, offsets, per_sample_weights)
-            parts.update(self._by_column(group, out))
+        for groups, embed in (
+            (self._table_groups, self._embed_tables),
+            (self._dhe_groups, self._embed_decoders),
+            (self._other_groups, self._embed_others),
+        ):
+            for group in groups:
+                out = embed(group, batch)
+                parts.update(self._by_column(group, out))
         if len(self._table_groups) + len(self._dhe_groups) + len(self._other_groups) == 1:
             return out
         return torch.cat([parts[column] for column in sorted(parts)], dim=1)
 
-    def _embed_tables(self, group: _Group, indices, offsets, per_sample_weights) -> Tensor:
+    def _embed_tables(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled rows by its operator."""
-        return ops.embedding_bag_multi(
-            self._weights(group),
-            indices,
-            offsets,
-            group.mode,
-            per_sample_weights,
-            features=None if group.whole else group.features,
-            num_features=len(self.features),
-            sparse=self.sparse,
-        )
+        modules = self.tables._modules
+        weights = [modules[name].weight for name in group.names]
+        return pooling.pool_tables(weights, group.bags(batch), self.sparse)
 
-    def _embed_decoders(self, group: _Group, indices, offsets, per_sample_weights) -> Tensor:
+    def _embed_decoders(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled vectors by its operator."""
-        return ops.dhe_bag_multi(
-            indices,
-            offsets,
-            *self._stacks(group),
-            *group.decoder,
-            mode=group.mode,
-            per_sample_weights=per_sample_weights,
-            features=None if group.whole else group.features,
-            num_features=len(self.features),
-        )
+        return pooling.pool_decoders(*self._stacks(group), group.decoder, group.bags(batch))
 
-    def _embed_others(self, group: _Group, indices, offsets, per_sample_weights) -> Tensor:
+    def _embed_others(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled vectors as its part pools them."""
         members = self._members(group.part)
-        return group.part.pool(
-            [members[name] for name in group.names],
-            indices,
-            offsets,
-            group.mode,
-            per_sample_weights,
-            group.features,
-            len(self.features),
-            self.sparse,
-        )
+        return group.part.pool([members[name] for name in group.names], group.bags(batch), self.sparse)
 
     def kernel_traits(self) -> KernelTraits:
         """For :mod:`mprec.tuning`."""
@@ -349,10 +305,6 @@ class EmbeddingBagCollection(nn.Module):
             [[feature.to_dict() for feature in self.features], precisions],
             takes_batches=True,
         )
-
-    def _weights(self, group: _Group) -> list[Tensor]:
-        modules = self.tables._modules
-        return [modules[name].weight for name in group.names]
 
     def _stacks(self, group: _Group) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
         """Coefficients, weights, biases and numbers of layers: what operators take."""
@@ -368,15 +320,13 @@ class EmbeddingBagCollection(nn.Module):
         dims = [self.features[i].embedding_dim for i in group.features]
         return zip(group.columns, out.split(dims, dim=1), strict=True)
 
-    def _name_feature(self, indices, offsets, error) -> None:
+    def _name_feature(self, batch: Bags, error: IdOutOfRangeError) -> None:
         """Raise the error again with the feature's name, if a feature's ID is at fault."""
-        batch = batch_size(offsets, len(self.features))
+        batch = batch.of_kernels()
         for i, feature in enumerate(self.features):
             bound = feature.num_embeddings if feature.has_rows else None
             try:
-                check_ids(
-                    ids(indices, "indices"), ids(offsets, "offsets"), [bound], batch, [i], len(self.features)
-                )
+                batch._replace(features=[i]).check_ids([bound])
             except IdOutOfRangeError as found:
                 message = str(found).replace(f"(feature {i}, ", f"(feature {feature.name!r}, ")
                 raise IdOutOfRangeError(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
+from mprec.bags import Bags
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.mapped import pooled_ones
-from mprec.ops._checks import check_bags, check_ids
 from mprec.representations import FeatureConfig
 from mprec.tracing import eager
 
@@ -114,15 +114,16 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
         with torch.no_grad():
             return super().forward(indices, offsets, per_sample_weights, out=out)
 
-    def _forward_direct(self, indices, offsets, per_sample_weights, out=None) -> None:
+    def _forward_direct(self, batch: Bags, out=None) -> None:
         return None
 
-    def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
-        count, bounds = len(self.features), [f.num_embeddings for f in self.features]
+    def _forward_ops(self, batch: Bags) -> Tensor:
+        indices, offsets, _, per_sample_weights, _, count, _, _ = batch
         samples, watched = (offsets.shape[0] - 1) // count, not eager()
+        bounds = [f.num_embeddings for f in self.features]
         if not watched:
-            check_bags(offsets, len(indices), True, count)
-            check_ids(indices, offsets, bounds, samples)
+            batch.check_offsets()
+            batch.check_ids(bounds)
         lengths = offsets.diff()
         singles = not watched and len(indices) == count * samples and per_sample_weights is None
         if singles and bool((lengths == 1).all()):

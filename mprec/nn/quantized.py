@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from mprec import reference
-from mprec._native import _C
+from mprec.bags import Bags, check_mode, check_ndim
 from mprec.hashing import families_for
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.ops._checks import check_bags, check_mode, check_per_sample_weights, check_same_device
-from mprec.ops._common import ids, plain
-from mprec.ops._csr import batch_size
+from mprec.ops import pooling
+from mprec.ops._checks import check_same_device
 from mprec.ops._decoders import check_float16, decoder
 from mprec.representations import DHE, PARTS, TABLE
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
 from mprec.row_formats import row_format
+from mprec.tensors import plain
 from mprec.tracing import eager
 
 #: Hash families that a decoder precision serves; None: all.
@@ -118,6 +118,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             numbers beyond the range of float16 or of int4's scales).
     """
 
+    _table_at = "_buffers", "rows", Tensor
+
     def __init__(
         self,
         collection: EmbeddingBagCollection,
@@ -186,11 +188,9 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
-    def _run_tables(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
+    def _run_tables(self, group, batch: Bags, out, options) -> Tensor | None:
         modules = self._modules["tables"]._modules
-        rows = _C.tensors_of(modules, group.names, "_buffers", "rows", Tensor)
-        bits = [modules[name].bits for name in group.names]
-        return self._pool_tables(group, rows, bits, indices, offsets, per_sample_weights, out, options)
+        return super()._run_tables(group, batch, out, options, [modules[name].bits for name in group.names])
 
     def _in_float8(self, name: str) -> bool:
         return self.decoder_precision[name] == "float8"
@@ -204,84 +204,48 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
                     field: [getattr(group, field)[i] for i in at]
                     for field in ("names", "features", "columns")
                 }
-                yield group._replace(**lists, whole=group.whole and len(at) == len(group.names))
+                served = group.served if len(at) == len(group.names) else lists["features"]
+                yield group._replace(**lists, served=served)
 
-    def _run_decoders(self, group, indices, offsets, per_sample_weights, out, options) -> Tensor | None:
+    def _run_decoders(self, group, batch: Bags, out, options) -> Tensor | None:
         if not self._in_float8(group.names[0]):
-            return super()._run_decoders(group, indices, offsets, per_sample_weights, out, options)
-        vectors = self._embed_decoders(group, indices, offsets, per_sample_weights)
-        for column, part in self._by_column(group, vectors):
+            return super()._run_decoders(group, batch, out, options)
+        for column, part in self._by_column(group, self._embed_decoders(group, batch)):
             out[:, column : column + part.shape[1]] = part
         return out
 
     def _precisions(self, group) -> list[str]:
         return [self.decoder_precision[name] for name in group.names]
 
-    def _embed_tables(self, group, indices, offsets, per_sample_weights) -> Tensor:
+    def _embed_tables(self, group, batch: Bags) -> Tensor:
         tables = [self.tables._modules[name] for name in group.names]
-        return torch.ops.mprec.quantized_embedding_bag_multi(
-            [table.rows for table in tables],
-            [table.bits for table in tables],
-            indices,
-            offsets,
-            group.mode_code,
-            per_sample_weights,
-            None if group.whole else group.features,
-            len(self.features),
-        )
+        rows, bits = [table.rows for table in tables], [table.bits for table in tables]
+        return pooling.pool_quantised(rows, bits, group.bags(batch))
 
-    def _embed_decoders(self, group, indices, offsets, per_sample_weights) -> Tensor:
-        precisions = self._precisions(group)
-        if set(precisions) == {"float32"}:
-            return super()._embed_decoders(group, indices, offsets, per_sample_weights)
-        if not self._in_float8(group.names[0]):
-            hashes, weights, biases, layers = self._stacks(group)
-            return torch.ops.mprec.packed_dhe_bag_multi(
-                indices,
-                offsets,
-                hashes,
-                [weight.detach() for weight in weights],
-                [bias.detach() for bias in biases],
-                layers,
-                *group.decoder,
-                precisions,
-                group.mode_code,
-                per_sample_weights,
-                None if group.whole else group.features,
-                len(self.features),
-            )
-        return torch.ops.mprec.quantized_dhe_bag_multi(
-            indices,
-            offsets,
-            *self._stacks(group),
-            *group.decoder,
-            group.mode_code,
-            per_sample_weights,
-            None if group.whole else group.features,
-            len(self.features),
-        )
+    def _embed_decoders(self, group, batch: Bags) -> Tensor:
+        precisions, scaled = self._precisions(group), self._in_float8(group.names[0])
+        if scaled or set(precisions) == {"float32"}:
+            return pooling.pool_decoders(*self._stacks(group), group.decoder, group.bags(batch), scaled)
+        return pooling.pool_packed(*self._stacks(group), group.decoder, precisions, group.bags(batch))
 
-    def _forward_ops(self, indices, offsets, per_sample_weights) -> Tensor:
+    def _forward_ops(self, batch: Bags) -> Tensor:
         """Where the kernels refused: inputs in another form, or something to raise an exception about."""
+        indices, offsets, mode, weights, *others = batch
+        if weights is not None:
+            weights = weights.detach().to(torch.float32)
         for name, tensor in (("indices", indices), ("offsets", offsets)):
-            if tensor.dim() != 1:
-                raise ValueError(f"{name} has to be a 1D Tensor, but got Tensor of dimension {tensor.dim()}")
+            check_ndim(tensor, name)
+        batch = Bags(indices, offsets, mode, weights, *others)
         if not eager():  # operators check when they run
-            if per_sample_weights is not None:
-                per_sample_weights = per_sample_weights.to(torch.float32)
-            return super()._forward_ops(indices, offsets, per_sample_weights).detach()
-        indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-        check_same_device(module=next(self.buffers()), indices=indices, offsets=offsets)
-        batch_size(offsets, len(self.features))
-        if indices.is_cuda:
-            return super()._forward_ops(indices, offsets, per_sample_weights)
-        check_bags(offsets, len(indices), True, len(self.features))
-        if per_sample_weights is not None:
-            per_sample_weights = plain(per_sample_weights.detach().to(torch.float32))
-            check_per_sample_weights(per_sample_weights, torch.float32, indices)
+            return super()._forward_ops(batch).detach()
+        batch = batch.checked(len(self.features), torch.float32)
+        check_same_device(module=next(self.buffers()), indices=batch.indices, offsets=batch.offsets)
+        if batch.indices.is_cuda:
+            return super()._forward_ops(batch)
+        batch.check_offsets()
         for group in (*self._table_groups, *self._dhe_groups):
-            check_mode(group.mode_code, per_sample_weights)
-        pooled = self._forward_direct(indices, offsets, per_sample_weights)
+            check_mode(group.mode_code, batch.per_sample_weights)
+        pooled = self._forward_direct(batch)
         if pooled is None:
             raise TypeError("expected rows in their own precision, on the CPU: were buffers replaced?")
         return pooled

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
+from mprec.bags import Bags
+from mprec.names import MODES
 from mprec.nn.embedding import DeepHashEmbedding, Embedding, LowRankEmbedding
 from mprec.nn.keyed import Jagged, KeyedTensor, positions, sibling
 from mprec.representations import DHE, TABLE, DheConfig, FeatureConfig, Part
@@ -212,9 +214,8 @@ class EmbeddingBagCollection(_Collection):
                     num_features=count,
                 )
             else:
-                pooled = group.part.pool(
-                    modules, indices, offsets, group.mode, weights, features, count, self.sparse
-                )
+                bags = Bags(indices, offsets, MODES[group.mode], weights, features, count)
+                pooled = group.part.pool(modules, bags, self.sparse)
             parts = pooled.float().split([self._dims[i] for i in members], dim=1)
             vectors.update(zip(members, parts, strict=True))
         return [vectors[i] for i in sorted(vectors)]

@@ -13,11 +13,10 @@ run the formulas of :mod:`mprec.reference` in plain torch.
 CUDA: Triton kernels that do not wait for the device; bad IDs are left out and reported by a later call.
 """
 
-from mprec.ops import _cached_dhe as _cached_dhe  # the operators without a function of their own
-from mprec.ops import _cuda as _cuda  # registers the kernels for GPUs
 from mprec.ops import _decompositions as _decompositions
+from mprec.ops import _dhe_gradient as _dhe_gradient  # the operators without a function of their own
 from mprec.ops import _flops as _flops
-from mprec.ops import _packed_dhe as _packed_dhe
+from mprec.ops import _tables as _tables
 from mprec.ops import _updates as _updates
 from mprec.ops._decoders import clear_decoders
 from mprec.ops._dense import dot_interaction, mlp

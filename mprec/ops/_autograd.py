@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mprec.ops._common import library
-
 _C = torch._C
 
 
@@ -43,35 +41,21 @@ def is_batched(tensor: Tensor) -> bool:
     return False
 
 
-def below(op, keyset, *arguments):
-    """The operator's result by its kernels, unseen by autograd."""
-    with _C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & _C._after_autograd_keyset, *arguments)
+def register(op, library, differentiate: Callable) -> None:
+    """Make an operator (:class:`mprec.ops._table.Op`) differentiable.
 
-
-def register(name: str, differentiable: Callable, formula: Callable) -> None:
-    """Make ``torch.ops.mprec.{name}`` differentiable.
-
-    Args:
-        name: of the operator.
-        differentiable: called as ``differentiable(op, keyset, *arguments)`` where a gradient is wanted.
-        formula: called as ``formula(*arguments)``: plain torch, with the operator's checks.
+    ``differentiate(op, keyset, *arguments)`` is called where a gradient is wanted.
     """
-    op = getattr(torch.ops.mprec, name).default
-    defaults = [a.default_value if a.has_default_value() else None for a in op._schema.arguments]
-
-    def complete(arguments):
-        return (*arguments, *defaults[len(arguments) :])  # the dispatcher leaves trailing defaults out
 
     def kernel(keyset, *arguments):
         if by_formula(_tensors(arguments)):
-            return formula(*complete(arguments))
+            return op.by_formula(*arguments)
         if torch.is_grad_enabled() and _C._any_requires_grad(*arguments):
-            return differentiable(op, keyset, *complete(arguments))
-        return below(op, keyset, *arguments)
+            return differentiate(op, keyset, *op.complete(arguments))
+        return op.below(keyset, arguments)
 
-    library.impl(name, kernel, "Autograd", with_keyset=True)
-    library.impl(name, lambda *arguments: formula(*complete(arguments)), "FuncTorchBatched")
+    library.impl(op.name, kernel, "Autograd", with_keyset=True)
+    library.impl(op.name, op.by_formula, "FuncTorchBatched")
 
 
 def _tensors(arguments) -> Iterable[Tensor]:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mprec import reference
 from mprec._native import _C
+from mprec.bags import Bags
 from mprec.names import MODES
-from mprec.ops._common import NATIVE_TABLES, ids
-from mprec.ops._csr import Csr, feature_slices
+from mprec.ops._updates import update_tables
 
 
 def wide(tensor: Tensor | None) -> Tensor | None:
@@ -18,63 +18,41 @@ def wide(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.float32) if is_narrow else tensor
 
 
-def pool_backward(
-    grad: Tensor,
-    rows: Tensor | None,
-    offsets: Tensor,
-    num_indices: int,
-    mode: int,
-    per_sample_weights: Tensor | None,
-    include_last_offset: bool,
-    keep: Tensor | None,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``reference.pool`` for its rows ``[n, D]`` and, if ``need_weights``, its weights ``[n]``.
+def pool_backward(grad: Tensor, rows: Tensor | None, bags: Bags) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``reference.pool`` of one feature's bags: for its rows ``[n, D]``, and for its weights
+    ``[n]`` if ``rows`` are given.
 
-    ``rows`` are needed for the maximum and for the gradient of the weights only. Plain torch: the result can
-    be differentiated again.
+    A maximum needs ``rows``, and has no weights. Plain torch: the result can be differentiated again.
     """
-    num_bags = offsets.numel() - include_last_offset
-    bag = reference.bag_ids(offsets, num_indices, num_bags)
-    if mode == MODES["max"]:
+    grad, rows, keep = wide(grad), wide(rows), bags.positions_kept()
+    count, num_bags = len(bags.indices), bags.batch
+    bag = reference.bag_ids(bags.offsets, count, num_bags)
+    if bags.mode == MODES["max"]:
         chosen = reference.maxima(rows.detach(), bag, num_bags, keep)
-        to = grad.new_zeros(num_indices + 1, grad.shape[1])  # the last row: of empty bags
-        return to.scatter_add(0, chosen, grad)[:num_indices], None
+        to = grad.new_zeros(count + 1, grad.shape[1])  # the last row: of empty bags
+        return to.scatter_add(0, chosen, grad)[:count], None
     grad_rows = grad.index_select(0, bag)
     if keep is not None:
         grad_rows = torch.where(keep[:, None], grad_rows, 0)
-    if mode == MODES["mean"]:
+    if bags.mode == MODES["mean"]:
         sizes = reference.bag_sizes(bag, num_bags, keep).clamp(min=1)
         grad_rows = grad_rows / sizes[bag].to(grad.dtype)[:, None]
-    grad_weights = (grad_rows * rows).sum(1) if need_weights else None
-    if per_sample_weights is not None:
-        grad_rows = grad_rows * per_sample_weights[:, None]
+    grad_weights = None if rows is None else (grad_rows * rows).sum(1)
+    if bags.per_sample_weights is not None:
+        grad_rows = grad_rows * wide(bags.per_sample_weights)[:, None]
     return grad_rows, grad_weights
 
 
-def maximal_ids(
-    weights: Sequence[Tensor],
-    indices: Tensor,
-    offsets: Tensor,
-    padding_idx: int,
-    include_last_offset: bool,
-    features: Sequence[int],
-    num_features: int,
-) -> Tensor:
+def maximal_ids(tables: Sequence[Tensor], bags: Bags) -> Tensor:
     """The IDs whose rows the bags' maxima were taken from: int64 ``[B, sum D]``, -1 where a bag is empty."""
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    if not include_last_offset:
-        offsets = torch.nn.functional.pad(offsets, (0, 1), value=len(indices))
-    parts = []
-    for weight, (begin, end, starts) in zip(
-        weights, feature_slices(Csr(indices, offsets, None), features, num_features), strict=True
-    ):
-        of_feature = indices[begin:end].to(torch.int64)
-        keep = None if padding_idx < 0 else of_feature != padding_idx
-        bag = reference.bag_ids(starts, len(of_feature), len(starts) - 1)
-        chosen = reference.maxima(weight.index_select(0, of_feature), bag, len(starts) - 1, keep)
-        parts.append(torch.nn.functional.pad(of_feature, (0, 1), value=-1)[chosen])
-    return torch.cat(parts, dim=1)
+    found = []
+    for table, (_, _, part) in zip(tables, bags.with_last_offset().parts(len(tables)), strict=True):
+        of_feature = part.indices.to(torch.int64)
+        bag = reference.bag_ids(part.offsets, len(of_feature), part.batch)
+        rows = table.index_select(0, of_feature)
+        chosen = reference.maxima(rows, bag, part.batch, part.positions_kept())
+        found.append(torch.nn.functional.pad(of_feature, (0, 1), value=-1)[chosen])
+    return torch.cat(found, dim=1)
 
 
 def maximum_gradient(grad: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
@@ -86,22 +64,16 @@ def maximum_gradient(grad: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
 
 
 def table_gradient(
-    grad_rows: Tensor,
-    indices: Tensor,
-    weight: Tensor,
-    padding_idx: int,
-    scale_grad_by_freq: bool,
-    sparse: bool,
-    again: bool,
+    grad_rows: Tensor, weight: Tensor, bags: Bags, scale_grad_by_freq: bool, sparse: bool, again: bool
 ) -> Tensor:
     """Scatter the gradients of looked-up rows ``[n, D]`` into the gradient of the table.
 
     ``again``: the result is to be differentiated itself; then by operators that can be.
     """
-    indices = indices.to(torch.int64)
+    indices = bags.indices.to(torch.int64)
     if not again:
         scattered = torch.ops.aten.embedding_backward(
-            grad_rows, indices, len(weight), padding_idx, scale_grad_by_freq, sparse
+            grad_rows, indices, len(weight), bags.padding_idx, scale_grad_by_freq, sparse
         )
         if sparse and weight.dtype != grad_rows.dtype:
             scattered = scattered.coalesce()  # summed before it is rounded
@@ -110,7 +82,7 @@ def table_gradient(
         times = indices.new_zeros(len(weight)).index_add(0, indices, torch.ones_like(indices))
         grad_rows = grad_rows / times[indices].to(grad_rows.dtype)[:, None]
     if sparse:
-        kept = indices != padding_idx
+        kept = indices != bags.padding_idx
         scattered = torch.sparse_coo_tensor(
             indices[kept][None], grad_rows[kept], weight.shape, check_invariants=False
         )
@@ -118,68 +90,42 @@ def table_gradient(
     return grad_rows.new_zeros(weight.shape).index_add(0, indices, grad_rows).to(weight.dtype)
 
 
-def has_native_gradient(weight: Tensor, mode: int, scale_grad_by_freq: bool) -> bool:
-    """Whether :func:`native_table_gradient` can serve."""
-    return weight.is_cpu and weight.dtype in NATIVE_TABLES and mode != MODES["max"] and not scale_grad_by_freq
+def native_sparse_gradient(grad: Tensor, weight: Tensor, bags: Bags) -> Tensor:
+    """Coalesced, in the table's dtype. Sums run in float32 in the order of the indices, whatever the threads.
 
-
-def native_table_gradient(
-    grad: Tensor,
-    weight: Tensor,
-    csr: Csr,
-    mode: int,
-    padding_idx: int,
-    sparse: bool,
-) -> Tensor:
-    """Gradient of a table on the CPU given ``grad`` ``[B, D]`` of its pooled output, in the table's dtype.
-
-    Dense, or a coalesced sparse tensor. Sums run in float32 in the order of the indices, whatever the
-    threads.
+    ``bags`` of one feature, as native kernels take them; ``grad`` ``[B, D]``.
     """
-    if not sparse:
-        return native_dense_gradients(grad, [weight], csr, mode, padding_idx)[0]
-    rows, values = native_row_gradients(grad, weight, csr, mode, padding_idx)
+    rows, values = row_gradients(grad, weight, bags)
     return torch.sparse_coo_tensor(
         rows[None], values.to(weight.dtype), weight.shape, check_invariants=False, is_coalesced=True
     )
 
 
-def native_row_gradients(
-    grad: Tensor, weight: Tensor, csr: Csr, mode: int, padding_idx: int
-) -> tuple[Tensor, Tensor]:
-    """The rows that occur, rising, and their float32 gradients."""
-    rows = torch.empty(len(csr.indices), dtype=torch.int64)
-    values = torch.empty(len(csr.indices), weight.shape[1], dtype=torch.float32)
-    threads = torch.get_num_threads()
-    csr = csr.for_kernels()
-    count = _C.sparse_gradient(*csr, mode, padding_idx, len(weight), _adjacent(grad), rows, values, threads)
+def row_gradients(grad: Tensor, weight: Tensor, bags: Bags) -> tuple[Tensor, Tensor]:
+    """IDs ``[m]`` and float32 gradients ``[m, D]`` of their rows, to be added where an ID occurs twice.
+
+    On the CPU IDs rise and occur once; ``bags`` are as native kernels take them.
+    """
+    if not grad.is_cpu:
+        keep = bags.positions_kept()
+        rows, _ = pool_backward(grad, None, bags)
+        return (bags.indices, rows) if keep is None else (bags.indices[keep], rows[keep])
+    rows = torch.empty(len(bags.indices), dtype=torch.int64)
+    values = torch.empty(len(bags.indices), weight.shape[1], dtype=torch.float32)
+    count = _C.sparse_gradient(
+        bags.indices, bags.offsets, bags.per_sample_weights, bags.mode, bags.padding_idx, len(weight),
+        _adjacent(grad), rows, values, torch.get_num_threads(),
+    )  # fmt: skip
     return rows[:count], values[:count]
 
 
-def row_gradients(
-    grad: Tensor, weight: Tensor, csr: Csr, mode: int, padding_idx: int
-) -> tuple[Tensor, Tensor]:
-    """IDs ``[m]`` and float32 gradients ``[m, D]`` of their rows, to be added where an ID occurs twice."""
-    if grad.is_cpu:
-        return native_row_gradients(grad, weight, csr, mode, padding_idx)
-    keep = None if padding_idx < 0 else csr.indices != padding_idx
-    last = len(csr.offsets) == len(grad) + 1
-    rows, _ = pool_backward(
-        wide(grad), None, csr.offsets, len(csr.indices), mode, wide(csr.per_sample_weights), last, keep, False
-    )
-    return (csr.indices, rows) if keep is None else (csr.indices[keep], rows[keep])
+def native_dense_gradients(grad: Tensor, weights: Sequence[Tensor], bags: Bags) -> list[Tensor]:
+    """Gradients of all tables, in their dtypes, from that of their outputs, side by side ``[B, sum D]``.
 
-
-def native_dense_gradients(
-    grad: Tensor, weights: Sequence[Tensor], csr: Csr, mode: int, padding_idx: int = -1
-) -> list[Tensor]:
-    """Gradients of all tables from that of their outputs, side by side ``[B, sum D]``, in one native call."""
+    ``bags`` of the tables' features alone, as native kernels take them.
+    """
     grads = [torch.zeros(weight.shape, dtype=torch.float32) for weight in weights]
-    assign, threads = 0, torch.get_num_threads()
-    csr = csr.for_kernels()
-    _C.update_tables(
-        grads, None, None, *csr, mode, padding_idx, _adjacent(grad), None, assign, 0, 0, 0, 0, threads
-    )
+    update_tables("assign", grads, (), bags, _adjacent(grad))
     return [g.to(weight.dtype) for g, weight in zip(grads, weights, strict=True)]
 
 

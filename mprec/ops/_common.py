@@ -1,22 +1,17 @@
-"""What all operators share: the library object, the test for the direct path, tensors in plain form."""
+"""What all operators share: the test for the direct path, and torch's forms of arguments."""
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from mprec.errors import DtypeError
-from mprec.tracing import eager, traced
+from mprec.tracing import eager
 
-#: Owns the schemas and implementations; they last as long as this module.
-library = torch.library.Library("mprec", "DEF")
-
-IDS = (torch.int64, torch.int32)
 #: What the native kernels read tables of; they add up in float32 and round once.
 NATIVE_TABLES = (torch.float32, torch.float16, torch.bfloat16)
 
 _PLAIN = (Tensor, Parameter)
 _grad_enabled = torch.is_grad_enabled
-_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def direct(*tensors: Tensor | None) -> bool:
@@ -37,28 +32,6 @@ def direct(*tensors: Tensor | None) -> bool:
 def native(*values: Tensor | None) -> bool:
     """True if all these are float32, as native decoders and gradients want them."""
     return all(t is None or t.dtype is torch.float32 for t in values)
-
-
-def plain(tensor: Tensor | None) -> Tensor | None:
-    """As kernels take it: contiguous, its elements aligned, without a lazy sign."""
-    if tensor is None:
-        return None
-    if tensor.is_neg():
-        return tensor.resolve_neg()
-    if not tensor.is_contiguous():
-        return tensor.contiguous()
-    if tensor.is_cpu and not (traced() or _transforms_active()) and tensor.data_ptr() % tensor.itemsize:
-        return tensor.clone()
-    return tensor
-
-
-def ids(tensor: Tensor, name: str) -> Tensor:
-    """IDs or offsets as kernels take them: contiguous int32 or int64. Takes any type of integers."""
-    if tensor.dtype in IDS:
-        return plain(tensor)
-    if tensor.is_floating_point() or tensor.is_complex():
-        raise DtypeError(f"{name}: expected integers, got {tensor.dtype}")
-    return tensor.to(torch.int64).contiguous()
 
 
 def mutated(*tensors: Tensor) -> None:

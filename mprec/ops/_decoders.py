@@ -27,10 +27,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mprec import reference
 from mprec._native import _C
+from mprec.bags import Bags
 from mprec.hashing import coefficient_rows
 from mprec.names import ACTIVATIONS, FAMILIES, code
 from mprec.ops._checks import check_weights
-from mprec.ops._common import plain
+from mprec.tensors import plain
+
+Decoder, WeightWatch = _C.Decoder, _C.WeightWatch
 
 _LINEAR = ("weight", "bias")
 _groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
@@ -104,6 +107,31 @@ class ModuleDecoder:
     def __init__(self) -> None:
         self.config = self.kept = None
 
+    def try_pool(
+        self,
+        module: nn.Module,
+        bags: Bags,
+        bound: int | None,
+        threads: int | None,
+        dedupe: bool | None,
+    ) -> Tensor | None:
+        """The pooled vectors by one native call; None for what that does not take. Only with grad mode off.
+
+        ``bound``: IDs are to be below, or None.
+        """
+        indices, offsets, mode, weights, _, _, include_last_offset, padding_idx = bags
+        threads = threads or torch.get_num_threads()
+        kept = self.kept if self.config is module.config else self.pack(module)
+        while kept is not None:
+            out = _C.dhe_bag_kept(
+                kept, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, threads,
+                dedupe,
+            )  # fmt: skip
+            if out is not False:
+                return out
+            kept = self.pack(module)
+        return None
+
     def __reduce__(self):  # copies and pickles of a module start without one
         return ModuleDecoder, ()
 
@@ -140,13 +168,17 @@ def group_decoders(
     As :func:`decoder` for each, but one native check of all weights, which is kept with ``owner``, replaces
     one per decoder. Only with grad mode off.
     """
-    parts = [(module, *module._modules["decoder"]._modules.values()) for module in modules]
+    parts: list[nn.Module] = []  # each module with its layers
+    for module in modules:
+        parts.append(module)
+        parts += module._modules["decoder"]._modules.values()
     kept = _groups.get(owner)
     found = None if kept is None else kept.get(group)
     if found is not None and found[0] == parts and not found[1].changed(ids):
         return found[2]
     places = [(module._buffers, "coefficients") for module in modules]
-    places += [(layer._parameters, name) for _, *layers in parts for layer in layers for name in _LINEAR]
+    layers = [layer for module in modules for layer in module._modules["decoder"]._modules.values()]
+    places += [(layer._parameters, name) for layer in layers for name in _LINEAR]
     precisions = ["float32"] * len(modules) if precisions is None else precisions
     stacks = [module.stack() for module in modules]
     if not all(packable(*stack) for stack in stacks):

@@ -4,7 +4,7 @@ They compute in the weights' precision and check neither IDs nor offsets. torch 
 decompositions for the shapes of results; those are the fakes' business, here and now as without this file.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,17 +12,23 @@ from torch._decomp import register_decomposition
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mprec import reference
+from mprec.bags import Bags
 from mprec.names import MODES
-from mprec.ops import _dense, _dhe, _tables
+from mprec.ops import _dense as _dense
+from mprec.ops import _dhe as _dhe
+from mprec.ops import _tables as _tables
+from mprec.ops._table import OPS
 
-Slices = Iterator[tuple[Tensor, Tensor, Tensor | None]]
 
+def _decompose(name: str, formula: Callable) -> None:
+    """``formula``: from the operator's call to its result."""
+    op = OPS[name]
 
-def _decompose(name: str, fake: Callable, formula: Callable) -> None:
     def decomposition(*arguments, **options):
-        return (fake if get_proxy_mode() is None else formula)(*arguments, **options)
+        call = op.call(*op.positional(arguments, options))
+        return (op.shape if get_proxy_mode() is None else formula)(call)
 
-    register_decomposition(getattr(torch.ops.mprec, name).default)(decomposition)
+    register_decomposition(op.overload)(decomposition)
 
 
 def _bag_of_each(starts: Tensor, count: int) -> Tensor:
@@ -55,83 +61,41 @@ def _pool(
     return total
 
 
-def _slices(
-    indices: Tensor, offsets: Tensor, weights: Tensor | None, features: Sequence[int] | None, count: int
-) -> Slices:
-    """Of each feature the IDs, the bag of each and its weight."""
-    samples = (offsets.shape[0] - 1) // count
-    bag = _bag_of_each(offsets[:-1], indices.shape[0])
-    for f in range(count) if features is None else features:
+def _parts(bags: Bags, count: int) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """Of each of ``count`` parts its IDs ``[n]``, and what pools their vectors ``[n, D]``."""
+    samples, mode, weights = bags.batch, bags.mode, bags.per_sample_weights
+    starts = bags.offsets[: samples * bags.num_features]
+    bag = _bag_of_each(starts, bags.indices.shape[0])
+    if bags.num_features == 1:
+        keep = bags.positions_kept()
+        yield from [(bags.indices, lambda rows: _pool(rows, bag, samples, mode, weights, keep))] * count
+        return
+    for f in bags.served(count):
         at = ((bag >= f * samples) & (bag < (f + 1) * samples)).nonzero()[:, 0]
-        yield indices[at], bag[at] - f * samples, None if weights is None else weights[at]
+        own, psw = bag[at] - f * samples, None if weights is None else weights[at]
+        yield bags.indices[at], lambda rows, own=own, psw=psw: _pool(rows, own, samples, mode, psw)
 
 
-def _embedding_bag(
-    weight, indices, offsets, mode=0, per_sample_weights=None, include_last_offset=False, padding_idx=-1,
-    scale_grad_by_freq=False, sparse=False,
-) -> Tensor:  # fmt: skip
-    bags = offsets.shape[0] - include_last_offset
-    bag = _bag_of_each(offsets[:bags], indices.shape[0])
-    keep = None if padding_idx < 0 else indices != padding_idx
-    return _pool(weight[indices], bag, bags, mode, per_sample_weights, keep)
+def _look_up(call) -> Tensor:
+    parts = zip(call.tables, _parts(call.bags, len(call.tables)), strict=True)
+    pooled = [pool(table[ids]) for table, (ids, pool) in parts]
+    return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 
 
-def _embedding_bag_multi(
-    weights, indices, offsets, mode=0, per_sample_weights=None, features=None, num_features=None, sparse=False
-) -> Tensor:
-    count = num_features or len(weights)
-    samples = (offsets.shape[0] - 1) // count
-    parts = _slices(indices, offsets, per_sample_weights, features, count)
-    vectors = [
-        _pool(weight[ids], bag, samples, mode, psw)
-        for weight, (ids, bag, psw) in zip(weights, parts, strict=True)
+def _decode(call) -> Tensor:
+    parts = zip(call.stacks, _parts(call.bags, len(call.stacks)), strict=True)
+    pooled = [
+        pool(reference.dhe(ids, *stack, *call.options, dtype=call.dtype)) for stack, (ids, pool) in parts
     ]
-    return torch.cat(vectors, dim=1)
+    return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 
 
-def _dhe_bag(
-    indices, offsets, coefficients, weights, biases, family, activation, last_activation, mode=0,
-    per_sample_weights=None, include_last_offset=False, padding_idx=-1,
-) -> Tensor:  # fmt: skip
-    bags = offsets.shape[0] - include_last_offset
-    bag = _bag_of_each(offsets[:bags], indices.shape[0])
-    keep = None if padding_idx < 0 else indices != padding_idx
-    rows = reference.dhe(
-        indices, coefficients, weights, biases, family, activation, last_activation, dtype=weights[0].dtype
-    )
-    return _pool(rows, bag, bags, mode, per_sample_weights, keep)
-
-
-def _dhe_bag_multi(
-    indices, offsets, coefficients, weights, biases, layers, family, activation, last_activation, mode=0,
-    per_sample_weights=None, features=None, num_features=None,
-) -> Tensor:  # fmt: skip
-    count = num_features or len(layers)
-    samples = (offsets.shape[0] - 1) // count
-    parts = _slices(indices, offsets, per_sample_weights, features, count)
-    stacks = zip(coefficients, _dhe._split(layers, weights), _dhe._split(layers, biases), parts, strict=True)
-    options = family, activation, last_activation
-    vectors = [
-        _pool(reference.dhe(ids, *stack, *options, dtype=weights[0].dtype), bag, samples, mode, psw)
-        for *stack, (ids, bag, psw) in stacks
-    ]
-    return torch.cat(vectors, dim=1)
-
-
-def _mlp(input, weights, biases, activation, last_activation) -> Tensor:
-    return reference.mlp(input, weights, biases, activation, last_activation, dtype=input.dtype)
-
-
-def _dot_interaction(vectors, self_interaction=False) -> Tensor:
-    return reference.dot_interaction(vectors, self_interaction, dtype=vectors.dtype)
-
-
-for _name, _fake, _formula in (
-    ("embedding_bag", _tables._embedding_bag_fake, _embedding_bag),
-    ("embedding_bag_multi", _tables._embedding_bag_multi_fake, _embedding_bag_multi),
-    ("dhe_bag", _dhe._dhe_bag_fake, _dhe_bag),
-    ("dhe_bag_multi", _dhe._dhe_bag_multi_fake, _dhe_bag_multi),
-    ("mlp", _dense._mlp_fake, _mlp),
-    ("dot_interaction", _dense._dot_interaction_fake, _dot_interaction),
-):
-    _decompose(_name, _fake, _formula)
+for _name, _formula in {
+    "embedding_bag": _look_up,
+    "embedding_bag_multi": _look_up,
+    "dhe_bag": _decode,
+    "dhe_bag_multi": _decode,
+    "mlp": OPS["mlp"].formula,
+    "dot_interaction": OPS["dot_interaction"].formula,
+}.items():
+    _decompose(_name, _formula)

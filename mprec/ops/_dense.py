@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,18 +10,13 @@ from torch.nn import functional as F
 
 from mprec import reference
 from mprec._native import _C
+from mprec.kernels import kernel
 from mprec.names import ACTIVATIONS, code
-from mprec.ops import _autograd
 from mprec.ops._checks import check_floats, check_same_device
-from mprec.ops._common import direct, library, native, plain
+from mprec.ops._common import direct, native
 from mprec.ops._decoders import _kept
-from mprec.ops._dhe_gradient import _activation_gradient
-
-library.define(
-    "mlp(Tensor input, Tensor[] weights, Tensor[] biases, str activation, str last_activation) -> Tensor"
-)
-library.define("dot_interaction(Tensor vectors, bool self_interaction=False) -> Tensor")
-library.define("dot_interaction_backward(Tensor grad, Tensor vectors, bool self_interaction) -> Tensor")
+from mprec.ops._table import Op
+from mprec.tensors import plain
 
 
 def pairs(count: int, self_interaction: bool) -> int:
@@ -29,6 +25,20 @@ def pairs(count: int, self_interaction: bool) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- MLP
+
+
+class Mlp(NamedTuple):
+    """The call."""
+
+    input: Tensor
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    activation: str
+    last_activation: str
+
+    @property
+    def device(self) -> str:
+        return self.input.device.type
 
 
 def _packed(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: tuple[int, ...]) -> "_C.Mlp":
@@ -50,10 +60,11 @@ def _packed(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: tu
     return handle
 
 
-def _check_mlp(input: Tensor, weights, biases, activation: str, last_activation: str) -> tuple[int, ...]:
-    """The activations' numbers; ``ValueError`` or ``DtypeError`` if the arguments make no MLP."""
-    between = code(ACTIVATIONS, activation, "activation")
-    last = code(ACTIVATIONS, last_activation, "last_activation")
+def _check_mlp(call: Mlp) -> Mlp:
+    """``ValueError`` or ``DtypeError`` if the arguments make no MLP."""
+    input, weights, biases, activation, last_activation = call
+    code(ACTIVATIONS, activation, "activation")
+    code(ACTIVATIONS, last_activation, "last_activation")
     check_same_device(input=input, weights=weights, biases=biases)
     if not weights or len(weights) != len(biases):
         raise ValueError(
@@ -76,34 +87,26 @@ def _check_mlp(input: Tensor, weights, biases, activation: str, last_activation:
                 f"and {list(bias.shape)}"
             )
         columns = weight.shape[0]
-    return (*[between] * (len(weights) - 1), last)
+    return call
 
 
-def _mlp(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str, last_activation: str
-) -> Tensor:
-    activations = _check_mlp(input, weights, biases, activation, last_activation)
-    if input.is_cpu and native(input) and all(min(w.shape) > 0 for w in weights):
-        out = torch.empty(len(input), len(weights[-1]))
-        _C.mlp(_packed(weights, biases, activations), plain(input), out, torch.get_num_threads())
-        return out
-    return reference.mlp(input, weights, biases, activation, last_activation, dtype=_wide(input)).to(
-        input.dtype
-    )
+@kernel(
+    "mlp",
+    device="cpu",
+    supports=lambda call: native(call.input) and all(min(w.shape) > 0 for w in call.weights),
+)
+def _native_mlp(call: Mlp) -> Tensor:
+    names = [call.activation] * (len(call.weights) - 1) + [call.last_activation]
+    activations = tuple(ACTIVATIONS[name] for name in names)
+    out = torch.empty(len(call.input), len(call.weights[-1]))
+    handle = _packed(call.weights, call.biases, activations)
+    _C.mlp(handle, plain(call.input), out, torch.get_num_threads())
+    return out
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     """What a value without a native kernel is computed in: float64, on a GPU its own."""
     return torch.float64 if tensor.is_cpu else tensor.dtype
-
-
-def _mlp_fake(input, weights, biases, activation, last_activation):
-    return input.new_empty(input.shape[0], weights[-1].shape[0])
-
-
-def _mlp_formula(input, weights, biases, activation, last_activation):
-    _check_mlp(input, weights, biases, activation, last_activation)
-    return reference.mlp(input, weights, biases, activation, last_activation, dtype=input.dtype)
 
 
 def _mlp_gradients(grad, x, weights, biases, activation, last_activation, need_input):
@@ -120,38 +123,31 @@ def _mlp_gradients(grad, x, weights, biases, activation, last_activation, need_i
             x = reference.activate(sums[-1], activation)
     grad_weights, grad_biases = [], []
     for layer in range(last, -1, -1):
-        grad = _activation_gradient(grad, sums[layer], last_activation if layer == last else activation)
+        grad = reference.activation_gradient(
+            grad, sums[layer], last_activation if layer == last else activation
+        )
         grad_weights.append(grad.t() @ inputs[layer])
         grad_biases.append(grad.sum(0))
         grad = grad @ weights[layer] if layer or need_input else None
     return grad, *grad_weights[::-1], *grad_biases[::-1]
 
 
-class _MlpByKernel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, op, keyset, activations, input, *parameters):
-        half = len(parameters) // 2
-        ctx.activations = activations
-        ctx.save_for_backward(input, *parameters)
-        return _autograd.below(op, keyset, input, parameters[:half], parameters[half:], *activations)
-
-    @staticmethod
-    def backward(ctx, grad):
-        input, *parameters = ctx.saved_tensors
-        half = len(parameters) // 2
-        weights, biases = parameters[:half], parameters[half:]
-        if _autograd.differentiate_again(grad, input, *parameters):
-            with torch.enable_grad():
-                out = _mlp_formula(input, weights, biases, *ctx.activations)
-            grads = _autograd.gradients_of(out, [input, *parameters], grad)
-        else:
-            need_input = ctx.needs_input_grad[3]
-            grads = _mlp_gradients(grad, input, weights, biases, *ctx.activations, need_input)
-        return None, None, None, *grads
+def _gradient_of_mlp(op: Op, arguments, grad: Tensor, wanted) -> dict:
+    input, weights, biases, *activations = arguments
+    need_input = "input" in wanted
+    grad, *grads = _mlp_gradients(grad, input, weights, biases, *activations, need_input)
+    return {"input": grad, "weights": grads[: len(weights)], "biases": grads[len(weights) :]}
 
 
-def _differentiable_mlp(op, keyset, input, weights, biases, *activations):
-    return _MlpByKernel.apply(op, keyset, activations, input, *weights, *biases)
+MLP = Op(
+    "mlp(Tensor input, Tensor[] weights, Tensor[] biases, str activation, str last_activation) -> Tensor",
+    call=Mlp,
+    check=_check_mlp,
+    fake=lambda call: call.input.new_empty(call.input.shape[0], call.weights[-1].shape[0]),
+    reference=lambda call: reference.mlp(*call, dtype=_wide(call.input)).to(call.input.dtype),
+    formula=lambda call: reference.mlp(*call, dtype=call.input.dtype),
+    gradient=_gradient_of_mlp,
+)
 
 
 def mlp(
@@ -175,42 +171,54 @@ def mlp(
         ValueError, DtypeError, DeviceError: arguments that do not fit together.
     """
     if direct(input, *weights, *biases):
-        return _mlp(input, weights, biases, activation, last_activation)
+        return MLP.run(input, weights, biases, activation, last_activation)
     return torch.ops.mprec.mlp(input, weights, biases, activation, last_activation)
 
 
 # -------------------------------------------------------------------------------------------- interaction
 
 
-def _check_vectors(vectors: Tensor) -> None:
-    if vectors.dim() != 3:
-        raise ValueError(f"vectors: expected [B, V, D], got {list(vectors.shape)}")
-    check_floats(vectors, "vectors")
+class Interaction(NamedTuple):
+    """The call; with ``grad``, of the gradient."""
+
+    vectors: Tensor
+    self_interaction: bool
+    grad: Tensor | None = None
+
+    @property
+    def device(self) -> str:
+        return self.vectors.device.type
 
 
-def _is_native(vectors: Tensor) -> bool:
-    return vectors.is_cpu and native(vectors) and 0 < vectors.shape[1] <= 4096 and vectors.shape[2] > 0
+def _check_vectors(call: Interaction) -> Interaction:
+    if call.vectors.dim() != 3:
+        raise ValueError(f"vectors: expected [B, V, D], got {list(call.vectors.shape)}")
+    check_floats(call.vectors, "vectors")
+    return call
 
 
-def _dot_interaction(vectors: Tensor, self_interaction: bool = False) -> Tensor:
-    _check_vectors(vectors)
-    if _is_native(vectors):
-        out = torch.empty(len(vectors), pairs(vectors.shape[1], self_interaction))
-        _C.dot_interaction(plain(vectors), self_interaction, out, torch.get_num_threads())
-        return out
-    return reference.dot_interaction(vectors, self_interaction, dtype=_wide(vectors)).to(vectors.dtype)
+def _is_native(call: Interaction) -> bool:
+    vectors = call.vectors
+    return native(vectors, call.grad) and 0 < vectors.shape[1] <= 4096 and vectors.shape[2] > 0
 
 
-def _dot_interaction_fake(vectors, self_interaction=False):
-    return vectors.new_empty(vectors.shape[0], pairs(vectors.shape[1], self_interaction))
+@kernel("dot_interaction", device="cpu", supports=_is_native)
+def _native_interaction(call: Interaction) -> Tensor:
+    out = torch.empty(len(call.vectors), pairs(call.vectors.shape[1], call.self_interaction))
+    _C.dot_interaction(plain(call.vectors), call.self_interaction, out, torch.get_num_threads())
+    return out
 
 
-def _dot_interaction_backward(grad: Tensor, vectors: Tensor, self_interaction: bool) -> Tensor:
-    if _is_native(vectors) and native(grad):
-        out = torch.empty(vectors.shape)
-        vectors, grad = plain(vectors), plain(grad)
-        _C.dot_interaction_backward(grad, vectors, self_interaction, out, torch.get_num_threads())
-        return out
+@kernel("dot_interaction_backward", device="cpu", supports=_is_native)
+def _native_interaction_gradient(call: Interaction) -> Tensor:
+    out = torch.empty(call.vectors.shape)
+    vectors, grad = plain(call.vectors), plain(call.grad)
+    _C.dot_interaction_backward(grad, vectors, call.self_interaction, out, torch.get_num_threads())
+    return out
+
+
+def _interaction_gradient(call: Interaction) -> Tensor:
+    vectors, self_interaction, grad = call
     count = vectors.shape[1]
     rows, columns = torch.tril_indices(count, count, 0 if self_interaction else -1, device=grad.device)
     square = grad.new_zeros(len(grad), count, count)
@@ -218,32 +226,30 @@ def _dot_interaction_backward(grad: Tensor, vectors: Tensor, self_interaction: b
     return (square + square.transpose(1, 2)) @ vectors
 
 
-def _dot_interaction_backward_fake(grad, vectors, self_interaction):
-    return vectors.new_empty(vectors.shape)
+def _interaction(call: Interaction, dtype: torch.dtype) -> Tensor:
+    result = reference.dot_interaction(call.vectors, call.self_interaction, dtype=dtype)
+    return result.to(call.vectors.dtype)
 
 
-def _interaction_formula(vectors, self_interaction):
-    _check_vectors(vectors)
-    return reference.dot_interaction(vectors, self_interaction, dtype=vectors.dtype)
-
-
-class _InteractionByKernel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, op, keyset, vectors, self_interaction):
-        ctx.self_interaction = self_interaction
-        ctx.save_for_backward(vectors)
-        return _autograd.below(op, keyset, vectors, self_interaction)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (vectors,) = ctx.saved_tensors
-        if _autograd.differentiate_again(grad, vectors):
-            with torch.enable_grad():
-                out = _interaction_formula(vectors, ctx.self_interaction)
-            (found,) = _autograd.gradients_of(out, [vectors], grad)
-        else:
-            found = torch.ops.mprec.dot_interaction_backward(grad, vectors, ctx.self_interaction)
-        return None, None, found, None
+DOT_INTERACTION = Op(
+    "dot_interaction(Tensor vectors, bool self_interaction=False) -> Tensor",
+    call=Interaction,
+    check=_check_vectors,
+    fake=lambda call: call.vectors.new_empty(
+        call.vectors.shape[0], pairs(call.vectors.shape[1], call.self_interaction)
+    ),
+    reference=lambda call: _interaction(call, _wide(call.vectors)),
+    formula=lambda call: _interaction(call, call.vectors.dtype),
+    gradient=lambda op, arguments, grad, wanted: {
+        "vectors": torch.ops.mprec.dot_interaction_backward(grad, *arguments)
+    },
+)
+Op(
+    "dot_interaction_backward(Tensor grad, Tensor vectors, bool self_interaction) -> Tensor",
+    call=lambda grad, *of: Interaction(*of, grad),
+    fake=lambda call: call.vectors.new_empty(call.vectors.shape),
+    reference=_interaction_gradient,
+)
 
 
 def dot_interaction(vectors: Tensor, self_interaction: bool = False) -> Tensor:
@@ -261,16 +267,5 @@ def dot_interaction(vectors: Tensor, self_interaction: bool = False) -> Tensor:
         ValueError, DtypeError: not three dimensions, or not floating.
     """
     if direct(vectors):
-        return _dot_interaction(vectors, self_interaction)
+        return DOT_INTERACTION.run(vectors, self_interaction)
     return torch.ops.mprec.dot_interaction(vectors, self_interaction)
-
-
-for _name, _forward, _fake in (
-    ("mlp", _mlp, _mlp_fake),
-    ("dot_interaction", _dot_interaction, _dot_interaction_fake),
-    ("dot_interaction_backward", _dot_interaction_backward, _dot_interaction_backward_fake),
-):
-    library.impl(_name, _forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mprec::{_name}", _fake, lib=library)
-_autograd.register("mlp", _differentiable_mlp, _mlp_formula)
-_autograd.register("dot_interaction", _InteractionByKernel.apply, _interaction_formula)

@@ -1,297 +1,272 @@
-"""``torch.ops.mprec.dhe_bag`` and ``dhe_bag_multi``: schemas and implementations."""
+"""Bags of deep hash embeddings: ``torch.ops.mprec.dhe_bag`` and ``dhe_bag_multi``;
+``quantized_dhe_bag_multi``, whose weights are in float8; ``packed_dhe_bag_multi``, whose decoders are packed
+in few bytes; and ``cached_dhe_bag``, behind a fixed table of hot IDs' vectors.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mprec import reference
 from mprec._native import _C
-from mprec.ops import _autograd, _csr
-from mprec.ops._checks import (
-    check_bags,
-    check_features,
-    check_ids,
-    check_mode,
-    check_ndim,
-    check_per_sample_weights,
-    check_same_device,
-    num_bags,
-)
-from mprec.ops._common import ids, library, native, plain
-from mprec.ops._decoders import check_decoder, decoder
+from mprec.bags import Bags, check_ndim
+from mprec.kernels import kernel
+from mprec.ops import _autograd
+from mprec.ops._checks import check_same_device
+from mprec.ops._common import native
+from mprec.ops._decoders import check_decoder, decoder, drop_changed
+from mprec.ops._table import Op, by_kernels
+from mprec.tracing import traced
 
-library.define(
-    "dhe_bag(Tensor indices, Tensor offsets, Tensor coefficients, Tensor[] weights, Tensor[] biases, str "
-    "family, "
-    "str activation, str last_activation, int mode=0, Tensor? per_sample_weights=None, "
-    "bool include_last_offset=False, int padding_idx=-1) -> Tensor"
-)
-library.define(
-    "dhe_bag_multi(Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] weights, Tensor[] biases, "
-    "int[] layers, str family, str activation, str last_activation, int mode=0, Tensor? "
-    "per_sample_weights=None, "
-    "int[]? features=None, int? num_features=None) -> Tensor"
-)
+#: Coefficients, weights and biases of one decoder. Where weights are in float8: affines ``[2, out]`` of each
+#: layer in place of biases, the scales of its outputs and their biases.
+Stack = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
 
 
-def _split(layers: Sequence[int], values: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The flat tensors of all decoders, by decoder."""
-    ends = [sum(layers[: t + 1]) for t in range(len(layers))]
-    return [list(values[end - count : end]) for end, count in zip(ends, layers, strict=True)]
+class Cache(NamedTuple):
+    """``keys`` int64 ``[slots]`` (-1: empty) and ``rows`` ``[slots, D]`` are an open-addressing table as
+    ``mprec.triton_kernels.row_cache.build`` makes it. IDs in it take their row, the others are decoded."""
+
+    keys: Tensor
+    rows: Tensor
+    probes: int
 
 
-def _forward_rows(indices, coefficients, weights, biases, family, activation, last_activation):
-    """Vectors of each ID without the native fused kernel: the GPU's kernel, or plain torch."""
-    if indices.is_cuda and native(weights[0]):
-        from mprec.triton_kernels import dhe  # imports triton: only where it is needed
+class Decoders(NamedTuple):
+    """The call: ``options`` are the hash family, the activation, and that of the last layer.
 
-        return dhe.dhe_forward(indices, coefficients, weights, biases, family, activation, last_activation)
-    dtype = weights[0].dtype if indices.is_cuda else torch.float64
-    return reference.dhe(
-        indices, coefficients, weights, biases, family, activation, last_activation, dtype=dtype
-    )
+    ``precisions``: what decoders are packed in on the CPU, of each; None: float32.
+    """
 
+    stacks: Sequence[Stack]
+    options: tuple[str, str, str]
+    bags: Bags
+    scaled: bool = False
+    cache: Cache | None = None
+    precisions: Sequence[str] | None = None
 
-# -------------------------------------------------------------------------------------------- one decoder
+    @property
+    def device(self) -> str:
+        return self.bags.indices.device.type
 
+    @property
+    def dims(self) -> list[int]:
+        return [weights[-1].shape[0] for _, weights, _ in self.stacks]
 
-def checked(indices, offsets, dtype, mode, per_sample_weights, include_last_offset, padding_idx=-1):
-    """``indices`` and ``offsets`` as kernels take them; the checks that need no look at their values."""
-    check_mode(mode, per_sample_weights)
-    check_ndim(indices, "indices")
-    check_ndim(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, dtype, indices)
-    num_bags(offsets, include_last_offset)
-    return ids(indices, "indices"), ids(offsets, "offsets")
-
-
-def _dhe_bag(
-    indices: Tensor,
-    offsets: Tensor,
-    coefficients: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    family: str,
-    activation: str,
-    last_activation: str,
-    mode: int = 0,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int = -1,
-) -> Tensor:
-    check_decoder(coefficients, weights, biases, family, activation, last_activation)
-    check_same_device(
-        indices=indices,
-        offsets=offsets,
-        coefficients=coefficients,
-        weights=weights,
-        biases=biases,
-        per_sample_weights=per_sample_weights,
-    )
-    indices, offsets = checked(
-        indices, offsets, weights[0].dtype, mode, per_sample_weights, include_last_offset
-    )
-    per_sample_weights = plain(per_sample_weights)
-    if indices.is_cpu and native(weights[0]):
-        handle = decoder(coefficients, weights, biases, family, activation, last_activation)
-        threads = torch.get_num_threads()
-        return _C.dhe_bag(
-            handle,
-            indices,
-            offsets,
-            per_sample_weights,
-            mode,
-            include_last_offset,
-            padding_idx,
-            None,
-            threads,
-        )
-    check_bags(offsets, len(indices), include_last_offset)
-    check_ids(indices, offsets, [None], num_bags(offsets, include_last_offset))
-    keep = None if padding_idx < 0 else indices != padding_idx
-    rows = _forward_rows(indices, coefficients, weights, biases, family, activation, last_activation)
-    out = reference.pool(rows, offsets, mode, per_sample_weights, include_last_offset, keep)
-    return out.to(weights[0].dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result and of per-sample weights."""
+        return torch.float32 if self.scaled else self.stacks[0][1][0].dtype
 
 
-def formula(
-    indices, offsets, coefficients, weights, biases, family, activation, last_activation, mode,
-    per_sample_weights, include_last_offset, padding_idx,
-):  # fmt: skip
-    """The operator in plain torch, for what its kernels cannot be asked."""
-    check_decoder(coefficients, weights, biases, family, activation, last_activation)
-    indices, offsets = checked(
-        indices, offsets, weights[0].dtype, mode, per_sample_weights, include_last_offset
-    )
-    _check_values(indices, offsets, include_last_offset, 1)
-    dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-    out = reference.dhe_bag(
-        indices, offsets, coefficients, weights, biases, family, activation, last_activation, mode,
-        per_sample_weights, include_last_offset, padding_idx, dtype=dtype,
-    )  # fmt: skip
-    return out.to(weights[0].dtype)
+# ----------------------------------------------------------------------------------------------- arguments
 
 
-def _check_values(indices, offsets, include_last_offset, num_features) -> None:
-    if _autograd.is_batched(offsets):
-        raise NotImplementedError("offsets: torch.func.vmap cannot map over them; map over input [B, L]")
-    check_bags(offsets, len(indices), include_last_offset, num_features)
-    if not _autograd.is_batched(indices):
-        bags = num_bags(offsets, include_last_offset) // num_features
-        check_ids(indices, offsets, [None] * num_features, bags)
+def _one(indices, offsets, coefficients, weights, biases, family, activation, last_activation, mode, psw,
+         include_last_offset, padding_idx) -> Decoders:  # fmt: skip
+    bags = Bags(indices, offsets, mode, psw, None, 1, include_last_offset, padding_idx)
+    return Decoders([(coefficients, weights, biases)], (family, activation, last_activation), bags)
 
 
-def _dhe_bag_fake(
-    indices,
-    offsets,
-    coefficients,
-    weights,
-    biases,
-    family,
-    activation,
-    last_activation,
-    mode=0,
-    per_sample_weights=None,
-    include_last_offset=False,
-    padding_idx=-1,
-):
-    return weights[-1].new_empty(offsets.shape[0] - include_last_offset, weights[-1].shape[0])
+def _cached(keys, rows, probes, *one) -> Decoders:
+    return _one(*one)._replace(cache=Cache(keys, rows, probes))
 
 
-# ---------------------------------------------------------------------------------- one decoder per feature
-
-
-def stacks_of(
-    coefficients, weights, biases, layers, options, scaled=False
-) -> list[tuple[Tensor, list, list]]:
-    """(coefficients, weights, biases) of each decoder. ``TypeError``, ``ValueError`` if they do not fit."""
+def _many(indices, offsets, coefficients, weights, biases, layers, family, activation, last_activation, mode,
+          psw, features, num_features, scaled=False) -> Decoders:  # fmt: skip
     if not layers or not len(coefficients) == len(layers) or not sum(layers) == len(weights) == len(biases):
         raise ValueError(
             f"layers: {list(layers)} do not describe {len(coefficients)} coefficients, "
             f"{len(weights)} weights and {len(biases)} {'affines' if scaled else 'biases'}"
         )
-    stacks = list(zip(coefficients, _split(layers, weights), _split(layers, biases), strict=True))
-    for t, stack in enumerate(stacks):
-        check_decoder(*stack, *options, f"decoder {t}: ", scaled)
-    return stacks
+    stacks, end = [], 0
+    for hashes, count in zip(coefficients, layers, strict=True):
+        begin, end = end, end + count
+        stacks.append((hashes, weights[begin:end], biases[begin:end]))
+    num_features = len(layers) if num_features is None else num_features
+    bags = Bags(indices, offsets, mode, psw, features, num_features)
+    return Decoders(stacks, (family, activation, last_activation), bags, scaled)
 
 
-def checked_multi(indices, offsets, dtype, mode, per_sample_weights, features, num_features, count):
-    """``indices``, ``offsets``, ``num_features`` as kernels take them; the checks that need no values."""
-    check_features(features, num_features, count)
-    check_mode(mode, per_sample_weights)
-    check_ndim(indices, "indices")
-    check_ndim(offsets, "offsets")
-    check_per_sample_weights(per_sample_weights, dtype, indices, or_float32=True)
-    num_features = count if num_features is None else num_features
-    _csr.batch_size(offsets, num_features)
-    return ids(indices, "indices"), ids(offsets, "offsets"), num_features
+def _packed(*arguments) -> Decoders:
+    *stacks, precisions, mode, psw, features, num_features = arguments
+    return _many(*stacks, mode, psw, features, num_features)._replace(precisions=precisions)
 
 
-def _dhe_bag_multi(
-    indices: Tensor,
-    offsets: Tensor,
-    coefficients: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    layers: Sequence[int],
-    family: str,
-    activation: str,
-    last_activation: str,
-    mode: int = 0,
-    per_sample_weights: Tensor | None = None,
-    features: Sequence[int] | None = None,
-    num_features: int | None = None,
-) -> Tensor:
-    options = family, activation, last_activation
-    stacks = stacks_of(coefficients, weights, biases, layers, options)
+def _check(call: Decoders) -> Decoders:
+    bags, count = call.bags, len(call.stacks)
+    for t, stack in enumerate(call.stacks):
+        check_decoder(*stack, *call.options, f"decoder {t}: " if count > 1 else "", call.scaled)
+    cache = call.cache
     check_same_device(
-        indices=indices,
-        offsets=offsets,
-        coefficients=coefficients,
-        weights=weights,
-        biases=biases,
-        per_sample_weights=per_sample_weights,
+        indices=bags.indices,
+        offsets=bags.offsets,
+        coefficients=[hashes for hashes, _, _ in call.stacks],
+        weights=[weight for _, weights, _ in call.stacks for weight in weights],
+        biases=[bias for _, _, biases in call.stacks for bias in biases],
+        per_sample_weights=bags.per_sample_weights,
+        **({} if cache is None else {"keys": cache.keys, "rows": cache.rows}),
     )
-    indices, offsets, num_features = checked_multi(
-        indices, offsets, weights[0].dtype, mode, per_sample_weights, features, num_features, len(layers)
-    )
-    if indices.is_cpu and native(*weights):
-        handles = [decoder(*stack, *options) for stack in stacks]
-        return _C.dhe_bag_multi(
-            handles,
-            indices,
-            offsets,
-            plain(per_sample_weights),
-            mode,
-            -1,
-            None,
-            None,
-            torch.get_num_threads(),
-            features=features,
-            num_features=num_features,
-        )
-    check_bags(offsets, len(indices), True, num_features)
-    csr = _csr.Csr(indices, offsets, per_sample_weights)
-    features = range(num_features) if features is None else features
-    batch = _csr.batch_size(offsets, num_features)
-    check_ids(indices, offsets, [None] * len(features), batch, features, num_features)
-    parts = []
-    for stack, (begin, end, starts) in zip(
-        stacks, _csr.feature_slices(csr, features, num_features), strict=True
-    ):
-        rows = _forward_rows(indices[begin:end], *stack, *options)
-        psw = None if per_sample_weights is None else per_sample_weights[begin:end]
-        parts.append(reference.pool(rows, starts, mode, psw, True).to(weights[0].dtype))
-    return torch.cat(parts, dim=1)
+    if cache is not None:
+        _check_cache(cache, call.dims[0])
+    return call._replace(bags=bags.checked(count, call.dtype, or_float32=True))
 
 
-def multi_formula(
-    indices, offsets, coefficients, weights, biases, layers, family, activation, last_activation, mode,
-    per_sample_weights, features, num_features,
-):  # fmt: skip
-    """The operator in plain torch, for what its kernels cannot be asked."""
-    options = family, activation, last_activation
-    stacks_of(coefficients, weights, biases, layers, options)
-    indices, offsets, num_features = checked_multi(
-        indices, offsets, weights[0].dtype, mode, per_sample_weights, features, num_features, len(layers)
-    )
-    _check_values(indices, offsets, True, num_features)
-    dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-    out = reference.dhe_bag_multi(
-        indices, offsets, coefficients, weights, biases, layers, *options, mode, per_sample_weights,
-        features, num_features, dtype=dtype,
+def _check_cache(cache: Cache, dim: int) -> None:
+    keys, rows, probes = cache
+    check_ndim(keys, "keys")
+    if keys.dtype != torch.int64:
+        raise TypeError(f"keys: expected int64, got {keys.dtype}")
+    if not len(keys) or len(keys) & (len(keys) - 1):
+        raise ValueError(f"keys: expected a power of two of them, got {len(keys)}")
+    if rows.shape != (len(keys), dim):
+        raise ValueError(f"rows: expected [{len(keys)}, {dim}], got {list(rows.shape)}")
+    if probes < 1:
+        raise ValueError(f"probes: expected at least 1, got {probes}")
+
+
+# ------------------------------------------------------------------------------------------------- forward
+
+
+def _fake(call: Decoders) -> Tensor:
+    return call.stacks[0][2][0].new_empty(call.bags.batch, sum(call.dims))  # biases: float32 where scaled
+
+
+@kernel(
+    "dhe_bag",
+    "dhe_bag_multi",
+    "packed_dhe_bag_multi",
+    device="cpu",
+    supports=lambda call: all(native(*weights) for _, weights, _ in call.stacks),
+)
+def _native(call: Decoders) -> Tensor:
+    bags, threads = call.bags.with_float_weights(), torch.get_num_threads()
+    precisions = call.precisions or ["float32"] * len(call.stacks)
+    handles = [decoder(*stack, *call.options, p) for stack, p in zip(call.stacks, precisions, strict=True)]
+    if bags.num_features == len(handles) == 1:  # any offsets, and padding
+        return _C.dhe_bag(
+            handles[0], bags.indices, bags.offsets, bags.per_sample_weights, bags.mode,
+            bags.include_last_offset, bags.padding_idx, None, threads,
+        )  # fmt: skip
+    return _C.dhe_bag_multi(
+        handles, bags.indices, bags.offsets, bags.per_sample_weights, bags.mode, -1, None, None, threads,
+        features=bags.features, num_features=bags.num_features,
     )  # fmt: skip
-    return out.to(weights[0].dtype)
 
 
-def _last_weights(weights, layers):
-    return [stack[-1] for stack in _split(layers, weights)]
+def _plain(call: Decoders, dtype: torch.dtype) -> Tensor:
+    """In plain torch, computed in ``dtype``."""
+    bags = call.bags
+    bags.check_offsets()
+    if not _autograd.is_batched(bags.indices):
+        bags.check_ids([None] * len(call.stacks))
+    pooled = []
+    for stack, (_, _, part) in zip(call.stacks, bags.parts(len(call.stacks)), strict=True):
+        rows = reference.dhe(part.indices, *stack, *call.options, dtype=dtype)
+        if call.cache is not None:
+            rows = _with_cached(rows, part.indices, call.cache)
+        pooled.append(
+            reference.pool(
+                rows, part.offsets, part.mode, part.per_sample_weights, part.include_last_offset,
+                part.positions_kept(),
+            )
+        )  # fmt: skip
+    return (pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)).to(call.dtype)
 
 
-def _dhe_bag_multi_fake(
-    indices,
-    offsets,
-    coefficients,
-    weights,
-    biases,
-    layers,
-    family,
-    activation,
-    last_activation,
-    mode=0,
-    per_sample_weights=None,
-    features=None,
-    num_features=None,
-):
-    batch = (offsets.shape[0] - 1) // (len(layers) if num_features is None else num_features)
-    return weights[0].new_empty(batch, sum(weight.shape[0] for weight in _last_weights(weights, layers)))
+def _with_cached(rows: Tensor, ids: Tensor, cache: Cache) -> Tensor:
+    in_order, slot = cache.keys.sort()
+    at = torch.searchsorted(in_order, ids.long()).clamp(max=len(in_order) - 1)
+    hit = in_order[at] == ids
+    return torch.where(hit[:, None], cache.rows[slot[at]].to(rows.dtype), rows)
 
 
-for _name, _forward, _forward_fake in (
-    ("dhe_bag", _dhe_bag, _dhe_bag_fake),
-    ("dhe_bag_multi", _dhe_bag_multi, _dhe_bag_multi_fake),
-):
-    library.impl(_name, _forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mprec::{_name}", _forward_fake, lib=library)
+def _reference(call: Decoders) -> Tensor:
+    return _plain(call, torch.float64 if call.device == "cpu" else call.dtype)
+
+
+def _formula(call: Decoders) -> Tensor:
+    if _autograd.is_batched(call.bags.offsets):
+        raise NotImplementedError("offsets: torch.func.vmap cannot map over them; map over input [B, L]")
+    return _plain(call, torch.float64 if call.dtype == torch.float64 else torch.float32)
+
+
+# -------------------------------------------------------------------------------------------- the operators
+
+
+def _gradient(op: Op, arguments, grad: Tensor, wanted) -> dict:
+    need_psw = "per_sample_weights" in wanted
+    if op is DHE_BAG:
+        found = torch.ops.mprec.dhe_bag_backward(grad, *arguments, need_psw)
+    else:
+        *others, _, _ = arguments
+        call = op.call(*arguments)
+        features = call.bags.served(len(call.stacks)), call.bags.num_features
+        found = torch.ops.mprec.dhe_bag_multi_backward(grad, *others, *features, need_psw)
+    return dict(zip(("weights", "biases", "per_sample_weights"), found, strict=True))
+
+
+def _differentiate(op: Op, keyset, *arguments):
+    if not traced():  # all bytes of weights are compared before a forward pass of training
+        for stack in op.call(*arguments).stacks:
+            drop_changed(*stack)
+    return by_kernels(op, keyset, *arguments)
+
+
+DHE_BAG = Op(
+    "dhe_bag(Tensor indices, Tensor offsets, Tensor coefficients, Tensor[] weights, Tensor[] biases, "
+    "str family, str activation, str last_activation, int mode=0, Tensor? per_sample_weights=None, "
+    "bool include_last_offset=False, int padding_idx=-1) -> Tensor",
+    call=_one,
+    check=_check,
+    fake=_fake,
+    reference=_reference,
+    formula=_formula,
+    gradient=_gradient,
+    differentiate=_differentiate,
+    see_through=True,
+)
+DHE_BAG_MULTI = Op(
+    "dhe_bag_multi(Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] weights, "
+    "Tensor[] biases, int[] layers, str family, str activation, str last_activation, int mode=0, "
+    "Tensor? per_sample_weights=None, int[]? features=None, int? num_features=None) -> Tensor",
+    call=_many,
+    check=_check,
+    fake=_fake,
+    reference=_reference,
+    formula=_formula,
+    gradient=_gradient,
+    differentiate=_differentiate,
+)
+# On a CPU the formula, in float64: CPUs have no float8 products.
+Op(
+    "quantized_dhe_bag_multi(Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] weights, "
+    "Tensor[] affines, int[] layers, str family, str activation, str last_activation, int mode=0, "
+    "Tensor? per_sample_weights=None, int[]? features=None, int? num_features=None) -> Tensor",
+    call=lambda *arguments: _many(*arguments, scaled=True),
+    check=_check,
+    fake=_fake,
+    reference=_reference,
+)
+# Without gradients. The native cache of mprec.cache serves the CPU; here, a CPU only has the plain meaning.
+Op(
+    "cached_dhe_bag(Tensor keys, Tensor rows, int probes, Tensor indices, Tensor offsets, "
+    "Tensor coefficients, Tensor[] weights, Tensor[] biases, str family, str activation, "
+    "str last_activation, int mode=0, Tensor? per_sample_weights=None, bool include_last_offset=False, "
+    "int padding_idx=-1) -> Tensor",
+    call=_cached,
+    check=_check,
+    fake=_fake,
+    reference=_reference,
+)
+# For serving under compilers; called eagerly, modules go past operators.
+Op(
+    "packed_dhe_bag_multi(Tensor indices, Tensor offsets, Tensor[] coefficients, Tensor[] weights, "
+    "Tensor[] biases, int[] layers, str family, str activation, str last_activation, str[] precisions, "
+    "int mode=0, Tensor? per_sample_weights=None, int[]? features=None, int? num_features=None) -> Tensor",
+    call=_packed,
+    check=_check,
+    fake=_fake,
+)

@@ -1,6 +1,5 @@
 """The public functions: torch's conventions outside, the operators' inside."""
 
-import functools
 import warnings
 from collections.abc import Sequence
 
@@ -10,11 +9,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from mprec import reference
 from mprec._native import _C
+from mprec.bags import Bags, check_features, check_ndim, new
 from mprec.hashing import coefficient_rows
 from mprec.names import FAMILIES, MODES, code
-from mprec.ops._checks import check_features, check_id_list, check_ndim, check_same_device
-from mprec.ops._common import direct, ids, into, pass_padding, plain, rows_as_bags
+from mprec.ops._checks import check_id_list, check_same_device
+from mprec.ops._common import direct, into, pass_padding, rows_as_bags
 from mprec.ops._decoders import decoder, packable
+from mprec.ops.pooling import pool_decoders, pool_tables, seen_by_compilers, try_tables
+from mprec.tensors import as_ids, plain
 
 
 def _mode_code(mode: str, per_sample_weights: Tensor | None) -> int:
@@ -150,8 +152,8 @@ def embedding_bag(
     padding = -1 if padding_idx is None else pass_padding(padding_idx, weight.shape[0])
     check_same_device(weight=weight, input=input, offsets=offsets, per_sample_weights=per_sample_weights)
     if max_norm is not None:
-        _renormalise(weight, ids(input, "input"), max_norm, norm_type)
-    operator = _operator(torch.ops.mprec.embedding_bag, sparse and weight.requires_grad)
+        _renormalise(weight, as_ids(input, "input"), max_norm, norm_type)
+    operator = seen_by_compilers(torch.ops.mprec.embedding_bag, sparse and weight.requires_grad)
     pooled = operator(
         weight,
         input,
@@ -171,19 +173,6 @@ def _renormalise(weight: Tensor, indices: Tensor, max_norm: float, norm_type: fl
     if not torch.compiler.is_compiling() and indices.is_cpu:
         check_id_list(indices, len(weight), "input")
     torch.embedding_renorm_(weight.detach(), plain(indices), max_norm, norm_type)
-
-
-def _operator(operator, sparse_gradient: bool):
-    """The operator; out of sight of a compiler if its gradient is sparse, which compilers cannot trace."""
-    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if sparse_gradient and traced and torch.is_grad_enabled():
-        return functools.partial(_uncompiled, operator)
-    return operator
-
-
-@torch.compiler.disable
-def _uncompiled(operator, *arguments):
-    return operator(*arguments)
 
 
 def embedding_bag_multi(
@@ -228,35 +217,16 @@ def embedding_bag_multi(
     check_ndim(offsets, "offsets")
     if sparse and number == 2:
         raise ValueError("max mode does not support sparse weights")
-    features = None if features is None else list(features)
     for t, weight in enumerate(weights):
         check_ndim(weight, f"weights[{t}]", 2)
+    features = None if features is None else list(features)
+    count = len(weights) if num_features is None else num_features
+    bags = new(Bags, (indices, offsets, number, per_sample_weights, features, count, True, -1))
     if direct(indices, offsets, per_sample_weights, out, *weights) and len({w.dtype for w in weights}) == 1:
-        pooled = _C.try_embedding_bag_multi(
-            weights,
-            indices,
-            offsets,
-            per_sample_weights,
-            number,
-            -1,
-            out,
-            None,
-            torch.get_num_threads(),
-            features=features,
-            num_features=num_features,
-        )
+        pooled = try_tables(weights, bags, out, None, None)
         if pooled is not None:
             return pooled
-    check_same_device(
-        weights=weights, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
-    )
-    operator = _operator(
-        torch.ops.mprec.embedding_bag_multi, sparse and any(weight.requires_grad for weight in weights)
-    )
-    pooled = operator(
-        list(weights), indices, offsets, number, per_sample_weights, features, num_features, sparse
-    )
-    return into(out, pooled)
+    return into(out, pool_tables(weights, bags, sparse))
 
 
 def dhe_bag(
@@ -370,29 +340,11 @@ def dhe_bag_multi(
     check_features(features, num_features, len(layers))
     check_ndim(indices, "indices")
     check_ndim(offsets, "offsets")
-    check_same_device(
-        coefficients=coefficients,
-        weights=weights,
-        biases=biases,
-        indices=indices,
-        offsets=offsets,
-        per_sample_weights=per_sample_weights,
-    )
-    return torch.ops.mprec.dhe_bag_multi(
-        indices,
-        offsets,
-        list(coefficients),
-        list(weights),
-        list(biases),
-        list(layers),
-        family,
-        activation,
-        last_activation,
-        number,
-        per_sample_weights,
-        features,
-        num_features,
-    )
+    features = None if features is None else list(features)
+    count = len(layers) if num_features is None else num_features
+    bags = Bags(indices, offsets, number, per_sample_weights, features, count)
+    options = family, activation, last_activation
+    return pool_decoders(coefficients, weights, biases, layers, options, bags)
 
 
 def hash_encode(coefficients: Tensor, indices: Tensor, family: str = "universal") -> Tensor:
@@ -409,7 +361,7 @@ def hash_encode(coefficients: Tensor, indices: Tensor, family: str = "universal"
         )
     check_ndim(indices, "indices")
     check_same_device(coefficients=coefficients, indices=indices)
-    indices = ids(indices, "indices")
+    indices = as_ids(indices, "indices")
     if not direct(coefficients, indices):
         return reference.encode(coefficients, indices, family)
     out = torch.empty(len(indices), coefficients.shape[1], dtype=torch.float32)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mprec.bags import Bags
 from mprec.names import MODES
-from mprec.ops import _backward, _csr
+from mprec.ops import _backward
 
 __all__ = ["RETURN", "SKIP", "Owned", "Owner", "attach", "attached", "contribute", "detach", "fate"]
 
@@ -38,15 +39,9 @@ class Owner(Protocol):
     def apply_bags(
         self,
         weights: Sequence[Tensor],
-        indices: Tensor,
-        offsets: Tensor,
-        per_sample_weights: Tensor | None,
-        mode: int,
-        padding_idx: int,
+        bags: Bags,
         grad: Tensor,
         columns: Sequence[int] | None,
-        features: Sequence[int],
-        num_features: int,
     ) -> None:
         """Update the tables with the gradient of their pooled output. The batch holds only their features,
         or is on CUDA and holds others too."""
@@ -121,12 +116,8 @@ class _Part(NamedTuple):
 
     weights: Sequence[Tensor]
     owners: Sequence[Owned | None]
-    csr: _csr.Csr
-    mode: int
+    bags: Bags
     grad: Tensor  # [B, sum of dims]
-    padding_idx: int
-    features: Sequence[int]
-    num_features: int
 
     def columns(self) -> list[int]:
         dims = [weight.shape[1] for weight in self.weights]
@@ -135,9 +126,9 @@ class _Part(NamedTuple):
     def row_gradients(self, t: int) -> tuple[Tensor, Tensor]:
         """IDs of table t and the gradients of their rows."""
         column, weight = self.columns()[t], self.weights[t]
-        csr = self.csr if self.num_features == 1 else _only(self.csr, self.features[t], self.num_features)
-        grad = self.grad[:, column : column + weight.shape[1]]
-        return _backward.row_gradients(grad, weight, csr, self.mode, self.padding_idx)
+        feature = self.bags.served(len(self.weights))[t]
+        ((_, _, bags),) = self.bags._replace(features=[feature]).parts(1)
+        return _backward.row_gradients(self.grad[:, column : column + weight.shape[1]], weight, bags)
 
 
 class _Pass:
@@ -166,20 +157,15 @@ _passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
 def contribute(
     weights: Sequence[Tensor],
     owners: Sequence[Owned | None],
-    csr: _csr.Csr,
-    mode: int,
+    bags: Bags,
     grad: Tensor,
-    padding_idx: int,
-    features: Sequence[int],
-    num_features: int,
     scale_grad_by_freq: bool = False,
 ) -> None:
     """Add the gradient ``grad`` ``[B, sum of dims]`` of pooled tables to what this backward pass is to apply.
 
-    ``csr`` holds the bags of ``num_features`` features, of which table t serves ``features[t]``; tables
-    without an owner are left alone.
+    Tables without an owner are left alone.
     """
-    if mode == MODES["max"]:
+    if bags.mode == MODES["max"]:
         raise NotImplementedError("mode: max is not for tables that an optimizer of mprec owns")
     if scale_grad_by_freq:
         raise NotImplementedError("scale_grad_by_freq: not for tables that an optimizer of mprec owns")
@@ -198,38 +184,22 @@ def contribute(
         running = _passes[task] = _Pass()
         # The bound method is all that keeps the pass: if the backward pass fails, both are gone.
         torch.autograd.Variable._execution_engine.queue_callback(running.update)
-    csr = csr.for_kernels() if grad.is_cpu else csr
-    grad = grad.detach().contiguous()
-    running.parts.append(_Part(weights, owners, csr, mode, grad, padding_idx, features, num_features))
-
-
-def _only(csr: _csr.Csr, feature: int, num_features: int) -> _csr.Csr:
-    ((begin, end, starts),) = _csr.feature_slices(csr, [feature], num_features)
-    weights = None if csr.per_sample_weights is None else csr.per_sample_weights[begin:end]
-    return _csr.Csr(csr.indices[begin:end], starts, weights)
+    bags = bags.of_kernels().with_float_weights() if grad.is_cpu else bags
+    running.parts.append(_Part(weights, owners, bags, grad.detach().contiguous()))
 
 
 def _update(part: _Part, tables: Sequence[int]) -> None:
     """One call serves all tables of one optimizer and parameter group."""
-    columns = part.columns()
+    columns, features = part.columns(), part.bags.served(len(part.weights))
     groups: dict[tuple, list[int]] = {}
     for t in tables:
         owner = part.owners[t].owner
         groups.setdefault((id(owner), owner.group_key(part.weights[t])), []).append(t)
     for members in groups.values():
-        served, csr = [part.features[t] for t in members], part.csr
-        if not part.grad.is_cuda and part.num_features > 1:
-            csr = _csr.select(csr, served, part.num_features)
-        part.owners[members[0]].owner.apply_bags(
-            [part.weights[t] for t in members],
-            *csr,
-            part.mode,
-            part.padding_idx,
-            part.grad,
-            [columns[t] for t in members],
-            served,
-            part.num_features,
-        )
+        served, bags = [features[t] for t in members], part.bags
+        bags = bags._replace(features=served) if part.grad.is_cuda else bags.only(served)
+        weights, places = [part.weights[t] for t in members], [columns[t] for t in members]
+        part.owners[members[0]].owner.apply_bags(weights, bags, part.grad, places)
 
 
 def _update_shared(places: Sequence[tuple[_Part, int]]) -> None:
@@ -238,4 +208,4 @@ def _update_shared(places: Sequence[tuple[_Part, int]]) -> None:
     found = [part.row_gradients(t) for part, t in places]
     rows, values = torch.cat([rows for rows, _ in found]), torch.cat([values for _, values in found])
     each = torch.arange(len(rows) + 1, device=rows.device)
-    part.owners[t].owner.apply_bags([part.weights[t]], rows, each, None, MODES["sum"], -1, values)
+    part.owners[t].owner.apply_bags([part.weights[t]], Bags(rows, each), values, None)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from mprec.bags import Bags
 from mprec.representations.dhe_config import DheConfig
 
 __all__ = ["Feature", "Part", "Representation"]
@@ -100,21 +101,11 @@ class Part(ABC):
         """Of the vectors."""
         return next(module.parameters()).dtype
 
-    def pool(
-        self,
-        modules: Sequence[Any],
-        indices: Tensor,
-        offsets: Tensor,
-        mode: str,
-        per_sample_weights: Tensor | None,
-        features: Sequence[int],
-        num_features: int,
-        sparse: bool,
-    ) -> Tensor:
+    def pool(self, modules: Sequence[Any], bags: Bags, sparse: bool) -> Tensor:
         """One group's pooled vectors ``[B, sum D]``, by operators: with gradients, under compilers.
 
-        ``indices`` and ``offsets`` are those of the whole batch, of which module i serves feature
-        ``features[i]``. Collections pool tables and deep hash embeddings themselves.
+        ``bags`` are those of the whole batch; module i serves the i-th of ``bags.features``. Collections pool
+        tables and deep hash embeddings themselves.
         """
         raise NotImplementedError(f"{self.name}: pooled by the collection")
 

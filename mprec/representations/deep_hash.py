@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
-from mprec._native import _C
+from mprec.bags import Bags, new
 from mprec.hashing import coefficients
 from mprec.names import MODES, code
 from mprec.ops._autograd import is_batched
-from mprec.ops._checks import check_bags, check_ids, num_bags
-from mprec.ops._common import eager, ids, rows_as_bags
+from mprec.ops._common import eager, rows_as_bags
 from mprec.ops._decoders import ModuleDecoder, clear_decoders
 from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
 from mprec.representations.dhe_config import DheConfig
@@ -131,7 +130,10 @@ class DeepHashEmbeddingBag(nn.Module):
             and type(input) is type(offsets) is Tensor
             and (per_sample_weights is None or type(per_sample_weights) is Tensor)
         ):
-            out = self._forward_direct(input, offsets, per_sample_weights, include_last_offset)
+            mode, padding = MODES[self.mode], -1 if self.padding_idx is None else self.padding_idx
+            out = self._forward_direct(
+                new(Bags, (input, offsets, mode, per_sample_weights, None, 1, include_last_offset, padding))
+            )
             if out is not None:
                 return out
         if input.dim() == 2:
@@ -151,30 +153,10 @@ class DeepHashEmbeddingBag(nn.Module):
             self.padding_idx,
         )
 
-    def _forward_direct(self, input, offsets, per_sample_weights, include_last_offset) -> Tensor | None:
+    def _forward_direct(self, bags: Bags) -> Tensor | None:
         """As :meth:`forward`, without the operator: one native call. None for what that does not take."""
-        padding_idx, packed = self.padding_idx, self._packed
-        options = DEFAULT_OPTIONS
-        if self.kernel is not None:
-            options = kernel_options(self, num_bags(offsets, include_last_offset))
-        kept = packed.kept if packed.config is self.config else packed.pack(self)
-        while kept is not None:
-            out = _C.dhe_bag_kept(
-                kept,
-                input,
-                offsets,
-                per_sample_weights,
-                MODES[self.mode],
-                include_last_offset,
-                -1 if padding_idx is None else padding_idx,
-                self.num_embeddings,
-                options.threads or torch.get_num_threads(),
-                options.dedupe,
-            )
-            if out is not False:
-                return out
-            kept = packed.pack(self)
-        return None
+        options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, bags.batch)
+        return self._packed.try_pool(self, bags, self.num_embeddings, options.threads, options.dedupe)
 
     def invalidate(self) -> None:
         """See writes to the decoder through ``.data``, NumPy or DLPack at the next call: such writes raise no
@@ -236,6 +218,6 @@ def check_bound(indices: Tensor, offsets: Tensor, include_last_offset: bool, bou
     there."""
     if torch.compiler.is_compiling() or not indices.is_cpu or is_batched(indices) or indices.dim() != 1:
         return
-    indices, offsets = ids(indices, "indices"), ids(offsets, "offsets")
-    check_bags(offsets, len(indices), include_last_offset)
-    check_ids(indices, offsets, [bound], num_bags(offsets, include_last_offset))
+    bags = Bags(indices, offsets, include_last_offset=include_last_offset).of_kernels()
+    bags.check_offsets()
+    bags.check_ids([bound])

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mprec import ops
-from mprec.names import MODES
+from mprec.bags import Bags
+from mprec.ops import pooling
 from mprec.representations.base import Part, Representation
 from mprec.representations.embedding_bag import EmbeddingBag
 from mprec.row_formats import row_format
@@ -92,40 +92,13 @@ class LowRank(Part):
     def quantised(self, module, quantise) -> LowRankWeights:
         return LowRankWeights(quantise(module.rows.weight), module.projection)
 
-    def pool(
-        self,
-        modules: Sequence[Any],
-        indices: Tensor,
-        offsets: Tensor,
-        mode: str,
-        per_sample_weights: Tensor | None,
-        features: Sequence[int],
-        num_features: int,
-        sparse: bool,
-    ) -> Tensor:
+    def pool(self, modules: Sequence[Any], bags: Bags, sparse: bool) -> Tensor:
         tables = [module.rows for module in modules]
         if isinstance(tables[0], EmbeddingBag):
-            pooled = ops.embedding_bag_multi(
-                [table.weight for table in tables],
-                indices,
-                offsets,
-                mode,
-                per_sample_weights,
-                features=features,
-                num_features=num_features,
-                sparse=sparse,
-            )
+            pooled = pooling.pool_tables([table.weight for table in tables], bags, sparse)
         else:
-            pooled = torch.ops.mprec.quantized_embedding_bag_multi(
-                [table.rows for table in tables],
-                [table.bits for table in tables],
-                indices,
-                offsets,
-                MODES[mode],
-                per_sample_weights,
-                features,
-                num_features,
-            )
+            rows, bits = [table.rows for table in tables], [table.bits for table in tables]
+            pooled = pooling.pool_quantised(rows, bits, bags)
         rows = pooled.split([module.projection.in_features for module in modules], dim=1)
         return torch.cat([m.projection(r) for m, r in zip(modules, rows, strict=True)], dim=1)
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from mprec import errors
-from mprec._native import _C
 from mprec.data import Batch
 from mprec.dispatch import Path, Profile
+from mprec.ops._decoders import WeightWatch
 from mprec.serving import process_worker as worker_module
 from mprec.serving.executors import Executor
 from mprec.serving.process_worker import ERROR, IN_ARENA, REQUEST, Arena, Packed, fits, pack
@@ -188,7 +188,7 @@ class ProcessExecutor(Executor):
         ]
         places += [({"": t}, "") for t in _elsewhere(tensors, modules)]
         # Counters, and some bytes: the worker's own watches compare the bytes of what it has packed.
-        self._watch = _C.WeightWatch.of(places, blocks=4)  # None of tensors made in inference mode
+        self._watch = WeightWatch.of(places, blocks=4)  # None of tensors made in inference mode
         return new
 
     def _weights_changed(self) -> bool:

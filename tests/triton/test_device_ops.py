@@ -2,6 +2,7 @@
 
 import sys
 
+import cuda_kernels
 import pytest
 import torch
 from mprec.triton_kernels import dhe, faults, row_cache, tuning
@@ -14,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mprec.ops
 from mprec import reference
 from mprec.errors import IdOutOfRangeError
-from mprec.ops import _cuda_dhe, _cuda_tables
 
 MODES = {"sum": 0, "mean": 1, "max": 2}
 
@@ -39,14 +39,14 @@ def test_embedding_bag(include_last_offset, mode, device):
     psw = None if mode == 2 else torch.rand(17)
     want = torch.ops.mprec.embedding_bag(weight, indices, offsets, mode, psw, include_last_offset, 3)
     w, i, o, p = on(device, weight, indices, offsets, psw)
-    assert_same(_cuda_tables.embedding_bag(w, i, o, mode, p, include_last_offset, 3), want)
+    assert_same(cuda_kernels.embedding_bag(w, i, o, mode, p, include_last_offset, 3), want)
 
 
 def test_embedding_bag_of_a_transposed_table(device):
     weight = torch.randn(12, 20).t()
     indices, offsets = torch.arange(20), torch.arange(0, 20, 2)
     want = torch.ops.mprec.embedding_bag(weight, indices, offsets)
-    assert_same(_cuda_tables.embedding_bag(*on(device, weight, indices, offsets)), want)
+    assert_same(cuda_kernels.embedding_bag(*on(device, weight, indices, offsets)), want)
 
 
 @pytest.mark.parametrize("features", [None, [2, 0, 1]])
@@ -55,7 +55,7 @@ def test_embedding_bag_multi(features, device):
     indices, offsets = batch_of(rows, 11, torch.device("cpu"))
     weights = [torch.randn(rows[f], d) for f, d in zip(features or range(3), (4, 16, 5), strict=True)]
     want = torch.ops.mprec.embedding_bag_multi(weights, indices, offsets, 1, None, features, 3)
-    got = _cuda_tables.embedding_bag_multi(*on(device, weights, indices, offsets), 1, None, features, 3)
+    got = cuda_kernels.embedding_bag_multi(*on(device, weights, indices, offsets), 1, None, features, 3)
     assert_same(got, want)
 
 
@@ -66,7 +66,7 @@ def test_dhe_bag(mode, device):
     indices[5:9] = 77
     options = ("universal", "mish", "sigmoid", mode, None, False, 77)
     want = torch.ops.mprec.dhe_bag(indices, offsets, c, weights, biases, *options)
-    assert_same(_cuda_dhe.dhe_bag(*on(device, indices, offsets, c, weights, biases), *options), want)
+    assert_same(cuda_kernels.dhe_bag(*on(device, indices, offsets, c, weights, biases), *options), want)
 
 
 @pytest.mark.parametrize("family", ["universal", "artifact", "artifact_gaussian", "sign", "u7"])
@@ -79,14 +79,14 @@ def test_dhe_bag_multi_with_decoders_of_two_shapes(family, device):
     options = ([2, 3, 2], family, "relu", "sigmoid", 0)
     want = torch.ops.mprec.dhe_bag_multi(indices, offsets, coefficients, *flat, *options, psw, [3, 1, 0], 4)
     i, o, c, w, b, p = on(device, indices, offsets, coefficients, *flat, psw)
-    assert_same(_cuda_dhe.dhe_bag_multi(i, o, c, w, b, *options, p, [3, 1, 0], 4), want)
+    assert_same(cuda_kernels.dhe_bag_multi(i, o, c, w, b, *options, p, [3, 1, 0], 4), want)
 
 
 def test_negative_ids_are_left_out_and_reported(device):
     c, (weights, biases) = coefficients_of("universal", 32), decoder(32, (8,), torch.float32, "cpu")
     indices, offsets = torch.tensor([4, -9, 5]), torch.tensor([0, 2])
     arguments = on(device, indices, offsets, c, weights, biases)
-    got = _cuda_dhe.dhe_bag(*arguments, "universal", "relu", "none")
+    got = cuda_kernels.dhe_bag(*arguments, "universal", "relu", "none")
     want = torch.ops.mprec.dhe_bag(indices[[0, 2]], torch.tensor([0, 1]), c, weights, biases, "universal",
                                    "relu", "none")  # fmt: skip
     torch.testing.assert_close(got.cpu(), want, rtol=2e-5, atol=2e-5)
@@ -101,7 +101,7 @@ def test_embedding_bag_backward(mode, device):
     grad = torch.randn(4, 6)
     want, _ = torch.ops.mprec.embedding_bag_backward(grad, weight, indices, offsets, *options)
     arguments = on(device, grad, weight, indices, offsets)
-    got, _ = _cuda_tables.embedding_bag_backward(*arguments, mode, *on(device, options[1]), *options[2:])
+    got, _ = cuda_kernels.embedding_bag_backward(*arguments, mode, *on(device, options[1]), *options[2:])
     assert_same(got, want)
 
 
@@ -110,7 +110,7 @@ def test_embedding_bag_multi_backward(device):
     weights, grad = [torch.randn(30, 4), torch.randn(7, 16)], torch.randn(11, 20)
     options = (1, None, [2, 0], 3, False, False)
     want, _ = torch.ops.mprec.embedding_bag_multi_backward(grad, weights, indices, offsets, *options)
-    got, _ = _cuda_tables.embedding_bag_multi_backward(*on(device, grad, weights, indices, offsets), *options)
+    got, _ = cuda_kernels.embedding_bag_multi_backward(*on(device, grad, weights, indices, offsets), *options)
     for a, b in zip(got, want, strict=True):
         assert_same(a, b)
 
@@ -126,7 +126,7 @@ def test_dhe_bag_backward(mode, activation, device):
     want = torch.ops.mprec.dhe_bag_backward(
         grad, indices, offsets, c, weights, biases, *options, psw, False, int(indices[3]), False
     )
-    got = _cuda_dhe.dhe_bag_backward(
+    got = cuda_kernels.dhe_bag_backward(
         *on(device, grad, indices, offsets, c, weights, biases), *options, *on(device, psw), False,
         int(indices[3]), False,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def test_dhe_bag_multi_backward(mode, device):
         grad, indices, offsets, coefficients, *flat, *options, psw, features, 4, False
     )
     arguments = on(device, grad, indices, offsets, coefficients, *flat)
-    got = _cuda_dhe.dhe_bag_multi_backward(*arguments, *options, psw.to(device), features, 4, True)
+    got = cuda_kernels.dhe_bag_multi_backward(*arguments, *options, psw.to(device), features, 4, True)
     for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
         assert_same(a, b)
     unscaled = psw.clone().requires_grad_()
@@ -167,16 +167,16 @@ def test_a_feature_may_be_served_twice(operator, device):
         arguments, options = (weights, indices, offsets), (0, None, [1, 0, 1], 2)
         backward = (grad, weights, indices, offsets, 0, None, [1, 0, 1], 2, False, False)
         want, _ = torch.ops.mprec.embedding_bag_multi_backward(*backward)
-        got, _ = _cuda_tables.embedding_bag_multi_backward(*on(device, *backward[:4]), *backward[4:])
+        got, _ = cuda_kernels.embedding_bag_multi_backward(*on(device, *backward[:4]), *backward[4:])
         for a, b in zip(got, want, strict=True):
             assert_same(a, b)
-        implementation = _cuda_tables.embedding_bag_multi
+        implementation = cuda_kernels.embedding_bag_multi
     else:
         coefficients, weights, biases = group_of([(32, (8,))] * 3, "universal", torch.float32, "cpu")
         flat = [w for ws in weights for w in ws], [b for bs in biases for b in bs]
         arguments = (indices, offsets, coefficients, *flat)
         options = ([1, 1, 1], "universal", "relu", "none", 0, None, [1, 0, 1], 2)
-        implementation = _cuda_dhe.dhe_bag_multi
+        implementation = cuda_kernels.dhe_bag_multi
     want = getattr(torch.ops.mprec, operator)(*arguments, *options)
     assert_same(implementation(*on(device, *arguments), *options), want)
 
@@ -193,7 +193,7 @@ def test_quantized_embedding_bag_multi(mode, device):
     options = (mode, torch.rand(len(indices)), [3, 1, 0, 2], 4)
     want = torch.ops.mprec.quantized_embedding_bag_multi(rows, [8, 8, 4, 8], indices, offsets, *options)
     r, i, o, p = on(device, rows, indices, offsets, options[1])
-    got = _cuda_tables.quantized_embedding_bag_multi(r, [8, 8, 4, 8], i, o, mode, p, *options[2:])
+    got = cuda_kernels.quantized_embedding_bag_multi(r, [8, 8, 4, 8], i, o, mode, p, *options[2:])
     assert got.dtype == torch.float32
     assert_same(got, want)
 
@@ -211,12 +211,14 @@ def test_quantized_dhe_bag_multi(mode, device):
     arguments = (indices, offsets, coefficients, *flat)
     options = ([2, 3, 2], "universal", "relu", "sigmoid", mode)
     want = torch.ops.mprec.quantized_dhe_bag_multi(*arguments, *options, psw, [3, 1, 0], 4)
-    got = _cuda_dhe.quantized_dhe_bag_multi(*on(device, *arguments), *options, *on(device, psw), [3, 1, 0], 4)
+    got = cuda_kernels.quantized_dhe_bag_multi(
+        *on(device, *arguments), *options, *on(device, psw), [3, 1, 0], 4
+    )
     assert got.dtype == torch.float32
     assert_close_but_for_steps(got, want)
     wrong = [*flat[0][:2], flat[0][2].float(), *flat[0][3:]]
     with pytest.raises(TypeError, match=r"decoder 1: layer 0: expected weight torch\.float8_e4m3fn"):
-        _cuda_dhe.quantized_dhe_bag_multi(indices, offsets, coefficients, wrong, flat[1], *options)
+        cuda_kernels.quantized_dhe_bag_multi(indices, offsets, coefficients, wrong, flat[1], *options)
 
 
 @pytest.mark.parametrize("name", ["table_sgd_", "table_rowwise_adagrad_"])
@@ -229,7 +231,7 @@ def test_fused_optimizers(name, device):
     copies = [[tensor.clone() for tensor in kind] for kind in tables]
     getattr(torch.ops.mprec, name)(*tables, grad, indices, offsets, *options)
     moved = on(device, *copies, grad, indices, offsets)
-    getattr(_cuda_tables, name)(*moved, *options)
+    getattr(cuda_kernels, name)(*moved, *options)
     for got, want in zip(moved[: len(tables)], tables, strict=True):
         for a, b in zip(got, want, strict=True):
             assert_same(a, b)
@@ -242,7 +244,7 @@ def test_cached_dhe_bag(device):
     options = ("universal", "relu", "sigmoid", 1, None, False, 4)
     arguments = (indices, offsets, c, weights, biases)
     want = torch.ops.mprec.cached_dhe_bag(*cache, *arguments, *options)
-    got = _cuda_dhe.cached_dhe_bag(
+    got = cuda_kernels.cached_dhe_bag(
         *on(device, cache.keys, cache.rows), cache.probes, *on(device, *arguments), *options
     )
     assert_same(got, want)
@@ -305,7 +307,7 @@ def test_no_operator_waits_for_the_device(device, monkeypatch):
     """Forward, gradients, optimizers and cache: so they can be captured in CUDA graphs."""
     # the interpreter itself is in numpy; a mode is not a trace here
     monkeypatch.setattr("mprec.triton_kernels.faults.traced", lambda: False)
-    monkeypatch.setattr("mprec.ops._cuda_common.traced", lambda: False)
+    monkeypatch.setattr("mprec.triton_kernels.launch_arguments.traced", lambda: False)
     monkeypatch.setattr("mprec.triton_kernels.launching.traced", lambda: False)
     coefficients, weights, biases = group_of([(48, (24, 6)), (32, (9,))], "universal", torch.float32, device)
     flat = [t for stack in weights for t in stack], [t for stack in biases for t in stack]
@@ -319,19 +321,19 @@ def test_no_operator_waits_for_the_device(device, monkeypatch):
     options, bags = ("universal", "relu", "sigmoid"), (indices, offsets)
     with NoLooking(), NoValues():
         mode = 1
-        _cuda_tables.embedding_bag_multi(tables, *bags, mode)
-        _cuda_tables.embedding_bag_multi_backward(grad, tables, *bags, mode, None, [0, 1], 2, False, False)
-        _cuda_tables.quantized_embedding_bag_multi(rows, [16, 16], *bags, mode)
+        cuda_kernels.embedding_bag_multi(tables, *bags, mode)
+        cuda_kernels.embedding_bag_multi_backward(grad, tables, *bags, mode, None, [0, 1], 2, False, False)
+        cuda_kernels.quantized_embedding_bag_multi(rows, [16, 16], *bags, mode)
         update = (*bags, mode, None, -1, [0, 1], 2, [0, 6])
-        _cuda_tables.table_sgd_(tables, grad, *update, 0.1)
-        _cuda_tables.table_rowwise_adagrad_(tables, sums, grad, *update, 0.1, 1e-8)
+        cuda_kernels.table_sgd_(tables, grad, *update, 0.1)
+        cuda_kernels.table_rowwise_adagrad_(tables, sums, grad, *update, 0.1, 1e-8)
         many = (*bags, coefficients, *flat, [2, 1], *options, mode, None)
-        _cuda_dhe.dhe_bag_multi(*many)
-        _cuda_dhe.dhe_bag_multi_backward(grad, *many, [0, 1], 2, True)
+        cuda_kernels.dhe_bag_multi(*many)
+        cuda_kernels.dhe_bag_multi_backward(grad, *many, [0, 1], 2, True)
         one = (indices, offsets[:-1], coefficients[0], weights[0], biases[0], *options, mode, None)
-        _cuda_dhe.dhe_bag(*one)
-        _cuda_dhe.dhe_bag_backward(grad[:1, :6].expand(10, 6), *one, False, 3, False)
-        _cuda_dhe.cached_dhe_bag(cache.keys, cache.rows, cache.probes, *one)
+        cuda_kernels.dhe_bag(*one)
+        cuda_kernels.dhe_bag_backward(grad[:1, :6].expand(10, 6), *one, False, 3, False)
+        cuda_kernels.cached_dhe_bag(cache.keys, cache.rows, cache.probes, *one)
 
 
 @pytest.mark.parametrize(

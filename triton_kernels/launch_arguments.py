@@ -1,4 +1,4 @@
-"""What the operators on CUDA tensors share."""
+"""Arguments of operators as launches take them."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,8 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if not traced() and tensor.data_ptr() % 16 else tensor
 
 
-def with_last_offset(offsets: Tensor, count: int, include_last_offset: bool) -> Tensor:
-    return offsets if include_last_offset else torch.nn.functional.pad(offsets, (0, 1), value=count)
-
-
 def columns_of(dims: Sequence[int]) -> list[int]:
+    """The first column of each part."""
     return [sum(dims[:t]) for t in range(len(dims))]
 
 

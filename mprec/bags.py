@@ -1,0 +1,250 @@
+"""A batch of bags: which IDs each sample has for each feature, and how they are pooled.
+
+Kernels check offsets and IDs as they read them. What is here checks the rest before, for every device. It
+checks offsets and IDs too, for what has no kernel; native code (``csrc/bags/check.h``) words what is wrong.
+On CUDA a look at values would wait for the device: kernels there count what is wrong instead.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mprec._native import _C
+from mprec.errors import DtypeError, InvalidOffsetsError
+from mprec.tensors import as_ids, plain
+
+__all__ = ["Bags", "check_features", "check_mode", "check_ndim", "join_bags", "new", "unique_share"]
+
+#: Samples of several batches as one batch, and the share of distinct IDs in one; see ``mprec/_C.pyi``.
+join_bags, unique_share = _C.join_bags, _C.unique_share
+
+
+def check_ndim(tensor: Tensor, name: str, ndim: int = 1) -> None:
+    if tensor.dim() != ndim:
+        raise ValueError(f"{name} has to be a {ndim}D Tensor, but got Tensor of dimension {tensor.dim()}")
+
+
+def check_mode(mode: int, per_sample_weights: Tensor | None) -> None:
+    if mode not in (0, 1, 2):
+        raise ValueError(f"mode: expected 0 (sum), 1 (mean) or 2 (max), got {mode}")
+    if mode == 2 and per_sample_weights is not None:
+        raise NotImplementedError(
+            "per_sample_weights: only supported for mode='sum' and mode='mean', got mode='max'"
+        )
+
+
+def check_features(features: Sequence[int] | None, num_features: int | None, count: int) -> None:
+    """``ValueError`` unless ``features`` names one of ``num_features`` for each of ``count`` parts."""
+    if num_features is None:
+        num_features = count
+    if num_features < 1:
+        raise ValueError(f"num_features: expected at least 1, got {num_features}")
+    if features is None:
+        if num_features != count:
+            raise ValueError(f"num_features: {num_features}, but there are {count} parts and no features")
+        return
+    if len(features) != count:
+        raise ValueError(f"features: expected one for each of {count} parts, got {len(features)}")
+    for t, f in enumerate(features):
+        if not 0 <= f < num_features:
+            raise ValueError(f"features[{t}]: expected in [0, {num_features}), got {f}")
+
+
+#: ``new(Bags, values)`` makes one of a tuple of all its values, in half the time of ``Bags(*values)``.
+new = tuple.__new__
+
+
+class Bags(NamedTuple):
+    """Bags of ``num_features`` features of B samples each, feature after feature, and how to pool them.
+
+    Bag b of feature f is ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]``. Making one checks nothing;
+    :meth:`checked` does.
+
+    Attributes:
+        indices: IDs, integers ``[n]``.
+        offsets: where each bag begins, integers ``[F * B + 1]``, the last one n.
+        mode: 0 sum, 1 mean, 2 max.
+        per_sample_weights: one factor per index, or None.
+        features: which features are pooled, one for each table or decoder; None: all, in order.
+        num_features: F.
+        include_last_offset: False: the last offset is left out. Of one feature only.
+        padding_idx: entries with this ID are left out; -1: none. Of one feature only.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    mode: int = 0
+    per_sample_weights: Tensor | None = None
+    features: Sequence[int] | None = None
+    num_features: int = 1
+    include_last_offset: bool = True
+    padding_idx: int = -1
+
+    # ------------------------------------------------------------------------------------------------ shapes
+
+    @property
+    def batch(self) -> int:
+        """B, for shapes: offsets are not checked."""
+        bags = self.offsets.shape[0] - self.include_last_offset
+        return bags if self.num_features == 1 else bags // self.num_features
+
+    def served(self, count: int) -> list[int]:
+        """The feature of each of ``count`` tables or decoders."""
+        return list(range(count)) if self.features is None else list(self.features)
+
+    def positions_kept(self) -> Tensor | None:
+        """Which indices are no padding, bool ``[n]``; None: all."""
+        return None if self.padding_idx < 0 else self.indices != self.padding_idx
+
+    # ----------------------------------------------------------------------------------------------- checks
+
+    def checked(self, count: int, dtype: torch.dtype, or_float32: bool = False) -> "Bags":
+        """As kernels take them, for ``count`` tables or decoders; the checks that need no look at values.
+
+        Per-sample weights are to be of ``dtype``; ``or_float32``: of float32 too where that is a 16-bit type.
+
+        Raises:
+            ValueError, NotImplementedError, DtypeError, InvalidOffsetsError: naming the argument.
+        """
+        check_features(self.features, self.num_features, count)
+        check_mode(self.mode, self.per_sample_weights)
+        check_ndim(self.indices, "indices")
+        check_ndim(self.offsets, "offsets")
+        self._check_weights(dtype, or_float32)
+        self.check_number()
+        return self.of_kernels()
+
+    def of_kernels(self) -> "Bags":
+        """Indices, offsets and weights as kernels take them."""
+        indices, offsets, mode, weights, features, count, last, padding = self
+        indices, offsets = as_ids(indices, "indices"), as_ids(offsets, "offsets")
+        return new(Bags, (indices, offsets, mode, plain(weights), features, count, last, padding))
+
+    def with_float_weights(self) -> "Bags":
+        """Per-sample weights in float32, unseen by autograd, as the CPU's kernels take them."""
+        weights = self.per_sample_weights
+        if weights is None:
+            return self
+        return self._replace(per_sample_weights=plain(weights.detach().to(torch.float32)))
+
+    def _check_weights(self, dtype: torch.dtype, or_float32: bool) -> None:
+        weights = self.per_sample_weights
+        if weights is None:
+            return
+        if weights.shape != self.indices.shape:
+            raise ValueError(
+                f"per_sample_weights: expected the shape of indices, {tuple(self.indices.shape)}, "
+                f"got {tuple(weights.shape)}"
+            )
+        wider = or_float32 and dtype in (torch.float16, torch.bfloat16)
+        if weights.dtype != dtype and not (wider and weights.dtype == torch.float32):
+            raise DtypeError(
+                f"per_sample_weights: expected to have the same type as weight, {dtype}, got {weights.dtype}"
+            )
+
+    def check_number(self) -> None:
+        """``InvalidOffsetsError`` unless ``num_features`` divides the number of bags."""
+        bags = self.offsets.shape[0] - self.include_last_offset
+        if self.num_features < 1:
+            raise ValueError(f"num_features: expected at least 1, got {self.num_features}")
+        if bags < 0 and self.num_features == 1:
+            raise InvalidOffsetsError(
+                "offsets: with include_last_offset there must be at least one (1 + a multiple of the number "
+                "of features, 1), got none"
+            )
+        if bags < 0 or (self.num_features > 1 and bags % self.num_features):
+            raise InvalidOffsetsError(
+                f"offsets: expected 1 + a multiple of the number of features, {self.num_features}, got "
+                f"{self.offsets.shape[0]}"
+            )
+
+    def check_offsets(self) -> None:
+        """``InvalidOffsetsError`` unless offsets rise from 0 to the number of indices. Waits for a GPU."""
+        self.check_number()
+        _C.check_offsets(
+            _values(self.offsets), len(self.indices), self.include_last_offset, self.num_features
+        )
+
+    def check_ids(self, bounds: Sequence[int | None]) -> None:
+        """``IdOutOfRangeError`` unless IDs of part i's feature are in ``[0, bounds[i])``; None: not negative.
+
+        Offsets have been checked.
+        """
+        pairs = [
+            (f, -1 if bound is None else bound)
+            for f, bound in zip(self.served(len(bounds)), bounds, strict=True)
+        ]
+        _C.check_ids(_values(self.indices), _values(self.offsets), self.batch, self.num_features, pairs)
+
+    # -------------------------------------------------------------------------------------- parts of a batch
+
+    def with_last_offset(self) -> "Bags":
+        if self.include_last_offset:
+            return self
+        offsets = torch.nn.functional.pad(self.offsets, (0, 1), value=len(self.indices))
+        return self._replace(offsets=offsets, include_last_offset=True)
+
+    def parts(self, count: int) -> "Iterator[tuple[int, int, Bags]]":
+        """Of each of ``count`` parts: where its indices begin and end, and the bags of its feature alone."""
+        if self.num_features == 1:
+            yield from [(0, len(self.indices), self._of_all())] * count
+            return
+        batch = self.batch
+        bounds = self.offsets[::batch].tolist() if batch else [0] * (self.num_features + 1)
+        for f in self.served(count):
+            begin, end = bounds[f], bounds[f + 1]
+            weights = self.per_sample_weights
+            starts = self.offsets[f * batch : (f + 1) * batch + 1] - begin
+            yield (
+                begin,
+                end,
+                Bags(
+                    self.indices[begin:end],
+                    starts,
+                    self.mode,
+                    None if weights is None else weights[begin:end],
+                ),
+            )
+
+    def _of_all(self) -> "Bags":
+        return self if self.features is None else self._replace(features=None)
+
+    def only(self, features: Sequence[int] | None) -> "Bags":
+        """The batch of these features (None: all) alone, in this order. CPU only. ``InvalidOffsetsError``."""
+        if features is None or list(features) == list(range(self.num_features)):
+            return self._of_all()
+        indices, offsets, weights = as_ids(self.indices, "indices"), as_ids(self.offsets, "offsets"), None
+        self.check_number()
+        room = len(indices)
+        if len(set(features)) != len(features):  # a feature served twice may need more room than there was
+            room *= len(features)
+        selected = indices.new_empty(room)
+        starts = torch.empty(len(features) * self.batch + 1, dtype=torch.int64)
+        if self.per_sample_weights is not None:
+            weights = self.per_sample_weights.new_empty(room)
+        count = _C.select_features(
+            indices, offsets, self.per_sample_weights, list(features), self.num_features,
+            selected, starts, weights,
+        )  # fmt: skip
+        weights = None if weights is None else weights[:count]
+        return Bags(selected[:count], starts, self.mode, weights, None, len(features))
+
+    def to(self, device: torch.device | str) -> "Bags":
+        weights = self.per_sample_weights
+        return self._replace(
+            indices=self.indices.to(device),
+            offsets=self.offsets.to(device),
+            per_sample_weights=None if weights is None else weights.to(device),
+        )
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """As native code reads it; under a transform of ``torch.func`` (but ``vmap``), what the tensor wraps."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    if tensor.is_cpu and tensor.is_contiguous():
+        return tensor
+    with torch._C._DisableFuncTorch():
+        return tensor.detach().cpu().contiguous()
