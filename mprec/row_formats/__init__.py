@@ -9,8 +9,17 @@ from collections.abc import Mapping
 from mprec.row_formats.base import PlainRows, RowFormat
 from mprec.row_formats.fbgemm import Int4Rows, Int8Rows
 from mprec.row_formats.float8 import Float8Rows
+from mprec.row_formats.inference import from_inference_rows, inference_row_bytes, to_inference_rows
 
-__all__ = ["ROW_FORMATS", "RowFormat", "quantised_format", "row_format"]
+__all__ = [
+    "ROW_FORMATS",
+    "RowFormat",
+    "from_inference_rows",
+    "inference_row_bytes",
+    "quantised_format",
+    "row_format",
+    "to_inference_rows",
+]
 
 _FORMATS = (
     PlainRows("float32"),

@@ -1,0 +1,44 @@
+"""Figures of ``benchmarks/results`` as tables: the last whole comparison of each machine."""
+
+import csv
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+WHOLE = "python benchmarks/compare.py"
+#: Rows in microseconds; what the dispatcher's rows hold are shares of the best choice.
+MARKERS = {
+    "<!-- figures: compared -->": lambda row: True,
+    "<!-- figures: peers faster -->": lambda row: float(row["ratio"]) < 1,
+}
+
+
+def compared() -> dict[str, list[dict[str, str]]]:
+    """Rows of the last whole comparison, by machine."""
+    machines: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    with (RESULTS / "compare.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["command"] == WHOLE and not row["work"].startswith("dispatch"):
+                machine = f"{row['cpu']}, {row['isa']}, {row['threads']} thread, {row['time'][:10]}"
+                machines.setdefault(machine, {})[row["work"], row["peer"]] = row
+    return {machine: list(rows.values()) for machine, rows in machines.items()}
+
+
+def tables(wanted) -> str:
+    parts = []
+    for machine, rows in compared().items():
+        lines = [
+            f"| {r['work']} | {float(r['mprec_us']):,.0f} | {r['peer']} | {float(r['peer_us']):,.0f} "
+            f"| {float(r['ratio']):.2f} |"
+            for r in rows
+            if wanted(r)
+        ]
+        head = "| work | mprec, µs | peer | peer, µs | times as fast |\n|---|---|---|---|---|"
+        parts.append(f"**{machine}**\n\n" + "\n".join([head, *lines]))
+    return "\n\n".join(parts)
+
+
+def on_page_markdown(markdown, page, config, files):
+    for marker, wanted in MARKERS.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, tables(wanted))
+    return markdown
