@@ -82,8 +82,8 @@ class Source:
 
 
 def default_recipes(source: Source) -> list[str]:
-    """Recipes that suit a model, most bytes first; at last two that are small and fast at once. ``dhe`` is for
-    models without decoders."""
+    """Recipes that suit a model, most bytes first; at last two that are small and fast at once. ``dhe`` is
+    for models without decoders."""
     dim = source.model.embedding_dim
     ranks = [dim // part for part in (2, 4, 8, 16) if dim // part >= 1]
     hashed = any(f.has_dhe for f in source.model.embeddings.features)
