@@ -22,7 +22,7 @@ except ImportError as error:
         f"  {error}\n"
         f"on Python {platform.python_version()}, {platform.machine()} {sys.platform}, "
         f"torch {torch.__version__}.\n"
-        "Likely causes: the package was not built (pip install . needs g++ >= 11, on x86-64 Linux); it was "
+        "Likely causes: the package was not built (pip install . needs g++ >= 11); it was "
         "built for another Python version; or Python was started inside the source folder with mprec not "
         "installed (pip install --no-build-isolation -e .)."
     ) from error

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "common/prefetch.h"
+#include "arch/arch.h"
 
 namespace mprec {
 

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "common/prefetch.h"
+#include "arch/arch.h"
 
 namespace mprec {
 

@@ -1,15 +1,13 @@
 #include "cache/row_cache.h"
 
-#include <emmintrin.h>
-
 #include <algorithm>
 #include <new>
 #include <optional>
 #include <stdexcept>
 #include <thread>
 
+#include "arch/arch.h"
 #include "common/error.h"
-#include "common/prefetch.h"
 
 namespace mprec {
 namespace {
@@ -35,7 +33,6 @@ uint32_t second_half(uint64_t hash) { return static_cast<uint32_t>(hash >> 32); 
 
 uint32_t generation_of(uint64_t state) { return static_cast<uint32_t>(state >> 32); }
 bool busy(uint64_t state) { return state & 1; }
-void pause() { __builtin_ia32_pause(); }
 
 // A row may change while it is copied; the group's sequence number tells afterwards. Volatile, so that each
 // float is read once and none is read after the sequence number has been.
@@ -68,15 +65,9 @@ template <int count>
 __attribute__((no_sanitize("thread"))) inline unsigned matches(const std::atomic<int64_t> (&keys)[count],
                                                                int64_t id) {
   static_assert(count % 2 == 0);
-  const __m128i wanted = _mm_set1_epi64x(id);
   unsigned found = 0;
 #pragma GCC unroll 8
-  for (int way = 0; way < count; way += 2) {
-    const __m128i two = _mm_load_si128(reinterpret_cast<const __m128i*>(keys + way));
-    const __m128i halves = _mm_cmpeq_epi32(two, wanted);  // SSE2 compares no 64-bit numbers
-    const __m128i whole = _mm_and_si128(halves, _mm_shuffle_epi32(halves, _MM_SHUFFLE(2, 3, 0, 1)));
-    found |= static_cast<unsigned>(_mm_movemask_pd(_mm_castsi128_pd(whole))) << way;
-  }
+  for (int way = 0; way < count; way += 2) found |= equal_pair(keys + way, id) << way;
   return found;
 }
 
@@ -142,7 +133,7 @@ inline RowCache::Place RowCache::find(int64_t id, uint64_t hash, uint32_t genera
   for (int g = 0; g < 2; ++g) {
     state[g] = groups[g]->state.load(std::memory_order_acquire);
     for (int i = 0; __builtin_expect(busy(state[g]), 0) && i < reader_patience; ++i) {
-      pause();
+      spin_pause();
       state[g] = groups[g]->state.load(std::memory_order_acquire);
     }
     match[g] = matches(groups[g]->keys, id);
@@ -234,7 +225,7 @@ struct RowCache::Lock {
       if (i % 64 == 0)
         std::this_thread::yield();
       else
-        pause();
+        spin_pause();
     }
     std::atomic_thread_fence(std::memory_order_release);  // the odd number is seen before what is written
   }

@@ -20,7 +20,9 @@ class AlignedBuffer {
     const size_t page = size_t{2} << 20, bytes = (count * sizeof(T) + 63) / 64 * 64;
     void* p = nullptr;
     if (posix_memalign(&p, bytes >= page ? page : 64, bytes) != 0) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE  // Linux
     if (bytes >= page) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
     std::memset(p, 0, bytes);
     data_ = static_cast<T*>(p);
   }

@@ -13,7 +13,7 @@ enum class Isa { MPREC_ISAS(MPREC_NAME) };
 constexpr Isa all_isas[] = {MPREC_ISAS(MPREC_NAME)};  // slowest first
 #undef MPREC_NAME
 
-const std::string& cpu_model();  // brand string
+const std::string& cpu_model();  // as the CPU names itself
 bool can_run(Isa);
 const char* isa_name(Isa);
 Isa parse_isa(const std::string&);  // std::invalid_argument for an unknown name

@@ -33,6 +33,13 @@ AlignedBuffer<char> pack_panels(const LinearWeights& w, const Convert& convert) 
   return buffer;
 }
 
+template <class T>
+T narrowed(float x) {
+  T rounded;
+  scalar::narrow(x, &rounded);
+  return rounded;
+}
+
 // One output's weights, and the largest magnitude; NaN if one is not finite.
 float copy_row(const LinearWeights& w, int64_t output, std::vector<float>& row) {
   float largest = 0.0f;
@@ -51,15 +58,11 @@ AlignedBuffer<char> pack_float32(const LinearWeights& w) {
 }
 
 AlignedBuffer<char> pack_float16(const LinearWeights& w) {
-  return pack_panels<_Float16>(w, [](float x) { return static_cast<_Float16>(x); });
+  return pack_panels<scalar::Half>(w, narrowed<scalar::Half>);
 }
 
 AlignedBuffer<char> pack_bfloat16(const LinearWeights& w) {
-  return pack_panels<scalar::BFloat, 2, bfloat16_pad>(w, [](float x) {
-    scalar::BFloat rounded;
-    scalar::narrow(x, &rounded);
-    return rounded;
-  });
+  return pack_panels<scalar::BFloat, 2, bfloat16_pad>(w, narrowed<scalar::BFloat>);
 }
 
 bool fits_float16(const LinearWeights& w) {

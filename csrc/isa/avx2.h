@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/prefetch.h"
+#include "arch/arch.h"
 #include "isa/float16.h"
 
 namespace mprec::MPREC_ISA {

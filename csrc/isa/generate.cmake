@@ -1,12 +1,18 @@
 # From list.cmake: a source file for each ISA and family of kernels, which includes isa/ISA.h and then
-# FAMILY/kernel.h, and the header isa/list.h for the registry. The families are those of MPREC_FAMILIES.
+# FAMILY/kernel.h, and the header isa/list.h for the registry. The families are those of MPREC_FAMILIES, the
+# architecture is MPREC_ARCH.
 set(MPREC_GENERATED ${CMAKE_BINARY_DIR}/generated)
 set(MPREC_ISA_SOURCES)
+set(isas)
 set(isa_entries)
 set(table_entries)
 
 function(mprec_isa name)
-  cmake_parse_arguments(PARSE_ARGV 1 isa "" "BASE;LENT" "CPU;FLAGS;FOR")
+  cmake_parse_arguments(PARSE_ARGV 1 isa "" "BASE;ARCH;LENT" "CPU;FLAGS;FOR")
+  if((isa_ARCH AND NOT isa_ARCH STREQUAL MPREC_ARCH) OR (isa_BASE AND NOT isa_BASE IN_LIST isas))
+    return()
+  endif()
+  set(isas ${isas} ${name} PARENT_SCOPE)
   set(flags ${flags_${isa_BASE}} ${isa_FLAGS})
   set(needs ${needs_${isa_BASE}} ${isa_CPU})
   set(kernels)
@@ -23,8 +29,10 @@ function(mprec_isa name)
     string(APPEND kernels ", ${from}")
   endforeach()
   list(TRANSFORM needs REPLACE "(.+)" "__builtin_cpu_supports(\"\\1\")" OUTPUT_VARIABLE supports)
-  list(JOIN supports " && " condition)
-  if(NOT condition)
+  if(supports) # libgcc's test covers the operating system's saved-state bits (XCR0) too
+    list(JOIN supports " && " condition)
+    set(condition "(__builtin_cpu_init(), ${condition})")
+  else()
     set(condition true)
   endif()
   if(isa_LENT)

@@ -3,7 +3,7 @@
 #define MPREC_ISA scalar
 #include <cstdint>
 
-#include "common/prefetch.h"
+#include "arch/arch.h"
 #include "isa/float16.h"
 #include "isa/slots.h"
 
@@ -117,8 +117,10 @@ inline Int shift_right_signed(Int a, int n) {
   return {static_cast<uint32_t>(static_cast<int32_t>(a.v) >> n)};
 }
 inline Int lesser_unsigned(Int a, Int b) { return {a.v < b.v ? a.v : b.v}; }
+// To nearest, ties to even. Of what fits no int32 nothing is promised.
 inline Int round_to_int(Vec a) {
-  if (!(a.v > -2147483648.0f && a.v < 2147483648.0f)) return {0x80000000u};  // as the vector instruction
+  if (!(a.v > -2147483648.0f && a.v < 2147483648.0f))
+    return {0x80000000u};  // as x86's instruction; others differ
   return {static_cast<uint32_t>(static_cast<int32_t>(__builtin_rintf(a.v)))};
 }
 inline Vec to_float(Int a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
@@ -172,11 +174,7 @@ inline Pair load_nibble_pairs_past(const uint8_t* row, int64_t column, Mask) {
 // Rows and registers of columns of a product's tile; dhe/gemm.h says why.
 constexpr int tile_rows = 4, tile_vectors = 4;
 
-inline Vec load_half(const uint16_t* p) {
-  _Float16 half;
-  __builtin_memcpy(&half, p, sizeof half);
-  return {static_cast<float>(half)};
-}
+inline Vec load_half(const uint16_t* p) { return {to_float(Half{*p})}; }
 // fma(a, b, sum), in the register of `sum`.
 inline Vec accumulate(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 // sum + four products of the bytes of each lane, unsigned times signed.

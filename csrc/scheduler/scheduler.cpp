@@ -82,7 +82,8 @@ Scheduler::Scheduler(std::vector<std::shared_ptr<Lane>> lanes, Limits limits)
     : lanes_(std::move(lanes)), limits_(limits) {
   if (lanes_.empty()) throw std::invalid_argument("lanes: expected at least one");
   check_lanes(lanes_);
-  for (const auto [name, value] : {std::pair{"max_batch", limits.max_batch}, {"max_queue", limits.max_queue}})
+  for (const auto& [name, value] :
+       {std::pair{"max_batch", limits.max_batch}, {"max_queue", limits.max_queue}})
     if (value < 1 || value > most_samples)
       throw std::invalid_argument(message(name, " must be 1 to ", most_samples, ", got ", value));
   if (!(limits.late_share > 0 && limits.late_share < 1))

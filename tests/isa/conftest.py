@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -41,11 +42,36 @@ def kernel_build() -> Path:
     """Build folder of the static kernel test: the install's, or one that is kept between runs."""
     if found := built_with_the_wheel():
         return found
-    build = BUILD / "kernel_test"
+    return build_kernel_test("kernel_test")
+
+
+def build_kernel_test(name: str, *options: str) -> Path:
+    build = BUILD / name
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert cmake, "cmake is not installed: pip install mprec[test]"
-    checked([cmake, "-S", ROOT, "-B", build, "-DMPREC_PYTHON=OFF", "-DMPREC_KERNEL_TEST=ON"])
+    checked([cmake, "-S", ROOT, "-B", build, "-DMPREC_PYTHON=OFF", "-DMPREC_KERNEL_TEST=ON", *options])
     checked([cmake, "--build", build, "--parallel", "2"])
+    return build
+
+
+def no_emulator(reason: str) -> NoReturn:
+    """Skips the test, or fails it where emulation is required."""
+    if os.environ.get("MPREC_REQUIRE_EMULATION") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cross_build() -> Callable[[str], tuple[str, Path]]:
+    """``cross_build(architecture)``: qemu for its programs, and the build folder of its kernel test."""
+
+    def build(architecture: str) -> tuple[str, Path]:
+        compiler, qemu = f"{architecture}-linux-gnu-g++", f"qemu-{architecture}"
+        if missing := [command for command in (compiler, qemu) if not shutil.which(command)]:
+            packages = f"g++-{architecture}-linux-gnu qemu-user"
+            no_emulator(f"no {' and no '.join(missing)} (Debian: apt install {packages})")
+        return qemu, build_kernel_test(f"kernel_test-{architecture}", f"-DCMAKE_CXX_COMPILER={compiler}")
+
     return build
 
 
@@ -58,8 +84,5 @@ def emulate() -> Callable[..., subprocess.CompletedProcess]:
 
     check = run_command([sys.executable, EMULATOR, "--check"])
     if check.returncode != 0:
-        reason = f"no emulated CPU (pip install mprec[test]): {check.stderr.strip()}"
-        if os.environ.get("MPREC_REQUIRE_EMULATION") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        no_emulator(f"no emulated CPU (pip install mprec[test]): {check.stderr.strip()}")
     return run

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "float16.h"
 #include "guarded.h"
 #include "registry.h"
 #include "rows/rows.h"
@@ -86,18 +87,18 @@ struct Table {
       }
       const float x = random.normal_ish();
       if (format == Format::f32) append(row, x);
-      if (format == Format::f16) append(row, static_cast<_Float16>(x));
+      if (format == Format::f16) append(row, static_cast<Float16>(x));
       const float shorter = static_cast<float>(static_cast<int>(x * 64)) / 64.0f;  // 7 significant bits
       if (format == Format::bf16) append(row, bfloat16_bits(shorter));
       const double value = format == Format::f32   ? x
-                           : format == Format::f16 ? static_cast<_Float16>(x)
+                           : format == Format::f16 ? static_cast<Float16>(x)
                                                    : shorter;
       add(value, std::fabs(value));
     }
     if (format == Format::int8) append(row, scale), append(row, bias);
     if (format == Format::float8) append(row, scale);
     if (format == Format::int4)
-      append(row, static_cast<_Float16>(scale)), append(row, static_cast<_Float16>(bias));
+      append(row, static_cast<Float16>(scale)), append(row, static_cast<Float16>(bias));
     return row;
   }
 };
@@ -205,7 +206,7 @@ void check_forward(Case& c, const std::vector<Table*>& tables, const std::vector
   const auto value_at = [&](int64_t element) -> double {
     const char* p = out.data() + element * item;
     if (o.out_format == Format::f32) return *reinterpret_cast<const float*>(p);
-    if (o.out_format == Format::f16) return *reinterpret_cast<const _Float16*>(p);
+    if (o.out_format == Format::f16) return *reinterpret_cast<const Float16*>(p);
     const uint32_t bits = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(p)) << 16;
     float x;
     std::memcpy(&x, &bits, sizeof x);

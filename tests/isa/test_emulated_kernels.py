@@ -8,6 +8,7 @@ from conftest import run_command
 
 # Model: the best ISA that it can run. The emulator has no AMX: that is run on a CPU that has it.
 MODELS = {"spr": "avx512bf16", "icl": "avx512vnni", "skx": "avx512", "hsw": "avx2"}
+FAMILIES = ("embedding_bag", "gradient", "dhe", "cached dhe", "dense")
 
 
 def report(done: subprocess.CompletedProcess) -> int:
@@ -31,8 +32,22 @@ def test_on_this_cpu(kernel_build, threads):
 def test_on_emulated_cpu(kernel_build, emulate, cpu):
     done = emulate(cpu, kernel_build / "kernel_test", MODELS[cpu])
     assert report(done) > 10
-    for kernels in ("embedding_bag", "gradient", "dhe", "cached dhe"):
-        assert f"{MODELS[cpu]} {kernels}" in done.stdout
+    for family in FAMILIES:
+        assert f"{MODELS[cpu]} {family}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiles all kernels
+@pytest.mark.parametrize(("architecture", "isa"), [("aarch64", "neon")])
+def test_on_another_architecture(cross_build, architecture, isa):
+    """By qemu's user mode, which runs threads."""
+    qemu, build = cross_build(architecture)
+    for threads in ("1", "3"):
+        done = run_command([qemu, build / "kernel_test", "--threads", threads])
+        assert report(done) > 10
+        assert re.search(rf"^# {architecture} CPU, .*: scalar {isa}; {threads} thread", done.stdout, re.M)
+        for family in FAMILIES:
+            assert f"{isa} {family}" in done.stdout
 
 
 @pytest.mark.parametrize(

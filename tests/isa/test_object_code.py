@@ -1,12 +1,15 @@
 """What the compiled kernels may hold: no instruction beyond their ISA, and no function that the linker could
 merge with another ISA's."""
 
+import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import checked
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 code")
 
 ISAS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
