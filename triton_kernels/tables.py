@@ -84,7 +84,7 @@ def _sorted(tables, bags: Bags):
         )  # fmt: skip
 
 
-@kernel("table_sgd_", device="cuda")
+@kernel("table_sgd_", device="cuda", supports=_is_float)
 def sgd(call) -> None:
     for parts, segments in _sorted(call.tables, call.bags):
         columns = [call.columns[t] for t in parts]
@@ -92,7 +92,7 @@ def sgd(call) -> None:
     call.written()
 
 
-@kernel("table_rowwise_adagrad_", device="cuda")
+@kernel("table_rowwise_adagrad_", device="cuda", supports=_is_float)
 def rowwise_adagrad(call) -> None:
     for parts, segments in _sorted(call.tables, call.bags):
         tables, sums = [call.tables[t] for t in parts], [call.sums[t] for t in parts]

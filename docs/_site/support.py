@@ -5,16 +5,17 @@ formula of ``mprec.reference`` in plain torch. Empty: it is refused.
 """
 
 import logging
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-import mprec.ops
+import mprec
+from mprec.kernels import kernels
 from mprec.models.compiled import PRECISIONS
 from mprec.names import FAMILIES, MODES
 from mprec.nn.quantized import DECODER_PRECISIONS
+from mprec.ops._table import OPS
 from mprec.row_formats import ROW_FORMATS
 
 DEVICES = ("cpu", "cuda")
@@ -139,50 +140,11 @@ def served(operator: str, device: str, arguments: tuple[Any, ...]) -> str:
             getattr(torch.ops.mprec, operator)(*arguments)
         except (TypeError, NotImplementedError):
             return ""
-    elif operator.startswith("table_") and arguments[0][0].dtype == torch.float64:
-        return ""  # the launcher has no such table
-    try:
-        from mprec.kernels import kernels
-        from mprec.ops._table import OPS
-    except ImportError:  # no list of kernels: look at what runs
-        return watched(operator, device, arguments)
     op = OPS[operator]
     call = op.check(op.call(*arguments))
     if any(kernel.supports(call) for kernel in kernels(operator, device)):
         return "kernel"
     return "torch" if op.reference is not None else ""
-
-
-def watched(operator: str, device: str, arguments: tuple[Any, ...]) -> str:
-    """As :func:`served`, of operators without a list of kernels: by the code that a call comes to."""
-    from mprec.ops import _cuda_dhe, _cuda_tables
-
-    run = getattr(torch.ops.mprec, operator)
-    if device == "cuda":
-        modules = _cuda_tables, _cuda_dhe
-        found = [getattr(module, operator) for module in modules if hasattr(module, operator)]
-        everywhere = torch._C._dispatch_has_kernel_for_dispatch_key
-        if not found:  # one implementation for all devices, in plain torch
-            return "torch" if everywhere(f"mprec::{operator}", "CompositeExplicitAutograd") else ""
-        run = found[0]
-    seen = set()
-
-    def watch(frame, event, function):
-        if event == "c_call" and device == "cpu" and getattr(function, "__module__", "") == mprec._C.__name__:
-            seen.add("kernel")
-        if event == "call" and frame.f_code.co_filename.endswith("mprec/reference.py"):
-            seen.add("torch")
-        if event == "call" and "triton_kernels" in frame.f_code.co_filename:
-            raise InterruptedError  # a kernel would start
-
-    sys.setprofile(watch)
-    try:
-        run(*arguments)
-    except InterruptedError:
-        return "kernel"
-    finally:
-        sys.setprofile(None)
-    return "kernel" if "kernel" in seen and "torch" not in seen else "torch"
 
 
 # ----------------------------------------------------------------------------------------------- as a page
