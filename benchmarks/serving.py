@@ -4,6 +4,7 @@
     python benchmarks/serving.py soak         # 10 minutes at 80 %
     python benchmarks/serving.py artifact     # the same engine over one path of plain torch
     python benchmarks/serving.py simulator    # throughput and p99, predicted and measured
+    python benchmarks/serving.py single       # what the engine adds to a query of one sample
 
 Loads of real queries at many shares and latency targets are ``mprec loadtest``'s. Here the model is a DLRM of
 the Criteo Kaggle shape with random weights (tables of at most ``--rows`` rows), and qualities are those that
@@ -343,6 +344,32 @@ def compare_simulation(some, profile: Profile, count: int, share: float, limit: 
     )
 
 
+def single(args) -> None:
+    """A bare call of the path, ``score``, and ``submit`` and ``result``, of the same sample in turns."""
+    some = paths(args.rows, ("table",))
+    draw, rng = zipf_batches(vocabularies(args.rows), NUM_DENSE), np.random.default_rng(0)
+    queries = [draw(1, rng) for _ in range(200)]
+    profile = profile_of(some, args.rows)
+    with Engine(Dispatcher(some, profile), sla_s=args.sla_ms / 1e3) as engine, no_collection():
+        calls = {
+            "bare": some[0].model,
+            "score": engine.score,
+            "submit": lambda query: engine.submit(query).result(),
+        }
+        seconds = {name: [] for name in calls}
+        end = time.perf_counter() + args.seconds
+        while time.perf_counter() < end:
+            for query in queries:
+                for name, call in calls.items():
+                    start = time.perf_counter()
+                    call(query)
+                    seconds[name].append(time.perf_counter() - start)
+    for name, taken in seconds.items():
+        p50, p99 = 1e6 * np.percentile(taken, [50, 99])
+        added = p50 - 1e6 * np.median(seconds["bare"])
+        report("single", {"call": name, "p50_us": p50, "p99_us": p99, "added_us": added})
+
+
 def report(study: str, row: dict) -> None:
     shown = (
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
@@ -353,7 +380,7 @@ def report(study: str, row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=["overload", "soak", "artifact", "simulator"])
+    parser.add_argument("study", choices=["overload", "soak", "artifact", "simulator", "single"])
     parser.add_argument("--rows", type=int, default=1_000_000, help="the most rows of a table")
     parser.add_argument("--sla-ms", type=float, default=50.0)
     parser.add_argument("--seconds", type=float, default=None, help="of each load")
@@ -367,7 +394,7 @@ def main() -> None:
         endurance(args, 0.8, args.seconds or 600.0)
     else:
         args.seconds = args.seconds or 3.0
-        {"artifact": artifact, "simulator": simulator}[args.study](args)
+        {"artifact": artifact, "simulator": simulator, "single": single}[args.study](args)
 
 
 if __name__ == "__main__":
