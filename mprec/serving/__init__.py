@@ -2,7 +2,7 @@
 (:mod:`mprec.serving.http`).
 
     with Engine(dispatcher, sla_s=0.010) as engine:
-        answer = engine.submit(batch).result()
+        answer = engine.score(batch)  # waits; engine.submit(batch) gives a future
 
 The dispatcher lives in the engine's worker, next to the kernels.
 """

@@ -3,7 +3,7 @@
 inputs = model_inputs(["table.pt", "hybrid.pt"])
 with engine_from_checkpoints(["table.pt", "hybrid.pt"], sla_s=0.010) as engine:
     batch = rows_to_batch(ids, dense, inputs.vocabularies, inputs.num_dense)
-    answer = engine.submit(batch).result()
+    answer = engine.score(batch)
 """
 
 from __future__ import annotations
