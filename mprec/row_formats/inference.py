@@ -90,7 +90,7 @@ def from_inference_rows(rows: Tensor, dim: int, precision: str, alignment: int =
     Raises:
         ValueError: rows of another size, among them rows that are row-wise already. Where both layouts have
             rows of one size (int4 without padding, int8 where ``dim % 16 == 8``) only what the rows hold can
-            tell: a scale or a bias that is not finite, or a negative scale.
+            tell: a scale or a bias that is not finite, or a scale below what rounding makes of 0.
         TypeError: rows that are no uint8 tensor.
     """
     codes = _codes(dim, precision)
@@ -132,7 +132,9 @@ def _check(rows: Tensor, size: int, layout: str, other: int, other_layout: str, 
 
 def _check_affine(affine: Tensor, layout: str, other_layout: str) -> None:
     """``ValueError`` unless each row's scale and bias ``[N, 2]`` can be those of a table."""
-    wrong = ~affine.isfinite().all(1) | (affine[:, 0] < 0)
+    # A bias that was rounded up in float16 may lie above all numbers of its row: by half a unit, 15 steps.
+    lowest = -(affine[:, 1].abs() / 2048).clamp(min=2.0**-24)
+    wrong = ~affine.isfinite().all(1) | (affine[:, 0] < lowest)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         scale, bias = affine[row].tolist()
