@@ -1,13 +1,12 @@
 #include "gradient/gradient.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
 
-#include "common/error.h"
+#include "bags/check.h"
 #include "common/parallel.h"
 #include "registry.h"
 
@@ -66,53 +65,54 @@ uint32_t owner(int64_t row, int threads) {
 }
 
 template <class Index>
-int64_t bag_size(const BagRequest& r, const Index* ids, int64_t begin, int64_t end) {
-  if (r.padding_idx < 0) return end - begin;
-  return end - begin - std::count(ids + begin, ids + end, r.padding_idx);
+int64_t bag_size(const Bags& b, const Index* ids, int64_t begin, int64_t end) {
+  if (b.padding_idx < 0) return end - begin;
+  return end - begin - std::count(ids + begin, ids + end, b.padding_idx);
 }
 
-// Gathers the entries of feature f whose rows belong to this thread. Offsets have been checked.
+bool scaled(const Bags& b) { return b.per_sample_weights || b.mode == Mode::mean; }
+
+// Gathers the entries of a feature whose rows belong to this thread. Offsets have been checked.
 template <class Index, bool shared>
-void collect(const BagRequest& r, const Feature& f, int thread, int threads, Scratch& s) {
-  const auto ids = static_cast<const Index*>(r.indices.data);
-  const bool scaled = r.per_sample_weights || r.mode == Mode::mean;
-  const int64_t last_bag = (&f)[1].first_bag;
-  s.reserve(r.bag_begin(last_bag) - r.bag_begin(f.first_bag), scaled, f.dim);
+void collect(const Bags& b, int64_t feature, const PooledGradient& g, int thread, int threads, Scratch& s) {
+  const auto ids = static_cast<const Index*>(b.indices.data);
+  const bool has_scales = scaled(b);
+  const int64_t first_bag = b.first_bag(feature), last_bag = b.first_bag(feature + 1);
+  s.reserve(b.bag_begin(last_bag) - b.bag_begin(first_bag), has_scales, g.dim);
   uint64_t* const keys = s.keys.data();
   int32_t* const bags = s.bags.data();
   uint64_t n = 0;
-  for (int64_t bag = f.first_bag, begin = r.bag_begin(bag), end; bag < last_bag; ++bag, begin = end) {
-    end = r.bag_begin(bag + 1);
-    const float divisor = r.mode == Mode::mean && end - begin > 1
-                              ? static_cast<float>(std::max<int64_t>(bag_size(r, ids, begin, end), 1))
+  for (int64_t bag = first_bag, begin = b.bag_begin(bag), end; bag < last_bag; ++bag, begin = end) {
+    end = b.bag_begin(bag + 1);
+    const float divisor = b.mode == Mode::mean && end - begin > 1
+                              ? static_cast<float>(std::max<int64_t>(bag_size(b, ids, begin, end), 1))
                               : 1.0f;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = ids[i];
-      if (row == r.padding_idx) continue;
+      if (row == b.padding_idx) continue;
       if (shared && owner(row, threads) != static_cast<uint32_t>(thread)) continue;
       keys[n] = static_cast<uint64_t>(row) << 32 | n;
-      bags[n] = static_cast<int32_t>(bag - f.first_bag);
-      if (scaled) s.scales[n] = (r.per_sample_weights ? r.per_sample_weights[i] : 1.0f) / divisor;
+      bags[n] = static_cast<int32_t>(bag - first_bag);
+      if (has_scales) s.scales[n] = (b.per_sample_weights ? b.per_sample_weights[i] : 1.0f) / divisor;
       ++n;
     }
   }
   s.count = static_cast<int64_t>(n);
-  sort_by_row(s, f.num_rows);
+  sort_by_row(s, g.num_rows);
 }
 
-RowGradients share(const BagRequest& r, const Feature& f, int thread, int threads, Scratch& s) {
-  if (r.indices.wide)
-    (threads > 1 ? collect<int64_t, true> : collect<int64_t, false>)(r, f, thread, threads, s);
+RowGradients share(const Bags& b, int64_t feature, const PooledGradient& g, int thread, int threads,
+                   Scratch& s) {
+  if (b.indices.wide)
+    (threads > 1 ? collect<int64_t, true> : collect<int64_t, false>)(b, feature, g, thread, threads, s);
   else
-    (threads > 1 ? collect<int32_t, true> : collect<int32_t, false>)(r, f, thread, threads, s);
-  const bool scaled = r.per_sample_weights || r.mode == Mode::mean;
-  return {s.keys.data(), s.count,      s.bags.data(), scaled ? s.scales.data() : nullptr,
-          f.out,         f.out_stride, f.dim};
+    (threads > 1 ? collect<int32_t, true> : collect<int32_t, false>)(b, feature, g, thread, threads, s);
+  return {s.keys.data(), s.count,       s.bags.data(), scaled(b) ? s.scales.data() : nullptr,
+          g.grad,        g.grad_stride, g.dim};
 }
 
 template <class Index>
-bool all_within(const BagRequest& r, int64_t begin, int64_t end, int64_t num_rows) {
-  const auto ids = static_cast<const Index*>(r.indices.data);
+bool all_within(const Index* ids, int64_t begin, int64_t end, int64_t num_rows) {
   bool within = true;  // no early exit: the loop is then a vector loop
   for (int64_t i = begin; i < end; ++i)
     within &= static_cast<uint64_t>(static_cast<int64_t>(ids[i])) < static_cast<uint64_t>(num_rows);
@@ -120,49 +120,50 @@ bool all_within(const BagRequest& r, int64_t begin, int64_t end, int64_t num_row
 }
 
 // Everything is checked before anything is written: a failed call leaves the tables as they were.
-void check(const BagRequest& r) {
-  if (r.mode == Mode::max)
+void check(const Bags& b, const PooledGradient* gradients) {
+  if (b.mode == Mode::max)
     throw std::invalid_argument("mode: max has no row gradients; expected sum or mean");
   constexpr int64_t limit = std::numeric_limits<uint32_t>::max();
-  if (r.indices.size > limit) throw std::invalid_argument("indices: more than 2^32 are not supported");
-  bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
-  int64_t from = 0;
-  for (const Feature* f = r.features; valid && f != r.features + r.num_features; ++f) {
-    if (f->num_rows > limit)
+  if (b.indices.size > limit) throw std::invalid_argument("indices: more than 2^32 are not supported");
+  check_offsets(b);
+  bool within = true;
+  for (int64_t f = 0; f < b.num_features; ++f) {
+    const int64_t num_rows = gradients[f].num_rows, begin = b.feature_begin(f), end = b.feature_begin(f + 1);
+    if (num_rows > limit)
       throw std::invalid_argument(
-          message("weights: tables of more than 2^32 rows are not supported, got ", f->num_rows));
-    for (int64_t bag = f->first_bag; valid && bag < f[1].first_bag; ++bag) {
-      const int64_t to = r.bag_begin(bag + 1);
-      valid = from <= to && to <= r.indices.size;
-      for (int64_t i = from; valid && i < to; ++i) valid = r.indices[i] >= 0 && r.indices[i] < f->num_rows;
-      from = to;
-    }
+          message("weights: tables of more than 2^32 rows are not supported, got ", num_rows));
+    within &= b.indices.wide ? all_within(static_cast<const int64_t*>(b.indices.data), begin, end, num_rows)
+                             : all_within(static_cast<const int32_t*>(b.indices.data), begin, end, num_rows);
   }
-  if (!valid) throw_first_error(r);
+  if (within) return;
+  Bounds bounds;
+  for (int64_t f = 0; f < b.num_features; ++f) bounds.emplace_back(f, gradients[f].num_rows);
+  throw_first_error(b, bounds);
 }
 
 }  // namespace
 
-void update_tables(const BagRequest& r, const TableRows* tables, const Update& update, int threads) {
-  check(r);
+void update_tables(const Bags& b, const PooledGradient* gradients, const TableRows* tables,
+                   const Update& update, int threads) {
+  check(b, gradients);
   const auto apply = kernels().gradient->apply;
   const int parts =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, r.indices.size / indices_per_thread)));
+      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, b.indices.size / indices_per_thread)));
   parallel_ranges(parts, parts, [&](int64_t first, int64_t last) {
     static thread_local Scratch scratch;
     for (int64_t part = first; part < last; ++part)
-      for (int64_t t = 0; t < r.num_features; ++t) {
-        const RowGradients g = share(r, r.features[t], static_cast<int>(part), parts, scratch);
-        apply(g, tables[t], update, false, scratch.row.data());
+      for (int64_t f = 0; f < b.num_features; ++f) {
+        const RowGradients g = share(b, f, gradients[f], static_cast<int>(part), parts, scratch);
+        apply(g, tables[f], update, false, scratch.row.data());
       }
   });
 }
 
-int64_t sparse_gradient(const BagRequest& r, int64_t* rows, float* values, int threads) {
-  check(r);
-  const Feature& f = r.features[0];
+int64_t sparse_gradient(const Bags& b, const PooledGradient& gradient, int64_t* rows, float* values,
+                        int threads) {
+  check(b, &gradient);
   Scratch scratch;
-  const RowGradients all = share(r, f, 0, 1, scratch);
+  const RowGradients all = share(b, 0, gradient, 0, 1, scratch);
   std::vector<int64_t> starts;  // of each distinct row, in all.keys
   for (int64_t i = 0; i < all.count; ++i)
     if (i == 0 || all.keys[i] >> 32 != all.keys[i - 1] >> 32) {
@@ -178,7 +179,7 @@ int64_t sparse_gradient(const BagRequest& r, int64_t* rows, float* values, int t
     RowGradients part = all;
     part.keys += starts[first];
     part.count = starts[last] - starts[first];
-    const TableRows target{values + first * f.dim, nullptr, nullptr, f.dim, 0};
+    const TableRows target{values + first * all.dim, nullptr, nullptr, all.dim, 0};
     apply(part, target, {Rule::assign, 0, 0, 0, 0}, true, nullptr);
   });
   return distinct;
