@@ -96,7 +96,8 @@ void embedding_bag_forward(const PoolingRequest& request, int threads) {
   const auto forward = kernels().embedding_bag->forward;
   const Bags& bags = r.bags;
   const int64_t num_bags = bags.num_bags();
-  bool valid = bags.bag_begin(num_bags) == bags.indices.size && (num_bags == 0 || bags.bag_begin(0) == 0);
+  bool valid = bags.bag_begin(num_bags) == bags.indices.size &&
+               (num_bags ? bags.bag_begin(0) : bags.indices.size) == 0;
   if (valid) {
     const int64_t total = threads > 1 ? embedding_bag_cost(r) : 0;
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total / lines_per_thread));

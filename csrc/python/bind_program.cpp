@@ -130,7 +130,8 @@ py::object run_program(const Arguments<5>& a) {
   const int64_t samples = dense.shape[0];
   if (path.changed(samples)) return py::none();
   check_shape(dense, "dense", {samples, path.num_dense});
-  set_features_of(bags, path.num_features, samples);
+  bags.num_features = path.num_features;
+  bags.batch = samples;
   const int threads = checked_threads(a[4]);
   const py::object scores = new_tensor({samples}, DType::f32);
   const Tensor out = view(scores.ptr(), "scores", DType::f32, 1);
