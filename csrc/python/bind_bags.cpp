@@ -68,7 +68,7 @@ py::tuple join(const py::list& indices, const py::list& offsets, const std::vect
 
 void check_offsets_of(py::handle offsets, int64_t num_indices, bool include_last_offset,
                       int64_t num_features) {
-  Bags bags;
+  Bags bags{};
   bags.indices.size = num_indices;
   bags.offsets = integers(offsets.ptr(), "offsets");
   set_features(bags, num_features, include_last_offset);
