@@ -39,7 +39,7 @@ py::tuple select(py::handle indices, py::handle offsets, py::handle per_sample_w
   const int64_t n = chosen.bags.indices.size;
   return py::make_tuple(copied(chosen.index_bytes, n, bags.indices.wide ? DType::i64 : DType::i32),
                         copied(chosen.starts, chosen.bags.offsets.size, DType::i64),
-                        bags.per_sample_weights ? copied(chosen.weights, n, DType::f32) : py::none());
+                        per_sample_weights.is_none() ? py::none() : copied(chosen.weights, n, DType::f32));
 }
 
 py::tuple join(const py::list& indices, const py::list& offsets, const std::vector<int64_t>& samples,
