@@ -59,9 +59,9 @@ FORMS = (
         *("low_rank:16[int8]", "low_rank:12[int8]", "low_rank:8[int8]"),
         *("low_rank:4[int8]", "low_rank:2[int8]", "low_rank:1[int8]"),
     ),
-    ("dhe:4", "dhe:5"),
+    ("dhe:4",),
     ("dhe:16", "dhe:32", "dhe:64"),
-    ("dhe:1",),
+    ("dhe:1", "dhe:5"),
 )
 #: The decoder of ``hybrid`` and ``dhe``, where ``--k`` and ``--hidden`` do not say otherwise.
 K, HIDDEN = 256, 64
@@ -83,7 +83,7 @@ def append_new(name: str, keys: tuple[str, ...], rows: list[dict]) -> None:
     rows = [row for row in rows if tuple(str(row[key]) for key in keys) not in known]
     harness.append_csv(name, rows)
     for row in rows:
-        print(*(row[key] for key in (*keys, "auc", "log_loss")), flush=True)
+        print(*(row[key] for key in (*keys, "auc")), flush=True)
 
 
 def trained_model(dataset, name: str, seed: int, args, is_late: Callable[[], bool]) -> tuple:
@@ -128,36 +128,27 @@ def trained_model(dataset, name: str, seed: int, args, is_late: Callable[[], boo
     return trained.model, trained.metadata
 
 
-def derive_forms(dataset, name: str, seed: int, found: tuple, args, is_late: Callable[[], bool]) -> None:
-    """Rows of derived.csv: the trained form, and of mapped tables those of ``FORMS``.
-
-    ``TrainingInterruptedError`` when it is late.
-    """
+def derive_forms(dataset, name: str, seed: int, recipes: tuple[str, ...], found: tuple, args) -> None:
+    """Rows of derived.csv that are not there: the trained form, and those of the recipes."""
     model, metadata = found
     keys = ("data", "split", "training", "seed", "path")
     where = (dataset.name, metadata["split"], name, str(seed))
-    groups = FORMS if name == "mapped" else ((),)
-    for recipes in groups:
-        known = {key[-1] for key in present("derived", keys) if key[:-1] == where}
-        recipes = [recipe for recipe in recipes if recipe not in known]
-        if metadata["representation"] in known and not recipes:
-            continue
-        if is_late():
-            raise TrainingInterruptedError("forms are left")
-        made = derive(
-            model, metadata, dataset.split(by=args.split), recipes=recipes, seconds=0, seed=seed, say=print
-        )
-        rows = [
-            {
-                **dict(zip(keys, (*where, each.name), strict=True)),
-                "embedding_bytes": each.nbytes,
-                **{metric: f"{estimate.value:.5f}" for metric, estimate in each.quality["test"].items()},
-                "auc_difference": f"{each.difference['test']['auc'].value:.5f}",
-                "auc_difference_error": f"{each.difference['test']['auc'].error:.5f}",
-            }
-            for each in made
-        ]
-        append_new("derived", keys, rows)
+    known = {key[-1] for key in present("derived", keys) if key[:-1] == where}
+    recipes = [recipe for recipe in recipes if recipe not in known]
+    if metadata["representation"] in known and not recipes:
+        return
+    parts = dataset.split(by=args.split)
+    rows = [
+        {
+            **dict(zip(keys, (*where, each.name), strict=True)),
+            "embedding_bytes": each.nbytes,
+            **{metric: f"{estimate.value:.5f}" for metric, estimate in each.quality["test"].items()},
+            "auc_difference": f"{each.difference['test']['auc'].value:.5f}",
+            "auc_difference_error": f"{each.difference['test']['auc'].error:.5f}",
+        }
+        for each in derive(model, metadata, parts, recipes=recipes, seconds=0, seed=seed, say=print)
+    ]
+    append_new("derived", keys, rows)
 
 
 def study(dataset, args: argparse.Namespace) -> int:
@@ -167,12 +158,17 @@ def study(dataset, args: argparse.Namespace) -> int:
     def is_late() -> bool:
         return time.monotonic() > end
 
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     try:
         for name in args.trainings or TRAININGS:
-            for seed in range(args.first_seed, args.first_seed + args.seeds):
-                found = trained_model(dataset, name, seed, args, is_late)
-                if args.derive:
-                    derive_forms(dataset, name, seed, found, args, is_late)
+            for seed in seeds:
+                trained_model(dataset, name, seed, args, is_late)
+            for recipes in () if not args.derive else FORMS if name == "mapped" else ((),):
+                for seed in seeds:
+                    if is_late():
+                        raise TrainingInterruptedError("forms are left")
+                    found = trained_model(dataset, name, seed, args, is_late)
+                    derive_forms(dataset, name, seed, recipes, found, args)
     except TrainingInterruptedError as interruption:
         print(interruption)
         return MORE_TO_DO

@@ -538,6 +538,7 @@ def test_train_derive_profile_plan(tmp_path, capsys):
         "table[float16]",
         "table[int8]",
         "table[int4]",
+        "dhe",
     }
     assert main(["derive", model, *common, "--output", made, "--seconds", "0.1", "--threads", "1"]) == 0
     shown = capsys.readouterr().out

@@ -62,9 +62,9 @@ class Source:
 
     @cached_property
     def rows(self) -> EmbeddingBagCollection:
-        """Tables alone: the model's own if it has no decoders."""
+        """Tables alone: the model's own if it has nothing else."""
         embeddings = self.model.embeddings
-        if not any(f.has_dhe for f in embeddings.features):
+        if all(f.representation == "table" for f in embeddings.features):
             return embeddings
         if endless := [f.name for f in embeddings.features if f.num_embeddings > 1 << 31]:
             raise ValueError(f"feature {endless[0]!r}: its raw values are its IDs, too many for rows")
@@ -87,11 +87,11 @@ def default_recipes(source: Source) -> list[str]:
     for models without decoders."""
     dim = source.model.embedding_dim
     ranks = [dim // part for part in (2, 4, 8, 16) if dim // part >= 1]
-    hashed = any(f.has_dhe for f in source.model.embeddings.features)
+    tables = all(f.representation == "table" for f in source.model.embeddings.features)
     return [
-        *(["table"] if hashed else []),
+        *([] if tables else ["table"]),
         *(f"table[{precision}]" for precision in PRECISIONS),
-        *([] if hashed else ["dhe"]),
+        *(["dhe"] if tables else []),
         *(f"low_rank:{rank}[int8]" for rank in ranks),
         *(f"{rows}/int8" for rows in ("table[int8]", f"low_rank:{max(1, dim // 4)}[int8]")),
     ]
