@@ -16,8 +16,8 @@ bytes.
 | ``mapped`` | the same, through a learnt map in training |
 | ``low_rank`` | trained, the largest rank that the budget allows |
 | ``dhe`` | trained; k hashes and hidden layers of k, as many as the authors take |
-| ``low_rank int8`` | weighted SVD of ``mapped``, codes of a byte, the largest rank in the budget's bytes |
-| ``dhe distilled`` | the ``dhe`` taught by the rows of ``mapped`` |
+| ``low_rank int8`` | weighted SVD of ``full``, codes of a byte, the largest rank in the budget's bytes |
+| ``dhe distilled`` | the ``dhe`` taught by the rows of ``full`` |
 
 Appends to ``benchmarks/results/cce.csv`` what has no row yet. After ``--seconds`` it ends with status 75:
 start it again and it goes on, at the last whole epoch in the folder ``--keep``. The published values are in
@@ -52,7 +52,7 @@ from mprec.nn import (
 
 DIM, BATCH, EPOCHS = 32, 4096, 30
 BUDGETS = (128, 512, 2048, 8192)
-#: Those that are trained, each with whether a budget matters; the others are made of ``mapped``.
+#: Those that are trained, each with whether a budget matters; the others are made of ``full``.
 TRAINED = {"full": False, "mapped": False, "low_rank": True, "dhe": True}
 MADE = ("low_rank int8", "dhe distilled")
 KEYS = ("form", "budget", "seed")
@@ -212,8 +212,8 @@ def made(form: str, budget: int, seed: int, teacher: GMF, train: ClickDataset) -
 
 
 def teacher_of(seed: int, train: ClickDataset, keep: Path) -> GMF | None:
-    """The trained ``mapped``, if it is kept."""
-    file = keep / f"cce mapped 0 {seed}.pt"
+    """The trained ``full``, if it is kept."""
+    file = keep / f"cce full 0 {seed}.pt"
     if not file.exists():
         return None
     model = GMF(EmbeddingBagCollection([FeatureConfig(name, size, DIM) for name, size in train.features]))
@@ -229,7 +229,7 @@ def run(form: str, budget: int, seed: int, parts, keep: Path, is_late: Callable)
             raise Late
         teacher = teacher_of(seed, train, keep)
         if teacher is None:
-            raise SystemExit(f"{form}: train mapped first, into --keep {keep}")
+            raise SystemExit(f"{form}: train full first, into --keep {keep}")
         model, size = made(form, budget, seed, teacher, train)
         return {"auc": auc_of(model, held_out), "parameters": size, "epoch": ""}
     embeddings = fresh(form, budget, seed, train)
