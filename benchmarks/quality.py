@@ -57,7 +57,7 @@ FORMS = (
     (
         *("table[int8]", "table[int4]", "table/int8", "table[int8]/int8"),
         *("low_rank:16[int8]", "low_rank:12[int8]", "low_rank:8[int8]"),
-        *("low_rank:4[int8]", "low_rank:2[int8]", "low_rank:1[int8]"),
+        *("low_rank:4[int8]", "low_rank:3[int8]", "low_rank:2[int8]", "low_rank:1[int8]"),
     ),
     ("dhe:4",),
     ("dhe:16", "dhe:32", "dhe:64"),
