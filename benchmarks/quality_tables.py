@@ -128,17 +128,18 @@ def draw_cce() -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for source, rows in cce().items():
-        style = "o-" if source == "ours" else "x--"
+        marked = "o-" if source == "ours" else "x--"
         for form in dict.fromkeys(form for form, _ in rows):
             points = sorted((budget, values) for (f, budget), values in rows.items() if f == form)
             means = [statistics.fmean(values) for _, values in points]
             if points[0][0] == 0:
-                axes.axhline(means[0], ls="-" if source == "ours" else "--", lw=1, color="grey")
-                axes.text(8192, means[0], f"{form}, {source}", fontsize=7, va="bottom", ha="right")
+                style = "-" if source == "ours" else "--"
+                grey = "lightgrey" if form == "mapped" else "grey"
+                axes.axhline(means[0], ls=style, lw=1.5, color=grey, label=f"{form}, {source}")
                 continue
             errors = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
             budgets = [budget for budget, _ in points]
-            axes.errorbar(budgets, means, errors, fmt=style, capsize=3, label=f"{form}, {source}")
+            axes.errorbar(budgets, means, errors, fmt=marked, capsize=3, label=f"{form}, {source}")
     axes.set(xscale="log", xlabel="parameters per dimension and table", ylabel="AUC of held-out ratings")
     axes.set_title("MovieLens-1M, factorisation, 32 dimensions")
     axes.grid(alpha=0.3)
