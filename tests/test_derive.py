@@ -11,6 +11,7 @@ from mprec import checkpoint, metrics
 from mprec.cli import main
 from mprec.data import load
 from mprec.derive import derive, distil, kept, low_rank, sensitivity
+from mprec.derive.distil import shape_for
 from mprec.derive.factorise import code_limits
 from mprec.derive.pareto import Candidate, front
 from mprec.derive.quality import influence
@@ -27,6 +28,7 @@ from mprec.nn import (
     MappedEmbeddingBagCollection,
 )
 from mprec.paths import Scorer, bundle, paths_from_checkpoints, sampler, with_cache
+from mprec.planner import Option
 from mprec.serving.process_executor import ProcessExecutor
 from mprec.training import TrainOptions, evaluate, predict, train_representations
 
@@ -347,6 +349,30 @@ def test_dhe_recipe_replaces_large_vocabularies_only(dataset):
         make(small, "dhe")
 
 
+@pytest.mark.parametrize("part", [1, 4, 16, 64])
+def test_a_decoder_is_the_largest_in_its_part_of_the_bytes(part):
+    rows, dim = 6040, 16
+    config = shape_for(rows, dim, 1 / part)
+    feature = FeatureConfig("x", rows, dim, "dhe", config)
+    limit = rows * dim * 4 / part
+    assert Option("dhe", feature).nbytes <= limit
+    wider = DheConfig(k=config.k + 32, hidden=(config.hidden[0] + 8,))
+    assert Option("dhe", FeatureConfig("x", rows, dim, "dhe", wider)).nbytes > limit
+    assert shape_for(20, dim, 1 / part) is None
+
+
+def test_dhe_recipes_differ_in_size(dataset):
+    small = load("synthetic:rows=2000,vocabulary=3000+20,seed=2")
+    torch.manual_seed(0)
+    model = DLRM(
+        [FeatureConfig(name, size, 8) for name, size in small.features], small.num_dense, 8, (8,), (8,)
+    )
+    sizes = {part: make(Source(model, small), f"dhe:{part}") for part in (4, 16)}
+    configs = {part: made.features[0].dhe for part, made in sizes.items()}
+    assert configs == {part: shape_for(3000, 8, 1 / part) for part in (4, 16)}
+    assert [f.representation for f in sizes[4].features] == ["dhe", "table"]
+
+
 def test_mapped_models_are_folded_first(dataset, trained):
     model = trained["table"].model
     features = list(model.features)
@@ -538,6 +564,7 @@ def test_train_derive_profile_plan(tmp_path, capsys):
         "table[float16]",
         "table[int8]",
         "table[int4]",
+        "dhe",
     }
     assert main(["derive", model, *common, "--output", made, "--seconds", "0.1", "--threads", "1"]) == 0
     shown = capsys.readouterr().out

@@ -195,7 +195,8 @@ def test_shapes_from_files(tmp_path):
         ({"quality": {"table": 1.2}}, r"quality.table: expected a share in \[0, 1\], got 1.2"),
         (
             {"quality": {"tables": 0.2}},
-            "quality: expected one of table, dhe, hybrid, low_rank, select, got 'tables'",
+            "quality: expected one of table, dhe, hybrid, low_rank, hot_dhe, hot_low_rank, select, "
+            "got 'tables'",
         ),
         ({"quality": {}}, "quality: expected at least one"),
         ({"dim": 0}, "embedding_dim: expected a positive integer, got 0"),

@@ -184,9 +184,12 @@ def parts_of(file: FilePath, spec: str) -> tuple[ClickDataset, ...]:
 
 
 def load_for(files: Sequence[FilePath], spec: str) -> ClickDataset:
-    """The data, its raw values as IDs by the vocabularies of the first of the checkpoints, if it has any."""
+    """The data, its raw values as IDs by the vocabularies of the first of the checkpoints, if it has any, and
+    with the crosses that it was trained on."""
     known = vocabularies_of(files[0]) if files else {}
-    return data.load(spec, progress=reporter(), **({"vocabularies": known} if known else {}))
+    crosses = inputs_of(files[0]).crosses if files else None
+    options = {"vocabularies": known} if known else {}
+    return data.load(spec, crosses=crosses, progress=reporter(), **options)
 
 
 def get_profile(args: argparse.Namespace, paths: list[Path], dataset: ClickDataset) -> Profile:

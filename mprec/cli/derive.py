@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipes",
         nargs="+",
         metavar="RECIPE",
-        help="table, table[float16|int8|int4], dhe, low_rank:RANK, low_rank:RANK[float16|int8], each also "
-        "with /int8 or /bfloat16, of the dense layers, behind it, as the trained path's name "
-        "(default: what suits the model)",
+        help="table, table[float16|int8|int4], dhe, dhe:PART (decoders in a PART-th of the rows' bytes), "
+        "low_rank:RANK, low_rank:RANK[float16|int8], each also with /int8 or /bfloat16, of the dense layers, "
+        "behind it, as the trained path's name (default: what suits the model)",
     )
     parser.add_argument(
         "--metric",

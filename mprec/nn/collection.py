@@ -16,6 +16,7 @@ from mprec.ops._common import NATIVE_TABLES, into
 from mprec.ops._decoders import group_decoders
 from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
 from mprec.representations import DHE, PARTS, REPRESENTATIONS, TABLE, FeatureConfig, Part
+from mprec.representations.dhe import stacks_of
 from mprec.tracing import eager
 from mprec.tuning import kernel_options
 
@@ -307,14 +308,8 @@ class EmbeddingBagCollection(nn.Module):
         )
 
     def _stacks(self, group: _Group) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-        """Coefficients, weights, biases and numbers of layers: what operators take."""
-        stacks = [self.dhe._modules[name].stack() for name in group.names]
-        return (
-            [hashes for hashes, _, _ in stacks],
-            [weight for _, weights, _ in stacks for weight in weights],
-            [bias for _, _, biases in stacks for bias in biases],
-            [len(weights) for _, weights, _ in stacks],
-        )
+        """What operators take of a group's decoders."""
+        return stacks_of([self.dhe._modules[name] for name in group.names])
 
     def _by_column(self, group: _Group, out: Tensor):
         dims = [self.features[i].embedding_dim for i in group.features]

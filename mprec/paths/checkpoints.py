@@ -148,11 +148,13 @@ def _open(file: FilePath, metric: str) -> tuple[tuple[list[tuple[str, int]], int
 
 
 class Inputs(NamedTuple):
-    """What the models of a checkpoint or a bundle take, and how their data was split (None: its default)."""
+    """What the models of a checkpoint or a bundle take, how their data was split (None: its default) and
+    which of its features were crossed (:mod:`mprec.data.cross`)."""
 
     features: list[tuple[str, int]]  # (name, vocabulary)
     num_dense: int
     split: str | None
+    crosses: Mapping[str, Any] | None
 
 
 def inputs_of(file: str | os.PathLike) -> Inputs:
@@ -164,7 +166,8 @@ def inputs_of(file: str | os.PathLike) -> Inputs:
         config, metadata = checkpoint.describe(file)
     try:
         features = [(str(f["name"]), int(f["num_embeddings"])) for f in config["features"]]
-        return Inputs(features, int(config["num_dense"]), metadata.get("split"))
+        crosses = metadata.get("dataset", {}).get("crosses")
+        return Inputs(features, int(config["num_dense"]), metadata.get("split"), crosses)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: its config does not name the model's inputs: {error!r}") from error
 

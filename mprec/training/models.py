@@ -69,7 +69,12 @@ def build_model(
         else:
             features = with_representation(features, representation, select_largest=select_largest)
         _check_rows(features)
-        return DLRM(features, dataset.num_dense, dim, bottom, top)
+        model = DLRM(features, dataset.num_dense, dim, bottom, top)
+    for f in features:
+        for part in f.parts:
+            module = model.embeddings._modules[part.container]._modules[f.name]
+            part.prepare(module, dataset.column(f.name).ids)
+    return model
 
 
 def _check_rows(features: Sequence[FeatureConfig]) -> None:
