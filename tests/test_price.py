@@ -58,7 +58,7 @@ def test_idle_time_has_no_price_and_overload_is_paid_by_goodput():
 
 
 def test_a_path_that_is_worse_in_everything_sets_no_price():
-    """The lines of two paths of which one is dominated cross above the best quality, at no price that matters."""
+    """The lines of two paths, one of them dominated, cross above the best quality, where nobody is."""
     price = FluidPrice([[(0.72, 2e-6), (0.71, 2.1e-6)]])
     assert price.best == price.sample(1e3) == 0.72
 

@@ -281,7 +281,7 @@ def test_a_path_that_failed_rests_and_comes_back():
 
 
 def test_a_hiccup_does_not_bring_in_what_is_worse_in_everything():
-    """A call that takes forty times as long makes its path look slow, but a worse path gains nothing by it."""
+    """A call of forty times its time makes its path look slow, but a worse path gains nothing by it."""
     curve = 50e-6 + 1e-6 * np.arange(257)
     worse = [Option(f"w{i}", 0.71, (1.1 * curve).tolist()) for i in range(9)]
     queue = Scheduler([Lane("cpu", [Option("good", 0.72, curve.tolist()), *worse])], max_batch=256)
