@@ -23,7 +23,12 @@ from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection, FeatureConfig
 from mprec.optim import RowWiseAdagrad
 
 BATCHES = (64, 128, 512, 2048)
-WORKS = ("bags 26 tables d16", "DHE 1024-128-16", "whole path kaggle d16", "row-wise Adagrad step 26 tables d16")
+WORKS = (
+    "bags 26 tables d16",
+    "DHE 1024-128-16",
+    "whole path kaggle d16",
+    "row-wise Adagrad step 26 tables d16",
+)
 #: By whether another process takes a core: of the time with one thread to that with two.
 TARGETS = {False: 1.0, True: 1 / 1.3}
 SIZES = (*KAGGLE, 286181, *[10**6] * 5)

@@ -186,12 +186,23 @@ std::vector<Share> plan(const BagRequest& r, int threads) {
   return shares;
 }
 
+// Whether two of the tables have memory in common: then they are updated one after the other.
+bool overlap(const BagRequest& r, const TableRows* tables) {
+  std::vector<std::pair<const float*, const float*>> spans;
+  for (int64_t t = 0; t < r.num_features; ++t)
+    spans.emplace_back(tables[t].weight, tables[t].weight + r.features[t].num_rows * tables[t].weight_stride);
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return true;
+  return false;
+}
+
 }  // namespace
 
 void update_tables(const BagRequest& r, const TableRows* tables, const Update& update, int threads) {
   check(r);
   const auto apply = kernels().gradient->apply;
-  threads = worth(threads, r.indices.size);
+  threads = overlap(r, tables) ? 1 : worth(threads, r.indices.size);
   const std::vector<Share> shares = plan(r, threads);
   parallel_parts(static_cast<int64_t>(shares.size()), threads, [&](int64_t i, int) {
     static thread_local Scratch scratch;
