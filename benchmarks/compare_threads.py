@@ -19,7 +19,7 @@ from embedding_bag_peers import draw_ids
 import mprec
 from mprec.dispatch.microbenchmark import no_collection
 from mprec.models import DLRM
-from mprec.nn import DeepHashEmbeddingBag, EmbeddingBagCollection, FeatureConfig
+from mprec.nn import DeepHashEmbeddingBag, DheConfig, EmbeddingBagCollection, FeatureConfig
 from mprec.optim import RowWiseAdagrad
 
 BATCHES = (64, 128, 512, 2048)
@@ -58,7 +58,8 @@ def busy_core():
 
 def rows(seconds: float, only: str) -> Iterator[Row]:
     wanted = [name for name in names() if only in name]
-    calls = {work: _calls(work) for work in WORKS if any(work in name for name in wanted)}
+    with torch.inference_mode(False):
+        calls = {work: _calls(work) for work in WORKS if any(work in name for name in wanted)}
     for busy, target in TARGETS.items():
         with busy_core() if busy else contextlib.nullcontext():
             for work, of_batch in calls.items():
@@ -92,7 +93,7 @@ def _calls(work: str) -> Callable[[int], Callable[[], object]]:
     train = "step" in work
     if "DHE" in work:
         inputs, hidden, dim = SHAPES["1024-128-16"]
-        module = DeepHashEmbeddingBag(10**6, dim, k=inputs, hidden=hidden)
+        module = DeepHashEmbeddingBag(dim, DheConfig(inputs, hidden), include_last_offset=True)
         sizes = (10**6,)
     elif "path" in work:
         model = DLRM(features, 13, 16, (512, 256, 64), (512, 256)).eval()
@@ -102,6 +103,11 @@ def _calls(work: str) -> Callable[[int], Callable[[], object]]:
     optimizer = RowWiseAdagrad(module.parameters(), lr=0.01) if train else None
 
     def of_batch(batch: int) -> Callable[[], object]:
+        # Made outside of inference mode, for a backward pass keeps them.
+        with torch.inference_mode(False):
+            return _of_batch(batch)
+
+    def _of_batch(batch: int) -> Callable[[], object]:
         draws = [draw_ids(sizes, batch) for _ in range(16)]
         offsets = torch.arange(len(sizes) * batch + 1)
         dense = (torch.rand(batch, 13),) if "path" in work else ()
