@@ -1,4 +1,4 @@
-"""Loads the native module, after torch (it shares torch's OpenMP runtime), or says why it cannot."""
+"""Loads the native module, after torch (whose tensors it takes), or says why it cannot."""
 
 import os
 import platform

@@ -839,7 +839,6 @@ WITHOUT_ARRAYS = {
     "cpu_model",
     "hash_families",
     "isa",
-    "omp_max_threads",
     "row_formats",
     "runnable_isas",
     "use_isa",

@@ -161,7 +161,7 @@ void pool(const DheBagRequest& r, const CachedFeature& f, const Part& p, int thr
 void cached_dhe_bag_forward(const DheBagRequest& r, const std::vector<CachedFeature>& features, bool admit,
                             int threads, CachedDheCounters& counters) {
   thread_local Workspace own;
-  Workspace& w = own;  // the same object in every thread of the region below
+  Workspace& w = own;  // the same object in every thread
   const uint64_t start = now();
   check_offsets(r);
   plan(r, checked_ids(r, w.ids), features, w);

@@ -1,13 +1,12 @@
 #include "dhe/bag.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "bags/check.h"
 #include "common/aligned.h"
 #include "common/distinct.h"
+#include "common/parallel.h"
 #include "registry.h"
 
 namespace mprec {
@@ -155,18 +154,13 @@ bool DheBagRequest::one_id_per_bag(int64_t t) const {
 void dhe_decode(const std::vector<DecodeWork>& features, int threads) {
   Workspace& w = own_workspace;
   const Team team = plan_team(features, threads, w);
-  const int64_t num_blocks = static_cast<int64_t>(w.blocks.size());
-  if (team.threads == 1) {
-    for (const DecodeBlock& b : w.blocks) decode_block(features, b, w.scratch.data());
-    return;
-  }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team.threads)
-  for (int64_t i = 0; i < num_blocks; ++i)
-    decode_block(features, w.blocks[i], w.scratch.data() + omp_get_thread_num() * team.scratch);
+  parallel_parts(static_cast<int64_t>(w.blocks.size()), team.threads, [&](int64_t i, int slot) {
+    decode_block(features, w.blocks[i], w.scratch.data() + slot * team.scratch);
+  });
 }
 
 void dhe_bag_forward(const DheBagRequest& r, int threads) {
-  Workspace& w = own_workspace;  // the same object in every thread of the region below
+  Workspace& w = own_workspace;  // the same object in every thread
   check_offsets(r);
   plan_features(r, checked_ids(r, w.ids), w);
   const Team team = plan_team(w.features, threads, w);
@@ -178,20 +172,12 @@ void dhe_bag_forward(const DheBagRequest& r, int threads) {
     kernels().dhe->pool(w.pools[t], r.bag_begin(bag) - begin, r.bag_begin(bag + 1) - begin,
                         r.out + bag % r.bags * r.out_stride + r.columns[t]);
   };
-  const int64_t num_blocks = static_cast<int64_t>(w.blocks.size()), num_bags = r.num_features * r.bags;
-  if (team.threads == 1) {
-    for (const DecodeBlock& b : w.blocks) decode_block(w.features, b, w.scratch.data());
-    for (int64_t b = 0; b < num_bags; ++b) pool(b);
-    return;
-  }
-#pragma omp parallel num_threads(team.threads)
-  {
-    float* scratch = w.scratch.data() + omp_get_thread_num() * team.scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_blocks; ++i) decode_block(w.features, w.blocks[i], scratch);
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < num_bags; ++b) pool(b);
-  }
+  parallel_parts(static_cast<int64_t>(w.blocks.size()), team.threads, [&](int64_t i, int slot) {
+    decode_block(w.features, w.blocks[i], w.scratch.data() + slot * team.scratch);
+  });
+  parallel_ranges(r.num_features * r.bags, team.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) pool(b);
+  });
 }
 
 }  // namespace mprec

@@ -14,7 +14,7 @@
 namespace mprec {
 namespace {
 
-// Indices that repay waking a thread: each thread reads all of them to find its own rows.
+// Indices that repay waking a thread.
 constexpr int64_t indices_per_thread = 512;
 
 // One thread's arrays, kept from table to table.
@@ -22,7 +22,7 @@ struct Scratch {
   std::vector<uint64_t> keys, sorted;
   std::vector<int32_t> bags;
   std::vector<float> scales, row;
-  std::vector<uint32_t> histogram;
+  std::vector<uint32_t> histograms;
   int64_t count = 0;
 
   void reserve(int64_t entries, bool scaled, int64_t dim) {
@@ -43,26 +43,41 @@ void sort_by_row(Scratch& s, int64_t num_rows) {
   int bits = 1;
   while ((num_rows - 1) >> bits) ++bits;
   // Histograms of 2^11 fit the first-level cache; for few keys, clearing them costs more than a pass.
-  const int widest = n < 4096 ? 8 : 11, passes = (bits + widest - 1) / widest;
+  const int widest = n < 1024 ? 8 : 11, passes = (bits + widest - 1) / widest;
   const int digit = (bits + passes - 1) / passes;
-  const uint64_t mask = (uint64_t{1} << digit) - 1;
-  s.histogram.resize(mask + 1);
+  const uint64_t size = uint64_t{1} << digit, mask = size - 1;
+  s.histograms.assign(size * passes, 0);
   uint64_t *from = s.keys.data(), *to = s.sorted.data();
-  uint32_t* const histogram = s.histogram.data();
-  for (int pass = 0, shift = 32; pass < passes; ++pass, shift += digit) {
-    std::fill_n(histogram, mask + 1, 0u);
-    for (int64_t i = 0; i < n; ++i) ++histogram[from[i] >> shift & mask];
-    uint32_t sum = 0;
-    for (uint64_t d = 0; d <= mask; ++d) sum += std::exchange(histogram[d], sum);
-    for (int64_t i = 0; i < n; ++i) to[histogram[from[i] >> shift & mask]++] = from[i];
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t row = from[i] >> 32;
+    for (int pass = 0; pass < passes; ++pass, row >>= digit) ++s.histograms[pass * size + (row & mask)];
+  }
+  for (int pass = 0; pass < passes; ++pass) {
+    uint32_t *const begins = s.histograms.data() + pass * size, sum = 0;
+    const int shift = 32 + pass * digit;
+    for (uint64_t d = 0; d < size; ++d) sum += std::exchange(begins[d], sum);
+    for (int64_t i = 0; i < n; ++i) to[begins[from[i] >> shift & mask]++] = from[i];
     std::swap(from, to);
   }
   if (from != s.keys.data()) s.keys.swap(s.sorted);
 }
 
-// Which of `threads` handles a row: mixed, because hot rows are often neighbours.
-uint32_t owner(int64_t row, int threads) {
-  return static_cast<uint32_t>((static_cast<uint32_t>(row) * 0x9E3779B1u) * uint64_t(threads) >> 32);
+// Rows of one table that are updated together: those of `parts` shares that a hash gives to this one.
+struct Share {
+  int64_t feature, part, parts;
+
+  // Mixed, because hot rows are often neighbours.
+  bool has(int64_t row) const {
+    return static_cast<int64_t>((static_cast<uint32_t>(row) * 0x9E3779B1u) * static_cast<uint64_t>(parts) >>
+                                32) == part;
+  }
+};
+
+bool one_each(const BagRequest& r, const Feature& f) {
+  const int64_t first = f.first_bag, last = (&f)[1].first_bag;
+  bool each = r.bag_begin(last) - r.bag_begin(first) == last - first;
+  for (int64_t bag = first; bag < last; ++bag) each &= r.bag_begin(bag + 1) - r.bag_begin(bag) == 1;
+  return each;
 }
 
 template <class Index>
@@ -71,9 +86,10 @@ int64_t bag_size(const BagRequest& r, const Index* ids, int64_t begin, int64_t e
   return end - begin - std::count(ids + begin, ids + end, r.padding_idx);
 }
 
-// Gathers the entries of feature f whose rows belong to this thread. Offsets have been checked.
+// Gathers the entries of the share's rows. Offsets have been checked.
 template <class Index, bool shared>
-void collect(const BagRequest& r, const Feature& f, int thread, int threads, Scratch& s) {
+void collect(const BagRequest& r, const Share& share, Scratch& s) {
+  const Feature& f = r.features[share.feature];
   const auto ids = static_cast<const Index*>(r.indices.data);
   const bool scaled = r.per_sample_weights || r.mode == Mode::mean;
   const int64_t last_bag = (&f)[1].first_bag;
@@ -81,6 +97,17 @@ void collect(const BagRequest& r, const Feature& f, int thread, int threads, Scr
   uint64_t* const keys = s.keys.data();
   int32_t* const bags = s.bags.data();
   uint64_t n = 0;
+  if (!shared && !r.per_sample_weights && r.padding_idx < 0 && one_each(r, f)) {
+    const Index* own = ids + r.bag_begin(f.first_bag);
+    s.count = last_bag - f.first_bag;
+    for (int64_t i = 0; i < s.count; ++i) {
+      keys[i] = static_cast<uint64_t>(own[i]) << 32 | static_cast<uint64_t>(i);
+      bags[i] = static_cast<int32_t>(i);
+    }
+    if (scaled) std::fill_n(s.scales.data(), s.count, 1.0f);
+    sort_by_row(s, f.num_rows);
+    return;
+  }
   for (int64_t bag = f.first_bag, begin = r.bag_begin(bag), end; bag < last_bag; ++bag, begin = end) {
     end = r.bag_begin(bag + 1);
     const float divisor = r.mode == Mode::mean && end - begin > 1
@@ -89,7 +116,7 @@ void collect(const BagRequest& r, const Feature& f, int thread, int threads, Scr
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = ids[i];
       if (row == r.padding_idx) continue;
-      if (shared && owner(row, threads) != static_cast<uint32_t>(thread)) continue;
+      if (shared && !share.has(row)) continue;
       keys[n] = static_cast<uint64_t>(row) << 32 | n;
       bags[n] = static_cast<int32_t>(bag - f.first_bag);
       if (scaled) s.scales[n] = (r.per_sample_weights ? r.per_sample_weights[i] : 1.0f) / divisor;
@@ -100,11 +127,12 @@ void collect(const BagRequest& r, const Feature& f, int thread, int threads, Scr
   sort_by_row(s, f.num_rows);
 }
 
-RowGradients share(const BagRequest& r, const Feature& f, int thread, int threads, Scratch& s) {
+RowGradients sorted(const BagRequest& r, const Share& share, Scratch& s) {
   if (r.indices.wide)
-    (threads > 1 ? collect<int64_t, true> : collect<int64_t, false>)(r, f, thread, threads, s);
+    (share.parts > 1 ? collect<int64_t, true> : collect<int64_t, false>)(r, share, s);
   else
-    (threads > 1 ? collect<int32_t, true> : collect<int32_t, false>)(r, f, thread, threads, s);
+    (share.parts > 1 ? collect<int32_t, true> : collect<int32_t, false>)(r, share, s);
+  const Feature& f = r.features[share.feature];
   const bool scaled = r.per_sample_weights || r.mode == Mode::mean;
   return {s.keys.data(), s.count,      s.bags.data(), scaled ? s.scales.data() : nullptr,
           f.out,         f.out_stride, f.dim};
@@ -113,10 +141,12 @@ RowGradients share(const BagRequest& r, const Feature& f, int thread, int thread
 template <class Index>
 bool all_within(const BagRequest& r, int64_t begin, int64_t end, int64_t num_rows) {
   const auto ids = static_cast<const Index*>(r.indices.data);
-  bool within = true;  // no early exit: the loop is then a vector loop
-  for (int64_t i = begin; i < end; ++i)
-    within &= static_cast<uint64_t>(static_cast<int64_t>(ids[i])) < static_cast<uint64_t>(num_rows);
-  return within;
+  uint64_t signs = 0;  // of any ID, or of any difference to the largest: no early exit, for a vector loop
+  for (int64_t i = begin; i < end; ++i) {
+    const uint64_t id = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
+    signs |= id | (static_cast<uint64_t>(num_rows - 1) - id);
+  }
+  return static_cast<int64_t>(signs) >= 0;
 }
 
 // Everything is checked before anything is written: a failed call leaves the tables as they were.
@@ -126,19 +156,45 @@ void check(const BagRequest& r) {
   constexpr int64_t limit = std::numeric_limits<uint32_t>::max();
   if (r.indices.size > limit) throw std::invalid_argument("indices: more than 2^32 are not supported");
   bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
-  int64_t from = 0;
+  for (int64_t bag = 0; bag < r.num_bags; ++bag) valid &= r.bag_begin(bag) <= r.bag_begin(bag + 1);
   for (const Feature* f = r.features; valid && f != r.features + r.num_features; ++f) {
     if (f->num_rows > limit)
       throw std::invalid_argument(
           message("weights: tables of more than 2^32 rows are not supported, got ", f->num_rows));
-    for (int64_t bag = f->first_bag; valid && bag < f[1].first_bag; ++bag) {
-      const int64_t to = r.bag_begin(bag + 1);
-      valid = from <= to && to <= r.indices.size;
-      for (int64_t i = from; valid && i < to; ++i) valid = r.indices[i] >= 0 && r.indices[i] < f->num_rows;
-      from = to;
-    }
+    valid = (r.indices.wide ? all_within<int64_t> : all_within<int32_t>)(r, r.bag_begin(f->first_bag),
+                                                                         r.bag_begin(f[1].first_bag),
+                                                                         f->num_rows);
   }
   if (!valid) throw_first_error(r);
+}
+
+// How many of `threads` repay waking them.
+int worth(int threads, int64_t indices) {
+  return static_cast<int>(std::clamp<int64_t>(indices / indices_per_thread, 1, threads));
+}
+
+// Shares of nearly equal numbers of indices, so small that threads that take one by one end together. A table
+// is read once for each of its shares: so most are whole tables.
+std::vector<Share> plan(const BagRequest& r, int threads) {
+  const int64_t large = r.indices.size / (2 * threads);
+  std::vector<Share> shares;
+  for (int64_t t = 0; t < r.num_features; ++t) {
+    const int64_t n = r.bag_begin(r.features[t + 1].first_bag) - r.bag_begin(r.features[t].first_bag);
+    const int64_t parts = threads == 1 || n == 0 ? 1 : (n + large - 1) / large;
+    for (int64_t part = 0; part < parts; ++part) shares.push_back({t, part, parts});
+  }
+  return shares;
+}
+
+// Whether two of the tables have memory in common: then they are updated one after the other.
+bool overlap(const BagRequest& r, const TableRows* tables) {
+  std::vector<std::pair<const float*, const float*>> spans;
+  for (int64_t t = 0; t < r.num_features; ++t)
+    spans.emplace_back(tables[t].weight, tables[t].weight + r.features[t].num_rows * tables[t].weight_stride);
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return true;
+  return false;
 }
 
 }  // namespace
@@ -146,15 +202,12 @@ void check(const BagRequest& r) {
 void update_tables(const BagRequest& r, const TableRows* tables, const Update& update, int threads) {
   check(r);
   const auto apply = kernels().gradient->apply;
-  const int parts =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, r.indices.size / indices_per_thread)));
-  parallel_ranges(parts, parts, [&](int64_t first, int64_t last) {
+  threads = overlap(r, tables) ? 1 : worth(threads, r.indices.size);
+  const std::vector<Share> shares = plan(r, threads);
+  parallel_parts(static_cast<int64_t>(shares.size()), threads, [&](int64_t i, int) {
     static thread_local Scratch scratch;
-    for (int64_t part = first; part < last; ++part)
-      for (int64_t t = 0; t < r.num_features; ++t) {
-        const RowGradients g = share(r, r.features[t], static_cast<int>(part), parts, scratch);
-        apply(g, tables[t], update, false, scratch.row.data());
-      }
+    const RowGradients g = sorted(r, shares[i], scratch);
+    apply(g, tables[shares[i].feature], update, false, scratch.row.data());
   });
 }
 
@@ -162,7 +215,7 @@ int64_t sparse_gradient(const BagRequest& r, int64_t* rows, float* values, int t
   check(r);
   const Feature& f = r.features[0];
   Scratch scratch;
-  const RowGradients all = share(r, f, 0, 1, scratch);
+  const RowGradients all = sorted(r, {0, 0, 1}, scratch);
   std::vector<int64_t> starts;  // of each distinct row, in all.keys
   for (int64_t i = 0; i < all.count; ++i)
     if (i == 0 || all.keys[i] >> 32 != all.keys[i - 1] >> 32) {
@@ -172,9 +225,7 @@ int64_t sparse_gradient(const BagRequest& r, int64_t* rows, float* values, int t
   const int64_t distinct = static_cast<int64_t>(starts.size());
   starts.push_back(all.count);
   const auto apply = kernels().gradient->apply;
-  const int parts =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, all.count / indices_per_thread)));
-  parallel_ranges(distinct, parts, [&](int64_t first, int64_t last) {
+  parallel_ranges(distinct, worth(threads, all.count), [&](int64_t first, int64_t last) {
     RowGradients part = all;
     part.keys += starts[first];
     part.count = starts[last] - starts[first];

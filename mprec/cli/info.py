@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def collect() -> dict:
         "isa_compiled": native.isas,
         "isa_runnable": native.runnable_isas(),
         "compiler": native.compiler,
-        "threads": {"torch": torch.get_num_threads(), "openmp": native.omp_max_threads()},
+        "threads": {"torch": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0))},
         "transparent_huge_pages": _transparent_huge_pages(),
         "gpu": gpu,
         "triton_kernels": importlib.util.find_spec("mprec.triton_kernels") is not None,
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         "CPU": facts["cpu"],
         "ISA in use": f"{facts['isa']} (compiled: {', '.join(facts['isa_compiled'])}; "
         f"runnable here: {', '.join(facts['isa_runnable'])}; choose with MPREC_ISA)",
-        "threads": f"torch {facts['threads']['torch']}, OpenMP {facts['threads']['openmp']}",
+        "threads": f"torch {facts['threads']['torch']}; cores of this process: {facts['threads']['cores']}",
         "huge pages": facts["transparent_huge_pages"] or "not supported by this kernel",
         "GPU": f"{gpu['name']}, {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB"
         if gpu
