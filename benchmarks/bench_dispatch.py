@@ -39,6 +39,7 @@ sys.path.insert(0, str(FilePath(__file__).parent))
 import harness
 
 from mprec import data
+from mprec.bags import Bags
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch
 from mprec.dispatch import (
@@ -79,7 +80,9 @@ class Ids:
         else:
             ids = rng.integers(VOCABULARY, size=n)
         return Batch(
-            torch.zeros(batch_size, 0), torch.from_numpy(ids), torch.arange(n + 1), torch.zeros(batch_size)
+            torch.zeros(batch_size, 0),
+            Bags(torch.from_numpy(ids), torch.arange(n + 1), num_features=FEATURES),
+            torch.zeros(batch_size),
         )
 
 
@@ -107,7 +110,7 @@ def movielens_work():
         @torch.inference_mode()
         def run(batch: Batch) -> torch.Tensor:
             model.embeddings.kernel = lambda samples: options
-            return model(batch.dense, batch.indices, batch.offsets)
+            return model(batch.dense, batch.bags)
 
         return run
 

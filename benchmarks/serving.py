@@ -69,7 +69,7 @@ def paths(rows: int, names=("table", "dhe", "hybrid")) -> list[ScoringPath]:
 
 
 class Scores(nn.Module):
-    """Click probabilities of a batch by a model of (dense, indices, offsets)."""
+    """Click probabilities of a batch by a model of (dense, bags)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Scores(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+        return self.model(batch.dense, batch.bags).sigmoid()
 
 
 class PlainTorch(nn.Module):

@@ -150,10 +150,10 @@ def _with(module, options: KernelOptions | None) -> Callable[[Any], torch.Tensor
     """A path that embeds a batch with these options; the module itself stays as it is."""
     twin = copy.copy(module)
     twin.kernel = None if options is None else lambda samples: options
-    last = None if getattr(module, "include_last_offset", True) else -1
+    whole = getattr(module, "include_last_offset", True)  # collections have no such option
 
     @torch.inference_mode()
     def run(batch: Any) -> torch.Tensor:
-        return twin(batch.indices, batch.offsets[:last])
+        return twin(batch.indices, batch.offsets if whole else batch.offsets[:-1])
 
     return run

@@ -8,6 +8,7 @@ from dispatch_fakes import Clock, fake_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.dispatch import Dispatcher, Path
 from mprec.serving import Engine, LocalExecutor, QueryRefusedError
@@ -20,7 +21,7 @@ POISON = 999_983
 def batch(*ids):
     """One feature, one ID a sample, which is also the score it should get."""
     ids = torch.tensor(ids, dtype=torch.int64)
-    return Batch(torch.zeros(len(ids), 0), ids, torch.arange(len(ids) + 1), torch.zeros(len(ids)))
+    return Batch(torch.zeros(len(ids), 0), Bags(ids, torch.arange(len(ids) + 1)), torch.zeros(len(ids)))
 
 
 def query(size, start=0):
@@ -218,10 +219,15 @@ def test_no_query_is_ever_lost(arrivals, admission, max_batch, max_queue, steps)
     [
         (lambda: query(0), "at least one sample"),
         (lambda: Batch(torch.zeros(3, 1), *vars(query(2)).values()), None),
-        (lambda: Batch(torch.zeros(2), torch.arange(2), torch.arange(3), torch.zeros(2)), "dense"),
-        (lambda: Batch(torch.zeros(2, 0), torch.arange(2), torch.arange(2), torch.zeros(2)), "offsets"),
-        (lambda: Batch(torch.zeros(2, 3), torch.arange(2), torch.arange(3), torch.zeros(2)), "3 dense"),
-        (lambda: Batch(torch.zeros(2, 0), torch.arange(4), torch.arange(5), torch.zeros(2)), "2 features"),
+        (lambda: Batch(torch.zeros(2), Bags(torch.arange(2), torch.arange(3)), torch.zeros(2)), "dense"),
+        (lambda: Batch(torch.zeros(2, 0), Bags(torch.arange(2), torch.arange(2)), torch.zeros(2)), "offsets"),
+        (lambda: Batch(torch.zeros(2, 3), Bags(torch.arange(2), torch.arange(3)), torch.zeros(2)), "3 dense"),
+        (
+            lambda: Batch(
+                torch.zeros(2, 0), Bags(torch.arange(4), torch.arange(5), num_features=2), torch.zeros(2)
+            ),
+            "2 features",
+        ),
     ],
 )
 def test_queries_that_are_no_queries(bad, match):
@@ -312,7 +318,9 @@ def answers(name, quality, model, profile_costs, **options):
 def test_a_malformed_first_query_does_not_decide_the_shape():
     engine, _ = make(Clock())
     with pytest.raises(ValueError, match="2 features and 0 dense numbers, the paths take 1 and 0"):
-        engine.submit(Batch(torch.zeros(1, 0), torch.arange(2), torch.arange(3), torch.zeros(1)))
+        engine.submit(
+            Batch(torch.zeros(1, 0), Bags(torch.arange(2), torch.arange(3), num_features=2), torch.zeros(1))
+        )
     future = engine.submit(query(3))
     drain(engine)
     assert len(future.result(0).scores) == 3

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from mprec import dispatch, tuning
+from mprec.bags import Bags
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch
 from mprec.dispatch import Profile
@@ -31,8 +32,11 @@ def draw(batch_size, rng):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Batch(
         torch.zeros(batch_size, 0),
-        torch.from_numpy(rng.integers(20, size=offsets[-1])),
-        torch.from_numpy(offsets),
+        Bags(
+            torch.from_numpy(rng.integers(20, size=offsets[-1])),
+            torch.from_numpy(offsets),
+            num_features=len(FEATURES),
+        ),
         torch.zeros(batch_size),
     )
 
@@ -77,7 +81,7 @@ def test_a_cache_is_chosen_where_it_pays():
     with torch.no_grad():
         torch.testing.assert_close(
             cached(batch.indices, batch.offsets),
-            collection(batch.indices, batch.offsets),
+            collection(batch.bags),
             rtol=1e-5,
             atol=1e-6,
         )
@@ -89,12 +93,10 @@ def test_options_do_not_change_a_result(batch_size):
     batch = draw(batch_size, np.random.default_rng(0))
     asked = []
     with torch.no_grad():
-        expected = collection(batch.indices, batch.offsets)
+        expected = collection(batch.bags)
         for options in kernel_candidates(True, 2).values():
             collection.kernel = lambda samples, options=options: asked.append(samples) or options
-            torch.testing.assert_close(
-                collection(batch.indices, batch.offsets), expected, rtol=1e-5, atol=1e-6
-            )
+            torch.testing.assert_close(collection(batch.bags), expected, rtol=1e-5, atol=1e-6)
     assert asked == [batch_size] * 4  # the options do reach the kernel
 
 
@@ -193,7 +195,7 @@ def test_auto_does_without_a_cache_folder(tmp_path, monkeypatch):
     collection = EmbeddingBagCollection(FEATURES, kernel="auto")
     batch = draw(2, np.random.default_rng(0))
     with torch.no_grad():
-        collection(batch.indices, batch.offsets)
+        collection(batch.bags)
     assert len(collection.kernel.choices) == 1
 
 
@@ -225,9 +227,9 @@ def test_a_tuned_model_still_trains_exports_and_copies():
     expected_keys = list(collection.state_dict())
     tune_kernels(collection, draw, (1, 8), seconds=0.0, min_rounds=1)
     batch = draw(5, np.random.default_rng(1))
-    collection(batch.indices, batch.offsets).sum().backward()
+    collection(batch.bags).sum().backward()
     assert all(p.grad is not None for p in collection.parameters())
     assert list(collection.state_dict()) == expected_keys
     for twin in (copy.deepcopy(collection), pickle.loads(pickle.dumps(collection))):
         with torch.no_grad():
-            assert torch.equal(twin(batch.indices, batch.offsets), collection(batch.indices, batch.offsets))
+            assert torch.equal(twin(batch.bags), collection(batch.bags))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from dispatch_fakes import fake_profile
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.dispatch import Dispatcher, Path
 from mprec.serving import Engine
@@ -13,7 +14,7 @@ pytest.importorskip("mlperf_loadgen", reason="mlcommons-loadgen is not installed
 
 
 def query(size):
-    return Batch(torch.zeros(size, 0), torch.arange(size), torch.arange(size + 1), torch.zeros(size))
+    return Batch(torch.zeros(size, 0), Bags(torch.arange(size), torch.arange(size + 1)), torch.zeros(size))
 
 
 def test_loadgen_drives_an_engine_and_judges():

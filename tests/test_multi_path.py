@@ -33,7 +33,7 @@ def batch():
 
 
 def score(model, batch):
-    return model(batch.dense, batch.indices, batch.offsets)
+    return model(batch.dense, batch.bags)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from dispatch_fakes import fake_profile
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.dispatch import Path
 from mprec.errors import IdOutOfRangeError
@@ -35,12 +36,18 @@ def batch(size, seed=0, bag=3):
     lengths = torch.randint(0, bag + 1, (2 * size,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     ids = torch.randint(0, 50, (int(offsets[-1]),), generator=generator)
-    return Batch(torch.rand(size, NUMBERS, generator=generator), ids, offsets, torch.rand(size))
+    return Batch(
+        torch.rand(size, NUMBERS, generator=generator), Bags(ids, offsets, num_features=2), torch.rand(size)
+    )
 
 
 def first(kind):
     """One sample, whose first ID is ``kind``."""
-    return Batch(torch.zeros(1, NUMBERS), torch.tensor([kind, 0]), torch.arange(3), torch.zeros(1))
+    return Batch(
+        torch.zeros(1, NUMBERS),
+        Bags(torch.tensor([kind, 0]), torch.arange(3), num_features=2),
+        torch.zeros(1),
+    )
 
 
 def profile_of(names, seconds=1e-3):
@@ -107,13 +114,21 @@ def test_a_batch_arrives_whole_through_the_arena_and_past_it(executor, size):
 
 def test_views_other_dtypes_and_odd_strides_arrive_as_they_are(executor):
     item = batch(20)
-    strided = Batch(item.dense.t().contiguous().t(), item.indices.int(), item.offsets, item.labels)
+    strided = Batch(
+        item.dense.t().contiguous().t(), item.bags._replace(indices=item.indices.int()), item.labels
+    )
     assert torch.equal(executor.run("echo", strided), process_paths.echo(item))
-    strided = Batch(item.dense.t().contiguous().t(), item.indices, item.offsets, item.labels)
+    strided = Batch(item.dense.t().contiguous().t(), item.bags, item.labels)
     assert torch.equal(executor.run("echo", strided), process_paths.echo(item))
-    same(executor, "table", Batch(item.dense.requires_grad_(), item.indices, item.offsets, item.labels))
+    same(
+        executor,
+        "table",
+        Batch(item.dense.requires_grad_(), item.bags, item.labels),
+    )
     with pytest.raises(TypeError):
-        executor.run("table", Batch(item.dense, item.indices.float(), item.offsets, item.labels))
+        executor.run(
+            "table", Batch(item.dense, item.bags._replace(indices=item.indices.float()), item.labels)
+        )
 
 
 def test_results_do_not_share_memory_with_later_ones(executor):
@@ -145,7 +160,12 @@ def test_what_a_path_raises_comes_back(executor, kind, expected, text):
 def test_an_id_out_of_range_is_named_as_here(executor):
     with pytest.raises(IdOutOfRangeError, match="'b'"):
         executor.run(
-            "table", Batch(torch.zeros(1, 3), torch.tensor([0, 300]), torch.arange(3), torch.zeros(1))
+            "table",
+            Batch(
+                torch.zeros(1, 3),
+                Bags(torch.tensor([0, 300]), torch.arange(3), num_features=2),
+                torch.zeros(1),
+            ),
         )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from dispatch_fakes import fake_profile
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.dispatch import Path
 from mprec.serving import profile_check
@@ -14,7 +15,7 @@ from mprec.serving.profile_check import profile_drift, profile_warnings
 
 
 def draw(size, rng):
-    return Batch(torch.zeros(size, 0), torch.arange(size), torch.arange(size + 1), torch.zeros(size))
+    return Batch(torch.zeros(size, 0), Bags(torch.arange(size), torch.arange(size + 1)), torch.zeros(size))
 
 
 def test_drift_is_measured_over_profiled_time(monkeypatch):

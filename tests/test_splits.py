@@ -8,6 +8,7 @@ import torch
 from dispatch_fakes import fake_profile
 from process_paths import echo, threads
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.dispatch import Path
 from mprec.serving import LocalExecutor, ProcessExecutor, splits
@@ -19,7 +20,9 @@ PROFILE = fake_profile({"p": (1e-5, 1e-8)})
 
 def batch(size):
     return Batch(
-        torch.zeros(size, 1), torch.zeros(size, dtype=torch.int64), torch.arange(size + 1), torch.zeros(size)
+        torch.zeros(size, 1),
+        Bags(torch.zeros(size, dtype=torch.int64), torch.arange(size + 1)),
+        torch.zeros(size),
     )
 
 

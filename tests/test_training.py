@@ -79,9 +79,7 @@ def test_predictions_and_metrics(dataset):
     assert model.training
     batch = dataset.batch(slice(0, 10))
     with torch.no_grad():
-        np.testing.assert_allclose(
-            whole[:10], model(batch.dense, batch.indices, batch.offsets).sigmoid(), rtol=1e-5
-        )
+        np.testing.assert_allclose(whole[:10], model(batch.dense, batch.bags).sigmoid(), rtol=1e-5)
     assert evaluate(model, dataset).accuracy == ((whole >= 0.5) == dataset.labels).mean()
     assert len(predict(model, dataset.take(slice(0, 0)))) == 0
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mprec import bags
 from mprec.data import Batch
 from mprec.data.batching import num_features
 
@@ -52,4 +51,5 @@ def unique_share(batch: Batch) -> float:
     ID."""
     if not len(batch):
         return 1.0
-    return bags.unique_share(batch.indices.cpu(), batch.offsets.cpu(), num_features(batch))
+    num_features(batch)
+    return batch.bags.unique_share()

@@ -2,7 +2,7 @@
 and without its interpreter lock.
 
     path = mprec.compile_path(model)
-    scores = path(dense, indices, offsets)  # [B], as model(dense, indices, offsets).sigmoid()
+    scores = path(dense, bags)  # [B], as model(dense, bags).sigmoid()
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec._native import _C
+from mprec.bags import Bags
 from mprec.errors import PathCompileError
 from mprec.models.dlrm import DLRM
 from mprec.names import ACTIVATIONS, MODES
@@ -51,7 +52,7 @@ _ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
 
 
 def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
-    """The model's whole path as one native call, ``(dense, indices, offsets) -> click probabilities [B]``.
+    """The model's whole path as one native call, ``(dense, bags) -> click probabilities [B]``.
 
     Takes a :class:`mprec.models.DLRM`, a path of a multi-path model (``model.path(name)``) or a multi-path
     model itself (its hybrid path), in float32 on the CPU, whose embeddings are tables of any precision, also
@@ -92,12 +93,13 @@ class CompiledPath:
         self._lock = threading.Lock()
         self._native = _pack(model, precision)
 
-    def __call__(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+    def __call__(self, dense: Tensor, indices: Bags | Tensor, offsets: Tensor | None = None) -> Tensor:
         """Click probabilities.
 
         Args:
             dense: float32 ``[B, num_dense]``.
-            indices: int64 or int32 ``[n]``, feature after feature.
+            indices: int64 or int32 ``[n]``, feature after feature; or, alone, :class:`mprec.bags.Bags` of all
+                features.
             offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
 
         Returns:
@@ -107,6 +109,10 @@ class CompiledPath:
             IdOutOfRangeError, InvalidOffsetsError, DtypeError, ValueError: as the model's ``forward``.
         """
         native = self._native
+        if offsets is None:
+            if not isinstance(indices, Bags) or not indices.is_plain:
+                return self._by_model(dense, indices)
+            indices, offsets = indices.indices, indices.offsets
         try:
             while True:
                 scores = _C.run_program(native, dense, indices, offsets, torch.get_num_threads())
@@ -129,8 +135,8 @@ class CompiledPath:
         return self._native.nbytes
 
     @torch.no_grad()
-    def _by_model(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
-        return self.model(dense, indices, offsets).sigmoid()
+    def _by_model(self, *inputs: Any) -> Tensor:
+        return self.model(*inputs).sigmoid()
 
     def _pack_again(self, stale: _C.PathProgram) -> _C.PathProgram:
         with self._lock:

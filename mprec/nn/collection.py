@@ -10,7 +10,7 @@ from mprec import ops
 from mprec.bags import Bags, new
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
-from mprec.nn.keyed import embed_keyed
+from mprec.nn.keyed import embed_alone
 from mprec.ops import pooling
 from mprec.ops._common import NATIVE_TABLES, into
 from mprec.ops._decoders import group_decoders
@@ -153,8 +153,9 @@ class EmbeddingBagCollection(nn.Module):
         """Embed and pool a batch.
 
         Args:
-            indices: int64 or int32 ``[n]``, feature after feature; or a KeyedJaggedTensor alone, with the
-                names of the features as keys, in any order.
+            indices: int64 or int32 ``[n]``, feature after feature. Or, alone, :class:`mprec.bags.Bags` of all
+                features, whose ``mode`` is not read; or a KeyedJaggedTensor, with the names of the features
+                as keys, in any order.
             offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
             per_sample_weights: one factor per index (features of modes sum and mean only).
             out: where to write the result, and what to return: a buffer of its shape and dtype that is used
@@ -169,7 +170,7 @@ class EmbeddingBagCollection(nn.Module):
             InvalidOffsetsError, DtypeError, DeviceError, ValueError, NotImplementedError.
         """
         if offsets is None:
-            return embed_keyed(self, indices)
+            return embed_alone(self, indices, per_sample_weights, out=out)
         batch = new(Bags, (indices, offsets, self._mode, per_sample_weights, None, self._count, True, -1))
         try:
             if (

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mprec.names import MODES
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.nn.keyed import embed_keyed
+from mprec.nn.keyed import embed_alone
 from mprec.ops._common import into
 from mprec.representations import PARTS, TABLE
 
@@ -80,7 +80,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
         out: Tensor | None = None,
     ) -> Tensor:
         if offsets is None:
-            return embed_keyed(self, indices)
+            return embed_alone(self, indices, per_sample_weights, out=out)
         pooled = super().forward(indices, offsets, per_sample_weights)
         ones = pooled_ones(offsets, per_sample_weights, [f.mode for f in self.features], pooled.dtype)
         blocks = list(pooled.split(self._blocks, dim=1))

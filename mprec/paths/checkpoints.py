@@ -51,9 +51,9 @@ class Scorer:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         if self.compiled is not None:
-            return self.compiled(batch.dense, batch.indices, batch.offsets)
+            return self.compiled(batch.dense, batch.bags)
         with torch.inference_mode():
-            return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+            return self.model(batch.dense, batch.bags).sigmoid()
 
     def program(self) -> _C.PathProgram | None:
         """The compiled path's native call, its weights packed as they are now."""

@@ -120,7 +120,7 @@ class Engine:
         features or dense numbers than the paths take.
         """
         future = QueryFuture(batch)
-        outcome = self._native.submit(future, batch, self._checked(sla_s, arrived_s), arrived_s)
+        outcome = self._native.submit(future, batch, self._checked(batch, sla_s, arrived_s), arrived_s)
         if type(outcome) is tuple:
             future.set_exception(_refusal(*outcome))
         else:
@@ -137,14 +137,15 @@ class Engine:
         if not self._threads:
             raise RuntimeError("expected a started engine")
         future = QueryFuture(batch)
-        told = Replayed(*self._native.answer(future, self._checked(sla_s, arrived_s), arrived_s))
+        told = Replayed(*self._native.answer(future, self._checked(batch, sla_s, arrived_s), arrived_s))
         if told.failed:
             future.result()  # raises, perhaps once the worker has told it
         if told.refused:
             raise _refusal(told.refused, told.message)
         return Answer(told.scores, told.paths, told.due_s, told.finished_s)
 
-    def _checked(self, sla_s: float | None, arrived_s: float | None) -> float:
+    def _checked(self, batch: Batch, sla_s: float | None, arrived_s: float | None) -> float:
+        _check_plain(batch)
         sla_s = self.sla_s if sla_s is None else sla_s
         if not 0 < sla_s < math.inf:
             raise ValueError(f"sla_s must be positive and finite, got {sla_s}")
@@ -163,6 +164,8 @@ class Engine:
             raise RuntimeError("expected a started engine with the clock time.perf_counter")
         if len(batches) != len(at_s):
             raise ValueError(f"at_s: expected {len(batches)} times, as batches, got {len(at_s)}")
+        for batch in batches:
+            _check_plain(batch)
         futures = [QueryFuture(batch) for batch in batches]
         return [Replayed(*each) for each in self._native.replay(futures, list(at_s), self.sla_s)]
 
@@ -429,6 +432,12 @@ def _settle(future: QueryFuture, answer: Answer | None = None, error: BaseExcept
         future.settle(answer, error)
     except BaseException:  # a callback that exits: it must not end the thread that settles all
         _LOGGER.exception("a callback of a query's future raised")
+
+
+def _check_plain(batch: Batch) -> None:
+    """``ValueError`` for bags of which indices and offsets, all that native code reads, say not all."""
+    if not batch.bags.is_plain:
+        raise ValueError("bags: expected those of all features, without per_sample_weights and padding")
 
 
 def _check(batch: Batch, features: int, num_dense: int) -> None:

@@ -71,12 +71,7 @@ class CudaExecutor(Executor):
 
     def run(self, path: str, batch: Batch) -> torch.Tensor:
         with torch.cuda.stream(self._stream):
-            there = Batch(
-                *(
-                    tensor.pin_memory().to(self.device, non_blocking=True)
-                    for tensor in (batch.dense, batch.indices, batch.offsets, batch.labels)
-                )
-            )
+            there = batch.pin_memory().to(self.device, non_blocking=True)
             return super().run(path, there).cpu()  # the copy back waits for this stream alone
 
 

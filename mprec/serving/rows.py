@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from mprec.bags import Bags
 from mprec.data import Batch, RawValues, Vocabulary
 
 __all__ = ["MAX_IDS", "QueryTooLargeError", "rows_to_batch", "values_to_ids"]
@@ -55,9 +56,8 @@ def rows_to_batch(
     if len(indices) > max_ids:
         raise _too_many(max_ids)
     numbers = _dense(dense, size, num_dense, may_hold_bools)
-    return Batch(
-        torch.from_numpy(numbers), torch.from_numpy(indices), torch.from_numpy(offsets), torch.zeros(size)
-    )
+    bags = Bags(torch.from_numpy(indices), torch.from_numpy(offsets), num_features=width)
+    return Batch(torch.from_numpy(numbers), bags, torch.zeros(size))
 
 
 def values_to_ids(

@@ -11,6 +11,7 @@ import orjson
 import torch
 
 from mprec._native import _C
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.serving.build import ModelInputs
 from mprec.serving.http.wire import decode_query
@@ -62,8 +63,8 @@ def _common_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batc
     if found is None:
         return None
     size, dense, ids, offsets, sla_ms = found
-    batch = Batch(dense.view(size, inputs.num_dense), ids, offsets, torch.zeros(size))
-    return batch, _seconds(sla_ms or None)
+    bags = Bags(ids, offsets, num_features=len(bounds))
+    return Batch(dense.view(size, inputs.num_dense), bags, torch.zeros(size)), _seconds(sla_ms or None)
 
 
 @functools.lru_cache(maxsize=8)
