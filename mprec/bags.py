@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mprec._native import _C
+from mprec._native import check_ids, check_offsets, join_bags, select_features, unique_share
 from mprec.errors import DtypeError, InvalidOffsetsError
 from mprec.tensors import as_ids, plain
+from mprec.tracing import values_of
 
-__all__ = ["Bags", "check_features", "check_mode", "check_ndim", "join_bags", "new"]
+__all__ = ["Bags", "check_features", "check_mode", "check_ndim", "new"]
 
 
 def check_ndim(tensor: Tensor, name: str, ndim: int = 1) -> None:
@@ -170,9 +171,7 @@ class Bags(NamedTuple):
     def check_offsets(self) -> None:
         """``InvalidOffsetsError`` unless offsets rise from 0 to the number of indices. Waits for a GPU."""
         self.check_number()
-        _C.check_offsets(
-            _values(self.offsets), len(self.indices), self.include_last_offset, self.num_features
-        )
+        check_offsets(values_of(self.offsets), len(self.indices), self.include_last_offset, self.num_features)
 
     def check_ids(self, bounds: Sequence[int | None]) -> None:
         """``IdOutOfRangeError`` unless IDs of part i's feature are in ``[0, bounds[i])``; None: not negative.
@@ -183,7 +182,7 @@ class Bags(NamedTuple):
             (f, -1 if bound is None else bound)
             for f, bound in zip(self.served(len(bounds)), bounds, strict=True)
         ]
-        _C.check_ids(_values(self.indices), _values(self.offsets), self.batch, self.num_features, pairs)
+        check_ids(values_of(self.indices), values_of(self.offsets), self.batch, self.num_features, pairs)
 
     # -------------------------------------------------------------------------------------- parts of a batch
 
@@ -231,7 +230,7 @@ class Bags(NamedTuple):
         starts = torch.empty(len(features) * self.batch + 1, dtype=torch.int64)
         if self.per_sample_weights is not None:
             weights = self.per_sample_weights.new_empty(room)
-        count = _C.select_features(
+        count = select_features(
             indices, offsets, self.per_sample_weights, list(features), self.num_features,
             selected, starts, weights,
         )  # fmt: skip
@@ -253,9 +252,27 @@ class Bags(NamedTuple):
             )
         return indices, offsets, weights
 
+    @classmethod
+    def join(
+        cls, batches: Sequence["Bags"], samples: Sequence[int], starts: Sequence[int], stops: Sequence[int]
+    ) -> "Bags":
+        """Samples ``starts[i]`` to ``stops[i]`` of batches of ``samples[i]`` samples each, one after another.
+
+        On the CPU. ``ValueError`` unless all have the same features, and are plain.
+        """
+        if not all(bags.is_plain for bags in batches):
+            raise ValueError("bags: expected those of all features, without per_sample_weights and padding")
+        count = batches[0].num_features
+        indices, offsets = join_bags(
+            [as_ids(bags.indices, "indices") for bags in batches],
+            [as_ids(bags.offsets, "offsets") for bags in batches],
+            samples, starts, stops, count,
+        )  # fmt: skip
+        return cls(indices, offsets, num_features=count)
+
     def unique_share(self) -> float:
         """Distinct (feature, ID) pairs over all IDs; 1 if there are none. A few nanoseconds an ID."""
-        return _C.unique_share(self.indices.cpu(), self.offsets.cpu(), self.num_features)
+        return unique_share(self.indices.cpu(), self.offsets.cpu(), self.num_features)
 
     # ------------------------------------------------------------------------------------------------ places
 
@@ -273,31 +290,3 @@ class Bags(NamedTuple):
 
     def pin_memory(self) -> "Bags":
         return self.moved(torch.Tensor.pin_memory)
-
-
-def join_bags(
-    batches: Sequence[Bags], samples: Sequence[int], starts: Sequence[int], stops: Sequence[int]
-) -> Bags:
-    """Samples ``starts[i]`` to ``stops[i]`` of batches of ``samples[i]`` samples each, one after another.
-
-    On the CPU. ``ValueError`` unless all have the same features, and are plain.
-    """
-    if not all(bags.is_plain for bags in batches):
-        raise ValueError("bags: expected those of all features, without per_sample_weights and padding")
-    count = batches[0].num_features
-    indices, offsets = _C.join_bags(
-        [as_ids(bags.indices, "indices") for bags in batches],
-        [as_ids(bags.offsets, "offsets") for bags in batches],
-        samples, starts, stops, count,
-    )  # fmt: skip
-    return Bags(indices, offsets, num_features=count)
-
-
-def _values(tensor: Tensor) -> Tensor:
-    """As native code reads it; under a transform of ``torch.func`` (but ``vmap``), what the tensor wraps."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    if tensor.is_cpu and tensor.is_contiguous():
-        return tensor
-    with torch._C._DisableFuncTorch():
-        return tensor.detach().cpu().contiguous()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mprec.cache.native import RowCache
+from mprec._native import RowCache
 
 __all__ = ["Counts", "Hot", "hottest", "split_budget"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mprec.bags import join_bags
+from mprec.bags import Bags
 from mprec.data.dataset import Batch
 
 __all__ = ["collate", "concatenate", "join", "num_features", "take"]
@@ -40,7 +40,7 @@ def join(batches: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) 
     num_features(first)
     return Batch(
         _rows([batch.dense for batch in batches], starts, stops),
-        join_bags([batch.bags for batch in batches], [len(batch) for batch in batches], starts, stops),
+        Bags.join([batch.bags for batch in batches], [len(batch) for batch in batches], starts, stops),
         _rows([batch.labels for batch in batches], starts, stops),
     )
 

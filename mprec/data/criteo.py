@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from mprec._native import _C
+from mprec._native import encode_values
 from mprec.data._cache import cached, default_folder, map_file, workers
 from mprec.data._criteo_text import NUM_CATEGORIES, NUM_INTEGERS, Chunk, chunks
 from mprec.data._text import BadLines, find_files
@@ -235,7 +235,7 @@ class _Builder:
             name = NAMES[position]
             column = np.memmap(self.folder / name, dtype=np.int32, mode="r+", shape=(total,))
             found: list[bytes] = []
-            _C.encode_values(column.view(np.ndarray), missing, position, counted, found)
+            encode_values(column.view(np.ndarray), missing, position, counted, found)
             values, counts = (np.frombuffer(each, dtype=np.int64) for each in found)
             encoder = self.encoding.encoder(name, values, counts)
             self.progress("making vocabularies", next(done) / len(NAMES))

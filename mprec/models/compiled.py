@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mprec._native import _C
+from mprec._native import PathProgram, WeightWatch
 from mprec.bags import Bags
 from mprec.errors import PathCompileError
 from mprec.models.dlrm import DLRM
@@ -26,6 +26,7 @@ from mprec.nn import (
     QuantizedTable,
 )
 from mprec.ops._decoders import decoder
+from mprec.ops.pooling import run_program
 from mprec.representations import DHE, TABLE
 from mprec.representations.low_rank import LOW_RANK
 
@@ -36,7 +37,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 class _Table(NamedTuple):
-    """Where the rows of one part lie, as ``_C.PathProgram`` takes it."""
+    """Where the rows of one part lie, as ``PathProgram`` takes it."""
 
     tensors: dict
     key: str
@@ -115,14 +116,14 @@ class CompiledPath:
             indices, offsets = indices.indices, indices.offsets
         try:
             while True:
-                scores = _C.run_program(native, dense, indices, offsets, torch.get_num_threads())
+                scores = run_program(native, dense, indices, offsets)
                 if scores is not None:
                     return scores
                 native = self._pack_again(native)
         except (TypeError, ValueError, IndexError):
             return self._by_model(dense, indices, offsets)
 
-    def program(self) -> _C.PathProgram:
+    def program(self) -> PathProgram:
         """The native call itself, its weights packed as they are now."""
         native = self._native
         while native.changed():
@@ -138,7 +139,7 @@ class CompiledPath:
     def _by_model(self, *inputs: Any) -> Tensor:
         return self.model(*inputs).sigmoid()
 
-    def _pack_again(self, stale: _C.PathProgram) -> _C.PathProgram:
+    def _pack_again(self, stale: PathProgram) -> PathProgram:
         with self._lock:
             if self._native is stale:  # else another thread did
                 self._native = _pack(self.model, self.precision)
@@ -152,7 +153,7 @@ class CompiledPath:
 
 
 @torch.no_grad()
-def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
+def _pack(model: nn.Module, precision: str) -> PathProgram:
     _check_model(model)
     places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
     places += [(model._buffers, "_mixing"), (model.__dict__, "interaction")]
@@ -170,12 +171,12 @@ def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
     tables, decoders, parts = _embeddings(model.embeddings, model.embedding_dim, places)
     mixing = _mixing(model._mixing)
     _check_pairs(model, parts if model._mixing is None else len(model._mixing))
-    watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
+    watch = WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     if watch is None:
         raise PathCompileError("weights: made in inference mode, so that their changes cannot be noticed")
     handles = [(decoder(*stack), feature, part, mode) for stack, feature, part, mode in decoders]
     try:
-        return _C.PathProgram(
+        return PathProgram(
             len(model.embeddings.features),
             model.num_dense,
             model.embedding_dim,

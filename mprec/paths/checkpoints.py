@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mprec import checkpoint
-from mprec._native import _C
+from mprec._native import PathProgram
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch, ClickDataset, RawValues, Vocabulary
 from mprec.dispatch.paths import Path, shape_digest
@@ -55,7 +55,7 @@ class Scorer:
         with torch.inference_mode():
             return self.model(batch.dense, batch.bags).sigmoid()
 
-    def program(self) -> _C.PathProgram | None:
+    def program(self) -> PathProgram | None:
         """The compiled path's native call, its weights packed as they are now."""
         return None if self.compiled is None else self.compiled.program()
 

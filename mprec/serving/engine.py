@@ -20,7 +20,8 @@ from concurrent.futures import Future
 
 import torch
 
-from mprec._native import _C
+from mprec import _native
+from mprec._native import EngineJob, EngineQuery
 from mprec.data import Batch
 from mprec.data.batching import join, num_features
 from mprec.dispatch import Dispatcher
@@ -36,7 +37,7 @@ _FIRST_REST_S, _LONGEST_REST_S = 0.25, 30.0  # of a path that raised, or an exec
 _LOGGER = logging.getLogger(__name__)
 
 # Samples start to stop of a query.
-Piece = tuple[QueryFuture, "_C.EngineQuery", int, int]
+Piece = tuple[QueryFuture, EngineQuery, int, int]
 
 
 class Engine:
@@ -76,7 +77,7 @@ class Engine:
         self._executors = _as_executors(dispatcher, executors)
         self._lanes = self._lanes_of(self._executors)
         features, num_dense = _inputs(self._executors)
-        self._native = _C.Engine(
+        self._native = _native.Engine(
             self._lanes,
             max_batch=max_batch,
             max_queue=max_queue,
@@ -289,7 +290,7 @@ class Engine:
         while outcomes := self._native.outcomes(wait=True):
             _settle_outcomes(outcomes)
 
-    def _run(self, index: int, job: _C.EngineJob) -> None:
+    def _run(self, index: int, job: EngineJob) -> None:
         """Score a job that the native engine has left, and tell it."""
         executor, outcomes = self._executors[index], []
         pieces: list[Piece] = self._native.wanted(job)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mprec._native import _C
+from mprec._native import PathProgram
 from mprec.data import Batch
 from mprec.dispatch import Path, Profile
 
@@ -40,7 +40,7 @@ class Executor:
         """Scores float [B] of the batch by the path of that name, on the CPU. Raises what the path raises."""
         return torch.as_tensor(self._models[path](batch))
 
-    def program(self, path: str) -> _C.PathProgram | None:
+    def program(self, path: str) -> PathProgram | None:
         """The path as a native call, as its weights are now, if ``run`` would do no more than that call. An
         engine then runs it on threads that need no interpreter."""
         program = getattr(self._models[path], "program", None)

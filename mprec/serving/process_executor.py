@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from mprec import errors
+from mprec._native import WeightWatch
 from mprec.data import Batch
 from mprec.dispatch import Path, Profile
-from mprec.ops._decoders import WeightWatch
 from mprec.serving import process_worker as worker_module
 from mprec.serving.executors import Executor
 from mprec.serving.process_worker import ERROR, IN_ARENA, REQUEST, Arena, Packed, fits, pack

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 import torch
 
-from mprec._native import _C
+from mprec._native import read_json_query
 from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.serving.build import ModelInputs
@@ -59,7 +59,7 @@ def parse_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch,
 def _common_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, float | None] | None:
     """A query in the form that clients send, read by native code; None if there is anything else to it."""
     bounds = _as_array(tuple(inputs.vocabularies))
-    found = _C.read_json_query(body, bounds, inputs.num_dense, limits.max_samples, limits.max_ids)
+    found = read_json_query(body, bounds, inputs.num_dense, limits.max_samples, limits.max_ids)
     if found is None:
         return None
     size, dense, ids, offsets, sla_ms = found
