@@ -1,4 +1,4 @@
-"""The native module, all of its names: loaded after torch (it shares torch's OpenMP runtime), or why it cannot.
+"""The native module, all its names: loaded after torch, whose OpenMP runtime it shares, or why it cannot be.
 
 A module that wraps a native class or list imports that by name from here. What computes on tensors goes
 through :mod:`mprec.ops`, which alone calls the module's functions as ``_C.name``.
@@ -19,7 +19,7 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     )
 
 try:
-    from mprec import _C
+    from mprec import _C as _C
     from mprec._C import *  # noqa: F403
     from mprec._C import use_isa, version
 except ImportError as error:
