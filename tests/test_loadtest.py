@@ -217,8 +217,28 @@ def test_a_ratio_of_contestants_has_an_error():
     assert best == "best"
     assert ratio == pytest.approx(1.1, abs=0.01)
     assert error == pytest.approx(20 / math.sqrt(400) / pieces["best"].mean(), rel=0.15)
-    nobody = {name: Outcome(1.0) for name in ("a", "dispatcher")}
+    nobody = {name: Outcome(1.0, piece_rates=[0.0, 0.0]) for name in ("a", "dispatcher")}
     assert math.isnan(ratio_to_best(nobody)[0])
+    once = {name: Outcome(1.0, piece_rates=[values[0]]) for name, values in pieces.items()}
+    ratio, error, best = ratio_to_best(once)
+    assert (ratio, best) == (pytest.approx(pieces["dispatcher"][0] / pieces["best"][0]), "best")
+    assert math.isnan(error)
+    assert ratio_to_best(outcomes, "best", ["slow", "best"]) == (1.0, 0.0, "best")
+    assert ratio_to_best(outcomes, "slow", ["slow", "best"])[0] == pytest.approx(0.35, abs=0.01)
+
+
+def test_the_best_of_many_equals_is_not_taken_for_better():
+    """Ten equal contestants and a dispatcher like them: the luckiest of ten is 1.5 errors ahead."""
+    rng = np.random.default_rng(1)
+    ratios, luckiest = [], []
+    for _ in range(400):
+        rates = rng.normal(1000, 30, (11, 4))
+        outcomes = {f"path {i}": Outcome(1.0, piece_rates=row.tolist()) for i, row in enumerate(rates[1:])}
+        outcomes["dispatcher"] = Outcome(1.0, piece_rates=rates[0].tolist())
+        ratios.append(ratio_to_best(outcomes)[0])
+        luckiest.append(rates[0].sum() / rates[1:].sum(axis=1).max())
+    assert np.mean(luckiest) < 0.985
+    assert np.mean(ratios) == pytest.approx(1.0, abs=4 * np.std(ratios) / math.sqrt(400))
 
 
 def test_an_empty_outcome_has_no_figures():

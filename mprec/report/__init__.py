@@ -16,8 +16,9 @@ saved file. Its keys:
     ``path``, ``p50_ms``, ``p95_ms``, ``p99_ms`` (None where nothing was answered), ``violations`` (share of
     queries late, refused or failed), ``accuracy`` (of the answered samples), ``correct_per_s``
     (latency-bounded throughput of correct predictions) and ``chosen`` (share of samples answered by each
-    path). Optional: ``arrivals`` (in words), ``ratio_error`` (standard error of the dispatcher's correct
-    predictions over the best static path's), ``warnings``, and in rows ``correct_per_s_error``.
+    path). Optional: ``arrivals`` (in words), ``ratio`` and ``ratio_error`` (of the dispatcher's correct
+    predictions over the best static path's, and its standard error), ``warnings``, and in rows
+    ``correct_per_s_error``.
 ``plan``
     ``memory_bytes``, ``rows``: ``feature``, ``vocabulary``, ``choice``, ``bytes``.
 """

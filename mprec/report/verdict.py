@@ -41,7 +41,9 @@ def _against(mine: Mapping[str, Any], best: Mapping[str, Any], load: Mapping[str
     name, other = mine["path"], best["path"]
     if not best["correct_per_s"]:
         return f"No static path answered in time; the {name} had {mine['correct_per_s']:,.0f} correct/s."
-    ratio, error = mine["correct_per_s"] / best["correct_per_s"], load.get("ratio_error")
+    ratio, error = load.get("ratio"), load.get("ratio_error")
+    if ratio is None:
+        ratio = mine["correct_per_s"] / best["correct_per_s"]
     if error is None:
         return (
             f"The {name} made {ratio:.3f} times as many correct predictions per second as {other}, the best "
@@ -55,5 +57,5 @@ def _against(mine: Mapping[str, Any], best: Mapping[str, Any], load: Mapping[str
         verb = "was level with"
     return (
         f"The {name} {verb} {other}, the best static path: {ratio:.3f} ± {error:.3f} times as many correct "
-        "predictions per second."
+        "predictions per second (each round against the path that was best in the other rounds)."
     )

@@ -86,8 +86,8 @@ def sweep(
     Returns a JSON-able dictionary: ``capacity_qps`` and ``capacity_of``; ``arrivals``, ``seconds``,
     ``rounds``; ``warnings``, sentences about what disturbs the figures; ``rows``, for each of which
     :meth:`Outcome.row`, and ``load``, ``qps`` (of the queries that came), ``sla_ms``, ``best_static``,
-    ``ratio`` and ``ratio_error`` (of correct predictions per second to the best static path's, None where
-    unknown).
+    ``ratio`` and ``ratio_error`` (of correct predictions per second to the best static path's, as
+    :func:`mprec.serving.loadtest.ratio_to_best` says; None where unknown).
     """
     for name, values in (("loads", loads), ("slas_s", slas_s), ("seconds", [seconds])):
         if bad := [value for value in values if not 0 < value < math.inf]:
@@ -123,8 +123,7 @@ def sweep(
         where = f"load {share:g}, SLA {1e3 * sla_s:g} ms"
         warnings += [f"{where}: {text}" for text in warnings_of(outcomes)]
         for name, outcome in outcomes.items():
-            others = {other: outcomes[other] for other in static} | {name: outcome}
-            ratio, error, best = _against_best(others, name, static)
+            ratio, error, best = ratio_to_best(outcomes, name, static)
             rows.append(
                 {
                     "load": share,
@@ -132,8 +131,8 @@ def sweep(
                     "sla_ms": 1e3 * sla_s,
                     **outcome.row(name),
                     "best_static": best,
-                    "ratio": ratio,
-                    "ratio_error": error,
+                    "ratio": _known(ratio),
+                    "ratio_error": _known(error),
                 }
             )
     return {
@@ -148,13 +147,8 @@ def sweep(
     }
 
 
-def _against_best(outcomes: Mapping[str, Outcome], name: str, static: Sequence[str]):
-    """(ratio of ``name`` to the best static path, its standard error, that path's name); None for unknown."""
-    best = max(static, key=lambda other: outcomes[other].correct_in_time)
-    if name == best:
-        return (1.0, 0.0, best) if outcomes[best].correct_in_time else (None, None, best)
-    ratio, error, _ = ratio_to_best({best: outcomes[best], name: outcomes[name]}, name)
-    return *(None if math.isnan(value) else value for value in (ratio, error)), best
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def warnings_of(outcomes: Mapping[str, Outcome]) -> list[str]:

@@ -282,21 +282,33 @@ def compare(
     return outcomes
 
 
-def ratio_to_best(outcomes: Mapping[str, Outcome], name: str = "dispatcher") -> tuple[float, float, str]:
-    """(correct predictions per second of ``name`` over those of the best other contestant, the standard error
-    of that ratio over the pieces, the best one's name). NaN errors with one piece; NaN ratios where nobody
-    answered.
+def ratio_to_best(
+    outcomes: Mapping[str, Outcome], name: str = "dispatcher", static: Sequence[str] | None = None
+) -> tuple[float, float, str]:
+    """(correct predictions per second of ``name`` over those of the best of ``static``, the standard error of
+    that ratio over the pieces, the best one's name). ``static``: None for all but ``name``.
+
+    The greatest of several noisy figures is too great: of ten equal contestants the luckiest is ahead of the
+    mean by 1.5 standard errors. So each piece is compared with the path that is best *in the other pieces*
+    (cross-validation; Stone 1974, "Cross-Validatory Choice and Assessment of Statistical Predictions"), as a
+    user would choose a path: by what it did before. With one piece, that piece chooses.
+
+    NaN errors with one piece; NaN ratios where nobody answered.
     """
-    others = {other: outcome for other, outcome in outcomes.items() if other != name}
-    best = max(others, key=lambda other: others[other].correct_in_time)
-    mine, theirs = np.array(outcomes[name].piece_rates), np.array(others[best].piece_rates)
+    static = [other for other in outcomes if other != name] if static is None else list(static)
+    rates = np.array([outcomes[other].piece_rates for other in static])  # [contestants, pieces]
+    best = static[int(np.argmax(rates.sum(axis=1)))]
+    mine = np.array(outcomes[name].piece_rates)
+    pieces = len(mine)
+    elsewhere = rates.sum(axis=1, keepdims=True) - rates if pieces > 1 else rates
+    theirs = rates[np.argmax(elsewhere, axis=0), np.arange(pieces)]
     if not theirs.sum():
         return math.nan, math.nan, best
     ratio = float(mine.sum() / theirs.sum())
-    if len(mine) < 2:
+    if pieces < 2:
         return ratio, math.nan, best
     # Of a ratio of means, by its first-order expansion (Cochran, Sampling Techniques, section 2.11).
-    error = np.std(mine - ratio * theirs, ddof=1) / math.sqrt(len(mine)) / theirs.mean()
+    error = np.std(mine - ratio * theirs, ddof=1) / math.sqrt(pieces) / theirs.mean()
     return ratio, float(error), best
 
 
