@@ -32,7 +32,7 @@ from mprec.arrivals import LOGNORMAL_SIZES, Poisson
 from mprec.data import Batch
 from mprec.data.zipf import zipf_batches
 from mprec.dispatch import Dispatcher, Profile
-from mprec.dispatch import Path as ScoringPath
+from mprec.dispatch import ScoringPath
 from mprec.dispatch.microbenchmark import no_collection
 from mprec.models import DLRM
 from mprec.nn import DheConfig, FeatureConfig, with_representation

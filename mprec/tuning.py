@@ -20,7 +20,7 @@ import torch
 from mprec.options import KernelOptions
 
 if TYPE_CHECKING:
-    from mprec.dispatch import Path, Profile
+    from mprec.dispatch import Profile, ScoringPath
 
 __all__ = ["TunedKernels", "auto_kernels", "kernel_candidates", "kernel_options", "tune_kernels"]
 
@@ -65,7 +65,11 @@ class TunedKernels:
     """
 
     def __init__(
-        self, candidates: dict[str, KernelOptions], paths: Sequence[Path], profile: Profile, largest: int
+        self,
+        candidates: dict[str, KernelOptions],
+        paths: Sequence[ScoringPath],
+        profile: Profile,
+        largest: int,
     ) -> None:
         from mprec.dispatch import Dispatcher
 
@@ -136,14 +140,14 @@ def auto_kernels(module: torch.nn.Module) -> TunedKernels:
         return TunedKernels(candidates, paths, profile, dispatch.BATCH_SIZES[-1])
 
 
-def _paths(module, threads: int | None = None) -> tuple[dict[str, KernelOptions], list[Path]]:
+def _paths(module, threads: int | None = None) -> tuple[dict[str, KernelOptions], list[ScoringPath]]:
     """The module's candidates, and a path for each: a twin that shares its weights and runs with these."""
-    from mprec.dispatch import Path, shape_digest
+    from mprec.dispatch import ScoringPath, shape_digest
 
     traits = module.kernel_traits()
     shape = shape_digest(traits.shape)
     candidates = kernel_candidates(traits.has_dhe, threads, traits.has_cache)
-    return candidates, [Path(n, "kernel", 0.0, _with(module, o), shape) for n, o in candidates.items()]
+    return candidates, [ScoringPath(n, "kernel", 0.0, _with(module, o), shape) for n, o in candidates.items()]
 
 
 def _with(module, options: KernelOptions | None) -> Callable[[Any], torch.Tensor]:

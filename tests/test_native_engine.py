@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Dispatcher, Path
+from mprec.dispatch import Dispatcher, ScoringPath
 from mprec.errors import IdOutOfRangeError
 from mprec.models import DLRM
 from mprec.nn import DheConfig, FeatureConfig, with_representation
@@ -193,7 +193,7 @@ def test_an_executor_that_runs_in_its_own_way_has_no_programs(models):
 
     assert Own("cpu", paths(models), fake_profile(COSTS)).program("table") is None
     assert LocalExecutor("cpu", paths(models), fake_profile(COSTS)).program("table") is not None
-    plain = Path("plain", "table", 0.5, lambda batch: batch.labels)
+    plain = ScoringPath("plain", "table", 0.5, lambda batch: batch.labels)
     assert LocalExecutor("cpu", [plain], fake_profile({"plain": COSTS["table"]})).program("plain") is None
 
 

@@ -16,7 +16,7 @@ from dispatch_fakes import fake_profile
 
 from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Path
+from mprec.dispatch import ScoringPath
 from mprec.errors import IdOutOfRangeError
 from mprec.models import DLRM, MultiPathDLRM
 from mprec.nn import DheConfig, FeatureConfig, QuantizedEmbeddingBagCollection, with_representation
@@ -56,7 +56,8 @@ def profile_of(names, seconds=1e-3):
 
 def plain_paths(*names):
     return [
-        Path(name, "table", 0.5, getattr(process_paths, name), name, inputs=(2, NUMBERS)) for name in names
+        ScoringPath(name, "table", 0.5, getattr(process_paths, name), name, inputs=(2, NUMBERS))
+        for name in names
     ]
 
 
@@ -71,7 +72,7 @@ def model_paths():
     quantised = DLRM(with_representation(FEATURES, "hybrid"), NUMBERS, 8, (16,), (16,))
     quantised.embeddings = QuantizedEmbeddingBagCollection(quantised.embeddings, "int8", "bfloat16")
     models["quantised"] = quantised
-    return [Path(name, name, 0.5, Scorer(m), name, inputs=(2, NUMBERS)) for name, m in models.items()]
+    return [ScoringPath(name, name, 0.5, Scorer(m), name, inputs=(2, NUMBERS)) for name, m in models.items()]
 
 
 @pytest.fixture(scope="module")
@@ -214,11 +215,11 @@ def test_before_start_and_after_close_the_caller_scores():
 def test_what_cannot_go_to_a_process_is_named(trouble):
     paths, options, name = plain_paths("echo"), {}, "path 'bad'"
     if trouble == "lambda":
-        paths.append(Path("bad", "table", 0.5, lambda b: b.labels))
+        paths.append(ScoringPath("bad", "table", 0.5, lambda b: b.labels))
     elif trouble == "gradients":
         scorer = Scorer(torch.nn.Linear(2, 2))
         scorer.extra = torch.ones(2, requires_grad=True) * 2
-        paths.append(Path("bad", "table", 0.5, scorer))
+        paths.append(ScoringPath("bad", "table", 0.5, scorer))
     elif trouble == "threads":
         options, name = {"threads": 0}, "threads: expected at least 1, got 0"
     else:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from mprec.dispatch.paths import Path
+from mprec.dispatch.paths import ScoringPath
 from mprec.dispatch.prediction import Prediction
 from mprec.dispatch.profile import Profile
 
@@ -32,7 +32,7 @@ class Candidate:
 class Explanation:
     """Why a path was chosen."""
 
-    path: Path
+    path: ScoringPath
     predicted_s: float
     reason: str
     batch_size: int
@@ -64,7 +64,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[ScoringPath],
         profile: Profile,
         *,
         statistic: str = "p95",
@@ -86,7 +86,7 @@ class Dispatcher:
         ]
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[ScoringPath]:
         return [state.path for state in self._states]
 
     @property
@@ -101,7 +101,7 @@ class Dispatcher:
         queued_s: float = 0.0,
         unique_share: float | Callable[[], float] | None = None,
         explain: bool = False,
-    ) -> Path | Explanation:
+    ) -> ScoringPath | Explanation:
         """The path for a batch of ``batch_size`` samples that has waited ``queued_s`` of its ``sla_s``.
 
         Times are in seconds. Of the paths predicted to answer in time, the one of highest quality, of
@@ -127,7 +127,7 @@ class Dispatcher:
         _check_share(unique_share)
         return self._pick(batch_size, left, unique_share)
 
-    def _pick(self, batch_size: int, left: float, share: float | str | None) -> Path:
+    def _pick(self, batch_size: int, left: float, share: float | str | None) -> ScoringPath:
         """Of the paths predicted to take at most ``left`` seconds the best; ``share`` may be a key of
         ``Prediction.known``."""
         size, scale = batch_size, 1.0

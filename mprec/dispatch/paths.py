@@ -11,11 +11,11 @@ from typing import Any
 from mprec.data import Batch
 from mprec.data.batching import num_features
 
-__all__ = ["Path", "shape_digest", "unique_share"]
+__all__ = ["ScoringPath", "shape_digest", "unique_share"]
 
 
 @dataclass(frozen=True)
-class Path:
+class ScoringPath:
     """One complete way to answer a batch.
 
     ``model(batch)`` does the work; ``quality`` is any measure in which more is better, the same for all

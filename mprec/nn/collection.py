@@ -12,7 +12,7 @@ from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
 from mprec.nn.keyed import embed_alone
 from mprec.ops import pooling
-from mprec.ops._common import NATIVE_TABLES, into
+from mprec.ops._common import NATIVE_TABLES, write_to
 from mprec.ops._decoders import group_decoders
 from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
 from mprec.representations import DHE, PARTS, REPRESENTATIONS, TABLE, FeatureConfig, Part
@@ -183,7 +183,7 @@ class EmbeddingBagCollection(nn.Module):
                 pooled = self._forward_direct(batch, out)
                 if pooled is not None:
                     return pooled
-            return into(out, self._forward_ops(batch))
+            return write_to(out, self._forward_ops(batch))
         except IdOutOfRangeError as error:
             self._name_feature(batch, error)
             raise

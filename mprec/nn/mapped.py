@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mprec.names import MODES
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.keyed import embed_alone
-from mprec.ops._common import into
+from mprec.ops._common import write_to
 from mprec.representations import PARTS, TABLE
 
 __all__ = ["MappedEmbeddingBagCollection", "folded", "pooled_ones"]
@@ -93,7 +93,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
             mapped = torch.baddbmm(ones[list(positions), :, None] * bias, rows, weight)
             for column, block in zip(columns, mapped, strict=True):
                 blocks[column] = block
-        return into(out, torch.cat(blocks, dim=1))
+        return write_to(out, torch.cat(blocks, dim=1))
 
     @torch.no_grad()
     def fold(self) -> EmbeddingBagCollection:

@@ -15,7 +15,7 @@ from mprec.bags import Bags, check_ndim
 from mprec.kernels import kernel
 from mprec.ops import _autograd
 from mprec.ops._checks import check_same_device
-from mprec.ops._common import native
+from mprec.ops._common import all_float32
 from mprec.ops._decoders import check_decoder, decoder, drop_changed
 from mprec.ops._table import Op, by_kernels
 from mprec.tracing import traced
@@ -139,7 +139,7 @@ def _fake(call: Decoders) -> Tensor:
     "dhe_bag_multi",
     "packed_dhe_bag_multi",
     device="cpu",
-    supports=lambda call: all(native(*weights) for _, weights, _ in call.stacks),
+    supports=lambda call: all(all_float32(*weights) for _, weights, _ in call.stacks),
 )
 def _native(call: Decoders) -> Tensor:
     bags, threads = call.bags.with_float_weights(), torch.get_num_threads()

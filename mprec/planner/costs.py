@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mprec.dispatch import Path as DispatchPath
-from mprec.dispatch import microbenchmark
+from mprec.dispatch import ScoringPath, microbenchmark
 from mprec.nn import EmbeddingBagCollection, FeatureConfig, QuantizedEmbeddingBagCollection
 from mprec.planner.options import Option
 
@@ -81,7 +80,7 @@ class MeasuredCosts:
                 with torch.inference_mode():
                     return model(*item)
 
-            path = DispatchPath("feature", config.representation, 0.0, run)
+            path = ScoringPath("feature", config.representation, 0.0, run)
             samples = microbenchmark(
                 [path], lambda size, rng: _ids(config, size, rng), [self.batch_size], seconds=self.seconds
             )

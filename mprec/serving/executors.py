@@ -1,8 +1,8 @@
 """What runs batches, one after another: this process, a process of its own, a CUDA device, a simulated
 device.
 
-An executor has ``name``, ``paths`` (see :class:`mprec.dispatch.Path`) and the ``profile`` that measured them
-on it. An engine runs each on a thread of its own, so that ``run`` may block; Python's interpreter lock is
+An executor has ``name``, ``paths`` (:class:`mprec.dispatch.ScoringPath`) and the ``profile`` that measured
+them on it. An engine runs each on a thread of its own, so that ``run`` may block; Python's interpreter lock is
 what threads of one process share, and an executor that keeps it busy wants a process
 (:class:`ProcessExecutor`).
 """
@@ -16,7 +16,7 @@ import torch
 
 from mprec._native import PathProgram
 from mprec.data import Batch
-from mprec.dispatch import Path, Profile
+from mprec.dispatch import Profile, ScoringPath
 
 __all__ = ["CudaExecutor", "Executor", "LocalExecutor", "SimulatedExecutor"]
 
@@ -24,7 +24,7 @@ __all__ = ["CudaExecutor", "Executor", "LocalExecutor", "SimulatedExecutor"]
 class Executor:
     """Base of all executors: the paths are called in the thread that calls ``run``."""
 
-    def __init__(self, name: str, paths: Sequence[Path], profile: Profile) -> None:
+    def __init__(self, name: str, paths: Sequence[ScoringPath], profile: Profile) -> None:
         if not paths:
             raise ValueError("paths: expected at least one")
         names = [path.name for path in paths]
@@ -60,7 +60,7 @@ class CudaExecutor(Executor):
     """
 
     def __init__(
-        self, name: str, paths: Sequence[Path], profile: Profile, device: torch.device | str = "cuda"
+        self, name: str, paths: Sequence[ScoringPath], profile: Profile, device: torch.device | str = "cuda"
     ) -> None:
         super().__init__(name, paths, profile)
         self.device = torch.device(device)

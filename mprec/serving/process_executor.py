@@ -20,7 +20,7 @@ import torch
 from mprec import errors
 from mprec._native import WeightWatch
 from mprec.data import Batch
-from mprec.dispatch import Path, Profile
+from mprec.dispatch import Profile, ScoringPath
 from mprec.serving import process_worker as worker_module
 from mprec.serving.executors import Executor
 from mprec.serving.process_worker import ERROR, IN_ARENA, REQUEST, Arena, Packed, fits, pack
@@ -56,7 +56,7 @@ class ProcessExecutor(Executor):
     def __init__(
         self,
         name: str,
-        paths: Sequence[Path],
+        paths: Sequence[ScoringPath],
         profile: Profile,
         *,
         threads: int = 1,

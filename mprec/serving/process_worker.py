@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Path
+from mprec.dispatch import ScoringPath
 from mprec.ops import clear_decoders
 
 __all__ = ["ERROR", "IN_ARENA", "REQUEST", "WHOLE", "Arena", "Packed", "fits", "pack", "work"]
@@ -117,7 +117,7 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[pid]
 
 
-def pack(paths: Sequence[Path]) -> tuple[Packed, list[Tensor], list[torch.nn.Module]]:
+def pack(paths: Sequence[ScoringPath]) -> tuple[Packed, list[Tensor], list[torch.nn.Module]]:
     """The paths' models for another process, with all their tensors, which move into shared memory in place,
     and modules.
 
