@@ -50,7 +50,7 @@ from mprec.dispatch import (
     unique_share,
 )
 from mprec.models import DLRM
-from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, kernel_candidates, with_representation
+from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, option_candidates, with_representation
 from mprec.paths import sampler
 from mprec.tuning import _with
 
@@ -91,7 +91,7 @@ def embedding_work(representation: str, zipf: float):
     dhe = DheConfig(k=1024, hidden=(128,)) if representation == "dhe" else None
     features = [FeatureConfig(f"f{i}", VOCABULARY, 16, representation, dhe) for i in range(FEATURES)]
     collection = EmbeddingBagCollection(features)
-    candidates = kernel_candidates(dhe is not None)
+    candidates = option_candidates(dhe is not None)
     paths = [ScoringPath(name, representation, 0.0, _with(collection, o)) for name, o in candidates.items()]
     if dhe is not None:
         nbytes = FEATURES * VOCABULARY // 100 * 16 * 4 * 2
@@ -109,12 +109,12 @@ def movielens_work():
     def scored(options):
         @torch.inference_mode()
         def run(batch: Batch) -> torch.Tensor:
-            model.embeddings.kernel = lambda samples: options
+            model.embeddings.options = lambda samples: options
             return model(batch.dense, batch.bags)
 
         return run
 
-    paths = [ScoringPath(name, "hybrid", 0.0, scored(o)) for name, o in kernel_candidates(True).items()]
+    paths = [ScoringPath(name, "hybrid", 0.0, scored(o)) for name, o in option_candidates(True).items()]
     return paths, sampler(test)
 
 

@@ -14,10 +14,10 @@ from mprec.nn.keyed import embed_alone
 from mprec.ops import pooling
 from mprec.ops._common import NATIVE_TABLES, write_to
 from mprec.ops._decoders import group_decoders
-from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.options import DEFAULT_OPTIONS, Options, TuningTraits, check_options
 from mprec.representations import DHE, PARTS, REPRESENTATIONS, TABLE, FeatureConfig, Part
 from mprec.tracing import eager
-from mprec.tuning import kernel_options
+from mprec.tuning import options_for
 
 _PARTS = {part.container for part in PARTS}
 
@@ -54,9 +54,9 @@ class EmbeddingBagCollection(nn.Module):
         features: in the order of the batch and of the output.
         sparse: gradients of tables are sparse tensors (for ``torch.optim.SparseAdam`` and the like).
         device, dtype: of tables and decoders.
-        kernel: how native calls without gradients run: ``"auto"`` measures at the first one what is fastest
-            on this machine by batch size (:func:`mprec.nn.auto_kernels`), None leaves it to rules; or a
-            function from the number of samples to :class:`KernelOptions`. Never changes a result.
+        options: how native calls without gradients run: ``"auto"`` measures at the first one what is fastest
+            on this machine by batch size (:func:`mprec.nn.auto_options`), None leaves it to rules; or a
+            function from the number of samples to :class:`RunOptions`. Never changes a result.
 
     Shape: ``indices`` ``[n]`` and ``offsets`` ``[F * B + 1]``: bag b of feature f is
     ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]``. Output ``[B, sum(output_dims)]``.
@@ -66,7 +66,7 @@ class EmbeddingBagCollection(nn.Module):
         output_dims: columns of each feature: its ``embedding_dim``, twice that for *hybrid* (table first).
         tables: ``tables.{name}.weight``, uniform in +-1/sqrt(num_embeddings) at first.
         dhe: ``dhe.{name}.coefficients`` and ``dhe.{name}.decoder.{layer}.weight|bias``.
-        kernel: as given, or what was measured (:func:`mprec.nn.tune_kernels` does, with your batches).
+        options: as given, or what was measured (:func:`mprec.nn.tune_options` does, with your batches).
     """
 
     has_cache = False  # of rows before the decoders
@@ -78,10 +78,10 @@ class EmbeddingBagCollection(nn.Module):
         sparse: bool = False,
         device=None,
         dtype=None,
-        kernel: Kernel = None,
+        options: Options = None,
     ) -> None:
         super().__init__()
-        self.kernel = check_kernel(kernel)
+        self.options = check_options(options)
         self.features = tuple(features)
         self.sparse = sparse
         if not self.features:
@@ -198,7 +198,7 @@ class EmbeddingBagCollection(nn.Module):
         samples = ends // count
         if ends < 0 or samples * count != ends:
             return None
-        options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, samples)
+        options = DEFAULT_OPTIONS if self.options is None else options_for(self, samples)
         if out is None and self._table_groups and self._table_groups[0].alone:  # native code makes it
             return self._run_tables(self._table_groups[0], batch, None, options)
         dtype = self._dtype()
@@ -296,10 +296,10 @@ class EmbeddingBagCollection(nn.Module):
         members = self._members(group.part)
         return group.part.pool([members[name] for name in group.names], group.bags(batch), self.sparse)
 
-    def kernel_traits(self) -> KernelTraits:
+    def tuning_traits(self) -> TuningTraits:
         """For :mod:`mprec.tuning`."""
         precisions = [getattr(self, f"{kind}_precision", None) for kind in ("table", "decoder")]
-        return KernelTraits(
+        return TuningTraits(
             bool(self._dhe_groups),
             self.has_cache,
             [feature.num_embeddings for feature in self.features],

@@ -53,7 +53,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
 
     def __init__(self, collection: EmbeddingBagCollection, fresh: bool = False) -> None:
         collection = collection.fold()
-        super().__init__(collection.features, collection.sparse, device="meta", kernel=collection.kernel)
+        super().__init__(collection.features, collection.sparse, device="meta", options=collection.options)
         for part in PARTS:
             self._modules[part.container] = collection._modules[part.container]
         self.maps = nn.ModuleDict()
@@ -101,7 +101,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
 
         Its tables are new tensors: training may go on.
         """
-        plain = EmbeddingBagCollection(self.features, self.sparse, device="meta", kernel=self.kernel)
+        plain = EmbeddingBagCollection(self.features, self.sparse, device="meta", options=self.options)
         for part in PARTS:
             if part is not TABLE:
                 plain._modules[part.container] = self._modules[part.container]
