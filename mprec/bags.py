@@ -187,6 +187,7 @@ class Bags(NamedTuple):
     # -------------------------------------------------------------------------------------- parts of a batch
 
     def with_last_offset(self) -> "Bags":
+        """The same bags, the last offset written out."""
         if self.include_last_offset:
             return self
         offsets = torch.nn.functional.pad(self.offsets, (0, 1), value=len(self.indices))

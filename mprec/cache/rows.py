@@ -12,7 +12,7 @@ from mprec.bags import Bags
 from mprec.cache.budget import Counts, hottest
 from mprec.cache.codebook import Codebook
 from mprec.nn import DeepHashEmbeddingBag
-from mprec.ops._decoders import Decoder, clear_decoders, decoder, packable
+from mprec.ops._decoders import Decoder, clear_decoders, packable, packed_decoder
 from mprec.ops.pooling import decode, try_cached
 
 __all__ = ["CacheStats", "Cached", "RowStats", "Rows"]
@@ -144,7 +144,9 @@ class Rows:
                 for module, stack in zip(self.modules.values(), stacks, strict=True):
                     kind = module.config
                     handles.append(
-                        decoder(*stack, kind.family, kind.activation, kind.last_activation, thorough=True)
+                        packed_decoder(
+                            *stack, kind.family, kind.activation, kind.last_activation, thorough=True
+                        )
                     )
             if not self.caches:
                 self.caches = {

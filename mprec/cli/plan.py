@@ -26,7 +26,7 @@ from mprec.planner import (
     fit_effects,
     plan,
     plan_paths,
-    sized,
+    shapes_by_vocabulary,
 )
 from mprec.planner.tables import FEATURE_SETS, feature_set
 from mprec.report.terminal import format_bytes
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--memory or --device is needed")
     features, dhe, shape, measurements, counts = _inputs(args)
     effects = fit_effects(features, measurements, counts)
-    options = default_options(features, {"": shape, "sized": sized(dhe, features)}, effects)
+    options = default_options(features, {"": shape, "sized": shapes_by_vocabulary(dhe, features)}, effects)
     devices = [] if args.memory is None else [Device("here", args.memory, MeasuredCosts(args.batch_size))]
     for file in args.device:
         name, nbytes, costs = RooflineCosts.load(file, args.batch_size)

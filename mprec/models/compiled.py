@@ -25,7 +25,7 @@ from mprec.nn import (
     QuantizedEmbeddingBagCollection,
     QuantizedTable,
 )
-from mprec.ops._decoders import decoder
+from mprec.ops._decoders import packed_decoder
 from mprec.ops.pooling import run_program
 from mprec.representations import DHE, TABLE
 from mprec.representations.low_rank import LOW_RANK
@@ -174,7 +174,7 @@ def _pack(model: nn.Module, precision: str) -> PathProgram:
     watch = WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     if watch is None:
         raise PathCompileError("weights: made in inference mode, so that their changes cannot be noticed")
-    handles = [(decoder(*stack), feature, part, mode) for stack, feature, part, mode in decoders]
+    handles = [(packed_decoder(*stack), feature, part, mode) for stack, feature, part, mode in decoders]
     try:
         return PathProgram(
             len(model.embeddings.features),
@@ -316,7 +316,7 @@ def _codes(collection: LowRankEmbeddingBagCollection, places: list) -> list[_Tab
 
 
 def _stack(module: nn.Module, name: str, precision: str, places: list) -> tuple[Any, ...]:
-    """Arguments of :func:`mprec.ops._decoders.decoder`."""
+    """Arguments of :func:`mprec.ops._decoders.packed_decoder`."""
     if precision == "float8":
         raise PathCompileError(f"embeddings.dhe.{name}: float8 decoders are for CUDA")
     places += [(module.__dict__, "config"), (module._buffers, "coefficients"), (module._modules, "decoder")]

@@ -33,7 +33,7 @@ class _Group(NamedTuple):
     alone: bool  # all columns, side by side
     mode: str
     mode_code: int
-    decoder: Hashable  # of a deep hash embedding: family, activation, last_activation
+    options: Hashable  # of a deep hash embedding: family, activation, last_activation
 
     def bags(self, batch: Bags) -> Bags:
         """Those of the batch that the group pools, in its mode."""
@@ -244,7 +244,7 @@ class EmbeddingBagCollection(nn.Module):
         members = [modules[name] for name in group.names]
         count = batch.indices.numel()
         decoders = group_decoders(
-            self, group.names[0], members, group.decoder, self._precisions(group), count
+            self, group.names[0], members, group.options, self._precisions(group), count
         )
         if decoders is None:
             return None
@@ -289,7 +289,7 @@ class EmbeddingBagCollection(nn.Module):
 
     def _embed_decoders(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled vectors by its operator."""
-        return pooling.pool_decoders(*self._stacks(group), group.decoder, group.bags(batch))
+        return pooling.pool_decoders(*self._stacks(group), group.options, group.bags(batch))
 
     def _embed_others(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled vectors as its part pools them."""

@@ -16,7 +16,7 @@ from mprec.kernels import kernel
 from mprec.ops import _autograd
 from mprec.ops._checks import check_same_device
 from mprec.ops._common import all_float32
-from mprec.ops._decoders import check_decoder, decoder, drop_changed
+from mprec.ops._decoders import check_decoder, drop_changed, packed_decoder
 from mprec.ops._table import Op, by_kernels
 from mprec.tracing import traced
 
@@ -144,7 +144,9 @@ def _fake(call: Decoders) -> Tensor:
 def _native(call: Decoders) -> Tensor:
     bags, threads = call.bags.with_float_weights(), torch.get_num_threads()
     precisions = call.precisions or ["float32"] * len(call.stacks)
-    handles = [decoder(*stack, *call.options, p) for stack, p in zip(call.stacks, precisions, strict=True)]
+    handles = [
+        packed_decoder(*stack, *call.options, p) for stack, p in zip(call.stacks, precisions, strict=True)
+    ]
     if bags.num_features == len(handles) == 1:  # any offsets, and padding
         return _C.dhe_bag(
             handles[0], bags.indices, bags.offsets, bags.per_sample_weights, bags.mode,

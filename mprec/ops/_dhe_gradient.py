@@ -11,7 +11,7 @@ from mprec.bags import Bags
 from mprec.names import FAMILIES, MODES, code
 from mprec.ops import _backward, _dhe
 from mprec.ops._common import all_float32
-from mprec.ops._decoders import decoder
+from mprec.ops._decoders import packed_decoder
 from mprec.ops._table import Op
 from mprec.ops.pooling import decode
 from mprec.tensors import plain
@@ -79,7 +79,7 @@ def _native_chain(ids: Tensor, stack: _dhe.Stack, options, need_rows: bool):
     """The IDs' vectors, if needed, and a function from their gradient to the parameters'. In the kernel:
     encodings and activations are made again block by block, never stored."""
     _, weights, biases = stack
-    handle = decoder(*stack, *options, thorough=True)
+    handle = packed_decoder(*stack, *options, thorough=True)
     rows = decode(handle, ids) if need_rows else None
 
     def backward(grad_rows):

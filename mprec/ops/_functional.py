@@ -14,7 +14,7 @@ from mprec.hashing import coefficient_rows
 from mprec.names import FAMILIES, MODES, code
 from mprec.ops._checks import check_id_list, check_same_device
 from mprec.ops._common import can_skip_dispatcher, padding_from_start, rows_as_bags, write_to
-from mprec.ops._decoders import decoder, packable
+from mprec.ops._decoders import packable, packed_decoder
 from mprec.ops.pooling import pool_decoders, pool_tables, seen_by_compilers, try_tables
 from mprec.tensors import as_ids, plain
 
@@ -280,7 +280,7 @@ def dhe_bag(
         and packable(coefficients, weights, biases)
     ):
         pooled = _C.try_dhe_bag(
-            decoder(coefficients, weights, biases, family, activation, last_activation),
+            packed_decoder(coefficients, weights, biases, family, activation, last_activation),
             indices,
             offsets,
             per_sample_weights,

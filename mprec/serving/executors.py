@@ -2,8 +2,8 @@
 device.
 
 An executor has ``name``, ``paths`` (:class:`mprec.dispatch.ScoringPath`) and the ``profile`` that measured
-them on it. An engine runs each on a thread of its own, so that ``run`` may block. Threads of one process share
-Python's interpreter lock: an executor that keeps it busy wants a process (:class:`ProcessExecutor`).
+them on it. An engine runs each on a thread of its own, so that ``run`` may block. Threads of one process
+share Python's interpreter lock: an executor that keeps it busy wants a process (:class:`ProcessExecutor`).
 """
 
 from __future__ import annotations

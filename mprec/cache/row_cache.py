@@ -1,4 +1,4 @@
-"""The encoder stage: rows of hot IDs before the decoder."""
+"""MP-Cache's encoder stage: a cache of hot IDs' rows in front of the decoder."""
 
 from collections.abc import Mapping
 
