@@ -42,7 +42,7 @@ def option_candidates(
     """What can be chosen, by name, with at most ``threads`` threads (torch's number)."""
     threads = torch.get_num_threads() if threads is None else threads
     if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+        raise ValueError(f"threads: expected at least 1, got {threads}")
     counts = sorted({1, threads} | {n for n in (2, 4, 8, 16, 32, 64) if n < threads})
     past = False if has_cache else None
     ways = {"": RunOptions()}

@@ -374,7 +374,7 @@ def test_bad_recipes(dataset, trained):
         derive(model, metadata, parts, recipes=["low_rank:9"], seconds=0)
     with pytest.raises(ValueError, match="each only once"):
         derive(model, metadata, parts, recipes=["dhe", "dhe"], seconds=0)
-    with pytest.raises(ValueError, match="metric must be one of"):
+    with pytest.raises(ValueError, match="metric: expected one of"):
         derive(model, metadata, parts, metric="f1", seconds=0)
 
 

@@ -96,7 +96,7 @@ def test_checkpoint_round_trip(model, batch, tmp_path):
 
 
 def test_unknown_path(model):
-    with pytest.raises(ValueError, match="path must be one of hybrid, table, dhe, select, got 'tree'"):
+    with pytest.raises(ValueError, match="path: expected one of hybrid, table, dhe, select, got 'tree'"):
         model.path("tree")
 
 

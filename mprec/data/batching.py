@@ -69,5 +69,5 @@ def take(batch: Batch, samples: slice) -> Batch:
     """The samples of a contiguous slice."""
     start, stop, step = samples.indices(len(batch))
     if step != 1:
-        raise ValueError(f"samples must be a contiguous slice, got step {step}")
+        raise ValueError(f"samples: expected a contiguous slice, got step {step}")
     return join([batch], [start], [max(start, stop)])

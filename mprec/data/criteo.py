@@ -82,11 +82,11 @@ def read(
     """
     files = find_files(path, "day_*")
     if rows is not None and rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
+        raise ValueError(f"rows: expected at least 1, got {rows}")
     if not 0 < vocabulary_share <= 1:
-        raise ValueError(f"vocabulary_share must be in (0, 1], got {vocabulary_share}")
+        raise ValueError(f"vocabulary_share: expected in (0, 1], got {vocabulary_share}")
     if not 0 <= malformed <= 1:
-        raise ValueError(f"malformed must be in [0, 1], got {malformed}")
+        raise ValueError(f"malformed: expected in [0, 1], got {malformed}")
     check_options(min_count, max_size, oov)
     if vocabularies is not None and (lacking := [name for name in NAMES if name not in vocabularies]):
         raise ValueError(f"vocabularies: there is none of {lacking[0]!r}")

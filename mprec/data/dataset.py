@@ -125,7 +125,7 @@ class Column:
         ids = np.asarray(self.ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(
-                f"feature {self.name!r}: ids must be a vector of integers, not {ids.dtype} {ids.shape}"
+                f"feature {self.name!r}: ids: expected a vector of integers, got {ids.dtype} {ids.shape}"
             )
         if len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary):
             bad = ids.min() if ids.min() < 0 else ids.max()
@@ -252,7 +252,7 @@ class ClickDataset(torch.utils.data.Dataset):
             rows = rows.astype(np.int64) if rows.size == 0 else rows
             if rows.dtype.kind not in "iu" or rows.ndim != 1:
                 raise TypeError(
-                    f"rows must be a slice or a vector of integers, not {rows.dtype} {rows.shape}"
+                    f"rows: expected a slice or a vector of integers, got {rows.dtype} {rows.shape}"
                 )
         labels = self.labels[rows]
         size = len(labels)
@@ -302,7 +302,7 @@ class ClickDataset(torch.utils.data.Dataset):
         given. ``first``: the batches before that one are left out.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         order = None if seed is None else np.random.default_rng(seed).permutation(len(self))
         for start in range(first * batch_size, len(self), batch_size):
             rows = slice(start, start + batch_size)
@@ -359,7 +359,7 @@ class ClickDataset(torch.utils.data.Dataset):
         """The number of the part that each row falls into when the log is ``split``: int8 [rows]."""
         by = self.default_split if by is None else by
         if by not in SPLITS:
-            raise ValueError(f"by must be one of {', '.join(SPLITS)}, got {by!r}")
+            raise ValueError(f"by: expected one of {', '.join(SPLITS)}, got {by!r}")
         if any(f < 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
             raise ValueError(f"fractions must not be negative and must add up to 1, got {tuple(fractions)}")
         if by == "user-time" and self.users is None:

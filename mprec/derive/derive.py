@@ -101,7 +101,7 @@ def derive(
         TypeError: a model whose embeddings are in a form already.
     """
     if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     train, valid, test = parts
     held_out = dict(zip(PARTS, (valid, test), strict=True))
     models = _originals(folded(model).eval(), metadata)

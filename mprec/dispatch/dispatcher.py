@@ -71,10 +71,10 @@ class Dispatcher:
         condition: str = "warm",
     ) -> None:
         if not paths:
-            raise ValueError("paths must not be empty")
+            raise ValueError("paths: expected at least one, got none")
         names = [path.name for path in paths]
         if len(set(names)) != len(names):
-            raise ValueError(f"paths must have distinct names, got {names}")
+            raise ValueError(f"paths: expected distinct names, got {names}")
         up_to = max(profile.curve(name, statistic, condition).batch_sizes[-1] for name in names)
         self.profile, self.simulated = profile, profile.simulated
         self._limit = up_to
@@ -211,13 +211,13 @@ class Dispatcher:
 
 def _check(batch_size: int, sla_s: float = 0.0, queued_s: float = 0.0) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if sla_s != sla_s:
         raise ValueError("sla_s is NaN")
     if not queued_s >= 0:
-        raise ValueError(f"queued_s must not be negative or NaN, got {queued_s}")
+        raise ValueError(f"queued_s: expected a number not below 0, got {queued_s}")
 
 
 def _check_share(unique_share: float | None) -> None:
     if unique_share is not None and not 0 <= unique_share <= 1:
-        raise ValueError(f"unique_share must be in [0, 1], got {unique_share}")
+        raise ValueError(f"unique_share: expected in [0, 1], got {unique_share}")

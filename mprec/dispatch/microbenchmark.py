@@ -69,9 +69,9 @@ def microbenchmark(
     with the path's name, the batch size and the input. ``progress`` gets the share done.
     """
     if seconds < 0:
-        raise ValueError(f"seconds must not be negative, got {seconds}")
+        raise ValueError(f"seconds: expected at least 0, got {seconds}")
     if bad := [size for size in batch_sizes if size < 1]:
-        raise ValueError(f"batch_sizes must be at least 1, got {bad[0]}")
+        raise ValueError(f"batch_sizes: expected sizes of at least 1, got {bad[0]}")
     rng = np.random.default_rng(seed)
     cells = {
         size: [path for path in paths if path.supports is None or path.supports(size)]

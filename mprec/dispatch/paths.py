@@ -36,9 +36,9 @@ class ScoringPath:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("name must not be empty")
+            raise ValueError("name: expected a name, got an empty one")
         if self.quality != self.quality:
-            raise ValueError(f"path {self.name!r}: quality is NaN")
+            raise ValueError(f"path {self.name!r}: quality: expected a number, got NaN")
 
 
 def shape_digest(config: Any) -> str:

@@ -136,7 +136,7 @@ class Profile:
             raise ValueError(f"conditions: {unknown[0]!r} is none of {', '.join(CONDITIONS)}")
         batch_sizes = sorted(set(batch_sizes))
         if not batch_sizes:
-            raise ValueError("batch_sizes must not be empty")
+            raise ValueError("batch_sizes: expected at least one, got none")
         rng = np.random.default_rng(seed)
         probe = make_input(batch_sizes[-1], rng)
         wanted = [c for c in CONDITIONS if c in conditions and (c != "repeated" or isinstance(probe, Batch))]
@@ -331,9 +331,9 @@ def _describe(path: ScoringPath) -> dict[str, Any]:
 def _check_names(paths: Sequence[ScoringPath]) -> None:
     names = [path.name for path in paths]
     if not names:
-        raise ValueError("paths must not be empty")
+        raise ValueError("paths: expected at least one, got none")
     if len(set(names)) != len(names):
-        raise ValueError(f"paths must have distinct names, got {names}")
+        raise ValueError(f"paths: expected distinct names, got {names}")
 
 
 def _thinned(batch_sizes: Sequence[int]) -> list[int]:

@@ -56,11 +56,11 @@ class DLRM(nn.Module):
     ) -> None:
         super().__init__()
         if interaction not in ("dot", "cat"):
-            raise ValueError(f"interaction must be 'dot' or 'cat', got {interaction!r}")
+            raise ValueError(f"interaction: expected 'dot' or 'cat', got {interaction!r}")
         if hybrid not in ("both", "mean"):
-            raise ValueError(f"hybrid must be 'both' or 'mean', got {hybrid!r}")
+            raise ValueError(f"hybrid: expected 'both' or 'mean', got {hybrid!r}")
         if num_dense < 0:
-            raise ValueError(f"num_dense must not be negative, got {num_dense}")
+            raise ValueError(f"num_dense: expected at least 0, got {num_dense}")
         if wrong := [f for f in features if f.embedding_dim != embedding_dim]:
             raise ValueError(
                 f"feature {wrong[0].name!r} has embedding_dim {wrong[0].embedding_dim}; the "
@@ -145,7 +145,7 @@ class DLRM(nn.Module):
     def score(self, dense: Tensor, embedded: Tensor) -> Tensor:
         """Logits [B] from the dense numbers [B, num_dense] and the vectors [B, V*D] that interact."""
         if dense.dim() != 2 or dense.shape[1] != self.num_dense:
-            raise ValueError(f"dense must be [B, {self.num_dense}], got {list(dense.shape)}")
+            raise ValueError(f"dense: expected [B, {self.num_dense}], got {list(dense.shape)}")
         if torch.compiler.is_compiling():  # a comparison would make the batch size a constant
             embedded = embedded.view(dense.shape[0], -1)
         elif len(dense) != len(embedded):

@@ -59,7 +59,7 @@ class MultiPathDLRM(DLRM):
     def path_features(self, name: str) -> list[FeatureConfig]:
         """The features as path ``name`` sees them."""
         if name not in PATHS:
-            raise ValueError(f"path must be one of {', '.join(PATHS)}, got {name!r}")
+            raise ValueError(f"path: expected one of {', '.join(PATHS)}, got {name!r}")
         return with_representation(self.features, name, select_largest=self.select_largest)
 
     def _path_mixing(self, name: str) -> Tensor:

@@ -79,7 +79,7 @@ def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = 
     the same inputs.
     """
     if not files:
-        raise ValueError("files must name at least one checkpoint")
+        raise ValueError("files: expected at least one checkpoint, got none")
     found: list[_Found] = []
     inputs = None
     for file in map(Path, files):

@@ -36,7 +36,7 @@ class MeasuredCosts:
 
     def __init__(self, batch_size: int = 128, seconds: float = 0.1) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.batch_size, self.seconds = batch_size, seconds
         self._known: dict[tuple[FeatureConfig, str], float] = {}
 
@@ -109,7 +109,7 @@ class RooflineCosts:
     def __post_init__(self) -> None:
         for name in ("flops_per_s", "bytes_per_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.feature_overhead_s < 0 or self.batch_size < 1:
             raise ValueError("feature_overhead_s must not be negative, batch_size at least 1")
 

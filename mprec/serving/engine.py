@@ -72,7 +72,7 @@ class Engine:
     ) -> None:
         for name, value in (("sla_s", sla_s), ("max_batch", max_batch), ("max_queue", max_queue)):
             if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise ValueError(f"{name}: expected a positive number, got {value}")
         self.sla_s, self.max_batch, self.clock = sla_s, max_batch, clock
         self._executors = _as_executors(dispatcher, executors)
         self._lanes = self._lanes_of(self._executors)
@@ -149,9 +149,9 @@ class Engine:
         _check_plain(batch)
         sla_s = self.sla_s if sla_s is None else sla_s
         if not 0 < sla_s < math.inf:
-            raise ValueError(f"sla_s must be positive and finite, got {sla_s}")
+            raise ValueError(f"sla_s: expected a positive finite number, got {sla_s}")
         if arrived_s is not None and not math.isfinite(arrived_s):
-            raise ValueError(f"arrived_s must be finite, got {arrived_s}")
+            raise ValueError(f"arrived_s: expected a finite number, got {arrived_s}")
         return sla_s
 
     def replay(self, batches: Sequence[Batch], at_s: Sequence[float]) -> list[Replayed]:
@@ -444,9 +444,9 @@ def _check_plain(batch: Batch) -> None:
 def _check(batch: Batch, features: int, num_dense: int) -> None:
     """``ValueError`` if a query has no samples, or other inputs than the paths take (-1: not known)."""
     if not len(batch):
-        raise ValueError("batch must have at least one sample")
+        raise ValueError("batch: expected at least one sample, got none")
     if batch.dense.dim() != 2 or len(batch.dense) != len(batch):
-        raise ValueError(f"dense must be [{len(batch)}, numbers], got {list(batch.dense.shape)}")
+        raise ValueError(f"dense: expected [{len(batch)}, numbers], got {list(batch.dense.shape)}")
     inputs = num_features(batch), batch.dense.shape[1]
     if features >= 0 and inputs != (features, num_dense):
         raise ValueError(

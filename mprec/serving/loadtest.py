@@ -255,7 +255,7 @@ def compare(
     ``progress`` gets who is next and the share done.
     """
     if not 1 <= rounds <= len(load):
-        raise ValueError(f"rounds must be between 1 and the number of queries, {len(load)}, got {rounds}")
+        raise ValueError(f"rounds: expected between 1 and the number of queries, {len(load)}, got {rounds}")
     if seconds is None:
         edges, starts, lasts = np.linspace(0, len(load), rounds + 1).astype(int), [None] * rounds, None
     else:
@@ -369,7 +369,7 @@ def find_max_qps(
     Within ``precision`` (relative). 0 if no load above a thousandth of ``start`` is carried.
     """
     if not 0 < start < math.inf:
-        raise ValueError(f"start must be positive and finite, got {start}")
+        raise ValueError(f"start: expected a positive finite number, got {start}")
     low, high = 0.0, start
     while try_qps(high) <= most:
         low, high = high, 2 * high
