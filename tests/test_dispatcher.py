@@ -298,7 +298,7 @@ def test_bad_arguments(arguments, match):
 
 
 def test_bad_paths():
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="paths: expected at least one, got none"):
         Dispatcher([], fake_profile(COSTS))
     with pytest.raises(ValueError, match="distinct"):
         Dispatcher([fake_path("table", 0.0, 0, 0)] * 2, fake_profile(COSTS))

@@ -36,7 +36,7 @@ class ScoringPath:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("name: expected a name, got an empty one")
+            raise ValueError("name: expected at least one character, got none")
         if self.quality != self.quality:
             raise ValueError(f"path {self.name!r}: quality: expected a number, got NaN")
 
