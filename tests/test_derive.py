@@ -133,7 +133,7 @@ def test_sensitivity_is_the_fisher_information_of_the_pooled_vectors(dataset, tr
     few = dataset.take(slice(0, 50))
     found = sensitivity(model, few)
     batch = few.batch(slice(None))
-    pooled = model.embeddings(batch.indices, batch.offsets).detach()
+    pooled = model.embeddings(batch.bags).detach()
     expected = torch.zeros(len(model.features), 8, 8, dtype=torch.float64)
     for row, dense in zip(pooled, batch.dense, strict=True):
         vector = row.clone().requires_grad_()
@@ -320,7 +320,7 @@ def test_dense_layers_in_fewer_bits(dataset, tmp_path):
     whole = next(iter(test.batches(len(test))))
     for each in found[1:]:
         assert each.model.top is found[0].model.top
-        scores = compile_path(each.model, each.dense)(whole.dense, whole.indices, whole.offsets)
+        scores = compile_path(each.model, each.dense)(whole.dense, whole.bags)
         assert each.quality["test"]["auc"].value == pytest.approx(
             roc_auc_score(test.labels, scores), abs=1e-4
         )
@@ -333,7 +333,7 @@ def test_dense_layers_in_fewer_bits(dataset, tmp_path):
     assert len({p.shape for p in paths}) == len(paths)
     sample = next(iter(test.batches(50)))
     for path, each in zip(paths, found, strict=True):
-        want = compile_path(each.model, each.dense)(sample.dense, sample.indices, sample.offsets)
+        want = compile_path(each.model, each.dense)(sample.dense, sample.bags)
         np.testing.assert_allclose(path.model(sample), want, atol=1e-6)
 
 
@@ -400,7 +400,7 @@ def test_bad_recipes(dataset, trained):
         derive(model, metadata, parts, recipes=["low_rank:9"], seconds=0)
     with pytest.raises(ValueError, match="each only once"):
         derive(model, metadata, parts, recipes=["dhe", "dhe"], seconds=0)
-    with pytest.raises(ValueError, match="metric must be one of"):
+    with pytest.raises(ValueError, match="metric: expected one of"):
         derive(model, metadata, parts, metric="f1", seconds=0)
 
 

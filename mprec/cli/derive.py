@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 from rich import box
@@ -22,10 +22,10 @@ from mprec.report.terminal import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=FilePath, metavar="MODEL", help="checkpoint, written by mprec train")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, written by mprec train")
     parser.add_argument("--data", required=True, metavar="SPEC", help="the data that it was trained on")
     parser.add_argument(
-        "--output", required=True, type=FilePath, metavar="FOLDER", help="bundle to write, a folder"
+        "--output", required=True, type=Path, metavar="FOLDER", help="bundle to write, a folder"
     )
     parser.add_argument(
         "--recipes",

@@ -29,7 +29,6 @@ def _transparent_huge_pages() -> str | None:
 
 def collect() -> dict:
     """The facts that ``mprec info`` prints, as JSON-able data."""
-    native = _native._C
     gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -44,11 +43,11 @@ def collect() -> dict:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "packages": {name: _version(name) for name in _PACKAGES},
-        "cpu": native.cpu_model(),
-        "isa": native.isa(),
-        "isa_compiled": native.isas,
-        "isa_runnable": native.runnable_isas(),
-        "compiler": native.compiler,
+        "cpu": _native.cpu_model(),
+        "isa": _native.isa(),
+        "isa_compiled": _native.isas,
+        "isa_runnable": _native.runnable_isas(),
+        "compiler": _native.compiler,
         "threads": {"torch": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0))},
         "transparent_huge_pages": _transparent_huge_pages(),
         "gpu": gpu,

@@ -42,7 +42,7 @@ def model_inputs(files: Sequence[str | os.PathLike]) -> ModelInputs:
     make other IDs of raw values.
     """
     if not files:
-        raise ValueError("files must name at least one checkpoint")
+        raise ValueError("files: expected at least one checkpoint, got none")
     found = None
     for file in files:
         features, num_dense, *_ = inputs_of(file)

@@ -54,7 +54,7 @@ def build_model(
     """
     if representation not in (*MODELS, MULTI_PATH, MIXED):
         choices = ", ".join((*MODELS, MULTI_PATH, MIXED))
-        raise ValueError(f"representation must be one of {choices}, got {representation!r}")
+        raise ValueError(f"representation: expected one of {choices}, got {representation!r}")
     if (representation == MIXED) != (chosen is not None):
         raise ValueError(f"chosen goes with representation {MIXED!r}, got {representation!r} and {chosen}")
     dhe = DheConfig() if dhe is None else dhe
