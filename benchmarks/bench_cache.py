@@ -33,7 +33,7 @@ from mprec.nn import (
     EmbeddingBag,
     EmbeddingBagCollection,
     FeatureConfig,
-    KernelOptions,
+    RunOptions,
 )
 
 BATCH = 128
@@ -151,7 +151,7 @@ def measure_bag(
     """The row of results, and microseconds of each module; ``every``: of all IDs decoded, equal ones too."""
     bag = make_bag(shape, family)
     every = copy.copy(bag)
-    every.kernel = lambda samples: KernelOptions(dedupe=False)
+    every.options = lambda samples: RunOptions(dedupe=False)
     rows = max(6, round(share * stream.vocabulary))
     cached = cached_bag(bag, stream, rows, by_code=by_code)
     hits = hit_rate(cached, stream)

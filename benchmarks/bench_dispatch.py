@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,21 +35,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(FilePath(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent))
 import harness
 
 from mprec import data
+from mprec.bags import Bags
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch
 from mprec.dispatch import (
     Dispatcher,
-    Path,
     Profile,
+    ScoringPath,
     microbenchmark,
     unique_share,
 )
 from mprec.models import DLRM
-from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, kernel_candidates, with_representation
+from mprec.nn import DheConfig, EmbeddingBagCollection, FeatureConfig, option_candidates, with_representation
 from mprec.paths import sampler
 from mprec.tuning import _with
 
@@ -79,7 +80,9 @@ class Ids:
         else:
             ids = rng.integers(VOCABULARY, size=n)
         return Batch(
-            torch.zeros(batch_size, 0), torch.from_numpy(ids), torch.arange(n + 1), torch.zeros(batch_size)
+            torch.zeros(batch_size, 0),
+            Bags(torch.from_numpy(ids), torch.arange(n + 1), num_features=FEATURES),
+            torch.zeros(batch_size),
         )
 
 
@@ -88,12 +91,12 @@ def embedding_work(representation: str, zipf: float):
     dhe = DheConfig(k=1024, hidden=(128,)) if representation == "dhe" else None
     features = [FeatureConfig(f"f{i}", VOCABULARY, 16, representation, dhe) for i in range(FEATURES)]
     collection = EmbeddingBagCollection(features)
-    candidates = kernel_candidates(dhe is not None)
-    paths = [Path(name, representation, 0.0, _with(collection, o)) for name, o in candidates.items()]
+    candidates = option_candidates(dhe is not None)
+    paths = [ScoringPath(name, representation, 0.0, _with(collection, o)) for name, o in candidates.items()]
     if dhe is not None:
         nbytes = FEATURES * VOCABULARY // 100 * 16 * 4 * 2
         cached = CachedEmbeddingBagCollection(collection, nbytes, {f.name: draw.counts for f in features})
-        paths.append(Path("MP-Cache of 1 %", "dhe", 0.0, _with(cached, None)))
+        paths.append(ScoringPath("MP-Cache of 1 %", "dhe", 0.0, _with(cached, None)))
     return paths, draw
 
 
@@ -106,12 +109,12 @@ def movielens_work():
     def scored(options):
         @torch.inference_mode()
         def run(batch: Batch) -> torch.Tensor:
-            model.embeddings.kernel = lambda samples: options
-            return model(batch.dense, batch.indices, batch.offsets)
+            model.embeddings.options = lambda samples: options
+            return model(batch.dense, batch.bags)
 
         return run
 
-    paths = [Path(name, "hybrid", 0.0, scored(o)) for name, o in kernel_candidates(True).items()]
+    paths = [ScoringPath(name, "hybrid", 0.0, scored(o)) for name, o in option_candidates(True).items()]
     return paths, sampler(test)
 
 
@@ -134,7 +137,7 @@ def prediction_errors(paths, profile, draw, seconds: float) -> list[float]:
     ]
 
 
-def _times(path: Path, inputs) -> list[float]:
+def _times(path: ScoringPath, inputs) -> list[float]:
     times = []
     for item in inputs:
         start = clock()
@@ -160,7 +163,7 @@ class Taken(NamedTuple):
 
 def stream(paths, draw, sizes, rng) -> list[Taken]:
     """What each candidate takes for each batch."""
-    taken, counting = [], Path("share of unique IDs", "", 0.0, unique_share)
+    taken, counting = [], ScoringPath("share of unique IDs", "", 0.0, unique_share)
     for i, size in enumerate(sizes):
         batch = draw(size, rng)
         share_s = min(_times(counting, [batch] * 3))

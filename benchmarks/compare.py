@@ -28,6 +28,7 @@ MODULES = (
     "compare_dhe",
     "compare_dispatch",
     "compare_cache",
+    "compare_threads",
     "compare_whole_path",
 )
 

@@ -31,8 +31,7 @@ from torch import nn
 from mprec.arrivals import LOGNORMAL_SIZES, Poisson
 from mprec.data import Batch
 from mprec.data.zipf import zipf_batches
-from mprec.dispatch import Dispatcher, Profile
-from mprec.dispatch import Path as ScoringPath
+from mprec.dispatch import Dispatcher, Profile, ScoringPath
 from mprec.dispatch.microbenchmark import no_collection
 from mprec.models import DLRM
 from mprec.nn import DheConfig, FeatureConfig, with_representation
@@ -69,7 +68,7 @@ def paths(rows: int, names=("table", "dhe", "hybrid")) -> list[ScoringPath]:
 
 
 class Scores(nn.Module):
-    """Click probabilities of a batch by a model of (dense, indices, offsets)."""
+    """Click probabilities of a batch by a model of (dense, bags)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -77,7 +76,7 @@ class Scores(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+        return self.model(batch.dense, batch.bags).sigmoid()
 
 
 class PlainTorch(nn.Module):

@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.paths import paths_from_checkpoints
 
@@ -26,7 +27,8 @@ class Query(BaseModel):
 async def score(query: Query) -> dict:
     ids = torch.from_numpy(np.array(query.ids).T.reshape(-1).copy())
     dense = torch.tensor(query.dense, dtype=torch.float32)
-    batch = Batch(dense, ids, torch.arange(len(ids) + 1), torch.zeros(len(dense)))
+    bags = Bags(ids, torch.arange(len(ids) + 1), num_features=len(query.ids[0]))
+    batch = Batch(dense, bags, torch.zeros(len(dense)))
     with torch.inference_mode():
         return {"scores": app.state.model(batch).tolist()}
 

@@ -1,4 +1,8 @@
-"""Loads the native module, after torch (it shares torch's OpenMP runtime), or says why it cannot."""
+"""The native module, all its names: loaded after torch, whose tensors it takes, or why it cannot be.
+
+A module that wraps a native class or list imports that by name from here. What computes on tensors goes
+through :mod:`mprec.ops`, which alone calls the module's functions as ``_C.name``.
+"""
 
 import os
 import platform
@@ -15,7 +19,9 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     )
 
 try:
-    from mprec import _C
+    from mprec import _C as _C
+    from mprec._C import *  # noqa: F403
+    from mprec._C import use_isa, version
 except ImportError as error:
     raise ImportError(
         "mprec's native module did not load:\n"
@@ -29,8 +35,8 @@ except ImportError as error:
 
 if wanted := os.environ.get("MPREC_ISA"):
     try:
-        _C.use_isa(wanted)
+        use_isa(wanted)
     except ValueError as error:
         raise ImportError(f"environment variable MPREC_ISA: {error}") from error
 
-__version__: str = _C.version
+__version__: str = version

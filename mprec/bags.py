@@ -5,20 +5,18 @@ checks offsets and IDs too, for what has no kernel; native code (``csrc/bags/che
 On CUDA a look at values would wait for the device: kernels there count what is wrong instead.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mprec._native import _C
+from mprec._native import check_ids, check_offsets, join_bags, select_features, unique_share
 from mprec.errors import DtypeError, InvalidOffsetsError
 from mprec.tensors import as_ids, plain
+from mprec.tracing import values_of
 
-__all__ = ["Bags", "check_features", "check_mode", "check_ndim", "join_bags", "new", "unique_share"]
-
-#: Samples of several batches as one batch, and the share of distinct IDs in one; see ``mprec/_C.pyi``.
-join_bags, unique_share = _C.join_bags, _C.unique_share
+__all__ = ["Bags", "check_features", "check_mode", "check_ndim", "new"]
 
 
 def check_ndim(tensor: Tensor, name: str, ndim: int = 1) -> None:
@@ -94,6 +92,16 @@ class Bags(NamedTuple):
         """The feature of each of ``count`` tables or decoders."""
         return list(range(count)) if self.features is None else list(self.features)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether indices and offsets say all: of every feature, without weights or padding."""
+        return (
+            self.per_sample_weights is None
+            and self.features is None
+            and self.include_last_offset
+            and self.padding_idx < 0
+        )
+
     def positions_kept(self) -> Tensor | None:
         """Which indices are no padding, bool ``[n]``; None: all."""
         return None if self.padding_idx < 0 else self.indices != self.padding_idx
@@ -163,9 +171,7 @@ class Bags(NamedTuple):
     def check_offsets(self) -> None:
         """``InvalidOffsetsError`` unless offsets rise from 0 to the number of indices. Waits for a GPU."""
         self.check_number()
-        _C.check_offsets(
-            _values(self.offsets), len(self.indices), self.include_last_offset, self.num_features
-        )
+        check_offsets(values_of(self.offsets), len(self.indices), self.include_last_offset, self.num_features)
 
     def check_ids(self, bounds: Sequence[int | None]) -> None:
         """``IdOutOfRangeError`` unless IDs of part i's feature are in ``[0, bounds[i])``; None: not negative.
@@ -176,11 +182,12 @@ class Bags(NamedTuple):
             (f, -1 if bound is None else bound)
             for f, bound in zip(self.served(len(bounds)), bounds, strict=True)
         ]
-        _C.check_ids(_values(self.indices), _values(self.offsets), self.batch, self.num_features, pairs)
+        check_ids(values_of(self.indices), values_of(self.offsets), self.batch, self.num_features, pairs)
 
     # -------------------------------------------------------------------------------------- parts of a batch
 
     def with_last_offset(self) -> "Bags":
+        """The same bags, the last offset written out."""
         if self.include_last_offset:
             return self
         offsets = torch.nn.functional.pad(self.offsets, (0, 1), value=len(self.indices))
@@ -217,25 +224,61 @@ class Bags(NamedTuple):
             return self._of_all()
         indices, offsets = as_ids(self.indices, "indices"), as_ids(self.offsets, "offsets")
         self.check_number()
-        selected, starts, weights = _C.select_features(
+        selected, starts, weights = select_features(
             indices, offsets, self.per_sample_weights, list(features), self.num_features
         )
         return Bags(selected, starts, self.mode, weights, None, len(features))
 
-    def to(self, device: torch.device | str) -> "Bags":
+    def arguments(self, num_features: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Indices, offsets and per-sample weights of a batch of all ``num_features`` features.
+
+        ``ValueError`` for bags of some of them, of another number, with padding or without the last offset.
+        """
+        indices, offsets, _, weights, features, count, last, padding = self
+        if count != num_features:
+            raise ValueError(f"num_features: expected {num_features}, got {count}")
+        if features is not None or not last or padding >= 0:
+            raise ValueError(
+                "bags: expected those of all features, every offset and no padding, got features "
+                f"{features}, include_last_offset {last}, padding_idx {padding}"
+            )
+        return indices, offsets, weights
+
+    @classmethod
+    def join(
+        cls, batches: Sequence["Bags"], samples: Sequence[int], starts: Sequence[int], stops: Sequence[int]
+    ) -> "Bags":
+        """Samples ``starts[i]`` to ``stops[i]`` of batches of ``samples[i]`` samples each, one after another.
+
+        On the CPU. ``ValueError`` unless all have the same features, and are plain.
+        """
+        if not all(bags.is_plain for bags in batches):
+            raise ValueError("bags: expected those of all features, without per_sample_weights and padding")
+        count = batches[0].num_features
+        indices, offsets = join_bags(
+            [as_ids(bags.indices, "indices") for bags in batches],
+            [as_ids(bags.offsets, "offsets") for bags in batches],
+            samples, starts, stops, count,
+        )  # fmt: skip
+        return cls(indices, offsets, num_features=count)
+
+    def unique_share(self) -> float:
+        """Distinct (feature, ID) pairs over all IDs; 1 if there are none. A few nanoseconds an ID."""
+        return unique_share(self.indices.cpu(), self.offsets.cpu(), self.num_features)
+
+    # ------------------------------------------------------------------------------------------------ places
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Bags":
+        """The same bags in what ``move`` makes of each tensor."""
         weights = self.per_sample_weights
         return self._replace(
-            indices=self.indices.to(device),
-            offsets=self.offsets.to(device),
-            per_sample_weights=None if weights is None else weights.to(device),
+            indices=move(self.indices),
+            offsets=move(self.offsets),
+            per_sample_weights=None if weights is None else move(weights),
         )
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Bags":
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-def _values(tensor: Tensor) -> Tensor:
-    """As native code reads it; under a transform of ``torch.func`` (but ``vmap``), what the tensor wraps."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    if tensor.is_cpu and tensor.is_contiguous():
-        return tensor
-    with torch._C._DisableFuncTorch():
-        return tensor.detach().cpu().contiguous()
+    def pin_memory(self) -> "Bags":
+        return self.moved(torch.Tensor.pin_memory)

@@ -63,7 +63,7 @@ def save(
     kind = next((name for name, cls in KINDS.items() if type(model) is cls), None)
     if kind is None:
         raise TypeError(
-            f"model must be one of {', '.join(c.__name__ for c in KINDS.values())}, not {type(model)}"
+            f"model: expected one of {', '.join(c.__name__ for c in KINDS.values())}, got {type(model)}"
         )
     content = {
         "format": FORMAT,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mprec._native import _C
+from mprec._native import hash_families
 from mprec.names import FAMILIES, code
 
 __all__ = [
@@ -57,7 +57,7 @@ class Family(NamedTuple):
     lut: bool
 
 
-_FAMILIES = {family["name"]: Family(**family) for family in _C.hash_families()}
+_FAMILIES = {family["name"]: Family(**family) for family in hash_families()}
 
 
 def families_for(precision: str) -> tuple[str, ...]:

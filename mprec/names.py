@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 
-from mprec._native import _C
+from mprec._native import hash_families
 
 __all__ = ["ACTIVATIONS", "FAMILIES", "MODES", "code"]
 
 #: Pooling of a bag; torch's numbers.
 MODES: Mapping[str, int] = {"sum": 0, "mean": 1, "max": 2}
 #: Hash families; see :mod:`mprec.hashing`.
-FAMILIES: Mapping[str, int] = {family["name"]: i for i, family in enumerate(_C.hash_families())}
+FAMILIES: Mapping[str, int] = {family["name"]: i for i, family in enumerate(hash_families())}
 #: What follows a decoder layer.
 ACTIVATIONS: Mapping[str, int] = {"none": 0, "relu": 1, "sigmoid": 2, "mish": 3}
 

@@ -26,12 +26,14 @@ with more than one, such a pass raises ``RuntimeError`` rather than let replicas
     optimizers = [RowWiseAdagrad(tables, lr=0.02), torch.optim.Adam(rest)]
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mprec import huge_pages
 from mprec.bags import Bags
 from mprec.ops import fused
 from mprec.ops._common import mutated
@@ -54,6 +56,14 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
     return [p for p in parameters if id(p) in tables], [p for p in parameters if id(p) not in tables]
 
 
+def _zeros(weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    """New state of a table: in huge pages if it fills some, for it is read as randomly as the table."""
+    if weight.device.type == "cpu" and 4 * math.prod(shape) >= huge_pages.PAGE and huge_pages.supported():
+        with contextlib.suppress(OSError):  # torch says what it could not allocate
+            return huge_pages.empty(*shape)
+    return torch.zeros(shape, dtype=torch.float32, device=weight.device)
+
+
 def _non_negative(name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
@@ -65,6 +75,8 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     _rule: str
     _states: tuple[str, ...] = ()
+    #: Whether a step's size depends on how many there were.
+    _counts_steps = True
     #: Its operator for CUDA tables, with the names of its hyperparameters; None: it has none.
     _on_device: tuple[str, tuple[str, ...]] | None = None
 
@@ -111,8 +123,7 @@ class _TableOptimizer(torch.optim.Optimizer):
     def _init_state(self, weight: Tensor, group: dict) -> None:
         self.state[weight]["step"] = torch.zeros((), dtype=torch.float32)
         for name in self._states:
-            shape = self._state_shape(weight)
-            self.state[weight][name] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+            self.state[weight][name] = _zeros(weight, self._state_shape(weight))
 
     def _state_shape(self, weight: Tensor) -> tuple[int, int]:
         return tuple(weight.shape)
@@ -190,13 +201,12 @@ class _TableOptimizer(torch.optim.Optimizer):
 
         ``bags`` are those of the forward pass; on CUDA they may hold other features too. Table t's gradient
         stands at columns ``columns[t]`` and on (side by side if None). Called by the backward pass of
-        ``mprec.ops``. All tables must belong to one parameter group and have taken equally many steps;
-        ``mprec.ops.fused`` sees to that.
+        ``mprec.ops``. All tables must belong to one parameter group and, if a step's size depends on it, have
+        taken equally many steps; ``mprec.ops.fused`` sees to that.
         """
         group = self._group_of(weights[0])
         states = [self.state[weight] for weight in weights]
-        for state in states:
-            state["step"] += 1
+        torch._foreach_add_([state["step"] for state in states], 1)
         lr, eps, *betas = self._hyperparameters(group, int(states[0]["step"].item()))
         kinds = [[state[key] for state in states] for key in self._states]
         if weights[0].is_cuda:
@@ -213,7 +223,8 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     def group_key(self, weight: Tensor) -> tuple[int, int]:
         """Tables of equal keys can be updated by one call."""
-        return id(self._group_of(weight)), int(self.state[weight]["step"].item())
+        step = int(self.state[weight]["step"].item()) if self._counts_steps else 0
+        return id(self._group_of(weight)), step
 
     def _group_of(self, weight: Tensor) -> dict:
         if len(self.param_groups) == 1:
@@ -252,6 +263,7 @@ class SGD(_TableOptimizer):
     """Stochastic gradient descent, ``w -= lr·g``; as ``torch.optim.SGD`` without momentum."""
 
     _rule = "sgd"
+    _counts_steps = False
     _on_device = "table_sgd_", ("lr",)
 
     def __init__(
@@ -306,6 +318,7 @@ class RowWiseAdagrad(_TableOptimizer):
     """
 
     _rule = "rowwise_adagrad"
+    _counts_steps = False
     _states = ("sum",)
     _on_device = "table_rowwise_adagrad_", ("lr", "eps")
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["DEFAULT_OPTIONS", "Kernel", "KernelOptions", "KernelTraits", "check_kernel"]
+__all__ = ["DEFAULT_OPTIONS", "Options", "RunOptions", "TuningTraits", "check_options"]
 
 
-class KernelOptions(NamedTuple):
+class RunOptions(NamedTuple):
     """Run-time options of kernels on the CPU. ``None`` lets the kernel decide.
 
     Attributes:
@@ -22,19 +22,19 @@ class KernelOptions(NamedTuple):
 
 #: None: kernels choose by rules. A function from the number of samples to options. "auto": such a function,
 #: made from measurements at the first call without gradients.
-Kernel = Callable[[int], KernelOptions] | str | None
+Options = Callable[[int], RunOptions] | str | None
 
-DEFAULT_OPTIONS = KernelOptions()
-
-
-def check_kernel(kernel: Kernel) -> Kernel:
-    """``kernel`` itself. Raises ``ValueError`` unless it is None, "auto" or callable."""
-    if kernel is not None and kernel != "auto" and not callable(kernel):
-        raise ValueError(f"kernel: expected None, 'auto' or a function of the batch size, got {kernel!r}")
-    return kernel
+DEFAULT_OPTIONS = RunOptions()
 
 
-class KernelTraits(NamedTuple):
+def check_options(options: Options) -> Options:
+    """``options`` itself. Raises ``ValueError`` unless it is None, "auto" or callable."""
+    if options is not None and options != "auto" and not callable(options):
+        raise ValueError(f"options: expected None, 'auto' or a function of the batch size, got {options!r}")
+    return options
+
+
+class TuningTraits(NamedTuple):
     """What a module says of itself, so that its options can be measured.
 
     Attributes:

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from mprec.errors import DtypeError
+from mprec.tracing import may_look
 
 __all__ = ["IDS", "as_ids", "plain"]
 
 #: Types of IDs and offsets that kernels read.
 IDS = (torch.int64, torch.int32)
-
-_traced = torch._C._len_torch_dispatch_stack
-_transforms_active = torch._C._are_functorch_transforms_active
 
 
 @overload
@@ -28,7 +26,7 @@ def plain(tensor):
         return tensor.resolve_neg()
     if not tensor.is_contiguous():
         return tensor.contiguous()
-    if tensor.is_cpu and not (_traced() or _transforms_active()) and tensor.data_ptr() % tensor.itemsize:
+    if tensor.is_cpu and may_look() and tensor.data_ptr() % tensor.itemsize:
         return tensor.clone()
     return tensor
 

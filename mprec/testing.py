@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from mprec._native import _C
+from mprec import _native
 
 __all__ = ["isa", "runnable_isas"]
 
@@ -11,15 +11,15 @@ __all__ = ["isa", "runnable_isas"]
 def runnable_isas() -> list[str]:
     """The ISAs that this CPU can run, slowest first: of ``scalar``, ``avx2``, ``avx512``, ``avx512vnni``,
     ``avx512bf16``, ``amx``; on aarch64 ``scalar``, ``neon``."""
-    return _C.runnable_isas()
+    return _native.runnable_isas()
 
 
 @contextlib.contextmanager
 def isa(name: str) -> Iterator[None]:
     """Run the enclosed calls with the kernels of one ISA. ``ValueError`` if this CPU cannot run it."""
-    before = _C.isa()
-    _C.use_isa(name)
+    before = _native.isa()
+    _native.use_isa(name)
     try:
         yield
     finally:
-        _C.use_isa(before)
+        _native.use_isa(before)

@@ -1,9 +1,13 @@
-"""Who watches a call: nobody, or a compiler, a tracer, a mode or a function transform."""
+"""Who watches a call: nobody, or a compiler, a tracer, a mode or a function transform.
+
+What is asked of torch's internals for that is gathered here.
+"""
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["eager", "traced"]
+__all__ = ["eager", "may_look", "traced", "values_of"]
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -33,3 +37,18 @@ def eager() -> bool:
 def traced() -> bool:
     """True while a compiler traces: tensors have no addresses, and no state outlives the call."""
     return _dispatch_modes() > 0
+
+
+def may_look() -> bool:
+    """True where tensors have addresses and values: neither traced nor under a transform."""
+    return not (_dispatch_modes() or _transforms_active())
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """As native code reads it; under a transform of ``torch.func`` (but ``vmap``), what the tensor wraps."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    if tensor.is_cpu and tensor.is_contiguous():
+        return tensor
+    with torch._C._DisableFuncTorch():
+        return tensor.detach().cpu().contiguous()

@@ -1,6 +1,6 @@
 """Paths that cost what they say on a clock that only they move."""
 
-from mprec.dispatch import Path, Profile, fingerprint
+from mprec.dispatch import Profile, ScoringPath, fingerprint
 
 
 class Clock:
@@ -23,7 +23,9 @@ def fake_path(name, quality, fixed_s, per_sample_s, clock=None, supports=None, s
             clock.advance(fixed_s + per_sample_s * size)
         return item
 
-    return Path(name, name, quality, model, shape if shape is not None else f"shape of {name}", supports)
+    return ScoringPath(
+        name, name, quality, model, shape if shape is not None else f"shape of {name}", supports
+    )
 
 
 def fake_profile(costs, batch_sizes=tuple(2**i for i in range(12)), tail=1.25, shapes=None) -> Profile:

@@ -10,7 +10,7 @@ import time
 import torch
 from dispatch_fakes import fake_profile
 
-from mprec.dispatch import Dispatcher, Path
+from mprec.dispatch import Dispatcher, ScoringPath
 from mprec.serving import Engine, LocalExecutor
 from mprec.serving.build import ModelInputs
 from mprec.serving.http import Limits, Service, listen, serve
@@ -28,7 +28,7 @@ def score(batch):
 
 
 def dispatcher(model=score, name="p"):
-    path = Path(name, "table", 0.5, model, f"shape of {name}")
+    path = ScoringPath(name, "table", 0.5, model, f"shape of {name}")
     return Dispatcher([path], fake_profile({name: (1e-5, 1e-8)}))
 
 

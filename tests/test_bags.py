@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from mprec.bags import Bags
 from mprec.errors import DtypeError, IdOutOfRangeError, InvalidOffsetsError
+from mprec.models import DLRM, compile_path
+from mprec.nn import EmbeddingBagCollection, FeatureConfig, QuantizedEmbeddingBagCollection
 
 WHOLE = Bags(torch.tensor([7, 3, 5, 0, 9, 9, 2]), torch.tensor([0, 2, 3, 4, 7]), num_features=2)
 
@@ -100,3 +102,52 @@ def test_integers_of_any_type_and_weights_of_16_bits():
         bags.checked(2, torch.bfloat16)
     narrow = bags._replace(per_sample_weights=weights.bfloat16()).checked(2, torch.bfloat16)
     assert narrow.with_float_weights().per_sample_weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_collection_and_a_model_take_bags_whole(weighted):
+    torch.manual_seed(0)
+    features = [FeatureConfig("a", 20, 4, mode="mean"), FeatureConfig("b", 20, 4, "hybrid")]
+    bags = WHOLE._replace(per_sample_weights=torch.rand(7)) if weighted else WHOLE
+    collection = EmbeddingBagCollection(features)
+    given = bags.indices, bags.offsets, bags.per_sample_weights
+    for each in (collection, QuantizedEmbeddingBagCollection(collection, tables="float32")):
+        assert torch.equal(each(bags), each(*given))
+        buffer = torch.empty(2, 12)
+        with torch.no_grad():
+            assert each(bags, out=buffer) is buffer
+        assert torch.equal(buffer, each(*given))
+    model = DLRM(features, 3, 4, (8,), (8,)).eval()
+    dense = torch.randn(2, 3)
+    want = model.score(dense, model.embeddings(*given))
+    assert torch.equal(model(dense, bags), want)
+    torch.testing.assert_close(compile_path(model)(dense, bags), want.sigmoid(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_features": 1}, "num_features: expected 2, got 1"),
+        ({"features": [1, 0]}, "expected those of all features"),
+        ({"padding_idx": 3}, "got features None, include_last_offset True, padding_idx 3"),
+        ({"offsets": WHOLE.offsets[:-1], "include_last_offset": False}, "include_last_offset False"),
+    ],
+)
+def test_bags_of_other_features_are_refused(change, message):
+    model = DLRM([FeatureConfig(name, 20, 4) for name in "ab"], 0, 4, (8,), (8,)).eval()
+    bags, dense = WHOLE._replace(**change), torch.zeros(2, 0)
+    for call in (lambda: model.embeddings(bags), lambda: model(dense, bags)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    if "num_features" not in change:  # the native call looks at offsets alone
+        with pytest.raises(ValueError, match=message):
+            compile_path(model)(dense, bags)
+
+
+def test_weights_beside_a_batch_and_ids_alone_are_refused():
+    model = DLRM([FeatureConfig(name, 20, 4) for name in "ab"], 0, 4, (8,), (8,))
+    with pytest.raises(ValueError, match="per_sample_weights: expected None beside a batch"):
+        model.embeddings(WHOLE, None, torch.ones(7))
+    for call in (model, compile_path(model)):
+        with pytest.raises(TypeError, match="indices: expected Bags, or a tensor with offsets, got Tensor"):
+            call(torch.zeros(2, 0), WHOLE.indices)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.data.batching import concatenate, num_features, take
 from mprec.dispatch import unique_share
@@ -21,8 +22,11 @@ def make(samples):
     numbers = torch.arange(len(samples), dtype=torch.float32)
     return Batch(
         numbers.unsqueeze(1),
-        torch.tensor([i for bag in order for i in bag], dtype=torch.int64),
-        lengths.cumsum(0),
+        Bags(
+            torch.tensor([i for bag in order for i in bag], dtype=torch.int64),
+            lengths.cumsum(0),
+            num_features=features,
+        ),
         numbers,
     )
 
@@ -71,10 +75,14 @@ def test_refusals():
         concatenate([one, two])
     with pytest.raises(ValueError):
         concatenate([])
+    weighted = Batch(one.dense, one.bags._replace(per_sample_weights=torch.ones(1)), one.labels)
+    for batches in ([one, weighted], [weighted, one]):
+        with pytest.raises(ValueError, match="without per_sample_weights"):
+            concatenate(batches)
     with pytest.raises(ValueError, match="step"):
         take(make([[[1]]] * 4), slice(0, 4, 2))
     with pytest.raises(ValueError, match="offsets"):
-        num_features(Batch(torch.zeros(2, 0), torch.zeros(0), torch.zeros(2), torch.zeros(2)))
+        num_features(Batch(torch.zeros(2, 0), Bags(torch.zeros(0), torch.zeros(2)), torch.zeros(2)))
 
 
 @given(
@@ -83,7 +91,9 @@ def test_refusals():
 def test_unique_share(features, batch, vocabulary, dtype):
     indices = torch.randint(0, vocabulary, (features * batch,), dtype=dtype) - 7
     offsets = torch.arange(features * batch + 1, dtype=dtype)
-    found = unique_share(Batch(torch.zeros(batch, 0), indices, offsets, torch.zeros(batch)))
+    found = unique_share(
+        Batch(torch.zeros(batch, 0), Bags(indices, offsets, num_features=features), torch.zeros(batch))
+    )
     distinct = sum(len(part.unique()) for part in indices.view(features, batch))
     expected = distinct / len(indices) if batch else 1.0
     assert found == pytest.approx(expected, rel=1e-12 if batch <= 256 else 0.04)
@@ -91,8 +101,12 @@ def test_unique_share(features, batch, vocabulary, dtype):
 
 def test_unique_share_of_bags_counts_each_feature_for_itself():
     batch = Batch(
-        torch.zeros(2, 0), torch.tensor([5, 5, 5, 9]), torch.tensor([0, 2, 3, 3, 4]), torch.zeros(2)
+        torch.zeros(2, 0),
+        Bags(torch.tensor([5, 5, 5, 9]), torch.tensor([0, 2, 3, 3, 4]), num_features=2),
+        torch.zeros(2),
     )
     assert unique_share(batch) == 2 / 4
     with pytest.raises(InvalidOffsetsError, match=r"offsets\[2\] .* is 5, expected at most .* 4"):
-        unique_share(dataclasses.replace(batch, offsets=torch.tensor([0, 2, 5, 3, 4])))
+        unique_share(
+            dataclasses.replace(batch, bags=batch.bags._replace(offsets=torch.tensor([0, 2, 5, 3, 4])))
+        )

@@ -86,7 +86,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(model, path, monkeypatch
 def test_what_cannot_be_saved(model, tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoint.save(tmp_path / "x.pt", model, {"auc": torch.tensor(1.0)})
-    with pytest.raises(TypeError, match="model must be one of"):
+    with pytest.raises(TypeError, match="model: expected one of"):
         checkpoint.save(tmp_path / "x.pt", torch.nn.Linear(2, 2), {})
     with pytest.raises(FileNotFoundError):
         checkpoint.save(tmp_path / "nowhere" / "x.pt", model, {})

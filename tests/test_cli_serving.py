@@ -19,7 +19,7 @@ from dispatch_fakes import fake_profile
 
 from mprec import checkpoint, data
 from mprec.cli import _executors
-from mprec.dispatch import Path
+from mprec.dispatch import ScoringPath
 from mprec.dispatch.profile import default_file
 from mprec.nn import DheConfig
 from mprec.paths import paths_from_checkpoints, with_cache
@@ -437,7 +437,7 @@ def test_serve_names_what_is_out_of_bounds(checkpoints, arguments, match):
 def test_a_quick_profile_does_not_pass_for_a_whole_one(tmp_path, monkeypatch):
     """``mprec serve`` measures for seconds, perhaps on random IDs: other commands must not take that."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    paths = [Path("p", "table", 0.5, len, "shape of p")]
+    paths = [ScoringPath("p", "table", 0.5, len, "shape of p")]
     args = argparse.Namespace(profile=None, data=None)
     whole = default_file(paths)
     quick = _executors.profile_file(args, paths)

@@ -126,7 +126,7 @@ def test_more_malformed_lines_than_allowed_are_an_error(tmp_path):
     assert f"{path}:96: expected 40 fields, found 1" in str(e.value)
     with pytest.warns(UserWarning, match="5 malformed line"):
         assert len(load(f"criteo:{path},malformed=0.05")) == 95
-    with pytest.raises(ValueError, match=r"malformed must be in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"malformed: expected in \[0, 1\], got 2"):
         criteo.read(path, malformed=2)
 
 

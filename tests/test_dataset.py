@@ -78,11 +78,11 @@ def test_batches_cover_every_row_once_and_shuffle_by_seed():
 
 
 def test_bad_rows():
-    with pytest.raises(TypeError, match="rows must be"):
+    with pytest.raises(TypeError, match="rows: expected"):
         make().batch(np.array([0.5]))
     with pytest.raises(IndexError):
         make().batch([50])
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         next(make().batches(0))
 
 
@@ -129,7 +129,7 @@ def test_user_time_split_cuts_each_history():
 def test_split_arguments():
     with pytest.raises(ValueError, match="add up to 1"):
         make().split((0.5, 0.6))
-    with pytest.raises(ValueError, match="by must be one of time, user-time"):
+    with pytest.raises(ValueError, match="by: expected one of time, user-time"):
         make().split(by="random")
     with pytest.raises(ValueError, match="names no users"):
         ClickDataset("toy", [], labels=[0, 1]).split(by="user-time")

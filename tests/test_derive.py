@@ -11,6 +11,7 @@ from mprec import checkpoint, metrics
 from mprec.cli import main
 from mprec.data import load
 from mprec.derive import derive, distil, kept, low_rank, sensitivity
+from mprec.derive.distil import shape_for
 from mprec.derive.factorise import code_limits
 from mprec.derive.pareto import Candidate, front
 from mprec.derive.quality import influence
@@ -27,6 +28,7 @@ from mprec.nn import (
     MappedEmbeddingBagCollection,
 )
 from mprec.paths import Scorer, bundle, paths_from_checkpoints, sampler, with_cache
+from mprec.planner import Option
 from mprec.serving.process_executor import ProcessExecutor
 from mprec.training import TrainOptions, evaluate, predict, train_representations
 
@@ -131,7 +133,7 @@ def test_sensitivity_is_the_fisher_information_of_the_pooled_vectors(dataset, tr
     few = dataset.take(slice(0, 50))
     found = sensitivity(model, few)
     batch = few.batch(slice(None))
-    pooled = model.embeddings(batch.indices, batch.offsets).detach()
+    pooled = model.embeddings(batch.bags).detach()
     expected = torch.zeros(len(model.features), 8, 8, dtype=torch.float64)
     for row, dense in zip(pooled, batch.dense, strict=True):
         vector = row.clone().requires_grad_()
@@ -318,7 +320,7 @@ def test_dense_layers_in_fewer_bits(dataset, tmp_path):
     whole = next(iter(test.batches(len(test))))
     for each in found[1:]:
         assert each.model.top is found[0].model.top
-        scores = compile_path(each.model, each.dense)(whole.dense, whole.indices, whole.offsets)
+        scores = compile_path(each.model, each.dense)(whole.dense, whole.bags)
         assert each.quality["test"]["auc"].value == pytest.approx(
             roc_auc_score(test.labels, scores), abs=1e-4
         )
@@ -331,7 +333,7 @@ def test_dense_layers_in_fewer_bits(dataset, tmp_path):
     assert len({p.shape for p in paths}) == len(paths)
     sample = next(iter(test.batches(50)))
     for path, each in zip(paths, found, strict=True):
-        want = compile_path(each.model, each.dense)(sample.dense, sample.indices, sample.offsets)
+        want = compile_path(each.model, each.dense)(sample.dense, sample.bags)
         np.testing.assert_allclose(path.model(sample), want, atol=1e-6)
 
 
@@ -345,6 +347,30 @@ def test_dhe_recipe_replaces_large_vocabularies_only(dataset):
     small = Source(DLRM(features[2:], 2, 8, (8,), (8,)), dataset)
     with pytest.raises(ValueError, match="no vocabulary is so large"):
         make(small, "dhe")
+
+
+@pytest.mark.parametrize("part", [1, 4, 16, 64])
+def test_a_decoder_is_the_largest_in_its_part_of_the_bytes(part):
+    rows, dim = 6040, 16
+    config = shape_for(rows, dim, 1 / part)
+    feature = FeatureConfig("x", rows, dim, "dhe", config)
+    limit = rows * dim * 4 / part
+    assert Option("dhe", feature).nbytes <= limit
+    wider = DheConfig(k=config.k + 32, hidden=(config.hidden[0] + 8,))
+    assert Option("dhe", FeatureConfig("x", rows, dim, "dhe", wider)).nbytes > limit
+    assert shape_for(20, dim, 1 / part) is None
+
+
+def test_dhe_recipes_differ_in_size(dataset):
+    small = load("synthetic:rows=2000,vocabulary=3000+20,seed=2")
+    torch.manual_seed(0)
+    model = DLRM(
+        [FeatureConfig(name, size, 8) for name, size in small.features], small.num_dense, 8, (8,), (8,)
+    )
+    sizes = {part: make(Source(model, small), f"dhe:{part}") for part in (4, 16)}
+    configs = {part: made.features[0].dhe for part, made in sizes.items()}
+    assert configs == {part: shape_for(3000, 8, 1 / part) for part in (4, 16)}
+    assert [f.representation for f in sizes[4].features] == ["dhe", "table"]
 
 
 def test_mapped_models_are_folded_first(dataset, trained):
@@ -374,7 +400,7 @@ def test_bad_recipes(dataset, trained):
         derive(model, metadata, parts, recipes=["low_rank:9"], seconds=0)
     with pytest.raises(ValueError, match="each only once"):
         derive(model, metadata, parts, recipes=["dhe", "dhe"], seconds=0)
-    with pytest.raises(ValueError, match="metric must be one of"):
+    with pytest.raises(ValueError, match="metric: expected one of"):
         derive(model, metadata, parts, metric="f1", seconds=0)
 
 
@@ -538,6 +564,7 @@ def test_train_derive_profile_plan(tmp_path, capsys):
         "table[float16]",
         "table[int8]",
         "table[int4]",
+        "dhe",
     }
     assert main(["derive", model, *common, "--output", made, "--seconds", "0.1", "--threads", "1"]) == 0
     shown = capsys.readouterr().out

@@ -231,7 +231,7 @@ def test_unique_ids_are_counted_only_if_the_choice_depends_on_them():
     assert d.choose(512, 4e-3, unique_share=count).name == "dhe"
     assert len(counted) == 1
     assert "dhe" in str(d.choose(512, 4e-3, unique_share=count, explain=True))
-    with pytest.raises(ValueError, match=r"unique_share must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"unique_share: expected in \[0, 1\], got 1.5"):
         d.choose(512, 4e-3, unique_share=lambda: 1.5)
 
 
@@ -298,7 +298,7 @@ def test_bad_arguments(arguments, match):
 
 
 def test_bad_paths():
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="paths: expected at least one, got none"):
         Dispatcher([], fake_profile(COSTS))
     with pytest.raises(ValueError, match="distinct"):
         Dispatcher([fake_path("table", 0.0, 0, 0)] * 2, fake_profile(COSTS))

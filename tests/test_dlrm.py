@@ -107,12 +107,12 @@ def test_nan_weights_reach_the_logits():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="features"):
         DLRM([], 3, D)
-    with pytest.raises(ValueError, match="num_dense must not be negative, got -1"):
+    with pytest.raises(ValueError, match="num_dense: expected at least 0, got -1"):
         DLRM(FEATURES, -1, D)
     with pytest.raises(ValueError, match="'a' has embedding_dim 4; the interaction needs 8"):
         DLRM(FEATURES, 3, 8)
     dense, indices, offsets = inputs()
-    with pytest.raises(ValueError, match=r"dense must be \[B, 3\], got \[5, 2\]"):
+    with pytest.raises(ValueError, match=r"dense: expected \[B, 3\], got \[5, 2\]"):
         model()(dense[:, :2], indices, offsets)
     with pytest.raises(ValueError, match="dense has 4 rows, the bags make 5"):
         model()(dense[:4], indices, offsets)
@@ -146,5 +146,5 @@ def test_interaction_cat():
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(twin(dense, indices, offsets), model(dense, indices, offsets))
     assert "interaction" not in DLRM(features, 3, 4).config()  # as those of older checkpoints
-    with pytest.raises(ValueError, match="interaction must be 'dot' or 'cat', got 'sum'"):
+    with pytest.raises(ValueError, match="interaction: expected 'dot' or 'cat', got 'sum'"):
         DLRM(features, 3, 4, interaction="sum")

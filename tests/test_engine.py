@@ -8,8 +8,9 @@ from dispatch_fakes import Clock, fake_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Dispatcher, Path
+from mprec.dispatch import Dispatcher, ScoringPath
 from mprec.serving import Engine, LocalExecutor, QueryRefusedError
 
 COSTS = {"table": (50e-6, 1e-6), "hybrid": (260e-6, 10e-6)}
@@ -20,7 +21,7 @@ POISON = 999_983
 def batch(*ids):
     """One feature, one ID a sample, which is also the score it should get."""
     ids = torch.tensor(ids, dtype=torch.int64)
-    return Batch(torch.zeros(len(ids), 0), ids, torch.arange(len(ids) + 1), torch.zeros(len(ids)))
+    return Batch(torch.zeros(len(ids), 0), Bags(ids, torch.arange(len(ids) + 1)), torch.zeros(len(ids)))
 
 
 def query(size, start=0):
@@ -44,7 +45,8 @@ def make(clock=None, slow=None, profile=None, **options):
         return model
 
     paths = [
-        Path(name, name, QUALITY[name], scorer(name), f"shape of {name}", inputs=(1, 0)) for name in COSTS
+        ScoringPath(name, name, QUALITY[name], scorer(name), f"shape of {name}", inputs=(1, 0))
+        for name in COSTS
     ]
     engine = Engine(
         Dispatcher(paths, profile or fake_profile(COSTS)),
@@ -164,7 +166,7 @@ def test_only_the_query_at_fault_fails():
 
 
 def test_a_path_that_gives_the_wrong_number_of_scores_is_an_error_not_an_answer():
-    path = Path("broken", "table", 0.5, lambda b: torch.zeros(1), "shape of broken")
+    path = ScoringPath("broken", "table", 0.5, lambda b: torch.zeros(1), "shape of broken")
     engine = Engine(Dispatcher([path], fake_profile({"broken": (1e-6, 1e-9)})), sla_s=1.0, clock=Clock())
     future = engine.submit(query(3))
     drain(engine)
@@ -218,10 +220,15 @@ def test_no_query_is_ever_lost(arrivals, admission, max_batch, max_queue, steps)
     [
         (lambda: query(0), "at least one sample"),
         (lambda: Batch(torch.zeros(3, 1), *vars(query(2)).values()), None),
-        (lambda: Batch(torch.zeros(2), torch.arange(2), torch.arange(3), torch.zeros(2)), "dense"),
-        (lambda: Batch(torch.zeros(2, 0), torch.arange(2), torch.arange(2), torch.zeros(2)), "offsets"),
-        (lambda: Batch(torch.zeros(2, 3), torch.arange(2), torch.arange(3), torch.zeros(2)), "3 dense"),
-        (lambda: Batch(torch.zeros(2, 0), torch.arange(4), torch.arange(5), torch.zeros(2)), "2 features"),
+        (lambda: Batch(torch.zeros(2), Bags(torch.arange(2), torch.arange(3)), torch.zeros(2)), "dense"),
+        (lambda: Batch(torch.zeros(2, 0), Bags(torch.arange(2), torch.arange(2)), torch.zeros(2)), "offsets"),
+        (lambda: Batch(torch.zeros(2, 3), Bags(torch.arange(2), torch.arange(3)), torch.zeros(2)), "3 dense"),
+        (
+            lambda: Batch(
+                torch.zeros(2, 0), Bags(torch.arange(4), torch.arange(5), num_features=2), torch.zeros(2)
+            ),
+            "2 features",
+        ),
     ],
 )
 def test_queries_that_are_no_queries(bad, match):
@@ -274,7 +281,7 @@ def test_many_threads_and_a_close_that_drains():
 
 def test_close_without_draining_refuses_what_waits():
     gate = threading.Event()
-    path = Path("p", "table", 0.5, lambda b: (gate.wait(10), b.indices.float())[1], "shape of p")
+    path = ScoringPath("p", "table", 0.5, lambda b: (gate.wait(10), b.indices.float())[1], "shape of p")
     engine = Engine(Dispatcher([path], fake_profile({"p": (1e-6, 1e-9)})), sla_s=60.0, max_batch=1).start()
     futures = [engine.submit(query(1)) for _ in range(5)]
     deadline = time.monotonic() + 10
@@ -305,14 +312,16 @@ def test_a_cancelled_query_and_a_raising_callback_do_no_harm(caplog):
 
 
 def answers(name, quality, model, profile_costs, **options):
-    path = Path(name, name, quality, model, f"shape of {name}", inputs=(1, 0))
+    path = ScoringPath(name, name, quality, model, f"shape of {name}", inputs=(1, 0))
     return path, Dispatcher([path], fake_profile(profile_costs), **options)
 
 
 def test_a_malformed_first_query_does_not_decide_the_shape():
     engine, _ = make(Clock())
     with pytest.raises(ValueError, match="2 features and 0 dense numbers, the paths take 1 and 0"):
-        engine.submit(Batch(torch.zeros(1, 0), torch.arange(2), torch.arange(3), torch.zeros(1)))
+        engine.submit(
+            Batch(torch.zeros(1, 0), Bags(torch.arange(2), torch.arange(3), num_features=2), torch.zeros(1))
+        )
     future = engine.submit(query(3))
     drain(engine)
     assert len(future.result(0).scores) == 3
@@ -342,8 +351,8 @@ def test_a_path_that_raises_is_replaced_by_another_and_tried_again_later():
         return batch.indices.float()
 
     paths = [
-        Path("table", "table", 0.7, works, "shape of table"),
-        Path("hybrid", "hybrid", 0.8, broken, "shape of hybrid"),
+        ScoringPath("table", "table", 0.7, works, "shape of table"),
+        ScoringPath("hybrid", "hybrid", 0.8, broken, "shape of hybrid"),
     ]
     engine = Engine(Dispatcher(paths, fake_profile(COSTS)), sla_s=5e-3, clock=clock)
     names = []
@@ -366,8 +375,8 @@ def test_scores_that_are_not_finite_are_another_path_s_or_an_error():
     def works(batch):
         return batch.indices.float()
 
-    bad = Path("hybrid", "hybrid", 0.8, nan, "shape of hybrid")
-    good = Path("table", "table", 0.7, works, "shape of table")
+    bad = ScoringPath("hybrid", "hybrid", 0.8, nan, "shape of hybrid")
+    good = ScoringPath("table", "table", 0.7, works, "shape of table")
     for paths, answered in (([bad, good], True), ([bad], False)):
         engine = Engine(Dispatcher(paths, fake_profile(COSTS)), sla_s=1.0, clock=Clock())
         future = engine.submit(query(3))
@@ -391,7 +400,9 @@ def test_a_worker_survives_system_exit():
 
 
 def test_sizes_that_no_path_takes_are_never_made_by_merging():
-    path = Path("p", "p", 0.5, lambda b: b.indices.float(), "shape of p", supports=lambda size: size % 2 == 1)
+    path = ScoringPath(
+        "p", "p", 0.5, lambda b: b.indices.float(), "shape of p", supports=lambda size: size % 2 == 1
+    )
     engine = Engine(Dispatcher([path], fake_profile({"p": (1e-6, 1e-9)})), sla_s=1.0, clock=Clock())
     futures = [engine.submit(query(3)) for _ in range(40)]
     even = engine.submit(query(4))
@@ -473,7 +484,7 @@ def two_executors(score_of_b):
                 raise IndexError(f"ID {POISON} is out of range")
             return score(batch)
 
-        path = Path("table", "table", 0.7, model, "shape of table", inputs=(1, 0))
+        path = ScoringPath("table", "table", 0.7, model, "shape of table", inputs=(1, 0))
         made.append(LocalExecutor(name, [path], fake_profile(COSTS)))
     return made
 

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mprec import _C
+from mprec.bags import Bags
 from mprec.data import Batch
 
 EXAMPLES = int(os.environ.get("MPREC_FUZZ_EXAMPLES", 300))
@@ -701,7 +702,8 @@ def engine_queries(draw, guard: Guard):
         indices, offsets = draw(bags(2, size, 10))
         inputs = {"dense": torch.randn(size, 3), "indices": indices, "offsets": offsets}
         inputs = draw(corrupted(inputs)) if draw(st.integers(0, 3)) == 0 else inputs
-        batches.append(Batch(**inputs, labels=torch.zeros(size)))
+        dense, indices, offsets = inputs.values()
+        batches.append(Batch(dense, Bags(indices, offsets, num_features=2), torch.zeros(size)))
     return {
         "batches": batches,
         "sla_s": draw(st.sampled_from([1e-9, 10.0])),
@@ -835,7 +837,6 @@ WITHOUT_ARRAYS = {
     "cpu_model",
     "hash_families",
     "isa",
-    "omp_max_threads",
     "row_formats",
     "runnable_isas",
     "use_isa",
@@ -916,7 +917,7 @@ def describe(value) -> str:
             text += f" {value.tolist()}"
         return text
     if isinstance(value, Batch):
-        return "Batch(" + ", ".join(f"{key}={describe(each)}" for key, each in vars(value).items()) + ")"
+        return "Batch(" + ", ".join(f"{key}={describe(each)}" for key, each in value.tensors().items()) + ")"
     if isinstance(value, list):
         return "[" + ", ".join(map(describe, value)) + "]"
     return repr(value)

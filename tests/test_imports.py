@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ def test_a_circle_is_found():
     graph = {name: imports(ast.parse(text), set(source)) for name, text in source.items()}
     with pytest.raises(graphlib.CycleError):
         order(graph)
+
+
+def test_native_functions_are_called_from_ops_alone():
+    """Others import classes and lists by name, which says at the top of a module what it stands on."""
+    called = re.compile(r"(?<!torch\.)\b_C\.\w+\(")
+    callers = {name for name, file in modules().items() if called.search(file.read_text(encoding="utf-8"))}
+    assert {name.rpartition(".")[0] for name in callers} == {"mprec.ops"}
 
 
 HOOKS = """

@@ -270,6 +270,6 @@ def test_every_collection_takes_keyed_batches():
     ):
         nn.EmbeddingBagCollection([Config("t", 9, 4)])
     with pytest.raises(
-        TypeError, match="expected a KeyedJaggedTensor, or indices with offsets, got Tensor alone"
+        TypeError, match="expected a KeyedJaggedTensor, Bags, or indices with offsets, got Tensor alone"
     ):
         plain(torch.tensor([1]))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from dispatch_fakes import fake_profile
 
+from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Dispatcher, Path
+from mprec.dispatch import Dispatcher, ScoringPath
 from mprec.serving import Engine
 from mprec.serving.loadgen import run_loadgen
 
@@ -13,11 +14,11 @@ pytest.importorskip("mlperf_loadgen", reason="mlcommons-loadgen is not installed
 
 
 def query(size):
-    return Batch(torch.zeros(size, 0), torch.arange(size), torch.arange(size + 1), torch.zeros(size))
+    return Batch(torch.zeros(size, 0), Bags(torch.arange(size), torch.arange(size + 1)), torch.zeros(size))
 
 
 def test_loadgen_drives_an_engine_and_judges():
-    path = Path("p", "table", 0.5, lambda b: b.indices.float(), "shape of p")
+    path = ScoringPath("p", "table", 0.5, lambda b: b.indices.float(), "shape of p")
     dispatcher = Dispatcher([path], fake_profile({"p": (1e-5, 1e-8)}))
     with Engine(dispatcher, sla_s=5.0, admission=False) as engine:
         result = run_loadgen(engine, [query(4), query(9)], qps=200.0, seconds=0.5, min_queries=50)
@@ -33,7 +34,7 @@ def test_loadgen_drives_an_engine_and_judges():
 
 def test_refused_queries_make_a_run_invalid_and_the_reason_is_told():
     """LoadGen takes a refusal for an answer given at once: by itself it would call this run valid."""
-    path = Path("p", "table", 0.5, lambda b: b.indices.float(), "shape of p")
+    path = ScoringPath("p", "table", 0.5, lambda b: b.indices.float(), "shape of p")
     dispatcher = Dispatcher([path], fake_profile({"p": (1e-5, 1e-8)}))
     with Engine(dispatcher, sla_s=5.0) as engine:
         engine.close()
@@ -50,7 +51,7 @@ def test_loadgens_own_reason_is_told():
         time.sleep(0.02)
         return batch.indices.float()
 
-    path = Path("p", "table", 0.5, slow, "shape of p")
+    path = ScoringPath("p", "table", 0.5, slow, "shape of p")
     dispatcher = Dispatcher([path], fake_profile({"p": (2e-2, 1e-8)}))
     with Engine(dispatcher, sla_s=0.005, admission=False) as engine:
         result = run_loadgen(engine, [query(4)], qps=20.0, seconds=0.5, min_queries=5)

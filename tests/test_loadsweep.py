@@ -8,7 +8,7 @@ from dispatch_fakes import fake_profile
 from test_loadtest import COSTS, dataset, paths
 
 from mprec.arrivals import QuerySizes
-from mprec.dispatch import Dispatcher, Path
+from mprec.dispatch import Dispatcher, ScoringPath
 from mprec.serving.loadsweep import best_capacity, sweep, warnings_of
 from mprec.serving.loadtest import Outcome, contestants
 
@@ -49,7 +49,7 @@ def test_a_row_for_every_load_sla_and_contestant(arrivals):
 
 def test_the_dispatcher_does_not_set_the_scale():
     """Loads are shares of the best static path's capacity; a path that fails has none."""
-    broken = Path("broken", "table", 0.6, lambda batch: 1 / 0, "b")
+    broken = ScoringPath("broken", "table", 0.6, lambda batch: 1 / 0, "b")
     profile = fake_profile({**COSTS, "broken": (1e-6, 0.0)})
     some = {"broken": Dispatcher([broken], profile), "poor": Dispatcher(paths()[:1], profile)}
     limit, best = best_capacity(some, dataset(), sizes=SIZES)

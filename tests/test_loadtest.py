@@ -10,7 +10,7 @@ from dispatch_fakes import Clock, fake_profile
 
 from mprec.arrivals import Poisson, Steps
 from mprec.data import ClickDataset, Column
-from mprec.dispatch import Dispatcher, Path
+from mprec.dispatch import Dispatcher, ScoringPath
 from mprec.dispatch.microbenchmark import no_collection
 from mprec.serving import Engine
 from mprec.serving.loadtest import (
@@ -52,8 +52,8 @@ COSTS = {"poor": (1e-4, 1e-6), "good": (2e-4, 1e-5)}
 
 def paths():
     return [
-        Path("poor", "table", 0.6, knows(0.6), "shape of poor"),
-        Path("good", "dhe", 0.9, knows(0.9), "shape of good"),
+        ScoringPath("poor", "table", 0.6, knows(0.6), "shape of poor"),
+        ScoringPath("good", "dhe", 0.9, knows(0.9), "shape of good"),
     ]
 
 
@@ -86,7 +86,7 @@ def timed(path, clock, slow=1.0):
         clock.advance(slow * (fixed + per_sample * len(batch)))
         return path.model(batch)
 
-    return Path(path.name, path.representation, path.quality, model, path.shape)
+    return ScoringPath(path.name, path.representation, path.quality, model, path.shape)
 
 
 def test_outcome_counts_what_happened():
@@ -274,13 +274,16 @@ def test_capacity_counts_what_the_paths_can_do():
 
         return model
 
-    slow, fast = Path("slow", "dhe", 0.9, sleeps(4e-3), "s"), Path("fast", "table", 0.6, sleeps(0.0), "f")
+    slow, fast = (
+        ScoringPath("slow", "dhe", 0.9, sleeps(4e-3), "s"),
+        ScoringPath("fast", "table", 0.6, sleeps(0.0), "f"),
+    )
     profile = fake_profile({"slow": (4e-3, 0.0), "fast": (1e-6, 0.0)})
     queries = [a.batch for a in generate(dataset(), 1.0, 20, sizes=QuerySizes(8, 0))]
     limit = 1 / 4e-3  # a sleep may last longer, never shorter
     assert 0 < capacity(Dispatcher([slow], profile), queries, max_batch=8) <= limit
     contest = contestants([slow, fast], profile)
-    broken = Path("broken", "table", 0.6, lambda batch: 1 / 0, "b")
+    broken = ScoringPath("broken", "table", 0.6, lambda batch: 1 / 0, "b")
     with pytest.raises(RuntimeError, match="20 of 20 queries were not answered"):
         capacity(Dispatcher([broken], fake_profile({"broken": (1e-6, 0.0)})), queries)
     qps = suggested_qps(contest, dataset(), sizes=QuerySizes(8, 0), queries=20, max_batch=8)

@@ -163,7 +163,7 @@ def test_training_checkpoints_and_plans(tmp_path):
     assert loaded.state_dict().keys() == model.state_dict().keys()
     first = next(iter(data.batches(16)))
     with torch.no_grad():
-        scores = [m(first.dense, first.indices, first.offsets) for m in (model, loaded)]
+        scores = [m(first.dense, first.bags) for m in (model, loaded)]
     assert torch.equal(*scores)
     tables = DLRM(with_representation(model.features, "table"), data.num_dense, 16)
     with pytest.raises(RuntimeError, match="is a low_rank in the state_dict, but a table"):

@@ -33,7 +33,7 @@ def batch():
 
 
 def score(model, batch):
-    return model(batch.dense, batch.indices, batch.offsets)
+    return model(batch.dense, batch.bags)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -96,7 +96,7 @@ def test_checkpoint_round_trip(model, batch, tmp_path):
 
 
 def test_unknown_path(model):
-    with pytest.raises(ValueError, match="path must be one of hybrid, table, dhe, select, got 'tree'"):
+    with pytest.raises(ValueError, match="path: expected one of hybrid, table, dhe, select, got 'tree'"):
         model.path("tree")
 
 

@@ -10,8 +10,9 @@ from dispatch_fakes import fake_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Dispatcher, Path
+from mprec.dispatch import Dispatcher, ScoringPath
 from mprec.errors import IdOutOfRangeError
 from mprec.models import DLRM
 from mprec.nn import DheConfig, FeatureConfig, with_representation
@@ -56,7 +57,9 @@ def query(samples, seed=0, ids=torch.int64, offsets=torch.int64, bags=True):
     ]
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
     dense = torch.randn(samples, 3, generator=g)
-    return Batch(dense, torch.cat(indices).to(ids), starts.to(offsets), torch.zeros(samples))
+    return Batch(
+        dense, Bags(torch.cat(indices).to(ids), starts.to(offsets), num_features=2), torch.zeros(samples)
+    )
 
 
 def expected(models, answer, batch):
@@ -106,7 +109,11 @@ def test_only_the_query_at_fault_fails(models):
 
 def test_forms_that_no_program_takes_are_answered_by_the_model(models):
     odd = query(6)
-    odd = Batch(odd.dense.t().contiguous().t(), odd.indices.to(torch.int16), odd.offsets, odd.labels)
+    odd = Batch(
+        odd.dense.t().contiguous().t(),
+        odd.bags._replace(indices=odd.indices.to(torch.int16)),
+        odd.labels,
+    )
     queries = [query(3, 1), odd, query(4, 2)]
     engine = engine_of(models)
     futures = [engine.submit(q) for q in queries]  # all in one batch, as nobody takes them yet
@@ -118,7 +125,7 @@ def test_forms_that_no_program_takes_are_answered_by_the_model(models):
 
 def test_a_query_that_goes_with_no_other_fails_alone(models):
     odd = query(6)
-    odd = Batch(odd.dense, odd.indices.float(), odd.offsets, odd.labels)
+    odd = Batch(odd.dense, odd.bags._replace(indices=odd.indices.float()), odd.labels)
     engine = engine_of(models)
     futures = [engine.submit(q) for q in (query(3, 1), odd, query(4, 2))]
     with engine:
@@ -186,7 +193,7 @@ def test_an_executor_that_runs_in_its_own_way_has_no_programs(models):
 
     assert Own("cpu", paths(models), fake_profile(COSTS)).program("table") is None
     assert LocalExecutor("cpu", paths(models), fake_profile(COSTS)).program("table") is not None
-    plain = Path("plain", "table", 0.5, lambda batch: batch.labels)
+    plain = ScoringPath("plain", "table", 0.5, lambda batch: batch.labels)
     assert LocalExecutor("cpu", [plain], fake_profile({"plain": COSTS["table"]})).program("plain") is None
 
 
@@ -275,16 +282,27 @@ def test_the_callers_own_thread_scores(models):
 def test_what_a_query_that_is_scored_raises(models):
     bad, wide = query(4, seed=1, bags=False), query(9)
     bad.indices[0] = SIZES[0]
-    odd = Batch(wide.dense.t().contiguous().t(), wide.indices.to(torch.int16), wide.offsets, wide.labels)
+    odd = Batch(
+        wide.dense.t().contiguous().t(),
+        wide.bags._replace(indices=wide.indices.to(torch.int16)),
+        wide.labels,
+    )
     with engine_of(models, max_queue=8) as engine:
         with pytest.raises(IdOutOfRangeError):
             engine.score(bad)
         with pytest.raises(QueryRefusedError) as refused:
             engine.score(wide)
         with pytest.raises(ValueError, match="features"):
-            engine.score(Batch(wide.dense, wide.indices, wide.offsets[:-9], wide.labels))
+            engine.score(
+                Batch(wide.dense, wide.bags._replace(offsets=wide.offsets[:-9], num_features=1), wide.labels)
+            )
         with pytest.raises(ValueError, match="sla_s"):
             engine.score(bad, sla_s=0.0)
+        weights = torch.ones(len(wide.indices))
+        weighted = Batch(wide.dense, wide.bags._replace(per_sample_weights=weights), wide.labels)
+        for send in (engine.score, engine.submit, lambda batch: engine.replay([batch], [0.0])):
+            with pytest.raises(ValueError, match="without per_sample_weights"):
+                send(weighted)
         assert engine.score(query(8)).scores.shape == (8,)
     assert refused.value.reason == "full"
     with engine_of(models) as engine:  # no program takes it
@@ -333,8 +351,7 @@ def test_a_batch_outlives_the_program_that_reads_it():
     with Engine(Dispatcher([path], profile), sla_s=100.0, max_batch=size) as engine:
         batch = Batch(
             torch.randn(size, 3),
-            torch.randint(0, 1000, (2 * size,)),
-            torch.arange(2 * size + 1),
+            Bags(torch.randint(0, 1000, (2 * size,)), torch.arange(2 * size + 1), num_features=2),
             torch.zeros(size),
         )
         kept = weakref.ref(batch.indices)

@@ -336,12 +336,14 @@ def test_frozen_decoders_are_kept_with_grad_mode_on():
     hashes, weights, biases = make_decoder((32, 8, 4))
     frozen = [w.detach() for w in weights], [b.detach() for b in biases]
     options = "universal", "mish", "none"
-    assert _decoders.decoder(hashes, *frozen, *options) is _decoders.decoder(hashes, *frozen, *options)
+    assert _decoders.packed_decoder(hashes, *frozen, *options) is _decoders.packed_decoder(
+        hashes, *frozen, *options
+    )
     wanted = [w.clone().requires_grad_() for w in weights], biases
-    first = _decoders.decoder(hashes, *wanted, *options)
+    first = _decoders.packed_decoder(hashes, *wanted, *options)
     with torch.no_grad():
         wanted[0][0].add_(1)  # a step
-    assert _decoders.decoder(hashes, *wanted, *options) is not first
+    assert _decoders.packed_decoder(hashes, *wanted, *options) is not first
 
 
 @settings(max_examples=60, deadline=None)

@@ -21,7 +21,7 @@ from mprec.planner import (
     fit_effects,
     plan,
     plan_paths,
-    sized,
+    shapes_by_vocabulary,
     solve,
 )
 from mprec.planner.tables import feature_set
@@ -333,7 +333,7 @@ def test_rows_of_few_bits_go_where_memory_is_short():
 
 def test_shapes_by_vocabulary():
     fs = features(3, 1000, 10**7)
-    shape = sized(DheConfig(k=1024, hidden=(512, 24), seed=7), fs)
+    shape = shapes_by_vocabulary(DheConfig(k=1024, hidden=(512, 24), seed=7), fs)
     small, middle, large = map(shape, fs)
     assert (large.k, large.hidden, large.seed) == (1024, (512, 24), 7)
     assert (small.k, small.hidden) == (96, (48, 16))  # log2(4) of log2(1e7 + 1), in steps of 16

@@ -57,6 +57,12 @@ def test_idle_time_has_no_price_and_overload_is_paid_by_goodput():
     assert 0.72 - value - second * 2e-5 == pytest.approx(0, abs=1e-12)
 
 
+def test_a_path_that_is_worse_in_everything_sets_no_price():
+    """The lines of two paths, one of them dominated, cross above the best quality, where nobody is."""
+    price = FluidPrice([[(0.72, 2e-6), (0.71, 2.1e-6)]])
+    assert price.best == price.sample(1e3) == 0.72
+
+
 def test_paths_that_cannot_run_count_for_nothing():
     price = FluidPrice([[(0.9, math.inf), (0.7, 1e-5)], [(0.8, 1e-5)]])
     assert price.best == 0.8

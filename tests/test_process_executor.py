@@ -14,8 +14,9 @@ import pytest
 import torch
 from dispatch_fakes import fake_profile
 
+from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Path
+from mprec.dispatch import ScoringPath
 from mprec.errors import IdOutOfRangeError
 from mprec.models import DLRM, MultiPathDLRM
 from mprec.nn import DheConfig, FeatureConfig, QuantizedEmbeddingBagCollection, with_representation
@@ -35,12 +36,18 @@ def batch(size, seed=0, bag=3):
     lengths = torch.randint(0, bag + 1, (2 * size,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     ids = torch.randint(0, 50, (int(offsets[-1]),), generator=generator)
-    return Batch(torch.rand(size, NUMBERS, generator=generator), ids, offsets, torch.rand(size))
+    return Batch(
+        torch.rand(size, NUMBERS, generator=generator), Bags(ids, offsets, num_features=2), torch.rand(size)
+    )
 
 
 def first(kind):
     """One sample, whose first ID is ``kind``."""
-    return Batch(torch.zeros(1, NUMBERS), torch.tensor([kind, 0]), torch.arange(3), torch.zeros(1))
+    return Batch(
+        torch.zeros(1, NUMBERS),
+        Bags(torch.tensor([kind, 0]), torch.arange(3), num_features=2),
+        torch.zeros(1),
+    )
 
 
 def profile_of(names, seconds=1e-3):
@@ -49,7 +56,8 @@ def profile_of(names, seconds=1e-3):
 
 def plain_paths(*names):
     return [
-        Path(name, "table", 0.5, getattr(process_paths, name), name, inputs=(2, NUMBERS)) for name in names
+        ScoringPath(name, "table", 0.5, getattr(process_paths, name), name, inputs=(2, NUMBERS))
+        for name in names
     ]
 
 
@@ -64,7 +72,7 @@ def model_paths():
     quantised = DLRM(with_representation(FEATURES, "hybrid"), NUMBERS, 8, (16,), (16,))
     quantised.embeddings = QuantizedEmbeddingBagCollection(quantised.embeddings, "int8", "bfloat16")
     models["quantised"] = quantised
-    return [Path(name, name, 0.5, Scorer(m), name, inputs=(2, NUMBERS)) for name, m in models.items()]
+    return [ScoringPath(name, name, 0.5, Scorer(m), name, inputs=(2, NUMBERS)) for name, m in models.items()]
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +115,21 @@ def test_a_batch_arrives_whole_through_the_arena_and_past_it(executor, size):
 
 def test_views_other_dtypes_and_odd_strides_arrive_as_they_are(executor):
     item = batch(20)
-    strided = Batch(item.dense.t().contiguous().t(), item.indices.int(), item.offsets, item.labels)
+    strided = Batch(
+        item.dense.t().contiguous().t(), item.bags._replace(indices=item.indices.int()), item.labels
+    )
     assert torch.equal(executor.run("echo", strided), process_paths.echo(item))
-    strided = Batch(item.dense.t().contiguous().t(), item.indices, item.offsets, item.labels)
+    strided = Batch(item.dense.t().contiguous().t(), item.bags, item.labels)
     assert torch.equal(executor.run("echo", strided), process_paths.echo(item))
-    same(executor, "table", Batch(item.dense.requires_grad_(), item.indices, item.offsets, item.labels))
+    same(
+        executor,
+        "table",
+        Batch(item.dense.requires_grad_(), item.bags, item.labels),
+    )
     with pytest.raises(TypeError):
-        executor.run("table", Batch(item.dense, item.indices.float(), item.offsets, item.labels))
+        executor.run(
+            "table", Batch(item.dense, item.bags._replace(indices=item.indices.float()), item.labels)
+        )
 
 
 def test_results_do_not_share_memory_with_later_ones(executor):
@@ -145,7 +161,12 @@ def test_what_a_path_raises_comes_back(executor, kind, expected, text):
 def test_an_id_out_of_range_is_named_as_here(executor):
     with pytest.raises(IdOutOfRangeError, match="'b'"):
         executor.run(
-            "table", Batch(torch.zeros(1, 3), torch.tensor([0, 300]), torch.arange(3), torch.zeros(1))
+            "table",
+            Batch(
+                torch.zeros(1, 3),
+                Bags(torch.tensor([0, 300]), torch.arange(3), num_features=2),
+                torch.zeros(1),
+            ),
         )
 
 
@@ -194,11 +215,11 @@ def test_before_start_and_after_close_the_caller_scores():
 def test_what_cannot_go_to_a_process_is_named(trouble):
     paths, options, name = plain_paths("echo"), {}, "path 'bad'"
     if trouble == "lambda":
-        paths.append(Path("bad", "table", 0.5, lambda b: b.labels))
+        paths.append(ScoringPath("bad", "table", 0.5, lambda b: b.labels))
     elif trouble == "gradients":
         scorer = Scorer(torch.nn.Linear(2, 2))
         scorer.extra = torch.ones(2, requires_grad=True) * 2
-        paths.append(Path("bad", "table", 0.5, scorer))
+        paths.append(ScoringPath("bad", "table", 0.5, scorer))
     elif trouble == "threads":
         options, name = {"threads": 0}, "threads: expected at least 1, got 0"
     else:

@@ -9,6 +9,7 @@ from dispatch_fakes import Clock, fake_path, fake_profile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.dispatch import (
     Curve,
@@ -166,8 +167,11 @@ def rows(batch_size, rng):
     """A batch of one-ID bags for two features, from a large vocabulary."""
     return Batch(
         torch.zeros(batch_size, 1),
-        torch.from_numpy(rng.integers(10**9, size=2 * batch_size)),
-        torch.arange(2 * batch_size + 1),
+        Bags(
+            torch.from_numpy(rng.integers(10**9, size=2 * batch_size)),
+            torch.arange(2 * batch_size + 1),
+            num_features=2,
+        ),
         torch.zeros(batch_size),
     )
 
@@ -253,7 +257,11 @@ def costs_by_share(fixed_s, per_unique_s, clock):
 def test_inputs_of_two_kinds_tell_how_latency_follows_the_share(conditions):
     def draw(size, rng):
         batch = rows(size, rng)
-        return batch if rng.random() < 0.5 else dataclasses.replace(batch, indices=batch.indices % 3)
+        return (
+            batch
+            if rng.random() < 0.5
+            else dataclasses.replace(batch, bags=batch.bags._replace(indices=batch.indices % 3))
+        )
 
     clock = Clock()
     path = costs_by_share(1e-4, 1e-6, clock)

@@ -7,14 +7,15 @@ import pytest
 import torch
 from dispatch_fakes import fake_profile
 
+from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Path
+from mprec.dispatch import ScoringPath
 from mprec.serving import profile_check
 from mprec.serving.profile_check import profile_drift, profile_warnings
 
 
 def draw(size, rng):
-    return Batch(torch.zeros(size, 0), torch.arange(size), torch.arange(size + 1), torch.zeros(size))
+    return Batch(torch.zeros(size, 0), Bags(torch.arange(size), torch.arange(size + 1)), torch.zeros(size))
 
 
 def test_drift_is_measured_over_profiled_time(monkeypatch):
@@ -28,7 +29,7 @@ def test_drift_is_measured_over_profiled_time(monkeypatch):
 
     monkeypatch.setattr(profile_check, "microbenchmark", measured)
     profile = fake_profile({"slow": (1e-3, 0.0), "right": (1e-3, 0.0)}, batch_sizes=(1, 4, 16, 64, 256))
-    paths = [Path(name, "table", 0.5, None, name) for name in ("slow", "right")]
+    paths = [ScoringPath(name, "table", 0.5, None, name) for name in ("slow", "right")]
     assert profile_drift(paths, profile, draw) == {"slow": pytest.approx(3.0), "right": pytest.approx(1.0)}
     assert asked["sizes"] == [4, 16, 64]
 
@@ -41,7 +42,7 @@ def test_a_profile_of_a_faster_machine_is_noticed():
         return torch.zeros(len(batch))
 
     profile = fake_profile({"p": (2e-4, 0.0)}, batch_sizes=(1, 8, 64))
-    drift = profile_drift([Path("p", "table", 0.5, sleeps, "p")], profile, draw, seconds=0.05)
+    drift = profile_drift([ScoringPath("p", "table", 0.5, sleeps, "p")], profile, draw, seconds=0.05)
     assert drift["p"] >= 9.9
     (text,) = profile_warnings(drift)
     assert "stale" in text

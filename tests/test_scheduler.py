@@ -280,6 +280,50 @@ def test_a_path_that_failed_rests_and_comes_back():
     assert chosen == ["best", "mid", "mid", "best"]
 
 
+def test_a_hiccup_does_not_bring_in_what_is_worse_in_everything():
+    """A call of forty times its time makes its path look slow, but a worse path gains nothing by it."""
+    curve = 50e-6 + 1e-6 * np.arange(257)
+    worse = [Option(f"w{i}", 0.71, (1.1 * curve).tolist()) for i in range(9)]
+    queue = Scheduler([Lane("cpu", [Option("good", 0.72, curve.tolist()), *worse])], max_batch=256)
+    now, rng = 0.0, np.random.default_rng(0)
+    for i in range(2000):
+        while queue.waiting < 8 * 256:
+            if isinstance(queue.offer(now, 256, now + 5e-3), Refusal):
+                break
+        if (job := queue.next(now)) is None:
+            now += 1e-3
+            continue
+        assert job.path == "good", i
+        seconds = job.predicted_s * rng.lognormal(0.0, 0.1) * (40 if rng.random() < 0.01 else 1)
+        now += seconds
+        queue.done(job, now, seconds)
+        queue.expire(now)
+
+
+def test_a_dominated_path_is_taken_where_corrections_say_so():
+    curve = 50e-6 + 1e-6 * np.arange(257)
+    lane = Lane("cpu", [Option("a", 0.72, curve.tolist()), Option("b", 0.71, (1.2 * curve).tolist())])
+
+    def chosen_in_overload(start):
+        queue, now, chosen = Scheduler([lane], max_batch=256), start, []
+        while now < start + 0.05:
+            while not isinstance(queue.offer(now, 256, now + 5e-3), Refusal):
+                pass
+            job = queue.next(now)
+            chosen.append(job.path)
+            now += job.predicted_s
+            queue.done(job, now, job.predicted_s)
+            queue.expire(now)
+        return set(chosen[5:])
+
+    assert chosen_in_overload(0.0) == {"a"}
+    for i in range(200):
+        lane.correction.observe("a", 2.0, 1.0 + 2e-3 * i)
+        lane.correction.observe("b", 1.0, 1.001 + 2e-3 * i)
+    assert lane.correction.factors["a"] > 1.8 > 1.1 > lane.correction.factors["b"]
+    assert chosen_in_overload(1.5) == {"b"}
+
+
 def test_a_lone_path_that_failed_is_tried_all_the_same():
     lane = Lane("cpu", [Option("p", 0.5, [1e-3] * 11)])
     queue = Scheduler([lane], max_batch=10)

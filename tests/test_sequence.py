@@ -136,7 +136,7 @@ def test_raw_values_in_a_query(model):
     assert batch.offsets.tolist() == [0, 1, 2, 3, 4, 5, 5]
     for content, message in (
         ({"values": []}, "values: expected at least one row"),
-        ({"values": [["user 3", 1000]]}, r"values\[0\] must have an entry for each of the 3 features"),
+        ({"values": [["user 3", 1000]]}, r"values\[0\]: expected an entry for each of the 3 features"),
         ({"values": [[7, 1000, []]]}, r"values\[0\]\[0\], user: expected a string or null, got 7"),
         ({"values": [["a", 1, []]], "ids": [[0, 0, 0]]}, "give ids or values, not both"),
     ):

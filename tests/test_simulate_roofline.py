@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mprec.dispatch import Dispatcher, Path, Profile
+from mprec.dispatch import Dispatcher, Profile, ScoringPath
 from mprec.models import DLRM
 from mprec.nn import DheConfig
 from mprec.simulate import (
@@ -176,7 +176,8 @@ def test_profiles_are_simulated_and_say_so(tmp_path):
     for key, q in (("p50", 50), ("p95", 95), ("p99", 99)):
         assert cell[key][-1] == pytest.approx(np.percentile(drawn, q), rel=0.01)
     paths = [
-        Path(name, name, q, None, profile.paths[name]["shape"]) for name, q in (("table", 0.7), ("dhe", 0.8))
+        ScoringPath(name, name, q, None, profile.paths[name]["shape"])
+        for name, q in (("table", 0.7), ("dhe", 0.8))
     ]
     with pytest.raises(ValueError, match="simulated"):
         profile.check(paths)  # never taken for a measured one
@@ -195,7 +196,8 @@ def test_shapes_from_files(tmp_path):
         ({"quality": {"table": 1.2}}, r"quality.table: expected a share in \[0, 1\], got 1.2"),
         (
             {"quality": {"tables": 0.2}},
-            "quality: expected one of table, dhe, hybrid, low_rank, select, got 'tables'",
+            "quality: expected one of table, dhe, hybrid, low_rank, hot_dhe, hot_low_rank, select, "
+            "got 'tables'",
         ),
         ({"quality": {}}, "quality: expected at least one"),
         ({"dim": 0}, "embedding_dim: expected a positive integer, got 0"),

@@ -1,9 +1,11 @@
 """What the documentation's site is made of: the support matrix, the list of the API, links, figures."""
 
+import csv
 import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,3 +92,24 @@ def test_figures_are_those_of_the_last_whole_run(site):
     assert set(slower.splitlines()) < set(every.splitlines())
     rows = [line for line in every.splitlines() if line.startswith("| ") and "mprec, µs" not in line]
     assert len(rows) == len(set(rows)) == sum(map(len, figures.compared().values())) > 100
+
+
+def test_tables_of_quality_are_means_of_the_rows(site):
+    figures = site("figures")
+    shown = figures.on_page_markdown("<!-- figures: quality ml-1m -->", None, None, None)
+    with (ROOT / "benchmarks" / "results" / "derived.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["data"] == "ml-1m"]
+    forms = {(row["training"], row["path"]) for row in rows}
+    lines = shown.splitlines()[2:]
+    assert len(lines) == len(forms)
+    aucs = [float(r["auc"]) for r in rows if (r["training"], r["path"]) == ("mapped", "table[int4]")]
+    (line,) = (line for line in lines if "`table[int4]`" in line)
+    mean, *deviation = line.split("|")[4].split("±")
+    assert float(mean) == pytest.approx(np.mean(aucs), abs=6e-5)
+    assert len(deviation) == (len(aucs) > 1)
+    if deviation:
+        assert float(deviation[0]) == pytest.approx(np.std(aucs, ddof=1), abs=6e-5)
+    assert line.split("|")[-2].strip() == str(len(aucs))
+    assert "| dhe, published | 0.784 ± 0.002 |" in figures.on_page_markdown(
+        "<!-- figures: quality cce -->", None, None, None
+    )

@@ -8,8 +8,9 @@ import torch
 from dispatch_fakes import fake_profile
 from process_paths import echo, threads
 
+from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Path
+from mprec.dispatch import ScoringPath
 from mprec.serving import LocalExecutor, ProcessExecutor, splits
 from mprec.serving.executors import Executor
 from mprec.serving.splits import Split
@@ -19,12 +20,14 @@ PROFILE = fake_profile({"p": (1e-5, 1e-8)})
 
 def batch(size):
     return Batch(
-        torch.zeros(size, 1), torch.zeros(size, dtype=torch.int64), torch.arange(size + 1), torch.zeros(size)
+        torch.zeros(size, 1),
+        Bags(torch.zeros(size, dtype=torch.int64), torch.arange(size + 1)),
+        torch.zeros(size),
     )
 
 
 def path(model=echo):
-    return Path("p", "table", 0.5, model, "shape of p", inputs=(1, 1))
+    return ScoringPath("p", "table", 0.5, model, "shape of p", inputs=(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,7 @@ def test_what_was_measured_is_kept_for_these_paths_on_this_machine(monkeypatch, 
     assert splits.load([path()]) is None
     splits.save(rates, [path()])
     assert splits.load([path()]) == rates
-    assert splits.load([Path("p", "table", 0.5, threads, "another shape")]) is None
+    assert splits.load([ScoringPath("p", "table", 0.5, threads, "another shape")]) is None
     [file] = (tmp_path / "mprec").iterdir()
     for content in (b"", b"{}", b"[]", b'{"version": 1, "queries_per_s": {"local:0": {"1": 2}}}'):
         file.write_bytes(content)

@@ -159,7 +159,7 @@ def test_a_table_is_cached(tmp_path, monkeypatch):
         ({**SCHEMA, "features": {"user": {"separator": "|"}}}, "a separator is for columns of text"),
         ({**SCHEMA, "features": {}}, "features: expected at least one"),
         ({**SCHEMA, "features": {"user": {"min": 3}}}, "features: 'user': unknown key 'min'"),
-        ({**SCHEMA, "features": {"user": {"oov": 0}}}, "features: 'user': oov must be at least 1"),
+        ({**SCHEMA, "features": {"user": {"oov": 0}}}, "features: 'user': oov: expected at least 1"),
         ({**SCHEMA, "features": {"a.b": "user"}}, "a name must be without dots"),
         ({**SCHEMA, "split": "random"}, "split: expected one of time, user-time"),
         ({**SCHEMA, "split": "user-time"}, "user-time needs users"),

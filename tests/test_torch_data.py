@@ -6,6 +6,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
+from mprec.bags import Bags
 from mprec.data import Batch, ClickDataset, Column, collate
 
 
@@ -23,7 +24,7 @@ def same(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True))
 
 
-def test_a_batch_is_a_pytree():
+def test_a_batch_is_a_pytree(tmp_path):
     batch = dataset().batch(slice(0, 4))
     leaves, spec = pytree.tree_flatten(batch)
     assert [leaf.data_ptr() for leaf in leaves] == [
@@ -37,6 +38,25 @@ def test_a_batch_is_a_pytree():
 
     program = torch.export.export(Lengths(), (batch,))
     assert torch.equal(program.module()(batch), Lengths()(batch))
+    file = tmp_path / "lengths.pt2"
+    torch.export.save(program, file)
+    with torch.serialization.safe_globals([Batch, Bags]):  # the example in the file
+        loaded = torch.export.load(file)
+    assert torch.equal(loaded.module()(batch), Lengths()(batch))
+
+
+def test_what_moves_a_batch_moves_all_its_tensors():
+    batch = dataset().batch(slice(0, 4))
+    weighted = Batch(batch.dense, batch.bags._replace(per_sample_weights=torch.rand(6)), batch.labels)
+    for each in (batch, weighted):
+        leaves, spec = pytree.tree_flatten(each)
+        assert len(leaves) == 4 + (each is weighted)
+        assert same(pytree.tree_unflatten(leaves, spec), each)
+        moved = each.to("meta")
+        assert all(tensor.is_meta for tensor in moved.tensors().values())
+        assert moved.tensors().keys() == each.tensors().keys()
+        assert moved.bags.num_features == each.bags.num_features == 2
+        assert pytree.tree_map(lambda t: t.to("meta"), each).bags.indices.is_meta
 
 
 @pytest.mark.parametrize("workers", [0, 2])

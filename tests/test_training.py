@@ -79,9 +79,7 @@ def test_predictions_and_metrics(dataset):
     assert model.training
     batch = dataset.batch(slice(0, 10))
     with torch.no_grad():
-        np.testing.assert_allclose(
-            whole[:10], model(batch.dense, batch.indices, batch.offsets).sigmoid(), rtol=1e-5
-        )
+        np.testing.assert_allclose(whole[:10], model(batch.dense, batch.bags).sigmoid(), rtol=1e-5)
     assert evaluate(model, dataset).accuracy == ((whole >= 0.5) == dataset.labels).mean()
     assert len(predict(model, dataset.take(slice(0, 0)))) == 0
 
@@ -141,13 +139,13 @@ def test_threads_are_torchs_again_afterwards(dataset):
 
 def test_bad_arguments(dataset):
     for name, value in (("epochs", 0), ("batch_size", 0), ("patience", 0), ("learning_rate", 0.0)):
-        with pytest.raises(ValueError, match=f"{name} must be"):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
             TrainOptions(**{name: value})
-    with pytest.raises(ValueError, match="table_optimizer must be one of auto, adam, sparse_adam, "):
+    with pytest.raises(ValueError, match="table_optimizer: expected one of auto, adam, sparse_adam, "):
         TrainOptions(table_optimizer="sgd")
-    with pytest.raises(ValueError, match="monitor must be one of auc, log_loss, got 'loss'"):
+    with pytest.raises(ValueError, match="monitor: expected one of auc, log_loss, got 'loss'"):
         TrainOptions(monitor="loss")
-    with pytest.raises(ValueError, match="representation must be one of"):
+    with pytest.raises(ValueError, match="representation: expected one of"):
         build_model(dataset, "bloom")
     model = build_model(dataset, "table", **SMALL)
     with pytest.raises(ValueError, match="must not be empty, got 20000 and 0 rows"):
@@ -193,7 +191,7 @@ def test_command_checks_before_it_trains(tmp_path):
     arguments = ["--data", "synthetic", "--representation", "table", "--output"]
     with pytest.raises(ValueError, match="--output: there is no folder"):
         command.run(parse(*arguments, str(tmp_path / "no" / "model.pt")))
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="epochs: expected at least 1, got 0"):
         command.run(parse(*arguments, str(tmp_path / "model.pt"), "--epochs", "0"))
     with pytest.raises(SystemExit):
         parse(*arguments, "x", "--top", "8,zero")

@@ -163,7 +163,7 @@ void pool(const DheRequest& r, const CachedFeature& f, const Part& p, int thread
 void cached_dhe_bag_forward(const DheRequest& r, const std::vector<CachedFeature>& features, bool admit,
                             int threads, CachedDheCounters& counters) {
   thread_local Workspace own;
-  Workspace& w = own;  // the same object in every thread of the region below
+  Workspace& w = own;  // the same object in every thread
   const uint64_t start = now();
   check_offsets(r.bags);
   plan(r, checked_ids(r.bags, r.largest_id, w.ids), features, w);

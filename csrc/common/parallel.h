@@ -1,26 +1,38 @@
-// One OpenMP region per operator call.
+// A call's work, shared among threads: parts that each thread takes one by one. README.md beside this file
+// says why so, and not by regions with barriers.
 #pragma once
-#include <omp.h>
-
 #include <cstdint>
 
 namespace mprec {
 
-// Runs body(begin, end) over [0, n) in `threads` contiguous, nearly equal parts; in the calling thread
-// when one part is enough. The split depends on n and `threads` only, so results do not vary by run.
+// Runs part(body, i, slot) for every i in [0, parts): in the calling thread and as many as threads - 1
+// helpers.
+void run_parts(int64_t parts, int threads, void (*part)(const void* body, int64_t i, int slot),
+               const void* body);
+
+// Runs body(i, slot) for every i in [0, parts), in any order. Two bodies that run at the same time have
+// different slots, below `threads`: for memory of a thread's own. Returns when all are done; what a body
+// throws is thrown here.
 template <class Body>
-void parallel_ranges(int64_t n, int threads, const Body& body) {
-  if (n < threads) threads = static_cast<int>(n);
-  if (threads <= 1) {
-    if (n > 0) body(int64_t{0}, n);
+void parallel_parts(int64_t parts, int threads, const Body& body) {
+  if (threads <= 1 || parts <= 1) {
+    for (int64_t i = 0; i < parts; ++i) body(i, 0);
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
-    const int64_t begin = n * part / parts, end = n * (part + 1) / parts;
-    if (begin < end) body(begin, end);
-  }
+  run_parts(
+      parts, threads, [](const void* of, int64_t i, int slot) { (*static_cast<const Body*>(of))(i, slot); },
+      &body);
+}
+
+// Runs body(begin, end) over [0, n) in `ranges` contiguous, nearly equal parts, by as many threads. The split
+// depends on n and `ranges` only, so results do not vary by run.
+template <class Body>
+void parallel_ranges(int64_t n, int ranges, const Body& body) {
+  const int64_t parts = n < ranges ? n : ranges;
+  parallel_parts(parts, static_cast<int>(parts), [&](int64_t i, int) {
+    const int64_t begin = n * i / parts, end = n * (i + 1) / parts;
+    body(begin, end);
+  });
 }
 
 }  // namespace mprec

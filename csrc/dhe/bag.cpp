@@ -1,13 +1,12 @@
 #include "dhe/bag.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "bags/check.h"
 #include "common/aligned.h"
 #include "common/distinct.h"
+#include "common/parallel.h"
 #include "registry.h"
 
 namespace mprec {
@@ -130,18 +129,13 @@ bool one_id_per_bag(const Bags& b, int64_t feature) {
 void dhe_decode(const std::vector<DecodeWork>& features, int threads) {
   Workspace& w = own_workspace;
   const Team team = plan_team(features, threads, w);
-  const int64_t num_blocks = static_cast<int64_t>(w.blocks.size());
-  if (team.threads == 1) {
-    for (const DecodeBlock& b : w.blocks) decode_block(features, b, w.scratch.data());
-    return;
-  }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team.threads)
-  for (int64_t i = 0; i < num_blocks; ++i)
-    decode_block(features, w.blocks[i], w.scratch.data() + omp_get_thread_num() * team.scratch);
+  parallel_parts(static_cast<int64_t>(w.blocks.size()), team.threads, [&](int64_t i, int slot) {
+    decode_block(features, w.blocks[i], w.scratch.data() + slot * team.scratch);
+  });
 }
 
 void dhe_bag_forward(const DheRequest& r, const DheFeature* features, Dedupe dedupe, int threads) {
-  Workspace& w = own_workspace;  // the same object in every thread of the region below
+  Workspace& w = own_workspace;  // the same object in every thread
   const Bags& b = r.bags;
   check_offsets(b);
   plan_features(r, features, dedupe, checked_ids(b, r.largest_id, w.ids), w);
@@ -154,20 +148,12 @@ void dhe_bag_forward(const DheRequest& r, const DheFeature* features, Dedupe ded
     kernels().dhe->pool(w.pools[t], b.bag_begin(bag) - begin, b.bag_begin(bag + 1) - begin,
                         r.out + bag % b.batch * r.out_stride + features[t].column);
   };
-  const int64_t num_blocks = static_cast<int64_t>(w.blocks.size()), num_bags = b.num_bags();
-  if (team.threads == 1) {
-    for (const DecodeBlock& block : w.blocks) decode_block(w.features, block, w.scratch.data());
-    for (int64_t bag = 0; bag < num_bags; ++bag) pool(bag);
-    return;
-  }
-#pragma omp parallel num_threads(team.threads)
-  {
-    float* scratch = w.scratch.data() + omp_get_thread_num() * team.scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_blocks; ++i) decode_block(w.features, w.blocks[i], scratch);
-#pragma omp for schedule(static)
-    for (int64_t bag = 0; bag < num_bags; ++bag) pool(bag);
-  }
+  parallel_parts(static_cast<int64_t>(w.blocks.size()), team.threads, [&](int64_t i, int slot) {
+    decode_block(w.features, w.blocks[i], w.scratch.data() + slot * team.scratch);
+  });
+  parallel_ranges(b.num_bags(), team.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t bag = begin; bag < end; ++bag) pool(bag);
+  });
 }
 
 }  // namespace mprec

@@ -13,7 +13,7 @@
 namespace mprec {
 namespace {
 
-// Indices that repay waking a thread: each thread reads all of them to find its own rows.
+// Indices that repay waking a thread.
 constexpr int64_t indices_per_thread = 512;
 
 // One thread's arrays, kept from table to table.
@@ -21,7 +21,7 @@ struct Scratch {
   std::vector<uint64_t> keys, sorted;
   std::vector<int32_t> bags;
   std::vector<float> scales, row;
-  std::vector<uint32_t> histogram;
+  std::vector<uint32_t> histograms;
   int64_t count = 0;
 
   void reserve(int64_t entries, bool scaled, int64_t dim) {
@@ -42,26 +42,41 @@ void sort_by_row(Scratch& s, int64_t num_rows) {
   int bits = 1;
   while ((num_rows - 1) >> bits) ++bits;
   // Histograms of 2^11 fit the first-level cache; for few keys, clearing them costs more than a pass.
-  const int widest = n < 4096 ? 8 : 11, passes = (bits + widest - 1) / widest;
+  const int widest = n < 1024 ? 8 : 11, passes = (bits + widest - 1) / widest;
   const int digit = (bits + passes - 1) / passes;
-  const uint64_t mask = (uint64_t{1} << digit) - 1;
-  s.histogram.resize(mask + 1);
+  const uint64_t size = uint64_t{1} << digit, mask = size - 1;
+  s.histograms.assign(size * passes, 0);
   uint64_t *from = s.keys.data(), *to = s.sorted.data();
-  uint32_t* const histogram = s.histogram.data();
-  for (int pass = 0, shift = 32; pass < passes; ++pass, shift += digit) {
-    std::fill_n(histogram, mask + 1, 0u);
-    for (int64_t i = 0; i < n; ++i) ++histogram[from[i] >> shift & mask];
-    uint32_t sum = 0;
-    for (uint64_t d = 0; d <= mask; ++d) sum += std::exchange(histogram[d], sum);
-    for (int64_t i = 0; i < n; ++i) to[histogram[from[i] >> shift & mask]++] = from[i];
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t row = from[i] >> 32;
+    for (int pass = 0; pass < passes; ++pass, row >>= digit) ++s.histograms[pass * size + (row & mask)];
+  }
+  for (int pass = 0; pass < passes; ++pass) {
+    uint32_t *const begins = s.histograms.data() + pass * size, sum = 0;
+    const int shift = 32 + pass * digit;
+    for (uint64_t d = 0; d < size; ++d) sum += std::exchange(begins[d], sum);
+    for (int64_t i = 0; i < n; ++i) to[begins[from[i] >> shift & mask]++] = from[i];
     std::swap(from, to);
   }
   if (from != s.keys.data()) s.keys.swap(s.sorted);
 }
 
-// Which of `threads` handles a row: mixed, because hot rows are often neighbours.
-uint32_t owner(int64_t row, int threads) {
-  return static_cast<uint32_t>((static_cast<uint32_t>(row) * 0x9E3779B1u) * uint64_t(threads) >> 32);
+// Rows of one table that are updated together: those of `parts` shares that a hash gives to this one.
+struct Share {
+  int64_t feature, part, parts;
+
+  // Mixed, because hot rows are often neighbours.
+  bool has(int64_t row) const {
+    return static_cast<int64_t>((static_cast<uint32_t>(row) * 0x9E3779B1u) * static_cast<uint64_t>(parts) >>
+                                32) == part;
+  }
+};
+
+bool one_each(const Bags& b, int64_t feature) {
+  const int64_t first = b.first_bag(feature), last = b.first_bag(feature + 1);
+  bool each = b.bag_begin(last) - b.bag_begin(first) == last - first;
+  for (int64_t bag = first; bag < last; ++bag) each &= b.bag_begin(bag + 1) - b.bag_begin(bag) == 1;
+  return each;
 }
 
 template <class Index>
@@ -72,16 +87,27 @@ int64_t bag_size(const Bags& b, const Index* ids, int64_t begin, int64_t end) {
 
 bool scaled(const Bags& b) { return b.per_sample_weights || b.mode == Mode::mean; }
 
-// Gathers the entries of a feature whose rows belong to this thread. Offsets have been checked.
+// Gathers the entries of the share's rows. Offsets have been checked.
 template <class Index, bool shared>
-void collect(const Bags& b, int64_t feature, const PooledGradient& g, int thread, int threads, Scratch& s) {
+void collect(const Bags& b, const PooledGradient& g, const Share& share, Scratch& s) {
   const auto ids = static_cast<const Index*>(b.indices.data);
   const bool has_scales = scaled(b);
-  const int64_t first_bag = b.first_bag(feature), last_bag = b.first_bag(feature + 1);
+  const int64_t first_bag = b.first_bag(share.feature), last_bag = b.first_bag(share.feature + 1);
   s.reserve(b.bag_begin(last_bag) - b.bag_begin(first_bag), has_scales, g.dim);
   uint64_t* const keys = s.keys.data();
   int32_t* const bags = s.bags.data();
   uint64_t n = 0;
+  if (!shared && !b.per_sample_weights && b.padding_idx < 0 && one_each(b, share.feature)) {
+    const Index* own = ids + b.bag_begin(first_bag);
+    s.count = last_bag - first_bag;
+    for (int64_t i = 0; i < s.count; ++i) {
+      keys[i] = static_cast<uint64_t>(own[i]) << 32 | static_cast<uint64_t>(i);
+      bags[i] = static_cast<int32_t>(i);
+    }
+    if (has_scales) std::fill_n(s.scales.data(), s.count, 1.0f);
+    sort_by_row(s, g.num_rows);
+    return;
+  }
   for (int64_t bag = first_bag, begin = b.bag_begin(bag), end; bag < last_bag; ++bag, begin = end) {
     end = b.bag_begin(bag + 1);
     const float divisor = b.mode == Mode::mean && end - begin > 1
@@ -90,7 +116,7 @@ void collect(const Bags& b, int64_t feature, const PooledGradient& g, int thread
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = ids[i];
       if (row == b.padding_idx) continue;
-      if (shared && owner(row, threads) != static_cast<uint32_t>(thread)) continue;
+      if (shared && !share.has(row)) continue;
       keys[n] = static_cast<uint64_t>(row) << 32 | n;
       bags[n] = static_cast<int32_t>(bag - first_bag);
       if (has_scales) s.scales[n] = (b.per_sample_weights ? b.per_sample_weights[i] : 1.0f) / divisor;
@@ -101,22 +127,23 @@ void collect(const Bags& b, int64_t feature, const PooledGradient& g, int thread
   sort_by_row(s, g.num_rows);
 }
 
-RowGradients share(const Bags& b, int64_t feature, const PooledGradient& g, int thread, int threads,
-                   Scratch& s) {
+RowGradients sorted(const Bags& b, const PooledGradient& g, const Share& share, Scratch& s) {
   if (b.indices.wide)
-    (threads > 1 ? collect<int64_t, true> : collect<int64_t, false>)(b, feature, g, thread, threads, s);
+    (share.parts > 1 ? collect<int64_t, true> : collect<int64_t, false>)(b, g, share, s);
   else
-    (threads > 1 ? collect<int32_t, true> : collect<int32_t, false>)(b, feature, g, thread, threads, s);
+    (share.parts > 1 ? collect<int32_t, true> : collect<int32_t, false>)(b, g, share, s);
   return {s.keys.data(), s.count,       s.bags.data(), scaled(b) ? s.scales.data() : nullptr,
           g.grad,        g.grad_stride, g.dim};
 }
 
 template <class Index>
 bool all_within(const Index* ids, int64_t begin, int64_t end, int64_t num_rows) {
-  bool within = true;  // no early exit: the loop is then a vector loop
-  for (int64_t i = begin; i < end; ++i)
-    within &= static_cast<uint64_t>(static_cast<int64_t>(ids[i])) < static_cast<uint64_t>(num_rows);
-  return within;
+  uint64_t signs = 0;  // of any ID, or of any difference to the largest: no early exit, for a vector loop
+  for (int64_t i = begin; i < end; ++i) {
+    const uint64_t id = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
+    signs |= id | (static_cast<uint64_t>(num_rows - 1) - id);
+  }
+  return static_cast<int64_t>(signs) >= 0;
 }
 
 // Everything is checked before anything is written: a failed call leaves the tables as they were.
@@ -141,21 +168,48 @@ void check(const Bags& b, const PooledGradient* gradients) {
   throw_first_error(b, bounds);
 }
 
+// How many of `threads` repay waking them.
+int worth(int threads, int64_t indices) {
+  return static_cast<int>(std::clamp<int64_t>(indices / indices_per_thread, 1, threads));
+}
+
+// Shares of nearly equal numbers of indices, so small that threads that take one by one end together. A table
+// is read once for each of its shares: so most are whole tables.
+std::vector<Share> plan(const Bags& b, int threads) {
+  const int64_t large = b.indices.size / (2 * threads);
+  std::vector<Share> shares;
+  for (int64_t f = 0; f < b.num_features; ++f) {
+    const int64_t n = b.feature_begin(f + 1) - b.feature_begin(f);
+    const int64_t parts = threads == 1 || n == 0 ? 1 : (n + large - 1) / large;
+    for (int64_t part = 0; part < parts; ++part) shares.push_back({f, part, parts});
+  }
+  return shares;
+}
+
+// Whether two of the tables have memory in common: then they are updated one after the other.
+bool overlap(const Bags& b, const PooledGradient* gradients, const TableRows* tables) {
+  std::vector<std::pair<const float*, const float*>> spans;
+  for (int64_t f = 0; f < b.num_features; ++f)
+    spans.emplace_back(tables[f].weight, tables[f].weight + gradients[f].num_rows * tables[f].weight_stride);
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return true;
+  return false;
+}
+
 }  // namespace
 
 void update_tables(const Bags& b, const PooledGradient* gradients, const TableRows* tables,
                    const Update& update, int threads) {
   check(b, gradients);
   const auto apply = kernels().gradient->apply;
-  const int parts =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, b.indices.size / indices_per_thread)));
-  parallel_ranges(parts, parts, [&](int64_t first, int64_t last) {
+  threads = overlap(b, gradients, tables) ? 1 : worth(threads, b.indices.size);
+  const std::vector<Share> shares = plan(b, threads);
+  parallel_parts(static_cast<int64_t>(shares.size()), threads, [&](int64_t i, int) {
     static thread_local Scratch scratch;
-    for (int64_t part = first; part < last; ++part)
-      for (int64_t f = 0; f < b.num_features; ++f) {
-        const RowGradients g = share(b, f, gradients[f], static_cast<int>(part), parts, scratch);
-        apply(g, tables[f], update, false, scratch.row.data());
-      }
+    const int64_t feature = shares[i].feature;
+    const RowGradients g = sorted(b, gradients[feature], shares[i], scratch);
+    apply(g, tables[feature], update, false, scratch.row.data());
   });
 }
 
@@ -163,7 +217,7 @@ int64_t sparse_gradient(const Bags& b, const PooledGradient& gradient, int64_t* 
                         int threads) {
   check(b, &gradient);
   Scratch scratch;
-  const RowGradients all = share(b, 0, gradient, 0, 1, scratch);
+  const RowGradients all = sorted(b, gradient, {0, 0, 1}, scratch);
   std::vector<int64_t> starts;  // of each distinct row, in all.keys
   for (int64_t i = 0; i < all.count; ++i)
     if (i == 0 || all.keys[i] >> 32 != all.keys[i - 1] >> 32) {
@@ -173,9 +227,7 @@ int64_t sparse_gradient(const Bags& b, const PooledGradient& gradient, int64_t* 
   const int64_t distinct = static_cast<int64_t>(starts.size());
   starts.push_back(all.count);
   const auto apply = kernels().gradient->apply;
-  const int parts =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, all.count / indices_per_thread)));
-  parallel_ranges(distinct, parts, [&](int64_t first, int64_t last) {
+  parallel_ranges(distinct, worth(threads, all.count), [&](int64_t first, int64_t last) {
     RowGradients part = all;
     part.keys += starts[first];
     part.count = starts[last] - starts[first];

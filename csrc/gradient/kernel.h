@@ -10,41 +10,68 @@
 
 namespace mprec::MPREC_ISA {
 
-constexpr int64_t entries_ahead = 12;
+constexpr int64_t entries_ahead = 16;
 
 inline void prefetch_lines(const float* p, int64_t floats) {
   for (int64_t i = 0; i < floats; i += 16) prefetch(p + i);
+}
+inline void prefetch_lines_to_write(const float* p, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += 16) prefetch_to_write(p + i);
 }
 
 inline uint32_t row_of(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
 inline uint32_t entry_of(uint64_t key) { return static_cast<uint32_t>(key); }
 
+// Asks for what an entry needs, when the walk stands at the entry `entries_ahead` before it: one at a time,
+// for a burst, as before a row of many entries, would fill the queue to memory and drop out of the cache.
 template <Rule rule>
-inline void prefetch_entry(const RowGradients& g, const TableRows& t, int64_t i, bool compact) {
-  prefetch_lines(g.grad + g.bags[entry_of(g.keys[i])] * g.grad_stride, g.dim);
-  const int64_t row = row_of(g.keys[i]);
-  if (compact || row == row_of(g.keys[i - 1])) return;
-  prefetch_lines(t.weight + row * t.weight_stride, g.dim);
-  if (t.first) prefetch_lines(t.first + row * t.state_stride, rule == Rule::rowwise_adagrad ? 1 : g.dim);
-  if (t.second) prefetch_lines(t.second + row * t.state_stride, g.dim);
-}
+struct Ahead {
+  const RowGradients& g;
+  const TableRows& t;
+  bool compact;
+
+  void operator()(int64_t i) const {
+    i += entries_ahead;
+    if (i >= g.count) return;
+    prefetch_lines(g.grad + g.bags[entry_of(g.keys[i])] * g.grad_stride, g.dim);
+    const int64_t row = row_of(g.keys[i]);
+    if (compact || row == row_of(g.keys[i - 1])) return;
+    prefetch_lines_to_write(t.weight + row * t.weight_stride, g.dim);
+    if (t.first)
+      prefetch_lines_to_write(t.first + row * t.state_stride, rule == Rule::rowwise_adagrad ? 1 : g.dim);
+    if (t.second) prefetch_lines_to_write(t.second + row * t.state_stride, g.dim);
+  }
+};
+struct NothingAhead {
+  void operator()(int64_t) const {}
+};
 
 // Sum of the gradients of entries [begin, end) in `vectors` registers of columns.
-template <int vectors, bool tail, bool scaled>
+template <int vectors, bool tail, bool scaled, class Ahead>
 inline void accumulate(const RowGradients& g, int64_t begin, int64_t end, int64_t column, Mask mask,
-                       Vec (&acc)[vectors]) {
+                       const Ahead& ahead, Vec (&acc)[vectors]) {
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) acc[v] = zero();
   for (int64_t i = begin; i < end; ++i) {
+    ahead(i);
     const uint32_t entry = entry_of(g.keys[i]);
     const float* grad = g.grad + g.bags[entry] * g.grad_stride + column;
     const Vec scale = broadcast(scaled ? g.scales[entry] : 1.0f);
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      const Vec x = tail ? load(grad + v * Vec::width, mask) : load(grad + v * Vec::width);
+      const bool masked = tail && v == vectors - 1;
+      const Vec x = masked ? load(grad + v * Vec::width, mask) : load(grad + v * Vec::width);
       acc[v] = acc[v] + (scaled ? x * scale : x);
     }
   }
+}
+template <int vectors, bool tail, class Ahead>
+inline void accumulate(const RowGradients& g, int64_t begin, int64_t end, int64_t column, Mask mask,
+                       const Ahead& ahead, Vec (&acc)[vectors]) {
+  if (g.scales)
+    accumulate<vectors, tail, true>(g, begin, end, column, mask, ahead, acc);
+  else
+    accumulate<vectors, tail, false>(g, begin, end, column, mask, ahead, acc);
 }
 
 struct Constants {
@@ -89,14 +116,11 @@ inline void update_columns(Vec g, float* weight, float* first, float* second, co
   }
 }
 
-template <Rule rule, int vectors, bool tail>
+template <Rule rule, int vectors, bool tail, class Ahead>
 inline void update_block(const RowGradients& g, int64_t begin, int64_t end, int64_t column, Mask mask,
-                         const Constants& c, float* weight, float* first, float* second) {
+                         const Constants& c, const Ahead& ahead, float* weight, float* first, float* second) {
   Vec acc[vectors];
-  if (g.scales)
-    accumulate<vectors, tail, true>(g, begin, end, column, mask, acc);
-  else
-    accumulate<vectors, tail, false>(g, begin, end, column, mask, acc);
+  accumulate<vectors, tail>(g, begin, end, column, mask, ahead, acc);
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) {
     const int64_t at = column + v * Vec::width;
@@ -105,24 +129,61 @@ inline void update_block(const RowGradients& g, int64_t begin, int64_t end, int6
 }
 
 // One row: entries [begin, end) and the row they belong to.
-template <Rule rule>
-inline void update_row(const RowGradients& g, int64_t begin, int64_t end, const Constants& c, float* weight,
-                       float* first, float* second) {
+template <Rule rule, class Ahead>
+inline void update_row(const RowGradients& g, int64_t begin, int64_t end, const Constants& c,
+                       const Ahead& ahead, float* weight, float* first, float* second) {
   constexpr int64_t block = 4 * Vec::width;
+  constexpr NothingAhead nothing{};
   const Mask all(Vec::width);
   int64_t column = 0;
+  if (block <= g.dim)
+    update_block<rule, 4, false>(g, begin, end, column, all, c, ahead, weight, first, second), column = block;
+  else if (Vec::width <= g.dim)
+    update_block<rule, 1, false>(g, begin, end, column, all, c, ahead, weight, first, second),
+        column = Vec::width;
+  else
+    return update_block<rule, 1, true>(g, begin, end, 0, Mask(g.dim), c, ahead, weight, first, second);
   for (; column + block <= g.dim; column += block)
-    update_block<rule, 4, false>(g, begin, end, column, all, c, weight, first, second);
+    update_block<rule, 4, false>(g, begin, end, column, all, c, nothing, weight, first, second);
   for (; column + Vec::width <= g.dim; column += Vec::width)
-    update_block<rule, 1, false>(g, begin, end, column, all, c, weight, first, second);
+    update_block<rule, 1, false>(g, begin, end, column, all, c, nothing, weight, first, second);
   if (column < g.dim)
-    update_block<rule, 1, true>(g, begin, end, column, Mask(g.dim - column), c, weight, first, second);
+    update_block<rule, 1, true>(g, begin, end, column, Mask(g.dim - column), c, nothing, weight, first,
+                                second);
 }
 
-inline void update_row_rowwise(const RowGradients& g, int64_t begin, int64_t end, const Update& u,
-                               float* weight, float* sum_of_squares, float* scratch) {
-  const Constants c(u);
-  update_row<Rule::assign>(g, begin, end, c, scratch, scratch, scratch);
+// Adds the mean of the squares to the row's state; the factor of the gradient in the row's step.
+inline float rowwise_step(Vec squares, int64_t dim, const Update& u, float* sum_of_squares) {
+  *sum_of_squares += sum(squares) / static_cast<float>(dim);
+  return u.lr / (__builtin_sqrtf(*sum_of_squares) + u.eps);
+}
+
+// A row of `vectors` registers, the last one masked if `tail`, whose gradient never leaves them.
+template <int vectors, bool tail, class Ahead>
+inline void update_row_rowwise(const RowGradients& g, int64_t begin, int64_t end, const Update& u, Mask mask,
+                               const Ahead& ahead, float* weight, float* sum_of_squares) {
+  Vec acc[vectors];
+  accumulate<vectors, tail>(g, begin, end, 0, mask, ahead, acc);
+  Vec squares = zero();
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) squares = squares + acc[v] * acc[v];
+  const Vec step = broadcast(rowwise_step(squares, g.dim, u, sum_of_squares));
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    float* p = weight + v * Vec::width;
+    if (tail && v == vectors - 1)
+      put<true>(p, get<true>(p, mask) - step * acc[v], mask);
+    else
+      put<false>(p, get<false>(p, mask) - step * acc[v], mask);
+  }
+}
+
+// A row of any width, whose gradient is kept in `scratch`.
+template <class Ahead>
+inline void update_wide_row_rowwise(const RowGradients& g, int64_t begin, int64_t end, const Update& u,
+                                    const Constants& c, const Ahead& ahead, float* weight,
+                                    float* sum_of_squares, float* scratch) {
+  update_row<Rule::assign>(g, begin, end, c, ahead, scratch, scratch, scratch);
   Vec squares = zero();
   int64_t column = 0;
   for (; column + Vec::width <= g.dim; column += Vec::width) {
@@ -134,43 +195,69 @@ inline void update_row_rowwise(const RowGradients& g, int64_t begin, int64_t end
     const Vec x = load(scratch + column, mask);
     squares = squares + x * x;
   }
-  *sum_of_squares += sum(squares) / static_cast<float>(g.dim);
-  const Vec step = broadcast(u.lr) / (sqrt(broadcast(*sum_of_squares)) + broadcast(u.eps));
+  const Vec step = broadcast(rowwise_step(squares, g.dim, u, sum_of_squares));
   for (column = 0; column + Vec::width <= g.dim; column += Vec::width)
     store(weight + column, load(weight + column) - step * load(scratch + column));
   if (column < g.dim)
     store(weight + column, load(weight + column, mask) - step * load(scratch + column, mask), mask);
 }
 
-template <Rule rule>
-void apply_rule(const RowGradients& g, const TableRows& t, const Update& u, bool compact, float* scratch) {
-  const Constants c(u);
+// Runs update(begin, end, weight, first, second) for each distinct row of the share, ascending.
+template <class Ahead, class Body>
+inline void for_each_row(const RowGradients& g, const TableRows& t, bool compact, const Ahead& ahead,
+                         const Body& update) {
+  for (int64_t i = 1 - entries_ahead; i < 0; ++i) ahead(i);
   int64_t distinct = 0;
-  for (int64_t begin = 0; begin < g.count; ++distinct) {
+  for (int64_t begin = 0, end; begin < g.count; begin = end, ++distinct) {
     const int64_t row = row_of(g.keys[begin]);
-    int64_t end = begin + 1;
-    while (end < g.count && row_of(g.keys[end]) == row) ++end;
-    for (int64_t i = begin + entries_ahead; i < end + entries_ahead && i < g.count; ++i)
-      prefetch_entry<rule>(g, t, i, compact);
+    for (end = begin + 1; end < g.count && row_of(g.keys[end]) == row;) ++end;
     float* weight = t.weight + (compact ? distinct : row) * t.weight_stride;
     // A rule without state is given its weight in the state's place: never read or written there.
     float* first = t.first ? t.first + row * t.state_stride : weight;
     float* second = t.second ? t.second + row * t.state_stride : weight;
-    if (rule == Rule::rowwise_adagrad)
-      update_row_rowwise(g, begin, end, u, weight, first, scratch);
-    else
-      update_row<rule>(g, begin, end, c, weight, first, second);
-    begin = end;
+    update(begin, end, weight, first, second);
   }
+}
+
+template <Rule rule>
+void apply_rule(const RowGradients& g, const TableRows& t, const Update& u, bool compact) {
+  const Constants c(u);
+  const Ahead<rule> ahead{g, t, compact};
+  for_each_row(g, t, compact, ahead,
+               [&](int64_t begin, int64_t end, float* weight, float* first, float* second) {
+                 update_row<rule>(g, begin, end, c, ahead, weight, first, second);
+               });
+}
+
+template <int vectors, bool tail>
+void apply_rowwise(const RowGradients& g, const TableRows& t, const Update& u, Mask mask) {
+  const Ahead<Rule::rowwise_adagrad> ahead{g, t, false};
+  for_each_row(g, t, false, ahead, [&](int64_t begin, int64_t end, float* weight, float* first, float*) {
+    update_row_rowwise<vectors, tail>(g, begin, end, u, mask, ahead, weight, first);
+  });
+}
+
+inline void apply_rowwise(const RowGradients& g, const TableRows& t, const Update& u, float* scratch) {
+  const int64_t vectors = (g.dim + Vec::width - 1) / Vec::width, rest = g.dim % Vec::width;
+  const Mask mask(rest ? rest : Vec::width);
+  if (vectors == 1)
+    return rest ? apply_rowwise<1, true>(g, t, u, mask) : apply_rowwise<1, false>(g, t, u, mask);
+  if (vectors == 2 && !rest) return apply_rowwise<2, false>(g, t, u, mask);
+  if (vectors == 4 && !rest) return apply_rowwise<4, false>(g, t, u, mask);
+  const Constants c(u);
+  const Ahead<Rule::rowwise_adagrad> ahead{g, t, false};
+  for_each_row(g, t, false, ahead, [&](int64_t begin, int64_t end, float* weight, float* first, float*) {
+    update_wide_row_rowwise(g, begin, end, u, c, ahead, weight, first, scratch);
+  });
 }
 
 inline void apply(const RowGradients& g, const TableRows& t, const Update& u, bool compact, float* scratch) {
   switch (u.rule) {
-    case Rule::assign: return apply_rule<Rule::assign>(g, t, u, compact, scratch);
-    case Rule::sgd: return apply_rule<Rule::sgd>(g, t, u, compact, scratch);
-    case Rule::adagrad: return apply_rule<Rule::adagrad>(g, t, u, compact, scratch);
-    case Rule::rowwise_adagrad: return apply_rule<Rule::rowwise_adagrad>(g, t, u, compact, scratch);
-    case Rule::adam: return apply_rule<Rule::adam>(g, t, u, compact, scratch);
+    case Rule::assign: return apply_rule<Rule::assign>(g, t, u, compact);
+    case Rule::sgd: return apply_rule<Rule::sgd>(g, t, u, compact);
+    case Rule::adagrad: return apply_rule<Rule::adagrad>(g, t, u, compact);
+    case Rule::rowwise_adagrad: return apply_rowwise(g, t, u, scratch);
+    case Rule::adam: return apply_rule<Rule::adam>(g, t, u, compact);
   }
 }
 

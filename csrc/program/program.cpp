@@ -1,7 +1,5 @@
 #include "program/program.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
@@ -10,6 +8,7 @@
 #include "common/aligned.h"
 #include "common/distinct.h"
 #include "common/error.h"
+#include "common/parallel.h"
 #include "dhe/bag.h"
 #include "dhe/pack.h"
 #include "registry.h"
@@ -287,7 +286,7 @@ void Program::run(const Batch& batch, float* scores, int threads) const {
   check_bags(b, parts_.num_features);
   if (samples == 0) return;
   static thread_local Workspace own_workspace;
-  Workspace& w = own_workspace;  // the same object in every thread of the region below
+  Workspace& w = own_workspace;  // the same object in every thread
   static thread_local bool forwards;
   const bool backwards = forwards = !forwards;
 
@@ -303,32 +302,17 @@ void Program::run(const Batch& batch, float* scores, int threads) const {
 
   const int64_t rounds = (samples + threads * max_samples - 1) / (threads * max_samples);
   const int64_t blocks = std::min(samples, rounds * threads);
-  const auto score = [&](int64_t i, int thread) {
-    const int64_t begin = samples * i / blocks, end = samples * (i + 1) / blocks;
-    return score_block(batch, begin, static_cast<int>(end - begin), l, w, thread, backwards, scores);
-  };
   const int64_t decode_blocks = parts_.decoders.empty() ? 0 : static_cast<int64_t>(w.blocks.size());
-  bool valid = true;
-  if (threads == 1) {
-    for (const DecodeBlock* block = w.blocks.data(); block != w.blocks.data() + decode_blocks; ++block)
-      decode_block(w.work, *block, w.scratch.data() + l.decoding);
-    for (int64_t i = 0; i < blocks && valid; ++i) valid = score(i, 0);
-  } else {
-    std::atomic<bool> all_valid{true};
-#pragma omp parallel num_threads(threads)
-    {
-      const int thread = omp_get_thread_num();
-      if (decode_blocks > 0) {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < decode_blocks; ++i)
-          decode_block(w.work, w.blocks[i], w.scratch.data() + thread * l.total + l.decoding);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < blocks; ++i)
-        if (!score(i, thread)) all_valid = false;
-    }
-    valid = all_valid;
-  }
+  parallel_parts(decode_blocks, threads, [&](int64_t i, int thread) {
+    decode_block(w.work, w.blocks[i], w.scratch.data() + thread * l.total + l.decoding);
+  });
+  std::atomic<bool> valid{true};
+  parallel_parts(blocks, threads, [&](int64_t i, int thread) {
+    const int64_t begin = samples * i / blocks, end = samples * (i + 1) / blocks;
+    if (valid.load(std::memory_order_relaxed) &&
+        !score_block(batch, begin, static_cast<int>(end - begin), l, w, thread, backwards, scores))
+      valid = false;
+  });
   if (!valid) throw_first_bad_id(b);
 }
 

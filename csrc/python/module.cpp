@@ -1,5 +1,4 @@
 // The native module: what it was built with, what it runs on, and one function per operator.
-#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -44,7 +43,6 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "use_isa", [](const std::string& name) { use_isa(parse_isa(name)); }, py::arg("name"),
       "Switch kernels; ValueError if the CPU cannot run them.");
-  m.def("omp_max_threads", &omp_get_max_threads);
   python::bind_lists(m);
   python::bind_embedding_bag(m);
   python::bind_gradient(m);

@@ -34,7 +34,7 @@ std::shared_ptr<Job> Scheduler::next(double now) {
   const auto free = static_cast<size_t>(
       std::count_if(lanes_.begin(), lanes_.end(), [](const auto& lane) { return !lane->busy; }));
   if (!free) return nullptr;
-  refresh();
+  refresh(now);
   const double rate = traffic_.rate(now), capacity = price_.capacity(), sla = traffic_.sla();
   const double bound = std::max(sla - traffic_.burst_size() / capacity, 0.1 * sla);
   const State state{now, price_.sample(demand(now, rate)), rate,
@@ -79,10 +79,10 @@ std::optional<Scheduler::Candidate> Scheduler::best(const State& state, size_t i
     double before;  // gain of the next larger batch
   };
   std::vector<Path> paths;  // that may still gain by smaller batches
-  for (size_t o = 0; o < lane.options.size(); ++o)
+  for (const size_t o : lane.sensible)
     if (!lane.resting(o, now)) paths.push_back({o, -INFINITY});
   if (paths.empty())
-    for (size_t o = 0; o < lane.options.size(); ++o) paths.push_back({o, -INFINITY});
+    for (const size_t o : lane.sensible) paths.push_back({o, -INFINITY});
 
   std::optional<Candidate> best;
   for (auto batch = batches.rbegin(); batch != batches.rend() && !paths.empty(); ++batch) {
@@ -138,7 +138,7 @@ bool Scheduler::better_elsewhere(const State& state, const Candidate& best) cons
     const double second = price_.second(index, state.value),
                  scale = chance_scale(*lane.correction, state.now);
     double most = -INFINITY;
-    for (size_t o = 0; o < lane.options.size(); ++o) {
+    for (const size_t o : lane.sensible) {
       const double seconds = expected(lane, o, samples, 1);
       if (std::isinf(seconds) || lane.resting(o, state.now)) continue;
       const double chance = chance_of(head.deadline - start, std::log(seconds), scale);

@@ -23,7 +23,7 @@ FluidPrice::FluidPrice(std::vector<std::vector<Path>> executors) : executors_(st
         const auto [other_q, other_tau] = paths[j];
         if (tau == other_tau) continue;
         const double point = (q * other_tau - other_q * tau) / (other_tau - tau);
-        if (point > 0) points.insert(point);
+        if (point > 0 && point < std::min(q, other_q)) points.insert(point);
       }
     }
   }

@@ -20,6 +20,10 @@ constexpr int64_t stale_arrivals = 64;  // queries after which they are, too
 constexpr size_t sizes_looked_at = 16;
 constexpr double least_left_s = 1e-4;
 
+// One option dominates another if it is as good and as fast, or so nearly that measurements could not tell: a
+// share of the quality, of the time in good batches, and of the time of any batch.
+constexpr double same_quality = 5e-4, same_unit = 0.02, same_seconds = 0.25;
+
 // The z with P(Z <= z) = p, for 0.5 <= p < 1. A start within 4.5e-4 (Abramowitz and Stegun, 26.2.23), made
 // exact by Newton's method.
 double normal_quantile(double p) {
@@ -64,6 +68,13 @@ Lane::Lane(std::string lane, std::vector<Option> some) : name(std::move(lane)), 
           o.seconds.size(), " and ", sizes));
     for (size_t b = 0; b < sizes; ++b) least[b] = std::min(least[b], o.seconds[b]);
   }
+  slower.assign(options.size() * options.size(), 0.0);
+  for (size_t a = 0; a < options.size(); ++a)
+    for (size_t b = 0; b < options.size(); ++b)
+      for (size_t size = 1; a != b && size < sizes; ++size)
+        if (!std::isinf(options[b].seconds[size]))
+          slower[a * options.size() + b] =
+              std::max(most_slower(a, b), options[a].seconds[size] / options[b].seconds[size]);
   correction = std::make_shared<Correction>(options.size());
   rests.assign(options.size(), -std::numeric_limits<double>::infinity());
 }
@@ -144,7 +155,9 @@ void Scheduler::done(const Job& job, double now, double seconds) {
 
 void Scheduler::failed(const Job& job, double now, double rest_s) {
   Lane& lane = release(job, now);
-  if (&lane == job.lane.get() && rest_s > 0) lane.rests[job.option] = now + rest_s;
+  if (&lane != job.lane.get() || rest_s <= 0) return;
+  lane.rests[job.option] = now + rest_s;
+  priced_.clear();  // others may have to do its work
 }
 
 void Scheduler::again(std::shared_ptr<Ticket> ticket) {
@@ -157,6 +170,7 @@ void Scheduler::rest(size_t index, double now, double rest_s) {
   if (index >= lanes_.size())
     throw std::invalid_argument(message("index: expected 0 to ", lanes_.size() - 1, ", got ", index));
   std::fill(lanes_[index]->rests.begin(), lanes_[index]->rests.end(), now + rest_s);
+  priced_.clear();
 }
 
 // An executor that is not to be used, because all its paths rest and others do not.
@@ -194,10 +208,10 @@ bool Scheduler::is_probe(double now) const {
 }
 
 // Prices, if corrections, queries or the SLA have moved since they were computed.
-void Scheduler::refresh() {
+void Scheduler::refresh(double now) {
   const double sla = traffic_.sla();
-  if (!priced_.empty() && traffic_.arrivals() < priced_until_) {
-    const auto moved = [](double now, double then) { return std::abs(now - then) > stale * then; };
+  if (!priced_.empty() && traffic_.arrivals() < priced_until_ && now < rested_) {
+    const auto moved = [](double value, double then) { return std::abs(value - then) > stale * then; };
     size_t i = 0;
     bool old = moved(sla, priced_[i++]);
     for (const auto& lane : lanes_)
@@ -206,31 +220,20 @@ void Scheduler::refresh() {
   }
   priced_.assign(1, sla);
   priced_until_ = traffic_.arrivals() + stale_arrivals;
+  rested_ = std::numeric_limits<double>::infinity();
+  for (const auto& lane : lanes_)
+    for (const double end : lane->rests)
+      if (end > now) rested_ = std::min(rested_, end);
   std::vector<std::vector<FluidPrice::Path>> columns;
-  const double own = query_s / traffic_.query_size();
+  const Lane* quick = lanes_.front().get();
   for (const auto& lane : lanes_) {
-    lane->unit.clear();
+    price_options(*lane, now);
     auto& column = columns.emplace_back();
-    double most = -std::numeric_limits<double>::infinity();
-    for (size_t o = 0; o < lane->options.size(); ++o) {
-      const Option& option = lane->options[o];
-      const double factor = lane->correction->factors()[o];
-      priced_.push_back(factor);
-      const int64_t size = fitting(option.seconds, 0.5 * sla / factor);
-      double each = option.seconds[size] / static_cast<double>(size);
-      if (std::isinf(each))  // a path that takes some sizes only
-        for (size_t b = 1; b < option.seconds.size(); ++b)
-          each = std::min(each, option.seconds[b] / static_cast<double>(b));
-      const double unit = each * factor + own, quality = option.quality + shift_;
-      lane->unit.push_back(unit);
-      column.push_back({quality, unit});
-      if (quality / unit > most) most = quality / unit, lane->fast = o;
-    }
+    for (const size_t o : lane->sensible)
+      column.push_back({lane->options[o].quality + shift_, lane->unit[o]});
+    if (lane->unit[lane->fast] < quick->unit[quick->fast]) quick = lane.get();
   }
   price_ = FluidPrice(std::move(columns));
-  const Lane* quick = lanes_.front().get();
-  for (const auto& lane : lanes_)
-    if (lane->unit[lane->fast] < quick->unit[quick->fast]) quick = lane.get();
   std::vector<int64_t> sorted = traffic_.sizes(), sizes;
   std::sort(sorted.begin(), sorted.end());
   std::vector<double> seconds;
@@ -239,6 +242,41 @@ void Scheduler::refresh() {
     seconds.push_back(expected(*quick, quick->fast, sorted[i], 1));
   }
   latest_ = Latest(seconds, sizes, sla, std::sqrt(quick->correction->noise()));
+}
+
+// What a sample costs by each option of an executor, and which of them are worth a thought: near equals would
+// only take turns, at the cost of caches that have to be filled again.
+void Scheduler::price_options(Lane& lane, double now) {
+  const double sla = traffic_.sla(), own = query_s / traffic_.query_size();
+  const std::vector<double>& factors = lane.correction->factors();
+  lane.unit.clear();
+  for (size_t o = 0; o < lane.options.size(); ++o) {
+    const Option& option = lane.options[o];
+    priced_.push_back(factors[o]);
+    const int64_t size = fitting(option.seconds, 0.5 * sla / factors[o]);
+    double each = option.seconds[size] / static_cast<double>(size);
+    if (std::isinf(each))  // a path that takes some sizes only
+      for (size_t b = 1; b < option.seconds.size(); ++b)
+        each = std::min(each, option.seconds[b] / static_cast<double>(b));
+    lane.unit.push_back(each * factors[o] + own);
+  }
+  const bool all_rest = lane.resting(now);
+  std::vector<size_t> order;
+  for (size_t o = 0; o < lane.options.size(); ++o)
+    if (all_rest || !lane.resting(o, now)) order.push_back(o);
+  const auto goodput = [&](size_t o) { return (lane.options[o].quality + shift_) / lane.unit[o]; };
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return goodput(a) > goodput(b); });
+  lane.sensible.clear();
+  for (const size_t o : order) {
+    const double quality = lane.options[o].quality + shift_;
+    const bool dominated = std::any_of(lane.sensible.begin(), lane.sensible.end(), [&](size_t p) {
+      return lane.options[p].quality + shift_ >= (1 - same_quality) * quality &&
+             lane.unit[p] <= (1 + same_unit) * lane.unit[o] &&
+             lane.most_slower(p, o) * factors[p] <= (1 + same_seconds) * factors[o];
+    });
+    if (!dominated) lane.sensible.push_back(o);
+  }
+  lane.fast = lane.sensible.front();
 }
 
 // The largest batch that takes at most `limit` seconds, at least 1. A query that has just missed a batch
@@ -286,7 +324,7 @@ double Scheduler::shortest(int64_t samples) const {
 // Standard deviations by which a query must be expected in time. Taking it costs time that is worth (q - v) /
 // q of what it brings: nothing while there is time for all, everything where there is not.
 double Scheduler::certainty(double now) {
-  refresh();
+  refresh(now);
   const double worth = price_.sample(demand(now, traffic_.rate(now))) / price_.best();
   return normal_quantile(std::clamp(1 - worth, 0.5, 1 - limits_.late_share));
 }

@@ -62,6 +62,8 @@ struct Lane {
   size_t option(const std::string& path) const;  // its place; std::out_of_range
   bool resting(size_t option, double now) const { return rests[option] > now; }
   bool resting(double now) const;  // all its options
+  // At no size does option `a` take more than this many times as long as `b`, by the profile.
+  double most_slower(size_t a, size_t b) const { return slower[a * options.size() + b]; }
 
   std::string name;
   std::vector<Option> options;
@@ -70,8 +72,10 @@ struct Lane {
   bool busy = false;
   double until = -std::numeric_limits<double>::infinity();  // when the job under way should be done
   std::vector<double> rests;                                // options that raised: not taken before this time
-  std::vector<double> unit;  // seconds per sample of each option in a batch that fits the SLA
-  size_t fast = 0;           // the option of greatest goodput
+  std::vector<double> slower;                               // most_slower() of all pairs
+  std::vector<double> unit;      // seconds per sample of each option in a batch that fits the SLA
+  std::vector<size_t> sensible;  // options that none of them dominates, the one of greatest goodput first
+  size_t fast = 0;               // the option of greatest goodput
 };
 
 // A batch for one executor.
@@ -154,7 +158,8 @@ class Scheduler {
   Lane& release(const Job& job, double now);
   bool is_probe(double now) const;
   bool is_out(const Lane& lane, double now) const;
-  void refresh();
+  void refresh(double now);
+  void price_options(Lane& lane, double now);
   double demand(double now, double rate) const;
   int64_t fitting(const std::vector<double>& seconds, double limit) const;
   double expected(const Lane& lane, size_t option, int64_t samples, double queries) const;
@@ -175,7 +180,8 @@ class Scheduler {
   Traffic traffic_;
   double last_news_ = -std::numeric_limits<double>::infinity();  // when a job last started or ended
   std::vector<double> priced_;                                   // what prices were computed for
-  int64_t priced_until_ = 0;
+  int64_t priced_until_ = 0;                                     // so many arrivals
+  double rested_ = -std::numeric_limits<double>::infinity();     // or until an option may be taken again
   FluidPrice price_;
   Latest latest_;
   double stretch_ = 1.0;  // time per sample of the batches that a full queue makes, over that of good ones

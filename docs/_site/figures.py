@@ -1,6 +1,8 @@
-"""Figures of ``benchmarks/results`` as tables: the last whole comparison of each machine."""
+"""Figures of ``benchmarks/results`` as tables: the last whole comparison of each machine; quality."""
 
 import csv
+import re
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -37,7 +39,18 @@ def tables(wanted) -> str:
     return "\n\n".join(parts)
 
 
+def quality(found: re.Match) -> str:
+    """The table of a marker such as ``<!-- figures: quality ml-1m -->``."""
+    sys.path.insert(0, str(RESULTS.parent))
+    try:
+        import quality_tables
+    finally:
+        sys.path.pop(0)
+    return quality_tables.cce_table() if found[1] == "cce" else quality_tables.table(found[1])
+
+
 def on_page_markdown(markdown, page, config, files):
+    markdown = re.sub(r"<!-- figures: quality (\S+) -->", quality, markdown)
     for marker, wanted in MARKERS.items():
         if marker in markdown:
             markdown = markdown.replace(marker, tables(wanted))

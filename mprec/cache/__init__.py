@@ -14,7 +14,7 @@ Where memory allows, :func:`materialize` turns a collection's decoders into tabl
 from mprec.cache.budget import split_budget
 from mprec.cache.codebook import Codebook, CodebookEmbeddingBag, CodebookError
 from mprec.cache.device import DeviceCachedDeepHashEmbeddingBag
-from mprec.cache.encoder import CachedDeepHashEmbeddingBag, CachedEmbeddingBagCollection
+from mprec.cache.row_cache import CachedDeepHashEmbeddingBag, CachedEmbeddingBagCollection
 from mprec.cache.rows import CacheStats, RowStats
 from mprec.cache.tables import materialize
 

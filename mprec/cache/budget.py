@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mprec.cache.native import RowCache
+from mprec._native import RowCache
 
-__all__ = ["Counts", "Hot", "hottest", "split_budget"]
+__all__ = ["Counts", "HotIds", "hottest", "split_budget"]
 
 #: How often each ID was seen: a tensor ``[vocabulary]``, or IDs and their counts.
 Counts = Tensor | tuple[Tensor, Tensor]
@@ -19,14 +19,14 @@ _FILL = 0.93
 
 
 @dataclass(frozen=True)
-class Hot:
+class HotIds:
     """IDs int64 ``[n]``, the most frequent first, and their counts ``[n]``."""
 
     ids: Tensor
     counts: Tensor
 
 
-def hottest(counts: Counts, name: str = "counts") -> Hot:
+def hottest(counts: Counts, name: str = "counts") -> HotIds:
     """The IDs that were seen, the most frequent first (equal ones by ID).
 
     Raises:
@@ -46,14 +46,14 @@ def hottest(counts: Counts, name: str = "counts") -> Hot:
     kept = seen > 0
     ids, seen = ids[kept], seen[kept]
     order = torch.argsort(seen, descending=True, stable=True)
-    return Hot(ids[order], seen[order])
+    return HotIds(ids[order], seen[order])
 
 
 def split_budget(
     nbytes: int,
     dims: Mapping[str, int],
     vocabularies: Mapping[str, int | None],
-    hot: Mapping[str, Hot] | None = None,
+    hot: Mapping[str, HotIds] | None = None,
     costs: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """Bytes for each feature's cache, at most ``nbytes`` in all; 0: too little to be worth a cache.

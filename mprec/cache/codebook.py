@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mprec import ops
 from mprec.cache.budget import Counts, hottest
-from mprec.cache.native import codebook_rows
 from mprec.nn import DeepHashEmbeddingBag
+from mprec.ops.pooling import codebook_rows
 
 __all__ = ["Codebook", "CodebookEmbeddingBag", "CodebookError"]
 
@@ -49,9 +49,7 @@ class Codebook:
     def rows(self, ids: Tensor) -> Tensor:
         """The approximate rows ``[m, D]`` of row numbers int64 ``[m]``; ``IdOutOfRangeError`` if there is no
         such row."""
-        out = torch.empty(len(ids), self.centroids.shape[1])
-        codebook_rows(self.codes, self.centroids, ids, out)
-        return out
+        return codebook_rows(self.codes, self.centroids, ids)
 
     @classmethod
     def fit(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mprec._native import CachedDecoders, RowCache, WeightWatch
 from mprec.bags import Bags
 from mprec.cache.budget import Counts, hottest
 from mprec.cache.codebook import Codebook
-from mprec.cache.native import CachedDecoders, RowCache, cached_dhe_bag
 from mprec.nn import DeepHashEmbeddingBag
-from mprec.ops._decoders import Decoder, WeightWatch, clear_decoders, decoder, packable
-from mprec.ops.pooling import decode
+from mprec.ops._decoders import Decoder, clear_decoders, packable, packed_decoder
+from mprec.ops.pooling import decode, try_cached
 
 __all__ = ["CacheStats", "Cached", "RowStats", "Rows"]
 
@@ -116,13 +116,8 @@ class Rows:
 
         None for what native code does not take."""
         native = self._native
-        indices, offsets, mode, weights, _, _, include_last_offset, padding_idx = bags
-        threads = threads or torch.get_num_threads()
         while native is not None or (native := self._bind(None)) is not None:
-            result = cached_dhe_bag(
-                native, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out,
-                self.admit, threads,
-            )  # fmt: skip
+            result = try_cached(native, bags, bound, out, self.admit, threads)
             if result is not False:
                 return result
             native = self._bind(native)
@@ -149,7 +144,9 @@ class Rows:
                 for module, stack in zip(self.modules.values(), stacks, strict=True):
                     kind = module.config
                     handles.append(
-                        decoder(*stack, kind.family, kind.activation, kind.last_activation, thorough=True)
+                        packed_decoder(
+                            *stack, kind.family, kind.activation, kind.last_activation, thorough=True
+                        )
                     )
             if not self.caches:
                 self.caches = {

@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 import orjson
@@ -16,7 +16,7 @@ import torch
 from mprec.cli._setup import held_out, load_paths, say
 from mprec.data import Batch
 from mprec.data.zipf import zipf_batches
-from mprec.dispatch import BATCH_SIZES, Path, Profile, ProfileError
+from mprec.dispatch import BATCH_SIZES, Profile, ProfileError, ScoringPath
 from mprec.dispatch.profile import default_file
 from mprec.paths import sampler
 from mprec.serving import splits
@@ -84,12 +84,12 @@ def load_executors(
     return some, inputs, split
 
 
-def profile_file(args: argparse.Namespace, paths: list[Path]) -> FilePath:
+def profile_file(args: argparse.Namespace, paths: list[ScoringPath]) -> Path:
     """``--profile``, or a whole profile in the cache folder, or a file of this command's own there: what it
     measures is quick, and perhaps on random IDs, and must not pass for a whole one of these paths.
     """
     if args.profile is not None:
-        return FilePath(args.profile)
+        return Path(args.profile)
     whole = default_file(paths)
     try:
         Profile.load(whole, paths)
@@ -100,7 +100,7 @@ def profile_file(args: argparse.Namespace, paths: list[Path]) -> FilePath:
 
 
 def _measure(
-    paths: list[Path],
+    paths: list[ScoringPath],
     profile: Profile,
     make_input: Callable[[int, np.random.Generator], Batch],
     inputs: ModelInputs,

@@ -8,13 +8,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 
 from mprec import data
 from mprec.data import ClickDataset
-from mprec.dispatch import BATCH_SIZES, Path, Profile
+from mprec.dispatch import BATCH_SIZES, Profile, ScoringPath
 from mprec.paths import (
     can_cache,
     inputs_of,
@@ -104,7 +104,7 @@ def add_path_arguments(
     group.add_argument(
         "--checkpoints",
         nargs="+",
-        type=FilePath,
+        type=Path,
         required=required,
         metavar="FILE",
         help="written by mprec train, or bundles by mprec derive, for the same data",
@@ -133,14 +133,14 @@ def add_path_arguments(
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("profile")
     group.add_argument(
-        "--profile", type=FilePath, metavar="FILE", help="written by mprec profile; measured if not usable"
+        "--profile", type=Path, metavar="FILE", help="written by mprec profile; measured if not usable"
     )
     group.add_argument(
         "--profile-seconds", type=float, default=20.0, metavar="S", help="time for measuring one (20)"
     )
 
 
-def load_paths(args: argparse.Namespace) -> list[Path]:
+def load_paths(args: argparse.Namespace) -> list[ScoringPath]:
     """The paths of ``--checkpoints``; sets ``--threads``."""
     if args.threads is not None:
         if args.threads < 1:
@@ -171,7 +171,7 @@ def held_out(args: argparse.Namespace) -> ClickDataset:
 
 
 @functools.lru_cache(maxsize=1)
-def parts_of(file: FilePath, spec: str) -> tuple[ClickDataset, ...]:
+def parts_of(file: Path, spec: str) -> tuple[ClickDataset, ...]:
     """(train, valid, test) of the data, cut as it was for the checkpoint in ``file``."""
     inputs = inputs_of(file)
     dataset = load_for([file], spec)
@@ -183,13 +183,16 @@ def parts_of(file: FilePath, spec: str) -> tuple[ClickDataset, ...]:
     return dataset.split(by=inputs.split)
 
 
-def load_for(files: Sequence[FilePath], spec: str) -> ClickDataset:
-    """The data, its raw values as IDs by the vocabularies of the first of the checkpoints, if it has any."""
+def load_for(files: Sequence[Path], spec: str) -> ClickDataset:
+    """The data, its raw values as IDs by the vocabularies of the first of the checkpoints, if it has any, and
+    with the crosses that it was trained on."""
     known = vocabularies_of(files[0]) if files else {}
-    return data.load(spec, progress=reporter(), **({"vocabularies": known} if known else {}))
+    crosses = inputs_of(files[0]).crosses if files else None
+    options = {"vocabularies": known} if known else {}
+    return data.load(spec, crosses=crosses, progress=reporter(), **options)
 
 
-def get_profile(args: argparse.Namespace, paths: list[Path], dataset: ClickDataset) -> Profile:
+def get_profile(args: argparse.Namespace, paths: list[ScoringPath], dataset: ClickDataset) -> Profile:
     """``--profile``, or the one in the cache folder, measured anew if it is not this machine's."""
     return Profile.load_or_measure(
         paths,

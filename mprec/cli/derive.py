@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 from rich import box
@@ -22,18 +22,18 @@ from mprec.report.terminal import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=FilePath, metavar="MODEL", help="checkpoint, written by mprec train")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, written by mprec train")
     parser.add_argument("--data", required=True, metavar="SPEC", help="the data that it was trained on")
     parser.add_argument(
-        "--output", required=True, type=FilePath, metavar="FOLDER", help="bundle to write, a folder"
+        "--output", required=True, type=Path, metavar="FOLDER", help="bundle to write, a folder"
     )
     parser.add_argument(
         "--recipes",
         nargs="+",
         metavar="RECIPE",
-        help="table, table[float16|int8|int4], dhe, low_rank:RANK, low_rank:RANK[float16|int8], each also "
-        "with /int8 or /bfloat16, of the dense layers, behind it, as the trained path's name "
-        "(default: what suits the model)",
+        help="table, table[float16|int8|int4], dhe, dhe:PART (decoders in a PART-th of the rows' bytes), "
+        "low_rank:RANK, low_rank:RANK[float16|int8], each also with /int8 or /bfloat16, of the dense layers, "
+        "behind it, as the trained path's name (default: what suits the model)",
     )
     parser.add_argument(
         "--metric",

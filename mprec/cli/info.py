@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -28,7 +29,6 @@ def _transparent_huge_pages() -> str | None:
 
 def collect() -> dict:
     """The facts that ``mprec info`` prints, as JSON-able data."""
-    native = _native._C
     gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -43,12 +43,12 @@ def collect() -> dict:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "packages": {name: _version(name) for name in _PACKAGES},
-        "cpu": native.cpu_model(),
-        "isa": native.isa(),
-        "isa_compiled": native.isas,
-        "isa_runnable": native.runnable_isas(),
-        "compiler": native.compiler,
-        "threads": {"torch": torch.get_num_threads(), "openmp": native.omp_max_threads()},
+        "cpu": _native.cpu_model(),
+        "isa": _native.isa(),
+        "isa_compiled": _native.isas,
+        "isa_runnable": _native.runnable_isas(),
+        "compiler": _native.compiler,
+        "threads": {"torch": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0))},
         "transparent_huge_pages": _transparent_huge_pages(),
         "gpu": gpu,
         "triton_kernels": importlib.util.find_spec("mprec.triton_kernels") is not None,
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         "CPU": facts["cpu"],
         "ISA in use": f"{facts['isa']} (compiled: {', '.join(facts['isa_compiled'])}; "
         f"runnable here: {', '.join(facts['isa_runnable'])}; choose with MPREC_ISA)",
-        "threads": f"torch {facts['threads']['torch']}, OpenMP {facts['threads']['openmp']}",
+        "threads": f"torch {facts['threads']['torch']}; cores of this process: {facts['threads']['cores']}",
         "huge pages": facts["transparent_huge_pages"] or "not supported by this kernel",
         "GPU": f"{gpu['name']}, {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB"
         if gpu

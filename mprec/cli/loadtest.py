@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from rich.console import Console
 
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="loadgen: let MLPerf LoadGen (pip install mlcommons-loadgen) issue the queries and judge",
     )
     parser.add_argument(
-        "--output", type=FilePath, metavar="FOLDER", help="write result.json there, and sweep.png of a sweep"
+        "--output", type=Path, metavar="FOLDER", help="write result.json there, and sweep.png of a sweep"
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -26,7 +26,7 @@ from mprec.planner import (
     fit_effects,
     plan,
     plan_paths,
-    sized,
+    shapes_by_vocabulary,
 )
 from mprec.planner.tables import FEATURE_SETS, feature_set
 from mprec.report.terminal import format_bytes
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         action="append",
         default=[],
-        type=FilePath,
+        type=Path,
         metavar="FILE",
         help="a simulated device (JSON: name, memory_bytes, flops_per_s, bytes_per_s); may be repeated",
     )
@@ -60,9 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spread", action="store_true", help="one model over all devices (default: paths for each device)"
     )
     what = parser.add_argument_group("features and their quality")
-    what.add_argument(
-        "--checkpoints", nargs="+", default=[], type=FilePath, metavar="FILE", help="or bundles"
-    )
+    what.add_argument("--checkpoints", nargs="+", default=[], type=Path, metavar="FILE", help="or bundles")
     what.add_argument("--features", choices=tuple(FEATURE_SETS), help="the public Criteo logs' sizes")
     what.add_argument("--data", metavar="SPEC", help="weigh features by their IDs' frequencies in this data")
     what.add_argument(
@@ -78,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dhe-k", type=int, help="shape of decoders (default: the checkpoints', or 1024)")
     what.add_argument("--dhe-hidden", metavar="N,...", help="their hidden layers (the checkpoints', or 128)")
     parser.add_argument("--batch-size", type=int, default=128, help="of predicted latencies (128)")
-    parser.add_argument("--output", type=FilePath, metavar="FILE", help="write the plans as JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the plans as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--memory or --device is needed")
     features, dhe, shape, measurements, counts = _inputs(args)
     effects = fit_effects(features, measurements, counts)
-    options = default_options(features, {"": shape, "sized": sized(dhe, features)}, effects)
+    options = default_options(features, {"": shape, "sized": shapes_by_vocabulary(dhe, features)}, effects)
     devices = [] if args.memory is None else [Device("here", args.memory, MeasuredCosts(args.batch_size))]
     for file in args.device:
         name, nbytes, costs = RooflineCosts.load(file, args.batch_size)
@@ -166,7 +164,7 @@ def _inputs(args):
     return features, dhe, dhe, measurements, counts
 
 
-def _measured(file: FilePath, metric: str) -> list[tuple[Sequence[FeatureConfig], Measurement]]:
+def _measured(file: Path, metric: str) -> list[tuple[Sequence[FeatureConfig], Measurement]]:
     """What a checkpoint or bundle tells: (features, measurement) of each path that is one form a feature."""
     if bundle.is_bundle(file):
         members, _ = bundle.load(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from rich.console import Console
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="time to spend (20)")
     parser.add_argument(
-        "--output", type=FilePath, metavar="FILE", help="default: a file per machine in the cache folder"
+        "--output", type=Path, metavar="FILE", help="default: a file per machine in the cache folder"
     )
     parser.add_argument(
         "--show",
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw the latency curves and where they cross, of FILE or of what is measured now",
     )
-    parser.add_argument("--png", type=FilePath, metavar="FILE", help="with --show, the picture to write")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="with --show, the picture to write")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.show:
-        profile, file = Profile.load(args.show), FilePath(args.show)
+        profile, file = Profile.load(args.show), Path(args.show)
     else:
         if not args.checkpoints or not args.data:
             raise ValueError("--checkpoints and --data are needed to measure (or --show FILE)")

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     system.add_argument(
         "--profile",
         nargs="+",
-        type=FilePath,
+        type=Path,
         default=[],
         metavar="FILE",
         help="profiles as executors; the quality of their paths is taken as the share of correct predictions",
@@ -72,9 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--max-batch", type=int, default=2048, help="samples scored together at most (2048)")
     load.add_argument("--noise", type=float, default=0.05, help="of the logarithm of a call's time (0.05)")
     load.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=FilePath, metavar="PICTURE", help="also draw a picture, as in out.png"
-    )
+    parser.add_argument("--output", type=Path, metavar="PICTURE", help="also draw a picture, as in out.png")
 
 
 def run(args: argparse.Namespace) -> int:

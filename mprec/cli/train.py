@@ -16,6 +16,7 @@ from mprec.cli._choices import read_features, read_plan
 from mprec.cli._logs import csv_log, tensorboard_log
 from mprec.cli._progress import training_progress
 from mprec.cli._setup import reporter, say
+from mprec.data.cross import SIZE
 from mprec.data.dataset import SPLITS
 from mprec.errors import TrainingInterruptedError
 from mprec.files import check_room
@@ -77,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--malformed", type=float, metavar="SHARE", help="of lines that may be left out (0.01)"
     )
+    parser.add_argument(
+        "--cross",
+        metavar="A:B,...",
+        help="pairs of features to add as columns: user:genres,hour:weekday (as the option cross of --data)",
+    )
+    parser.add_argument("--cross-size", type=int, help=f"most IDs of such a column ({SIZE}); then hashed")
     parser.add_argument("--split", choices=SPLITS, help="how rows are held out (default: the data's own)")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=int, default=options.epochs, help="at most (%(default)s)")
@@ -165,7 +172,13 @@ def run(args: argparse.Namespace) -> int:
                 extra = {"planned_precisions": precisions}
                 say("rows are trained in float32; mprec derive makes those of fewer bits of them")
     limits = {} if args.malformed is None else {"malformed": args.malformed}
-    dataset = data.load(args.data, strict=args.strict, progress=reporter(), **limits)
+    crosses = None
+    if args.cross is not None:
+        size = SIZE if args.cross_size is None else args.cross_size
+        crosses = {"pairs": args.cross.split(","), "size": size}
+    elif args.cross_size is not None:
+        raise ValueError("--cross-size goes with --cross")
+    dataset = data.load(args.data, crosses=crosses, strict=args.strict, progress=reporter(), **limits)
     say(f"{dataset.name}: {len(dataset)} rows, {len(dataset.features)} features, {dataset.num_dense} dense")
 
     def save(trained: Trained) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mprec._native import _C
+from mprec._native import checksum
 from mprec.errors import DataError
 from mprec.files import write_whole
 
@@ -130,7 +130,7 @@ def _checksums(file: Path, numbers: list[int] | None) -> list[str]:
     data = map_file(file, np.uint8, (size,))
 
     def several(part: list[int]) -> list[str]:
-        return [f"{_C.checksum(data[n * BLOCK : (n + 1) * BLOCK]):016x}" for n in part]
+        return [f"{checksum(data[n * BLOCK : (n + 1) * BLOCK]):016x}" for n in part]
 
     parts = [numbers[start : start + 64] for start in range(0, len(numbers), 64)]
     with ThreadPoolExecutor(workers()) as pool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mprec._native import _C
+from mprec._native import read_criteo
 from mprec.data._cache import workers
 from mprec.data._text import BadLines, Fields, line_blocks
 
@@ -66,7 +66,7 @@ def chunks(
         room = free.pop() if free else Chunk.empty(0)
         if len(room) < lines:
             room = Chunk.empty(lines + lines // 8)
-        good, _, wrong = _C.read_criteo(text, room.labels, room.dense, room.categories, room.missing)
+        good, _, wrong = read_criteo(text, room.labels, room.dense, room.categories, room.missing)
         return room, good, wrong
 
     def blocks() -> Iterator[tuple[BadLines, int, np.ndarray, float]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mprec.bags import join_bags
+from mprec.bags import Bags
 from mprec.data.dataset import Batch
 
 __all__ = ["collate", "concatenate", "join", "num_features", "take"]
@@ -17,44 +17,32 @@ __all__ = ["collate", "concatenate", "join", "num_features", "take"]
 
 def num_features(batch: Batch) -> int:
     """Categorical features of a batch; ``ValueError`` if its offsets do not fit its samples."""
-    samples, bags = len(batch), batch.offsets.shape[0] - 1
-    if samples < 1 or bags < 0 or bags % samples:
-        raise ValueError(f"offsets of length {bags + 1} do not describe bags of {samples} samples")
-    return bags // samples
+    samples, count, offsets = len(batch), batch.bags.num_features, batch.bags.offsets.shape[0]
+    if samples < 1 or count < 0 or offsets != count * samples + 1:
+        raise ValueError(
+            f"offsets: expected {count * samples + 1} for bags of {count} features and {samples} samples, "
+            f"got {offsets}"
+        )
+    return count
 
 
 def join(batches: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) -> Batch:
     """Samples ``starts[i]`` to ``stops[i]`` of each batch i, one after another.
 
-    Every batch has at least one sample and the same features as the others, on the CPU; ``ValueError``
-    otherwise. A single whole batch is given back as it is.
+    Every batch has at least one sample and the same features as the others, without per-sample weights, on
+    the CPU; ``ValueError`` otherwise. A single whole batch is given back as it is.
     """
     if not batches:
-        raise ValueError("batches must name at least one batch")
+        raise ValueError("batches: expected at least one, got none")
     first = batches[0]
     if len(batches) == 1 and starts[0] == 0 and stops[0] == len(first):
         return first
-    indices, offsets = join_bags(
-        [_as_ids(batch.indices) for batch in batches],
-        [_as_ids(batch.offsets) for batch in batches],
-        [len(batch) for batch in batches],
-        starts,
-        stops,
-        num_features(first),
-    )
+    num_features(first)
     return Batch(
-        dense=_rows([batch.dense for batch in batches], starts, stops),
-        indices=indices,
-        offsets=offsets,
-        labels=_rows([batch.labels for batch in batches], starts, stops),
+        _rows([batch.dense for batch in batches], starts, stops),
+        Bags.join([batch.bags for batch in batches], [len(batch) for batch in batches], starts, stops),
+        _rows([batch.labels for batch in batches], starts, stops),
     )
-
-
-def _as_ids(tensor: torch.Tensor) -> torch.Tensor:
-    """Integers of other types and strides become contiguous int64; what is no integer stays as it is."""
-    if tensor.dtype in (torch.int32, torch.int64) and tensor.is_contiguous():
-        return tensor
-    return tensor if tensor.is_floating_point() else tensor.to(torch.int64).contiguous()
 
 
 def _rows(tensors: list[torch.Tensor], starts: Sequence[int], stops: Sequence[int]) -> torch.Tensor:
@@ -81,5 +69,5 @@ def take(batch: Batch, samples: slice) -> Batch:
     """The samples of a contiguous slice."""
     start, stop, step = samples.indices(len(batch))
     if step != 1:
-        raise ValueError(f"samples must be a contiguous slice, got step {step}")
+        raise ValueError(f"samples: expected a contiguous slice, got step {step}")
     return join([batch], [start], [max(start, stop)])

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from mprec._native import _C
+from mprec._native import encode_values
 from mprec.data._cache import cached, default_folder, map_file, workers
 from mprec.data._criteo_text import NUM_CATEGORIES, NUM_INTEGERS, Chunk, chunks
 from mprec.data._text import BadLines, find_files
@@ -82,11 +82,11 @@ def read(
     """
     files = find_files(path, "day_*")
     if rows is not None and rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
+        raise ValueError(f"rows: expected at least 1, got {rows}")
     if not 0 < vocabulary_share <= 1:
-        raise ValueError(f"vocabulary_share must be in (0, 1], got {vocabulary_share}")
+        raise ValueError(f"vocabulary_share: expected in (0, 1], got {vocabulary_share}")
     if not 0 <= malformed <= 1:
-        raise ValueError(f"malformed must be in [0, 1], got {malformed}")
+        raise ValueError(f"malformed: expected in [0, 1], got {malformed}")
     check_options(min_count, max_size, oov)
     if vocabularies is not None and (lacking := [name for name in NAMES if name not in vocabularies]):
         raise ValueError(f"vocabularies: there is none of {lacking[0]!r}")
@@ -235,7 +235,7 @@ class _Builder:
             name = NAMES[position]
             column = np.memmap(self.folder / name, dtype=np.int32, mode="r+", shape=(total,))
             found: list[bytes] = []
-            _C.encode_values(column.view(np.ndarray), missing, position, counted, found)
+            encode_values(column.view(np.ndarray), missing, position, counted, found)
             values, counts = (np.frombuffer(each, dtype=np.int64) for each in found)
             encoder = self.encoding.encoder(name, values, counts)
             self.progress("making vocabularies", next(done) / len(NAMES))

@@ -1,20 +1,23 @@
 """Click logs in memory or in mapped files, and the batches that models read.
 
-A log is a list of columns, one per categorical feature, with dense numbers, labels and times beside them. A
-batch is feature-major CSR (FBGEMM's and TorchRec's layout): the bag of sample ``b`` for feature ``t`` is
-``indices[offsets[t * B + b] : offsets[t * B + b + 1]]``.
+A log is a list of columns, one per categorical feature, with dense numbers, labels and times beside them. The
+bags of a batch (:class:`mprec.bags.Bags`) are in FBGEMM's and TorchRec's order, feature after feature.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
+from mprec.bags import Bags
 from mprec.data.vocabulary import RawValues, Vocabulary
 from mprec.errors import DataError
 
@@ -25,28 +28,76 @@ SPLITS = ("time", "user-time")
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples: ``dense`` float32 [B, num_dense], ``indices`` int64 [n], ``offsets`` int64 [T*B+1],
-    ``labels`` float32 [B]. A pytree of these four.
+    """B samples: ``dense`` float32 ``[B, num_dense]``, ``bags`` of all T features (``indices`` int64 ``[n]``,
+    ``offsets`` int64 ``[T * B + 1]``), ``labels`` float32 ``[B]``. A pytree of these tensors.
+
+    Models pool the bags in each feature's own mode. Making one checks nothing.
     """
 
     dense: torch.Tensor
-    indices: torch.Tensor
-    offsets: torch.Tensor
+    bags: Bags
     labels: torch.Tensor
+
+    indices = property(attrgetter("bags.indices"), doc="Those of ``bags``.")
+    offsets = property(attrgetter("bags.offsets"), doc="Those of ``bags``.")
 
     def __len__(self) -> int:
         return self.labels.shape[0]  # len(tensor) costs several times as much
 
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in (self.dense, self.indices, self.offsets, self.labels)))
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same samples in what ``move`` makes of each tensor."""
+        return Batch(move(self.dense), self.bags.moved(move), move(self.labels))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, for DataLoader."""
-        tensors = self.dense, self.indices, self.offsets, self.labels
-        return Batch(*(tensor.pin_memory() for tensor in tensors))
+        return self.moved(torch.Tensor.pin_memory)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        found = {
+            "dense": self.dense,
+            "indices": self.bags.indices,
+            "offsets": self.bags.offsets,
+            "labels": self.labels,
+        }
+        if self.bags.per_sample_weights is not None:
+            found["per_sample_weights"] = self.bags.per_sample_weights
+        return found
 
 
-torch.export.register_dataclass(Batch, serialized_type_name="mprec.data.Batch")
+def _with_names(batch: Batch) -> tuple[list[tuple[Any, torch.Tensor]], list]:
+    """A pytree's leaves and what is no tensor, which exported programs write down as JSON."""
+    found = batch.tensors()
+    _, _, mode, _, features, *others = batch.bags
+    leaves = [(pytree.GetAttrKey(name), tensor) for name, tensor in found.items()]
+    return leaves, [list(found), mode, None if features is None else list(features), *others]
+
+
+def _without_names(batch: Batch) -> tuple[list[torch.Tensor], list]:
+    leaves, context = _with_names(batch)
+    return [tensor for _, tensor in leaves], context
+
+
+def _of_leaves(leaves: Iterable[Any], context: list) -> Batch:
+    names, mode, features, *others = context
+    found = dict(zip(names, leaves, strict=True))
+    weights = found.get("per_sample_weights")
+    bags = Bags(found["indices"], found["offsets"], mode, weights, features, *others)
+    return Batch(found["dense"], bags, found["labels"])
+
+
+pytree.register_pytree_node(
+    Batch,
+    _without_names,
+    _of_leaves,
+    serialized_type_name="mprec.data.Batch",
+    to_dumpable_context=json.dumps,
+    from_dumpable_context=json.loads,
+    flatten_with_keys_fn=_with_names,
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +125,7 @@ class Column:
         ids = np.asarray(self.ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(
-                f"feature {self.name!r}: ids must be a vector of integers, not {ids.dtype} {ids.shape}"
+                f"feature {self.name!r}: ids: expected a vector of integers, got {ids.dtype} {ids.shape}"
             )
         if len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary):
             bad = ids.min() if ids.min() < 0 else ids.max()
@@ -201,7 +252,7 @@ class ClickDataset(torch.utils.data.Dataset):
             rows = rows.astype(np.int64) if rows.size == 0 else rows
             if rows.dtype.kind not in "iu" or rows.ndim != 1:
                 raise TypeError(
-                    f"rows must be a slice or a vector of integers, not {rows.dtype} {rows.shape}"
+                    f"rows: expected a slice or a vector of integers, got {rows.dtype} {rows.shape}"
                 )
         labels = self.labels[rows]
         size = len(labels)
@@ -215,11 +266,11 @@ class ClickDataset(torch.utils.data.Dataset):
         else:
             offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
             np.cumsum(lengths, out=offsets[1:])
+        indices, offsets = torch.from_numpy(indices.astype(np.int64)), torch.from_numpy(offsets)
         return Batch(
-            dense=torch.from_numpy(np.ascontiguousarray(self.dense[rows])),
-            indices=torch.from_numpy(indices.astype(np.int64)),
-            offsets=torch.from_numpy(offsets),
-            labels=torch.from_numpy(np.ascontiguousarray(labels)),
+            torch.from_numpy(np.ascontiguousarray(self.dense[rows])),
+            Bags(indices, offsets, num_features=len(self.columns)),
+            torch.from_numpy(np.ascontiguousarray(labels)),
         )
 
     def _gather_bags(self, single: np.ndarray, rows, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -251,7 +302,7 @@ class ClickDataset(torch.utils.data.Dataset):
         given. ``first``: the batches before that one are left out.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         order = None if seed is None else np.random.default_rng(seed).permutation(len(self))
         for start in range(first * batch_size, len(self), batch_size):
             rows = slice(start, start + batch_size)
@@ -308,7 +359,7 @@ class ClickDataset(torch.utils.data.Dataset):
         """The number of the part that each row falls into when the log is ``split``: int8 [rows]."""
         by = self.default_split if by is None else by
         if by not in SPLITS:
-            raise ValueError(f"by must be one of {', '.join(SPLITS)}, got {by!r}")
+            raise ValueError(f"by: expected one of {', '.join(SPLITS)}, got {by!r}")
         if any(f < 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
             raise ValueError(f"fractions must not be negative and must add up to 1, got {tuple(fractions)}")
         if by == "user-time" and self.users is None:

@@ -11,18 +11,20 @@
 | ``synthetic`` | a seeded log with a planted model |
 
 Options follow, separated by commas: ``criteo:train.txt,rows=1000000,min_count=10``,
-``synthetic:rows=50000,seed=1``. They are the keyword arguments of the reader.
+``synthetic:rows=50000,seed=1``. They are the keyword arguments of the reader, and of any of them
+``cross=user:genres+hour:weekday`` and ``cross_size=1000000`` (:mod:`mprec.data.cross`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mprec.data import criteo, movielens, nycflights13, synthetic, table
+from mprec.data.cross import SIZE, cross
 from mprec.data.dataset import ClickDataset
 from mprec.errors import DataError
 
@@ -57,8 +59,10 @@ def available() -> dict[str, bool]:
     }
 
 
-def load(spec: str, **options: Any) -> ClickDataset:
+def load(spec: str, *, crosses: Mapping[str, Any] | None = None, **options: Any) -> ClickDataset:
     """Read the dataset that ``spec`` names; ``options`` (e.g. ``strict=True``) go to readers that know them.
+
+    ``crosses``: as an earlier dataset's ``info["crosses"]`` says; what ``spec`` says goes before it.
 
     ``DataError`` if the spec is not understood or the data is bad, ``DatasetNotInstalledError`` if it is
     not here.
@@ -71,6 +75,8 @@ def load(spec: str, **options: Any) -> ClickDataset:
     path, *pairs = rest.split(",")
     if not source.takes_path or "=" in path:
         path, pairs = "", [path, *pairs]
+    asked = dict(pair.split("=", 1) for pair in pairs if pair.startswith(("cross=", "cross_size=")))
+    pairs = [pair for pair in pairs if not pair.startswith(("cross=", "cross_size="))]
     keywords = {
         key: value for key, value in options.items() if key in inspect.signature(source.read).parameters
     }
@@ -79,8 +85,16 @@ def load(spec: str, **options: Any) -> ClickDataset:
         keywords["path"] = path
     elif source.takes_path and source.find_installed is None:
         raise DataError(f"{name}: {source.how_to_get}")
+    size = (
+        int(asked["cross_size"]) if asked.get("cross_size", "").isdigit() else asked.get("cross_size", SIZE)
+    )
+    if "cross" in asked:
+        crosses = {"pairs": asked["cross"].split("+"), "size": size}
+    elif "cross_size" in asked:
+        raise DataError(f"{name}: cross_size goes with cross")
     try:
-        return source.read(**keywords)
+        dataset = source.read(**keywords)
+        return dataset if crosses is None else cross(dataset, **crosses)
     except DataError:
         raise
     except ValueError as error:

@@ -47,9 +47,9 @@ def read(
         ("dense", dense, 0),
     ]:
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
     if not 0 < click_share < 1:
-        raise ValueError(f"click_share must be in (0, 1), got {click_share}")
+        raise ValueError(f"click_share: expected in (0, 1), got {click_share}")
     if isinstance(vocabulary, int):
         sizes = [max(int(vocabulary * (2 / 3) ** i), 2) for i in range(features)]
     else:

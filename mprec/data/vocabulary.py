@@ -168,9 +168,9 @@ def same_ids(a: Vocabulary | RawValues, b: Vocabulary | RawValues) -> bool:
 def check_options(min_count: int, max_size: int | None, oov: int) -> None:
     """``ValueError`` unless a vocabulary can be made so."""
     if min_count < 1:
-        raise ValueError(f"min_count must be at least 1, got {min_count}")
+        raise ValueError(f"min_count: expected at least 1, got {min_count}")
     if oov < 1:
-        raise ValueError(f"oov must be at least 1 (an ID for unseen values), got {oov}")
+        raise ValueError(f"oov: expected at least 1 (an ID for unseen values), got {oov}")
     if max_size is not None and max_size < oov:
         raise ValueError(f"max_size must leave room for the {oov} out-of-vocabulary ID(s), got {max_size}")
 

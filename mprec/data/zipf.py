@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from mprec.bags import Bags
 from mprec.data.dataset import Batch
 
 __all__ = ["EXPONENT", "zipf_batches"]
@@ -36,9 +37,8 @@ def zipf_batches(
         # Neighbours in rank are none in memory.
         ids = np.minimum(rank.astype(np.int64), sizes - 1) * 2_654_435_761 % sizes
         dense = rng.standard_normal((batch_size, num_dense), dtype=np.float32)
-        offsets = torch.arange(len(sizes) * batch_size + 1)
-        return Batch(
-            torch.from_numpy(dense), torch.from_numpy(ids.reshape(-1)), offsets, torch.zeros(batch_size)
-        )
+        indices, offsets = torch.from_numpy(ids.reshape(-1)), torch.arange(ids.size + 1)
+        bags = Bags(indices, offsets, num_features=len(sizes))
+        return Batch(torch.from_numpy(dense), bags, torch.zeros(batch_size))
 
     return draw

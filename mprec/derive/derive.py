@@ -14,7 +14,7 @@ from mprec.derive.pareto import Candidate, front
 from mprec.derive.quality import METRICS, Estimate, Influence, influence
 from mprec.derive.recipes import Source, choose, make, representation_of, split
 from mprec.dispatch.microbenchmark import microbenchmark
-from mprec.dispatch.paths import Path
+from mprec.dispatch.paths import ScoringPath
 from mprec.models import DLRM, MultiPathDLRM
 from mprec.nn import folded
 from mprec.paths import Scorer, sampler
@@ -101,7 +101,7 @@ def derive(
         TypeError: a model whose embeddings are in a form already.
     """
     if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     train, valid, test = parts
     held_out = dict(zip(PARTS, (valid, test), strict=True))
     models = _originals(folded(model).eval(), metadata)
@@ -177,7 +177,8 @@ def _measure(
 def _latency(models, representations, dense, dataset, seconds, seed, progress) -> dict[str, dict[int, float]]:
     """Median seconds of each path by batch size, in interleaved rounds on random rows of the dataset."""
     paths = [
-        Path(name, representations[name], 0.0, Scorer(model, dense[name])) for name, model in models.items()
+        ScoringPath(name, representations[name], 0.0, Scorer(model, dense[name]))
+        for name, model in models.items()
     ]
     report = progress and (lambda share: progress("measuring latencies", share))
     samples = microbenchmark(

@@ -19,9 +19,9 @@ _STEPS, _BATCH, _RATE = 3000, 1024, 3e-3
 
 
 def shape_for(vocabulary: int, dim: int, share: float = 0.25, seed: int = 0) -> DheConfig | None:
-    """The largest decoder of 4h hashes and one hidden layer of h (a multiple of 16, at most 256) in ``share``
+    """The largest decoder of 4h hashes and one hidden layer of h (a multiple of 8, at most 256) in ``share``
     of the bytes of a float32 table; None if there is none."""
-    for hidden in range(256, 0, -16):
+    for hidden in range(256, 0, -8):
         config = DheConfig(k=4 * hidden, hidden=(hidden,), last_activation="none", seed=seed)
         # The coefficients of the hashes are four int32 each.
         if 4 * config.num_parameters(dim) + 16 * config.k <= share * 4 * vocabulary * dim:

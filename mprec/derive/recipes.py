@@ -5,7 +5,8 @@
 | ``table`` | every decoder decoded into rows, once (exact) |
 | ``table[float16]``, ``[int8]``, ``[int4]`` | those rows in fewer bits |
 | ``low_rank:R``, ``low_rank:R[int8]`` | rows of rank R: R codes a row and a projection a feature |
-| ``dhe`` | decoders taught by the rows, where they take a quarter of the rows' bytes; rows elsewhere |
+| ``dhe:N`` | decoders taught by the rows, in an N-th of the rows' bytes; rows where that is too little |
+| ``dhe`` | ``dhe:4`` |
 | these, or a trained path, and ``/int8`` or ``/bfloat16`` | the same, with dense layers in fewer bits |
 
 Each starts from the rows of the trained model, its tables and decoded decoders; its MLPs' weights stay as
@@ -61,9 +62,9 @@ class Source:
 
     @cached_property
     def rows(self) -> EmbeddingBagCollection:
-        """Tables alone: the model's own if it has no decoders."""
+        """Tables alone: the model's own if it has nothing else."""
         embeddings = self.model.embeddings
-        if not any(f.has_dhe for f in embeddings.features):
+        if all(f.representation == "table" for f in embeddings.features):
             return embeddings
         if endless := [f.name for f in embeddings.features if f.num_embeddings > 1 << 31]:
             raise ValueError(f"feature {endless[0]!r}: its raw values are its IDs, too many for rows")
@@ -86,11 +87,11 @@ def default_recipes(source: Source) -> list[str]:
     for models without decoders."""
     dim = source.model.embedding_dim
     ranks = [dim // part for part in (2, 4, 8, 16) if dim // part >= 1]
-    hashed = any(f.has_dhe for f in source.model.embeddings.features)
+    tables = all(f.representation == "table" for f in source.model.embeddings.features)
     return [
-        *(["table"] if hashed else []),
+        *([] if tables else ["table"]),
         *(f"table[{precision}]" for precision in PRECISIONS),
-        *([] if hashed else ["dhe"]),
+        *(["dhe"] if tables else []),
         *(f"low_rank:{rank}[int8]" for rank in ranks),
         *(f"{rows}/int8" for rows in ("table[int8]", f"low_rank:{max(1, dim // 4)}[int8]")),
     ]
@@ -103,20 +104,20 @@ def split(recipe: str) -> tuple[str, str]:
 
 
 def _parts(recipe: str) -> tuple[str, int | None, str]:
-    """(representation, rank, precision). ``ValueError`` for what is no recipe."""
+    """(representation, number, precision). ``ValueError`` for what is no recipe."""
     found = re.fullmatch(r"(table|dhe|low_rank)(?::([1-9]\d*))?(?:\[(\w+)\])?", recipe)
-    representation, rank, precision = found.groups() if found else ("", None, None)
+    representation, number, precision = found.groups() if found else ("", None, None)
     fits = {
-        "table": rank is None and precision in (None, *PRECISIONS),
-        "dhe": rank is None and precision is None,
-        "low_rank": rank is not None and precision in (None, "float16", "int8"),
+        "table": number is None and precision in (None, *PRECISIONS),
+        "dhe": precision is None,
+        "low_rank": number is not None and precision in (None, "float16", "int8"),
     }
     if not fits.get(representation):
         raise ValueError(
-            f"recipe {recipe!r}: expected table, table[{'|'.join(PRECISIONS)}], dhe, low_rank:RANK or "
-            "low_rank:RANK[float16|int8], or one of these and /int8 or /bfloat16"
+            f"recipe {recipe!r}: expected table, table[{'|'.join(PRECISIONS)}], dhe, dhe:PART, "
+            "low_rank:RANK or low_rank:RANK[float16|int8], or one of these and /int8 or /bfloat16"
         )
-    return representation, None if rank is None else int(rank), precision or "float32"
+    return representation, None if number is None else int(number), precision or "float32"
 
 
 def representation_of(recipe: str) -> str:
@@ -129,11 +130,11 @@ def make(
 ) -> EmbeddingBagCollection:
     """The embeddings that a recipe makes. ``ValueError`` for what is no recipe, or cannot be made of this
     model: the message says why."""
-    representation, rank, precision = _parts(recipe)
+    representation, number, precision = _parts(recipe)
     if representation == "low_rank":
-        return _low_rank(source, rank, precision)
+        return _low_rank(source, number, precision)
     if representation == "dhe":
-        return _distilled(source, seed, progress)
+        return _distilled(source, 1 / (number or 4), seed, progress)
     if precision == "float32":
         if source.rows is source.model.embeddings:
             raise ValueError("the model has tables already")
@@ -151,8 +152,8 @@ def _low_rank(source: Source, rank: int, precision: str) -> LowRankEmbeddingBagC
     return LowRankEmbeddingBagCollection(features, tables, precision=precision, limits=limits)
 
 
-def _distilled(source: Source, seed: int, progress: Progress | None) -> EmbeddingBagCollection:
-    shapes = {f.name: shape_for(f.num_embeddings, f.embedding_dim, seed=seed) for f in source.rows.features}
+def _distilled(source: Source, share: float, seed: int, progress: Progress | None) -> EmbeddingBagCollection:
+    shapes = {f.name: shape_for(f.num_embeddings, f.embedding_dim, share, seed) for f in source.rows.features}
     chosen = [name for name, shape in shapes.items() if shape is not None]
     if not chosen:
         raise ValueError("no vocabulary is so large that a decoder would be smaller than its rows")

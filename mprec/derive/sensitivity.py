@@ -30,7 +30,7 @@ def sensitivity(
     seen = 0
     for batch in dataset.batches(batch_size, seed=0):
         with torch.no_grad():
-            pooled = model.embeddings(batch.indices, batch.offsets)
+            pooled = model.embeddings(batch.bags)
         pooled = pooled.clone().requires_grad_()
         with torch.enable_grad():
             logits = model.score(batch.dense, model.mix(pooled, model._mixing))

@@ -13,7 +13,7 @@ quality within a latency target) and among kernels (equal quality, so the fastes
 from mprec.dispatch.dispatcher import Dispatcher, Explanation
 from mprec.dispatch.fingerprint import fingerprint
 from mprec.dispatch.microbenchmark import Samples, microbenchmark
-from mprec.dispatch.paths import Path, shape_digest, unique_share
+from mprec.dispatch.paths import ScoringPath, shape_digest, unique_share
 from mprec.dispatch.profile import BATCH_SIZES, Curve, Profile, ProfileError, ProfileMismatchError
 
 __all__ = [
@@ -21,11 +21,11 @@ __all__ = [
     "Curve",
     "Dispatcher",
     "Explanation",
-    "Path",
     "Profile",
     "ProfileError",
     "ProfileMismatchError",
     "Samples",
+    "ScoringPath",
     "fingerprint",
     "microbenchmark",
     "shape_digest",

@@ -41,9 +41,9 @@ class Curve:
         sizes = np.asarray(batch_sizes)[order]
         times = np.asarray(seconds, dtype=np.float64)[order]
         if sizes[0] < 1 or (np.diff(sizes) == 0).any():
-            raise ValueError(f"batch_sizes must be distinct and at least 1, got {sizes.tolist()}")
+            raise ValueError(f"batch_sizes: expected distinct sizes of at least 1, got {sizes.tolist()}")
         if not (np.isfinite(times).all() and (times > 0).all()):
-            raise ValueError(f"seconds must be positive and finite, got {times.tolist()}")
+            raise ValueError(f"seconds: expected positive finite numbers, got {times.tolist()}")
         stretches = np.split(np.log(times), sorted(drops))
         smooth = np.exp(np.concatenate([isotonic_regression(part).x for part in stretches]))
         return cls(tuple(int(size) for size in sizes), tuple(float(t) for t in smooth))

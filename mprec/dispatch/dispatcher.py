@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from mprec.dispatch.paths import Path
+from mprec.dispatch.paths import ScoringPath
 from mprec.dispatch.prediction import Prediction
 from mprec.dispatch.profile import Profile
 
@@ -32,7 +32,7 @@ class Candidate:
 class Explanation:
     """Why a path was chosen."""
 
-    path: Path
+    path: ScoringPath
     predicted_s: float
     reason: str
     batch_size: int
@@ -64,17 +64,17 @@ class Dispatcher:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[ScoringPath],
         profile: Profile,
         *,
         statistic: str = "p95",
         condition: str = "warm",
     ) -> None:
         if not paths:
-            raise ValueError("paths must not be empty")
+            raise ValueError("paths: expected at least one, got none")
         names = [path.name for path in paths]
         if len(set(names)) != len(names):
-            raise ValueError(f"paths must have distinct names, got {names}")
+            raise ValueError(f"paths: expected distinct names, got {names}")
         up_to = max(profile.curve(name, statistic, condition).batch_sizes[-1] for name in names)
         self.profile, self.simulated = profile, profile.simulated
         self._limit = up_to
@@ -86,7 +86,7 @@ class Dispatcher:
         ]
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[ScoringPath]:
         return [state.path for state in self._states]
 
     @property
@@ -101,7 +101,7 @@ class Dispatcher:
         queued_s: float = 0.0,
         unique_share: float | Callable[[], float] | None = None,
         explain: bool = False,
-    ) -> Path | Explanation:
+    ) -> ScoringPath | Explanation:
         """The path for a batch of ``batch_size`` samples that has waited ``queued_s`` of its ``sla_s``.
 
         Times are in seconds. Of the paths predicted to answer in time, the one of highest quality, of
@@ -127,7 +127,7 @@ class Dispatcher:
         _check_share(unique_share)
         return self._pick(batch_size, left, unique_share)
 
-    def _pick(self, batch_size: int, left: float, share: float | str | None) -> Path:
+    def _pick(self, batch_size: int, left: float, share: float | str | None) -> ScoringPath:
         """Of the paths predicted to take at most ``left`` seconds the best; ``share`` may be a key of
         ``Prediction.known``."""
         size, scale = batch_size, 1.0
@@ -211,13 +211,13 @@ class Dispatcher:
 
 def _check(batch_size: int, sla_s: float = 0.0, queued_s: float = 0.0) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if sla_s != sla_s:
         raise ValueError("sla_s is NaN")
     if not queued_s >= 0:
-        raise ValueError(f"queued_s must not be negative or NaN, got {queued_s}")
+        raise ValueError(f"queued_s: expected a number not below 0, got {queued_s}")
 
 
 def _check_share(unique_share: float | None) -> None:
     if unique_share is not None and not 0 <= unique_share <= 1:
-        raise ValueError(f"unique_share must be in [0, 1], got {unique_share}")
+        raise ValueError(f"unique_share: expected in [0, 1], got {unique_share}")

@@ -18,8 +18,8 @@ def fingerprint() -> dict[str, str | int | None]:
     except importlib.metadata.PackageNotFoundError:
         triton = None
     return {
-        "cpu": _native._C.cpu_model(),
-        "isa": _native._C.isa(),
+        "cpu": _native.cpu_model(),
+        "isa": _native.isa(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "mprec": _native.__version__,

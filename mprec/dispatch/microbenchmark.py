@@ -14,12 +14,12 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mprec.dispatch.paths import Path
+from mprec.dispatch.paths import ScoringPath
 
 __all__ = ["Evict", "Samples", "microbenchmark"]
 
@@ -41,13 +41,13 @@ class Evict:
 
 def _largest_cache() -> int:
     """Bytes of the largest cache, if Linux tells."""
-    sizes = FilePath("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     known = [int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes]
     return min(max(known, default=64 << 20), 256 << 20)
 
 
 def microbenchmark(
-    paths: Sequence[Path],
+    paths: Sequence[ScoringPath],
     make_input: Callable[[int, np.random.Generator], Any],
     batch_sizes: Sequence[int],
     *,
@@ -69,9 +69,9 @@ def microbenchmark(
     with the path's name, the batch size and the input. ``progress`` gets the share done.
     """
     if seconds < 0:
-        raise ValueError(f"seconds must not be negative, got {seconds}")
+        raise ValueError(f"seconds: expected at least 0, got {seconds}")
     if bad := [size for size in batch_sizes if size < 1]:
-        raise ValueError(f"batch_sizes must be at least 1, got {bad[0]}")
+        raise ValueError(f"batch_sizes: expected sizes of at least 1, got {bad[0]}")
     rng = np.random.default_rng(seed)
     cells = {
         size: [path for path in paths if path.supports is None or path.supports(size)]

@@ -8,15 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mprec import bags
 from mprec.data import Batch
 from mprec.data.batching import num_features
 
-__all__ = ["Path", "shape_digest", "unique_share"]
+__all__ = ["ScoringPath", "shape_digest", "unique_share"]
 
 
 @dataclass(frozen=True)
-class Path:
+class ScoringPath:
     """One complete way to answer a batch.
 
     ``model(batch)`` does the work; ``quality`` is any measure in which more is better, the same for all
@@ -37,9 +36,9 @@ class Path:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("name must not be empty")
+            raise ValueError("name: expected at least one character, got none")
         if self.quality != self.quality:
-            raise ValueError(f"path {self.name!r}: quality is NaN")
+            raise ValueError(f"path {self.name!r}: quality: expected a number, got NaN")
 
 
 def shape_digest(config: Any) -> str:
@@ -52,4 +51,5 @@ def unique_share(batch: Batch) -> float:
     ID."""
     if not len(batch):
         return 1.0
-    return bags.unique_share(batch.indices.cpu(), batch.offsets.cpu(), num_features(batch))
+    num_features(batch)
+    return batch.bags.unique_share()

@@ -19,7 +19,7 @@ from collections import deque
 
 import numpy as np
 
-from mprec.dispatch.paths import Path
+from mprec.dispatch.paths import ScoringPath
 from mprec.dispatch.profile import Profile
 
 __all__ = ["Prediction"]
@@ -38,7 +38,9 @@ class _Estimate:
     the share u of unique IDs is known, max(base + u * slope, floor); ``floor`` and ``ceiling`` are its values
     at the lowest and the highest share that was profiled."""
 
-    def __init__(self, path: Path, profile: Profile, statistic: str, condition: str, up_to: int) -> None:
+    def __init__(
+        self, path: ScoringPath, profile: Profile, statistic: str, condition: str, up_to: int
+    ) -> None:
         able = [path.supports is None or (b and path.supports(b)) for b in range(up_to + 1)]
 
         def table(same_share: bool) -> np.ndarray:
@@ -65,7 +67,9 @@ class _Estimate:
 class Prediction:
     """Of one path. Lists are indexed by batch size, in seconds, and reach up to the profile's largest."""
 
-    def __init__(self, path: Path, profile: Profile, statistic: str, condition: str, up_to: int) -> None:
+    def __init__(
+        self, path: ScoringPath, profile: Profile, statistic: str, condition: str, up_to: int
+    ) -> None:
         self.path = path
         self.last = up_to
         self._tail = _Estimate(path, profile, statistic, condition, up_to)

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from mprec.data.batching import concatenate, take
 from mprec.dispatch.curve import Curve, falls
 from mprec.dispatch.fingerprint import fingerprint
 from mprec.dispatch.microbenchmark import Evict, Samples, microbenchmark
-from mprec.dispatch.paths import Path, shape_digest, unique_share
+from mprec.dispatch.paths import ScoringPath, shape_digest, unique_share
 from mprec.dispatch.refine import PASSES, check_sizes, errors, median_curves, refine
 from mprec.dispatch.share import ShareEffect
 from mprec.files import write_whole
@@ -112,7 +112,7 @@ class Profile:
     @classmethod
     def measure(
         cls,
-        paths: Sequence[Path],
+        paths: Sequence[ScoringPath],
         make_input: Callable[[int, np.random.Generator], Any],
         batch_sizes: Sequence[int] = BATCH_SIZES,
         *,
@@ -136,7 +136,7 @@ class Profile:
             raise ValueError(f"conditions: {unknown[0]!r} is none of {', '.join(CONDITIONS)}")
         batch_sizes = sorted(set(batch_sizes))
         if not batch_sizes:
-            raise ValueError("batch_sizes must not be empty")
+            raise ValueError("batch_sizes: expected at least one, got none")
         rng = np.random.default_rng(seed)
         probe = make_input(batch_sizes[-1], rng)
         wanted = [c for c in CONDITIONS if c in conditions and (c != "repeated" or isinstance(probe, Batch))]
@@ -197,23 +197,23 @@ class Profile:
         content = {"format": FORMAT, "version": VERSION, **self.__dict__}
         return json.loads(json.dumps(content, default=dict))
 
-    def save(self, file: str | os.PathLike) -> FilePath:
+    def save(self, file: str | os.PathLike) -> Path:
         """Write the file whole or not at all, its folder too if need be."""
-        file = FilePath(file)
+        file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         content = self.to_dict()
         content["checksum"] = _checksum(content)
         return write_whole(file, lambda stream: stream.write(json.dumps(content, indent=1).encode()))
 
     @classmethod
-    def load(cls, file: str | os.PathLike, paths: Sequence[Path] | None = None) -> Profile:
+    def load(cls, file: str | os.PathLike, paths: Sequence[ScoringPath] | None = None) -> Profile:
         """Read a profile; with ``paths``, refuse it unless it was measured here, for these.
 
         ``ProfileError`` if the file cannot be read or is damaged; ``ProfileMismatchError`` says exactly
         what differs. A simulated profile, which people write by hand, needs no checksum, and is never
         taken for a measured one.
         """
-        file = FilePath(file)
+        file = Path(file)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
@@ -249,7 +249,7 @@ class Profile:
             raise ProfileError(f"{where}: not a whole profile: {error}") from error
         return profile
 
-    def check(self, paths: Sequence[Path], where: str = "profile") -> None:
+    def check(self, paths: Sequence[ScoringPath], where: str = "profile") -> None:
         """``ProfileMismatchError`` unless this was measured on this machine, as it is now, for ``paths``."""
         measured = dict(self.fingerprint)
         shapes = measured.pop("paths", {})
@@ -275,7 +275,7 @@ class Profile:
     @classmethod
     def load_or_measure(
         cls,
-        paths: Sequence[Path],
+        paths: Sequence[ScoringPath],
         make_input: Callable[[int, np.random.Generator], Any],
         batch_sizes: Sequence[int] = BATCH_SIZES,
         *,
@@ -287,7 +287,7 @@ class Profile:
         saved there. ``report`` is told why a file that exists was not used, and if the cache folder cannot be
         written to; ``OSError`` if that is so of a ``file`` that was given.
         """
-        given, file = file is not None, FilePath(file) if file is not None else default_file(paths)
+        given, file = file is not None, Path(file) if file is not None else default_file(paths)
         if file.exists():
             try:
                 profile = cls.load(file, paths)
@@ -307,9 +307,9 @@ class Profile:
         return profile
 
 
-def default_file(paths: Sequence[Path]) -> FilePath:
+def default_file(paths: Sequence[ScoringPath]) -> Path:
     """Where this machine's profile of these paths belongs: a file of its own per fingerprint."""
-    cache = FilePath(os.environ.get("XDG_CACHE_HOME") or FilePath.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = {**fingerprint(), "paths": {path.name: path.shape for path in paths}}
     return cache / "mprec" / f"profile-{shape_digest(key)}.json"
 
@@ -324,16 +324,16 @@ def repeated_rows(make_input: Callable[[int, np.random.Generator], Any]):
     return draw
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: ScoringPath) -> dict[str, Any]:
     return {"representation": path.representation, "quality": path.quality, "shape": path.shape}
 
 
-def _check_names(paths: Sequence[Path]) -> None:
+def _check_names(paths: Sequence[ScoringPath]) -> None:
     names = [path.name for path in paths]
     if not names:
-        raise ValueError("paths must not be empty")
+        raise ValueError("paths: expected at least one, got none")
     if len(set(names)) != len(names):
-        raise ValueError(f"paths must have distinct names, got {names}")
+        raise ValueError(f"paths: expected distinct names, got {names}")
 
 
 def _thinned(batch_sizes: Sequence[int]) -> list[int]:

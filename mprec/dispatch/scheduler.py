@@ -26,20 +26,20 @@ machine is now), :class:`FluidPrice` (what time and samples are worth), :class:`
 (what it costs others that an executor is taken). ``ValueError`` for arguments out of range.
 """
 
-from mprec._native import _C
-
-Correction = _C.Correction
-FluidPrice = _C.FluidPrice
-Job = _C.Job
-Lane = _C.Lane
-Latest = _C.Latest
-Option = _C.Option
-Overflow = _C.Overflow
-Piece = _C.Piece
-Refusal = _C.Refusal
-Scheduler = _C.Scheduler
-Ticket = _C.Ticket
-Traffic = _C.Traffic
+from mprec._native import (
+    Correction,
+    FluidPrice,
+    Job,
+    Lane,
+    Latest,
+    Option,
+    Overflow,
+    Piece,
+    Refusal,
+    Scheduler,
+    Ticket,
+    Traffic,
+)
 
 __all__ = [
     "Correction",

@@ -2,7 +2,7 @@
 and without its interpreter lock.
 
     path = mprec.compile_path(model)
-    scores = path(dense, indices, offsets)  # [B], as model(dense, indices, offsets).sigmoid()
+    scores = path(dense, bags)  # [B], as model(dense, bags).sigmoid()
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mprec._native import _C
+from mprec._native import PathProgram, WeightWatch
+from mprec.bags import Bags
 from mprec.errors import PathCompileError
 from mprec.models.dlrm import DLRM
 from mprec.names import ACTIVATIONS, MODES
@@ -24,7 +25,8 @@ from mprec.nn import (
     QuantizedEmbeddingBagCollection,
     QuantizedTable,
 )
-from mprec.ops._decoders import decoder
+from mprec.ops._decoders import packed_decoder
+from mprec.ops.pooling import run_program
 from mprec.representations import DHE, TABLE
 from mprec.representations.low_rank import LOW_RANK
 
@@ -35,7 +37,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 class _Table(NamedTuple):
-    """Where the rows of one part lie, as ``_C.PathProgram`` takes it."""
+    """Where the rows of one part lie, as ``PathProgram`` takes it."""
 
     tensors: dict
     key: str
@@ -51,7 +53,7 @@ _ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
 
 
 def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
-    """The model's whole path as one native call, ``(dense, indices, offsets) -> click probabilities [B]``.
+    """The model's whole path as one native call, ``(dense, bags) -> click probabilities [B]``.
 
     Takes a :class:`mprec.models.DLRM`, a path of a multi-path model (``model.path(name)``) or a multi-path
     model itself (its hybrid path), in float32 on the CPU, whose embeddings are tables of any precision, also
@@ -92,12 +94,13 @@ class CompiledPath:
         self._lock = threading.Lock()
         self._native = _pack(model, precision)
 
-    def __call__(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+    def __call__(self, dense: Tensor, indices: Bags | Tensor, offsets: Tensor | None = None) -> Tensor:
         """Click probabilities.
 
         Args:
             dense: float32 ``[B, num_dense]``.
-            indices: int64 or int32 ``[n]``, feature after feature.
+            indices: int64 or int32 ``[n]``, feature after feature; or, alone, :class:`mprec.bags.Bags` of all
+                features.
             offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
 
         Returns:
@@ -107,16 +110,20 @@ class CompiledPath:
             IdOutOfRangeError, InvalidOffsetsError, DtypeError, ValueError: as the model's ``forward``.
         """
         native = self._native
+        if offsets is None:
+            if not isinstance(indices, Bags) or not indices.is_plain:
+                return self._by_model(dense, indices)
+            indices, offsets = indices.indices, indices.offsets
         try:
             while True:
-                scores = _C.run_program(native, dense, indices, offsets, torch.get_num_threads())
+                scores = run_program(native, dense, indices, offsets)
                 if scores is not None:
                     return scores
                 native = self._pack_again(native)
         except (TypeError, ValueError, IndexError):
             return self._by_model(dense, indices, offsets)
 
-    def program(self) -> _C.PathProgram:
+    def program(self) -> PathProgram:
         """The native call itself, its weights packed as they are now."""
         native = self._native
         while native.changed():
@@ -129,10 +136,10 @@ class CompiledPath:
         return self._native.nbytes
 
     @torch.no_grad()
-    def _by_model(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
-        return self.model(dense, indices, offsets).sigmoid()
+    def _by_model(self, *inputs: Any) -> Tensor:
+        return self.model(*inputs).sigmoid()
 
-    def _pack_again(self, stale: _C.PathProgram) -> _C.PathProgram:
+    def _pack_again(self, stale: PathProgram) -> PathProgram:
         with self._lock:
             if self._native is stale:  # else another thread did
                 self._native = _pack(self.model, self.precision)
@@ -146,7 +153,7 @@ class CompiledPath:
 
 
 @torch.no_grad()
-def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
+def _pack(model: nn.Module, precision: str) -> PathProgram:
     _check_model(model)
     places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
     places += [(model._buffers, "_mixing"), (model.__dict__, "interaction")]
@@ -164,12 +171,12 @@ def _pack(model: nn.Module, precision: str) -> _C.PathProgram:
     tables, decoders, parts = _embeddings(model.embeddings, model.embedding_dim, places)
     mixing = _mixing(model._mixing)
     _check_pairs(model, parts if model._mixing is None else len(model._mixing))
-    watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
+    watch = WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     if watch is None:
         raise PathCompileError("weights: made in inference mode, so that their changes cannot be noticed")
-    handles = [(decoder(*stack), feature, part, mode) for stack, feature, part, mode in decoders]
+    handles = [(packed_decoder(*stack), feature, part, mode) for stack, feature, part, mode in decoders]
     try:
-        return _C.PathProgram(
+        return PathProgram(
             len(model.embeddings.features),
             model.num_dense,
             model.embedding_dim,
@@ -309,7 +316,7 @@ def _codes(collection: LowRankEmbeddingBagCollection, places: list) -> list[_Tab
 
 
 def _stack(module: nn.Module, name: str, precision: str, places: list) -> tuple[Any, ...]:
-    """Arguments of :func:`mprec.ops._decoders.decoder`."""
+    """Arguments of :func:`mprec.ops._decoders.packed_decoder`."""
     if precision == "float8":
         raise PathCompileError(f"embeddings.dhe.{name}: float8 decoders are for CUDA")
     places += [(module.__dict__, "config"), (module._buffers, "coefficients"), (module._modules, "decoder")]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.nn import EmbeddingBagCollection, FeatureConfig
 
@@ -27,7 +28,7 @@ def mlp(sizes: Sequence[int], *, last_relu: bool, device=None) -> nn.Sequential:
 
 
 class DLRM(nn.Module):
-    """Scores batches of samples: ``forward(dense, indices, offsets) -> logits``.
+    """Scores batches of samples: ``forward(dense, bags) -> logits``.
 
     ``features`` are the categorical features; each contributes one vector of ``embedding_dim`` to the
     interaction; a hybrid one two, its table's and its DHE's (or, with ``hybrid="mean"``, their mean). The
@@ -37,8 +38,8 @@ class DLRM(nn.Module):
     the products of all pairs; with ``interaction="cat"`` it sees the vectors themselves, one after another,
     the bottom's first (as Facebook's DLRM does with that option).
 
-    Shapes: ``dense`` float32 [B, num_dense]; ``indices`` int [n] and ``offsets`` int [T*B+1],
-    feature-major (see :class:`mprec.nn.EmbeddingBagCollection`); logits float32 [B].
+    Shapes: ``dense`` float32 ``[B, num_dense]``; ``bags`` of all features, a :class:`mprec.bags.Bags` or
+    their ``indices`` and ``offsets`` (see :class:`mprec.nn.EmbeddingBagCollection`); logits float32 ``[B]``.
     """
 
     def __init__(
@@ -55,11 +56,11 @@ class DLRM(nn.Module):
     ) -> None:
         super().__init__()
         if interaction not in ("dot", "cat"):
-            raise ValueError(f"interaction must be 'dot' or 'cat', got {interaction!r}")
+            raise ValueError(f"interaction: expected 'dot' or 'cat', got {interaction!r}")
         if hybrid not in ("both", "mean"):
-            raise ValueError(f"hybrid must be 'both' or 'mean', got {hybrid!r}")
+            raise ValueError(f"hybrid: expected 'both' or 'mean', got {hybrid!r}")
         if num_dense < 0:
-            raise ValueError(f"num_dense must not be negative, got {num_dense}")
+            raise ValueError(f"num_dense: expected at least 0, got {num_dense}")
         if wrong := [f for f in features if f.embedding_dim != embedding_dim]:
             raise ValueError(
                 f"feature {wrong[0].name!r} has embedding_dim {wrong[0].embedding_dim}; the "
@@ -128,7 +129,11 @@ class DLRM(nn.Module):
     def features(self) -> list[FeatureConfig]:
         return list(self.embeddings.features)
 
-    def forward(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, dense: Tensor, indices: Bags | Tensor, offsets: Tensor | None = None) -> Tensor:
+        if offsets is None and not isinstance(indices, Bags):
+            raise TypeError(
+                f"indices: expected Bags, or a tensor with offsets, got {type(indices).__name__} alone"
+            )
         return self.score(dense, self.mix(self.embeddings(indices, offsets), self._mixing))
 
     def mix(self, embedded: Tensor, mixing: Tensor | None) -> Tensor:
@@ -140,7 +145,7 @@ class DLRM(nn.Module):
     def score(self, dense: Tensor, embedded: Tensor) -> Tensor:
         """Logits [B] from the dense numbers [B, num_dense] and the vectors [B, V*D] that interact."""
         if dense.dim() != 2 or dense.shape[1] != self.num_dense:
-            raise ValueError(f"dense must be [B, {self.num_dense}], got {list(dense.shape)}")
+            raise ValueError(f"dense: expected [B, {self.num_dense}], got {list(dense.shape)}")
         if torch.compiler.is_compiling():  # a comparison would make the batch size a constant
             embedded = embedded.view(dense.shape[0], -1)
         elif len(dense) != len(embedded):
@@ -158,7 +163,7 @@ class DLRM(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean log-loss over a batch, in nats: what training minimises."""
-        logits = self(batch.dense, batch.indices, batch.offsets)
+        logits = self(batch.dense, batch.bags)
         return binary_cross_entropy_with_logits(logits, batch.labels)
 
     def config(self) -> dict[str, Any]:

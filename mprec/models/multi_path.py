@@ -33,7 +33,7 @@ PATHS = (_HYBRID.name, *(part.name for part in _HYBRID.parts), SELECT)
 class MultiPathDLRM(DLRM):
     """A :class:`DLRM` over hybrid features that can be asked for any of ``PATHS``.
 
-    ``forward(dense, indices, offsets)`` is the hybrid path; ``path(name)`` gives any path as a DLRM that
+    ``forward(dense, bags)`` is the hybrid path; ``path(name)`` gives any path as a DLRM that
     shares this model's parameters and computes only what that path needs. ``select_largest`` is the
     number of features that take their DHE on the ``select`` path.
     """
@@ -59,7 +59,7 @@ class MultiPathDLRM(DLRM):
     def path_features(self, name: str) -> list[FeatureConfig]:
         """The features as path ``name`` sees them."""
         if name not in PATHS:
-            raise ValueError(f"path must be one of {', '.join(PATHS)}, got {name!r}")
+            raise ValueError(f"path: expected one of {', '.join(PATHS)}, got {name!r}")
         return with_representation(self.features, name, select_largest=self.select_largest)
 
     def _path_mixing(self, name: str) -> Tensor:
@@ -87,7 +87,7 @@ class MultiPathDLRM(DLRM):
 
     def logits(self, batch: Batch) -> dict[str, Tensor]:
         """Logits [B] along every path; the embeddings are computed once."""
-        embedded = self.embeddings(batch.indices, batch.offsets)
+        embedded = self.embeddings(batch.bags)
         mixings = {name: getattr(self, f"_mixing_{name}") for name in PATHS}
         return {name: self.score(batch.dense, self.mix(embedded, m)) for name, m in mixings.items()}
 

@@ -10,11 +10,11 @@ from mprec.nn.memory import use_huge_pages
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import SwapReport, swap
 from mprec.nn.unseen import MeanForUnseen
-from mprec.options import KernelOptions
+from mprec.options import RunOptions
 from mprec.representations import DheConfig, FeatureConfig, with_representation
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
 from mprec.representations.embedding_bag import EmbeddingBag
-from mprec.tuning import auto_kernels, kernel_candidates, tune_kernels
+from mprec.tuning import auto_options, option_candidates, tune_options
 
 __all__ = [
     "MLP",
@@ -27,7 +27,6 @@ __all__ = [
     "EmbeddingBagCollection",
     "FeatureConfig",
     "HybridEmbeddingBag",
-    "KernelOptions",
     "LowRankEmbedding",
     "LowRankEmbeddingBag",
     "LowRankEmbeddingBagCollection",
@@ -36,12 +35,13 @@ __all__ = [
     "MeanForUnseen",
     "QuantizedEmbeddingBagCollection",
     "QuantizedTable",
+    "RunOptions",
     "SwapReport",
-    "auto_kernels",
+    "auto_options",
     "folded",
-    "kernel_candidates",
+    "option_candidates",
     "swap",
-    "tune_kernels",
+    "tune_options",
     "use_huge_pages",
     "with_representation",
 ]

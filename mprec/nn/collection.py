@@ -10,14 +10,15 @@ from mprec import ops
 from mprec.bags import Bags, new
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
-from mprec.nn.keyed import embed_keyed
+from mprec.nn.keyed import embed_alone
 from mprec.ops import pooling
-from mprec.ops._common import NATIVE_TABLES, into
+from mprec.ops._common import NATIVE_TABLES, write_to
 from mprec.ops._decoders import group_decoders
-from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.options import DEFAULT_OPTIONS, Options, TuningTraits, check_options
 from mprec.representations import DHE, PARTS, REPRESENTATIONS, TABLE, FeatureConfig, Part
+from mprec.representations.dhe import stacks_of
 from mprec.tracing import eager
-from mprec.tuning import kernel_options
+from mprec.tuning import options_for
 
 _PARTS = {part.container for part in PARTS}
 
@@ -33,7 +34,7 @@ class _Group(NamedTuple):
     alone: bool  # all columns, side by side
     mode: str
     mode_code: int
-    decoder: Hashable  # of a deep hash embedding: family, activation, last_activation
+    options: Hashable  # of a deep hash embedding: family, activation, last_activation
 
     def bags(self, batch: Bags) -> Bags:
         """Those of the batch that the group pools, in its mode."""
@@ -54,9 +55,9 @@ class EmbeddingBagCollection(nn.Module):
         features: in the order of the batch and of the output.
         sparse: gradients of tables are sparse tensors (for ``torch.optim.SparseAdam`` and the like).
         device, dtype: of tables and decoders.
-        kernel: how native calls without gradients run: ``"auto"`` measures at the first one what is fastest
-            on this machine by batch size (:func:`mprec.nn.auto_kernels`), None leaves it to rules; or a
-            function from the number of samples to :class:`KernelOptions`. Never changes a result.
+        options: how native calls without gradients run: ``"auto"`` measures at the first one what is fastest
+            on this machine by batch size (:func:`mprec.nn.auto_options`), None leaves it to rules; or a
+            function from the number of samples to :class:`RunOptions`. Never changes a result.
 
     Shape: ``indices`` ``[n]`` and ``offsets`` ``[F * B + 1]``: bag b of feature f is
     ``indices[offsets[f * B + b] : offsets[f * B + b + 1]]``. Output ``[B, sum(output_dims)]``.
@@ -66,7 +67,7 @@ class EmbeddingBagCollection(nn.Module):
         output_dims: columns of each feature: its ``embedding_dim``, twice that for *hybrid* (table first).
         tables: ``tables.{name}.weight``, uniform in +-1/sqrt(num_embeddings) at first.
         dhe: ``dhe.{name}.coefficients`` and ``dhe.{name}.decoder.{layer}.weight|bias``.
-        kernel: as given, or what was measured (:func:`mprec.nn.tune_kernels` does, with your batches).
+        options: as given, or what was measured (:func:`mprec.nn.tune_options` does, with your batches).
     """
 
     has_cache = False  # of rows before the decoders
@@ -78,10 +79,10 @@ class EmbeddingBagCollection(nn.Module):
         sparse: bool = False,
         device=None,
         dtype=None,
-        kernel: Kernel = None,
+        options: Options = None,
     ) -> None:
         super().__init__()
-        self.kernel = check_kernel(kernel)
+        self.options = check_options(options)
         self.features = tuple(features)
         self.sparse = sparse
         if not self.features:
@@ -153,8 +154,9 @@ class EmbeddingBagCollection(nn.Module):
         """Embed and pool a batch.
 
         Args:
-            indices: int64 or int32 ``[n]``, feature after feature; or a KeyedJaggedTensor alone, with the
-                names of the features as keys, in any order.
+            indices: int64 or int32 ``[n]``, feature after feature. Or, alone, :class:`mprec.bags.Bags` of all
+                features, whose ``mode`` is not read; or a KeyedJaggedTensor, with the names of the features
+                as keys, in any order.
             offsets: int64 or int32 ``[F * B + 1]``, from 0 to n.
             per_sample_weights: one factor per index (features of modes sum and mean only).
             out: where to write the result, and what to return: a buffer of its shape and dtype that is used
@@ -169,7 +171,7 @@ class EmbeddingBagCollection(nn.Module):
             InvalidOffsetsError, DtypeError, DeviceError, ValueError, NotImplementedError.
         """
         if offsets is None:
-            return embed_keyed(self, indices)
+            return embed_alone(self, indices, per_sample_weights, out=out)
         batch = new(Bags, (indices, offsets, self._mode, per_sample_weights, None, self._count, True, -1))
         try:
             if (
@@ -182,7 +184,7 @@ class EmbeddingBagCollection(nn.Module):
                 pooled = self._forward_direct(batch, out)
                 if pooled is not None:
                     return pooled
-            return into(out, self._forward_ops(batch))
+            return write_to(out, self._forward_ops(batch))
         except IdOutOfRangeError as error:
             self._name_feature(batch, error)
             raise
@@ -197,7 +199,7 @@ class EmbeddingBagCollection(nn.Module):
         samples = ends // count
         if ends < 0 or samples * count != ends:
             return None
-        options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, samples)
+        options = DEFAULT_OPTIONS if self.options is None else options_for(self, samples)
         if out is None and self._table_groups and self._table_groups[0].alone:  # native code makes it
             return self._run_tables(self._table_groups[0], batch, None, options)
         dtype = self._dtype()
@@ -243,7 +245,7 @@ class EmbeddingBagCollection(nn.Module):
         members = [modules[name] for name in group.names]
         count = batch.indices.numel()
         decoders = group_decoders(
-            self, group.names[0], members, group.decoder, self._precisions(group), count
+            self, group.names[0], members, group.options, self._precisions(group), count
         )
         if decoders is None:
             return None
@@ -288,17 +290,17 @@ class EmbeddingBagCollection(nn.Module):
 
     def _embed_decoders(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled vectors by its operator."""
-        return pooling.pool_decoders(*self._stacks(group), group.decoder, group.bags(batch))
+        return pooling.pool_decoders(*self._stacks(group), group.options, group.bags(batch))
 
     def _embed_others(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled vectors as its part pools them."""
         members = self._members(group.part)
         return group.part.pool([members[name] for name in group.names], group.bags(batch), self.sparse)
 
-    def kernel_traits(self) -> KernelTraits:
+    def tuning_traits(self) -> TuningTraits:
         """For :mod:`mprec.tuning`."""
         precisions = [getattr(self, f"{kind}_precision", None) for kind in ("table", "decoder")]
-        return KernelTraits(
+        return TuningTraits(
             bool(self._dhe_groups),
             self.has_cache,
             [feature.num_embeddings for feature in self.features],
@@ -307,14 +309,8 @@ class EmbeddingBagCollection(nn.Module):
         )
 
     def _stacks(self, group: _Group) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-        """Coefficients, weights, biases and numbers of layers: what operators take."""
-        stacks = [self.dhe._modules[name].stack() for name in group.names]
-        return (
-            [hashes for hashes, _, _ in stacks],
-            [weight for _, weights, _ in stacks for weight in weights],
-            [bias for _, _, biases in stacks for bias in biases],
-            [len(weights) for _, weights, _ in stacks],
-        )
+        """What operators take of a group's decoders."""
+        return stacks_of([self.dhe._modules[name] for name in group.names])
 
     def _by_column(self, group: _Group, out: Tensor):
         dims = [self.features[i].embedding_dim for i in group.features]

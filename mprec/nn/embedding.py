@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mprec import ops
 from mprec.ops._embedding import singles
-from mprec.options import Kernel
+from mprec.options import Options
 from mprec.representations import DheConfig
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
 from mprec.representations.embedding_bag import EmbeddingBag, table_storage
@@ -96,7 +96,7 @@ class DeepHashEmbedding(DeepHashEmbeddingBag):
         config: hashes and layers.
         padding_idx: this ID has a vector of zeros without a gradient; negative counts from the end.
         device, dtype: of the decoder.
-        kernel: as for :class:`DeepHashEmbeddingBag`, of which this has the parameters and the methods.
+        options: as for :class:`DeepHashEmbeddingBag`, of which this has the parameters and the methods.
 
     Shape: ``input`` of any shape ``[*]``, output ``[*, embedding_dim]``.
 
@@ -112,7 +112,7 @@ class DeepHashEmbedding(DeepHashEmbeddingBag):
         padding_idx: int | None = None,
         device=None,
         dtype=None,
-        kernel: Kernel = None,
+        options: Options = None,
     ) -> None:
         if padding_idx is not None and padding_idx < 0 and num_embeddings is not None:
             padding_idx += num_embeddings
@@ -124,7 +124,7 @@ class DeepHashEmbedding(DeepHashEmbeddingBag):
             num_embeddings=num_embeddings,
             device=device,
             dtype=dtype,
-            kernel=kernel,
+            options=options,
         )
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batches by name: KeyedJaggedTensor in, KeyedTensor out, whoever's they are.
+"""Batches that are one object. Those by name: KeyedJaggedTensor in, KeyedTensor out, whoever's they are.
 
 TorchRec is not imported. A KeyedJaggedTensor is what has its methods; the result is the KeyedTensor of the
 module that its class comes from, or the one here if that has none.
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Jagged", "KeyedTensor", "embed_keyed", "positions", "sibling"]
+from mprec.bags import Bags
+
+__all__ = ["Jagged", "KeyedTensor", "embed_alone", "positions", "sibling"]
 
 
 class KeyedTensor:
@@ -91,7 +93,7 @@ def positions(batch: Any, names: Sequence[str]) -> list[int]:
     """
     if not (hasattr(batch, "keys") and hasattr(batch, "offsets") and hasattr(batch, "values")):
         raise TypeError(
-            f"expected a KeyedJaggedTensor, or indices with offsets, got {type(batch).__name__} alone"
+            f"expected a KeyedJaggedTensor, Bags, or indices with offsets, got {type(batch).__name__} alone"
         )
     keys = list(batch.keys())
     if missing := [name for name in names if name not in keys]:
@@ -99,13 +101,21 @@ def positions(batch: Any, names: Sequence[str]) -> list[int]:
     return [keys.index(name) for name in names]
 
 
-def embed_keyed(collection: Any, batch: Any) -> Any:
-    """What a collection makes of a KeyedJaggedTensor, whose keys are the names of its features in any order
-    and may be more: a KeyedTensor.
+def embed_alone(collection: Any, batch: Any, per_sample_weights: Tensor | None, **options: Any) -> Any:
+    """What a collection makes of a batch that is one object: of :class:`mprec.bags.Bags` of all features a
+    tensor, of a KeyedJaggedTensor, whose keys are the names of the features in any order and may be more, a
+    KeyedTensor. ``options`` are those of the collection's ``forward``.
 
     Raises:
-        ValueError: the features have batches of different sizes.
+        TypeError: neither of the two.
+        KeyError: the batch lacks one of the features.
+        ValueError: the features have batches of different sizes; bags of some features, or of other ones;
+            weights beside a batch, which holds its own.
     """
+    if per_sample_weights is not None:
+        raise ValueError("per_sample_weights: expected None beside a batch that holds its own")
+    if isinstance(batch, Bags):
+        return collection.forward(*batch.arguments(len(collection.features)), **options)
     names = [feature.name for feature in collection.features]
     order = positions(batch, names)
     if getattr(batch, "variable_stride_per_key", bool)():
@@ -115,5 +125,5 @@ def embed_keyed(collection: Any, batch: Any) -> Any:
         )
     if order != list(range(len(batch.keys()))):
         batch = batch.permute(order)
-    values = collection(batch.values(), batch.offsets(), batch.weights_or_none())
+    values = collection(batch.values(), batch.offsets(), batch.weights_or_none(), **options)
     return sibling(batch, "KeyedTensor", KeyedTensor)(names, list(collection.output_dims), values)

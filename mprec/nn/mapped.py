@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from mprec.names import MODES
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.nn.keyed import embed_keyed
-from mprec.ops._common import into
+from mprec.nn.keyed import embed_alone
+from mprec.ops._common import write_to
 from mprec.representations import PARTS, TABLE
 
 __all__ = ["MappedEmbeddingBagCollection", "folded", "pooled_ones"]
@@ -53,7 +53,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
 
     def __init__(self, collection: EmbeddingBagCollection, fresh: bool = False) -> None:
         collection = collection.fold()
-        super().__init__(collection.features, collection.sparse, device="meta", kernel=collection.kernel)
+        super().__init__(collection.features, collection.sparse, device="meta", options=collection.options)
         for part in PARTS:
             self._modules[part.container] = collection._modules[part.container]
         self.maps = nn.ModuleDict()
@@ -80,7 +80,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
         out: Tensor | None = None,
     ) -> Tensor:
         if offsets is None:
-            return embed_keyed(self, indices)
+            return embed_alone(self, indices, per_sample_weights, out=out)
         pooled = super().forward(indices, offsets, per_sample_weights)
         ones = pooled_ones(offsets, per_sample_weights, [f.mode for f in self.features], pooled.dtype)
         blocks = list(pooled.split(self._blocks, dim=1))
@@ -93,7 +93,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
             mapped = torch.baddbmm(ones[list(positions), :, None] * bias, rows, weight)
             for column, block in zip(columns, mapped, strict=True):
                 blocks[column] = block
-        return into(out, torch.cat(blocks, dim=1))
+        return write_to(out, torch.cat(blocks, dim=1))
 
     @torch.no_grad()
     def fold(self) -> EmbeddingBagCollection:
@@ -101,7 +101,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
 
         Its tables are new tensors: training may go on.
         """
-        plain = EmbeddingBagCollection(self.features, self.sparse, device="meta", kernel=self.kernel)
+        plain = EmbeddingBagCollection(self.features, self.sparse, device="meta", options=self.options)
         for part in PARTS:
             if part is not TABLE:
                 plain._modules[part.container] = self._modules[part.container]

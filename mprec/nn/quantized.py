@@ -12,7 +12,7 @@ from mprec.hashing import families_for
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.ops import pooling
 from mprec.ops._checks import check_same_device
-from mprec.ops._decoders import check_float16, decoder
+from mprec.ops._decoders import check_float16, packed_decoder
 from mprec.representations import DHE, PARTS, TABLE
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
 from mprec.row_formats import row_format
@@ -225,8 +225,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     def _embed_decoders(self, group, batch: Bags) -> Tensor:
         precisions, scaled = self._precisions(group), self._in_float8(group.names[0])
         if scaled or set(precisions) == {"float32"}:
-            return pooling.pool_decoders(*self._stacks(group), group.decoder, group.bags(batch), scaled)
-        return pooling.pool_packed(*self._stacks(group), group.decoder, precisions, group.bags(batch))
+            return pooling.pool_decoders(*self._stacks(group), group.options, group.bags(batch), scaled)
+        return pooling.pool_packed(*self._stacks(group), group.options, precisions, group.bags(batch))
 
     def _forward_ops(self, batch: Bags) -> Tensor:
         """Where the kernels refused: inputs in another form, or something to raise an exception about."""
@@ -265,7 +265,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
                         total += self.dhe._modules[name].nbytes
                         continue
                     stack = self.dhe._modules[name].stack()
-                    total += decoder(*stack, *group.decoder, self.decoder_precision[name]).nbytes
+                    total += packed_decoder(*stack, *group.options, self.decoder_precision[name]).nbytes
         return total
 
 

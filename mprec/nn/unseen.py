@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec.nn.collection import EmbeddingBagCollection
-from mprec.nn.keyed import embed_keyed
+from mprec.nn.keyed import embed_alone
 from mprec.ops._checks import check_id_list
 from mprec.tracing import eager
 
@@ -112,7 +112,7 @@ class MeanForUnseen(nn.Module):
     ) -> Tensor:
         """As the collection's: ``indices`` ``[n]``, offsets ``[F * B + 1]`` to ``[B, sum(output_dims)]``."""
         if offsets is None:
-            return embed_keyed(self, indices)
+            return embed_alone(self, indices, per_sample_weights)
         watched = not eager()  # a compiler cannot look at values
         if not self.known.numel() or not self._is_batch(indices, offsets, watched):
             return self.collection(indices, offsets, per_sample_weights)

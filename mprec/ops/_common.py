@@ -14,7 +14,7 @@ _PLAIN = (Tensor, Parameter)
 _grad_enabled = torch.is_grad_enabled
 
 
-def direct(*tensors: Tensor | None) -> bool:
+def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
     """True if :func:`eager`, and all these are exact tensors of which none needs a gradient.
 
     Native functions may then be tried: they look at the rest (device, dtype, shape) and give ``None`` for a
@@ -29,7 +29,7 @@ def direct(*tensors: Tensor | None) -> bool:
     return True
 
 
-def native(*values: Tensor | None) -> bool:
+def all_float32(*values: Tensor | None) -> bool:
     """True if all these are float32, as native decoders and gradients want them."""
     return all(t is None or t.dtype is torch.float32 for t in values)
 
@@ -62,7 +62,7 @@ def _jagged_values(nested: Tensor, name: str) -> Tensor:
     return nested.values()
 
 
-def into(out: Tensor | None, result: Tensor) -> Tensor:
+def write_to(out: Tensor | None, result: Tensor) -> Tensor:
     """``result``; or ``out`` with it written there, if given.
 
     Raises ``RuntimeError`` if gradients are wanted, ``ValueError`` and ``DtypeError`` if ``out`` is not like
@@ -79,7 +79,7 @@ def into(out: Tensor | None, result: Tensor) -> Tensor:
     return out.copy_(result)
 
 
-def pass_padding(padding_idx: int | None, num_embeddings: int) -> int:
+def padding_from_start(padding_idx: int | None, num_embeddings: int) -> int:
     """``padding_idx`` as kernels take it: counted from the start, -1 for none."""
     if padding_idx is None:
         return -1

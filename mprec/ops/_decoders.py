@@ -53,7 +53,7 @@ def _watch_fused_steps() -> None:
     register_optimizer_step_post_hook(_count_fused_step)
 
 
-def decoder(
+def packed_decoder(
     coefficients: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -149,7 +149,7 @@ class ModuleDecoder:
         if watch is None:  # tensors made in inference mode, parametrised layers
             return None
         c = module.config
-        handle = decoder(*module.stack(), c.family, c.activation, c.last_activation, thorough=True)
+        handle = packed_decoder(*module.stack(), c.family, c.activation, c.last_activation, thorough=True)
         self.config, self.kept = c, _C.KeptDecoder(watch, handle)
         return self.kept
 
@@ -185,7 +185,8 @@ def group_decoders(
         return None
     watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     handles = [
-        decoder(*stack, *options, p, thorough=True) for stack, p in zip(stacks, precisions, strict=True)
+        packed_decoder(*stack, *options, p, thorough=True)
+        for stack, p in zip(stacks, precisions, strict=True)
     ]
     if watch is not None:
         _groups.setdefault(owner, {})[group] = parts, watch, handles

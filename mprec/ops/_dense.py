@@ -13,7 +13,7 @@ from mprec._native import _C
 from mprec.kernels import kernel
 from mprec.names import ACTIVATIONS, code
 from mprec.ops._checks import check_floats, check_same_device
-from mprec.ops._common import direct, native
+from mprec.ops._common import all_float32, can_skip_dispatcher
 from mprec.ops._decoders import _kept
 from mprec.ops._table import Op
 from mprec.tensors import plain
@@ -93,7 +93,7 @@ def _check_mlp(call: Mlp) -> Mlp:
 @kernel(
     "mlp",
     device="cpu",
-    supports=lambda call: native(call.input) and all(min(w.shape) > 0 for w in call.weights),
+    supports=lambda call: all_float32(call.input) and all(min(w.shape) > 0 for w in call.weights),
 )
 def _native_mlp(call: Mlp) -> Tensor:
     names = [call.activation] * (len(call.weights) - 1) + [call.last_activation]
@@ -170,7 +170,7 @@ def mlp(
     Raises:
         ValueError, DtypeError, DeviceError: arguments that do not fit together.
     """
-    if direct(input, *weights, *biases):
+    if can_skip_dispatcher(input, *weights, *biases):
         return MLP.run(input, weights, biases, activation, last_activation)
     return torch.ops.mprec.mlp(input, weights, biases, activation, last_activation)
 
@@ -199,7 +199,7 @@ def _check_vectors(call: Interaction) -> Interaction:
 
 def _is_native(call: Interaction) -> bool:
     vectors = call.vectors
-    return native(vectors, call.grad) and 0 < vectors.shape[1] <= 4096 and vectors.shape[2] > 0
+    return all_float32(vectors, call.grad) and 0 < vectors.shape[1] <= 4096 and vectors.shape[2] > 0
 
 
 @kernel("dot_interaction", device="cpu", supports=_is_native)
@@ -266,6 +266,6 @@ def dot_interaction(vectors: Tensor, self_interaction: bool = False) -> Tensor:
     Raises:
         ValueError, DtypeError: not three dimensions, or not floating.
     """
-    if direct(vectors):
+    if can_skip_dispatcher(vectors):
         return DOT_INTERACTION.run(vectors, self_interaction)
     return torch.ops.mprec.dot_interaction(vectors, self_interaction)

@@ -15,8 +15,8 @@ from mprec.bags import Bags, check_ndim
 from mprec.kernels import kernel
 from mprec.ops import _autograd
 from mprec.ops._checks import check_same_device
-from mprec.ops._common import native
-from mprec.ops._decoders import check_decoder, decoder, drop_changed
+from mprec.ops._common import all_float32
+from mprec.ops._decoders import check_decoder, drop_changed, packed_decoder
 from mprec.ops._table import Op, by_kernels
 from mprec.tracing import traced
 
@@ -139,12 +139,14 @@ def _fake(call: Decoders) -> Tensor:
     "dhe_bag_multi",
     "packed_dhe_bag_multi",
     device="cpu",
-    supports=lambda call: all(native(*weights) for _, weights, _ in call.stacks),
+    supports=lambda call: all(all_float32(*weights) for _, weights, _ in call.stacks),
 )
 def _native(call: Decoders) -> Tensor:
     bags, threads = call.bags.with_float_weights(), torch.get_num_threads()
     precisions = call.precisions or ["float32"] * len(call.stacks)
-    handles = [decoder(*stack, *call.options, p) for stack, p in zip(call.stacks, precisions, strict=True)]
+    handles = [
+        packed_decoder(*stack, *call.options, p) for stack, p in zip(call.stacks, precisions, strict=True)
+    ]
     if bags.num_features == len(handles) == 1:  # any offsets, and padding
         return _C.dhe_bag(
             handles[0], bags.indices, bags.offsets, bags.per_sample_weights, bags.mode,

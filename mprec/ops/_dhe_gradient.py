@@ -10,8 +10,8 @@ from mprec._native import _C
 from mprec.bags import Bags
 from mprec.names import FAMILIES, MODES, code
 from mprec.ops import _backward, _dhe
-from mprec.ops._common import native
-from mprec.ops._decoders import decoder
+from mprec.ops._common import all_float32
+from mprec.ops._decoders import packed_decoder
 from mprec.ops._table import Op
 from mprec.ops.pooling import decode
 from mprec.tensors import plain
@@ -67,7 +67,7 @@ def _of_one(grad: Tensor, stack: _dhe.Stack, options, bags: Bags, need_psw: bool
     """Each distinct ID is decoded once, and takes the summed gradient of its occurrences."""
     distinct, occurrence = torch.unique(bags.indices, return_inverse=True)
     _, weights, biases = stack
-    chain = _native_chain if bags.indices.is_cpu and native(*weights, *biases) else _plain_chain
+    chain = _native_chain if bags.indices.is_cpu and all_float32(*weights, *biases) else _plain_chain
     rows, backward = chain(distinct, stack, options, need_rows=need_psw or bags.mode == MODES["max"])
     rows = None if rows is None else rows[occurrence]
     grad_rows, grad_psw = _backward.pool_backward(grad, rows, bags)
@@ -79,7 +79,7 @@ def _native_chain(ids: Tensor, stack: _dhe.Stack, options, need_rows: bool):
     """The IDs' vectors, if needed, and a function from their gradient to the parameters'. In the kernel:
     encodings and activations are made again block by block, never stored."""
     _, weights, biases = stack
-    handle = decoder(*stack, *options, thorough=True)
+    handle = packed_decoder(*stack, *options, thorough=True)
     rows = decode(handle, ids) if need_rows else None
 
     def backward(grad_rows):

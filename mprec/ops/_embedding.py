@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mprec.ops import fused
-from mprec.ops._common import NATIVE_TABLES, pass_padding
+from mprec.ops._common import NATIVE_TABLES, padding_from_start
 from mprec.ops._functional import embedding_bag
 from mprec.tracing import eager
 
@@ -79,6 +79,6 @@ def _by_kernels(input: Tensor, weight: Tensor, special: bool) -> bool:
 
 def _padding(padding_idx: int, rows: int) -> int:
     try:
-        return pass_padding(padding_idx, rows)
+        return padding_from_start(padding_idx, rows)
     except RuntimeError:
         raise AssertionError("Padding_idx must be within num_embeddings") from None  # as torch

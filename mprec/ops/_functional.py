@@ -13,8 +13,8 @@ from mprec.bags import Bags, check_features, check_ndim, new
 from mprec.hashing import coefficient_rows
 from mprec.names import FAMILIES, MODES, code
 from mprec.ops._checks import check_id_list, check_same_device
-from mprec.ops._common import direct, into, pass_padding, rows_as_bags
-from mprec.ops._decoders import decoder, packable
+from mprec.ops._common import can_skip_dispatcher, padding_from_start, rows_as_bags, write_to
+from mprec.ops._decoders import packable, packed_decoder
 from mprec.ops.pooling import pool_decoders, pool_tables, seen_by_compilers, try_tables
 from mprec.tensors import as_ids, plain
 
@@ -91,7 +91,7 @@ def embedding_bag(
         and (number := MODES.get(mode) if type(mode) is str else None) is not None
         and not (number == 2 and (sparse or scale_grad_by_freq or per_sample_weights is not None))
         and (per_sample_weights is None or per_sample_weights.dtype is weight.dtype)
-        and direct(input, weight, offsets, per_sample_weights, out)
+        and can_skip_dispatcher(input, weight, offsets, per_sample_weights, out)
     ):
         pooled = _C.try_embedding_bag(
             weight,
@@ -100,7 +100,7 @@ def embedding_bag(
             per_sample_weights,
             number,
             include_last_offset,
-            -1 if padding_idx is None else pass_padding(padding_idx, len(weight)),
+            -1 if padding_idx is None else padding_from_start(padding_idx, len(weight)),
             out,
             torch.get_num_threads(),
         )
@@ -149,7 +149,7 @@ def embedding_bag(
     if mode == "max" and sparse:
         raise ValueError("max mode does not support sparse weights")
     number = _mode_code(mode, per_sample_weights)
-    padding = -1 if padding_idx is None else pass_padding(padding_idx, weight.shape[0])
+    padding = -1 if padding_idx is None else padding_from_start(padding_idx, weight.shape[0])
     check_same_device(weight=weight, input=input, offsets=offsets, per_sample_weights=per_sample_weights)
     if max_norm is not None:
         _renormalise(weight, as_ids(input, "input"), max_norm, norm_type)
@@ -165,7 +165,7 @@ def embedding_bag(
         scale_grad_by_freq,
         sparse,
     )
-    return into(out, pooled)
+    return write_to(out, pooled)
 
 
 @torch.no_grad()
@@ -222,11 +222,14 @@ def embedding_bag_multi(
     features = None if features is None else list(features)
     count = len(weights) if num_features is None else num_features
     bags = new(Bags, (indices, offsets, number, per_sample_weights, features, count, True, -1))
-    if direct(indices, offsets, per_sample_weights, out, *weights) and len({w.dtype for w in weights}) == 1:
+    if (
+        can_skip_dispatcher(indices, offsets, per_sample_weights, out, *weights)
+        and len({w.dtype for w in weights}) == 1
+    ):
         pooled = try_tables(weights, bags, out, None, None)
         if pooled is not None:
             return pooled
-    return into(out, pool_tables(weights, bags, sparse))
+    return write_to(out, pool_tables(weights, bags, sparse))
 
 
 def dhe_bag(
@@ -273,11 +276,11 @@ def dhe_bag(
     if (
         weights
         and (per_sample_weights is None or per_sample_weights.dtype is weights[0].dtype)
-        and direct(indices, offsets, coefficients, per_sample_weights, *weights, *biases)
+        and can_skip_dispatcher(indices, offsets, coefficients, per_sample_weights, *weights, *biases)
         and packable(coefficients, weights, biases)
     ):
         pooled = _C.try_dhe_bag(
-            decoder(coefficients, weights, biases, family, activation, last_activation),
+            packed_decoder(coefficients, weights, biases, family, activation, last_activation),
             indices,
             offsets,
             per_sample_weights,
@@ -362,7 +365,7 @@ def hash_encode(coefficients: Tensor, indices: Tensor, family: str = "universal"
     check_ndim(indices, "indices")
     check_same_device(coefficients=coefficients, indices=indices)
     indices = as_ids(indices, "indices")
-    if not direct(coefficients, indices):
+    if not can_skip_dispatcher(coefficients, indices):
         return reference.encode(coefficients, indices, family)
     out = torch.empty(len(indices), coefficients.shape[1], dtype=torch.float32)
     _C.hash_encode(plain(coefficients), indices, code(FAMILIES, family, "family"), out)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mprec.kernels import kernels
 from mprec.ops import _autograd
-from mprec.ops._common import direct
+from mprec.ops._common import can_skip_dispatcher
 
 try:  # not public, and so perhaps elsewhere in another release: operators stay whole there
     from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -124,7 +124,7 @@ class Op:
     def is_unseen(self, call, *tensors: Tensor | None) -> bool:
         """Whether :meth:`serve` may take the dispatcher's place: nobody would notice. For these, the call's
         tensors, in a function of autograd."""
-        return call.device in _DEVICES and direct(*tensors)
+        return call.device in _DEVICES and can_skip_dispatcher(*tensors)
 
     def by_formula(self, *arguments):
         return self.result(self.formula(self.check(self.call(*arguments))))

@@ -11,6 +11,7 @@ optimizer's ``step()`` applies it.
 import gc
 import weakref
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -120,8 +121,8 @@ class _Part(NamedTuple):
     grad: Tensor  # [B, sum of dims]
 
     def columns(self) -> list[int]:
-        dims = [weight.shape[1] for weight in self.weights]
-        return [sum(dims[:t]) for t in range(len(dims))]
+        ends = accumulate(weight.shape[1] for weight in self.weights)
+        return [0, *ends][:-1]
 
     def row_gradients(self, t: int) -> tuple[Tensor, Tensor]:
         """IDs of table t and the gradients of their rows."""

@@ -54,6 +54,37 @@ def try_decoders(
     )  # fmt: skip
 
 
+def try_cached(
+    decoders: "_C.CachedDecoders",
+    bags: Bags,
+    bound: int | None,
+    out: Tensor | None,
+    admit: bool,
+    threads: int | None,
+) -> Tensor | bool | None:
+    """The same of decoders behind caches of rows; False if their weights have changed since they were packed.
+
+    IDs are to be below ``bound``, if one is given; ``admit``: IDs may enter the caches.
+    """
+    indices, offsets, mode, weights, _, _, include_last_offset, padding_idx = bags
+    return _C.cached_dhe_bag(
+        decoders, indices, offsets, weights, mode, include_last_offset, padding_idx, bound, out, admit,
+        threads or torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def codebook_rows(codes: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
+    """Row ``ids[i]`` of a codebook, float32 ``[n, D]``; ``IdOutOfRangeError`` if there is none such."""
+    out = torch.empty(len(ids), centroids.shape[1])
+    _C.codebook_rows(codes, centroids, ids, out)
+    return out
+
+
+def run_program(program: "_C.PathProgram", dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor | None:
+    """Click probabilities by a whole path; None if its weights have changed since they were packed."""
+    return _C.run_program(program, dense, indices, offsets, torch.get_num_threads())
+
+
 def decode(decoder: "_C.Decoder", ids: Tensor, out: Tensor | None = None) -> Tensor:
     """The vector of each ID, ``[n, D]`` of float32, of a packed decoder."""
     each = torch.arange(len(ids))

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Member:
 
 def is_bundle(path: str | os.PathLike) -> bool:
     """Is it a folder? A checkpoint is a file."""
-    return FilePath(path).is_dir()
+    return Path(path).is_dir()
 
 
 def save(
@@ -68,7 +68,7 @@ def save(
     members: Sequence[Member],
     metadata: Mapping[str, Any],
     vocabularies: Mapping[str, Vocabulary | RawValues] | None = None,
-) -> FilePath:
+) -> Path:
     """Write a bundle into ``folder``, which is made if need be; returns the folder.
 
     ``metadata`` (JSON-able) says of the model what a checkpoint's says: dataset, split; ``vocabularies`` are
@@ -109,7 +109,7 @@ def save(
         "paths": entries,
     }
     text = json.dumps(manifest, indent=1).encode()
-    folder = FilePath(folder)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / _weights_name(digest)
     write_whole(weights, lambda stream: torch.save(content, stream))
@@ -127,7 +127,7 @@ def _weights_name(digest: str) -> str:
 
 def describe(folder: str | os.PathLike) -> dict[str, Any]:
     """The manifest. ``CheckpointError`` if the folder holds none that this mprec can read."""
-    file = FilePath(folder) / MANIFEST
+    file = Path(folder) / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -149,7 +149,7 @@ def vocabularies(folder: str | os.PathLike) -> dict[str, Vocabulary | RawValues]
     """What raw values become IDs by, by feature; empty if the bundle does not say. ``CheckpointError`` says
     what is wrong with the files.
     """
-    folder = FilePath(folder)
+    folder = Path(folder)
     manifest = describe(folder)
     if not manifest.get("vocabularies"):
         return {}
@@ -157,7 +157,7 @@ def vocabularies(folder: str | os.PathLike) -> dict[str, Vocabulary | RawValues]
     return checkpoint.vocabularies_in(folder, content)
 
 
-def _weights(folder: FilePath, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The content of the file that the manifest was written with."""
     file = folder / _weights_name(str(manifest.get("weights")))
     content = checkpoint.read_digested(file, FORMAT, VERSION)
@@ -170,7 +170,7 @@ def load(folder: str | os.PathLike) -> tuple[list[Member], dict[str, Any]]:
     """(the paths of a bundle, metadata). The weights are the file's pages, read when they are used and shared
     between paths and processes. ``CheckpointError`` says what is wrong with the files.
     """
-    folder = FilePath(folder)
+    folder = Path(folder)
     manifest = describe(folder)
     content = _weights(folder, manifest)
     members = []

@@ -6,17 +6,17 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mprec import checkpoint
-from mprec._native import _C
+from mprec._native import PathProgram
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch, ClickDataset, RawValues, Vocabulary
-from mprec.dispatch.paths import Path, shape_digest
+from mprec.dispatch.paths import ScoringPath, shape_digest
 from mprec.errors import CheckpointError, PathCompileError
 from mprec.models import compile_path
 from mprec.nn import EmbeddingBagCollection
@@ -51,24 +51,24 @@ class Scorer:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         if self.compiled is not None:
-            return self.compiled(batch.dense, batch.indices, batch.offsets)
+            return self.compiled(batch.dense, batch.bags)
         with torch.inference_mode():
-            return self.model(batch.dense, batch.indices, batch.offsets).sigmoid()
+            return self.model(batch.dense, batch.bags).sigmoid()
 
-    def program(self) -> _C.PathProgram | None:
+    def program(self) -> PathProgram | None:
         """The compiled path's native call, its weights packed as they are now."""
         return None if self.compiled is None else self.compiled.program()
 
-    def path(self, name: str, representation: str, quality: float, description: Any) -> Path:
+    def path(self, name: str, representation: str, quality: float, description: Any) -> ScoringPath:
         """The path that scores so; ``description`` says what is measured, beside how it runs."""
         features, num_dense = self.model.embeddings.features, self.model.num_dense
         how = "model" if self.compiled is None else f"compiled {self.compiled.precision}"
         note = f"not compiled: {self.reason}" if self.reason else ""
         shape, inputs = shape_digest([description, how]), (len(features), num_dense)
-        return Path(name, representation, quality, self, shape, inputs=inputs, note=note)
+        return ScoringPath(name, representation, quality, self, shape, inputs=inputs, note=note)
 
 
-def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = "auc") -> list[Path]:
+def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = "auc") -> list[ScoringPath]:
     """One path per checkpoint, or every path of a multi-path one or of a bundle; the quality is the
     metadata's validation metric of that name.
 
@@ -79,10 +79,10 @@ def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = 
     the same inputs.
     """
     if not files:
-        raise ValueError("files must name at least one checkpoint")
+        raise ValueError("files: expected at least one checkpoint, got none")
     found: list[_Found] = []
     inputs = None
-    for file in map(FilePath, files):
+    for file in map(Path, files):
         here, made = _open(file, metric)
         if inputs is not None and here != inputs:
             raise ValueError(f"{file} takes other inputs (features or dense numbers) than {files[0]}")
@@ -104,7 +104,7 @@ def paths_from_checkpoints(files: Sequence[str | os.PathLike], *, metric: str = 
 class _Found(NamedTuple):
     """A path in a file, before it has its name among those of other files."""
 
-    file: FilePath
+    file: Path
     name: str
     representation: str
     quality: float
@@ -114,7 +114,7 @@ class _Found(NamedTuple):
     dense: str  # precision of dense layers
 
 
-def _open(file: FilePath, metric: str) -> tuple[tuple[list[tuple[str, int]], int], list[_Found]]:
+def _open(file: Path, metric: str) -> tuple[tuple[list[tuple[str, int]], int], list[_Found]]:
     """(inputs, paths) of a checkpoint or a bundle."""
     if bundle.is_bundle(file):
         members, metadata = bundle.load(file)
@@ -148,11 +148,13 @@ def _open(file: FilePath, metric: str) -> tuple[tuple[list[tuple[str, int]], int
 
 
 class Inputs(NamedTuple):
-    """What the models of a checkpoint or a bundle take, and how their data was split (None: its default)."""
+    """What the models of a checkpoint or a bundle take, how their data was split (None: its default) and
+    which of its features were crossed (:mod:`mprec.data.cross`)."""
 
     features: list[tuple[str, int]]  # (name, vocabulary)
     num_dense: int
     split: str | None
+    crosses: Mapping[str, Any] | None
 
 
 def inputs_of(file: str | os.PathLike) -> Inputs:
@@ -164,7 +166,8 @@ def inputs_of(file: str | os.PathLike) -> Inputs:
         config, metadata = checkpoint.describe(file)
     try:
         features = [(str(f["name"]), int(f["num_embeddings"])) for f in config["features"]]
-        return Inputs(features, int(config["num_dense"]), metadata.get("split"))
+        crosses = metadata.get("dataset", {}).get("crosses")
+        return Inputs(features, int(config["num_dense"]), metadata.get("split"), crosses)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: its config does not name the model's inputs: {error!r}") from error
 
@@ -175,13 +178,13 @@ def vocabularies_of(file: str | os.PathLike) -> dict[str, Vocabulary | RawValues
     return bundle.vocabularies(file) if bundle.is_bundle(file) else checkpoint.vocabularies(file)
 
 
-def can_cache(path: Path) -> bool:
+def can_cache(path: ScoringPath) -> bool:
     """Has the path plain decoders, so that :func:`with_cache` takes it?"""
     embeddings = getattr(getattr(path.model, "model", None), "embeddings", None)
     return type(embeddings) is EmbeddingBagCollection and any(f.has_dhe for f in embeddings.features)
 
 
-def with_cache(path: Path, nbytes: int, counts: Mapping[str, Any] | None = None) -> Path:
+def with_cache(path: ScoringPath, nbytes: int, counts: Mapping[str, Any] | None = None) -> ScoringPath:
     """The same checkpoint's path with hot IDs' embeddings kept in ``nbytes`` (MP-Cache's encoder stage):
     exact, so of equal quality; it shares the path's weights.
 

@@ -11,7 +11,7 @@ additive over features (:mod:`mprec.planner.quality`), time too (:mod:`mprec.pla
 """
 
 from mprec.planner.costs import MeasuredCosts, RooflineCosts
-from mprec.planner.options import Option, default_options, sized
+from mprec.planner.options import Option, default_options, shapes_by_vocabulary
 from mprec.planner.planner import Device, Placement, Plan, plan, plan_paths
 from mprec.planner.quality import Measurement, effective_vocabulary, fit_effects
 from mprec.planner.solver import Infeasible, solve
@@ -30,6 +30,6 @@ __all__ = [
     "fit_effects",
     "plan",
     "plan_paths",
-    "sized",
+    "shapes_by_vocabulary",
     "solve",
 ]

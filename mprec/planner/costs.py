@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mprec.dispatch import Path as DispatchPath
-from mprec.dispatch import microbenchmark
+from mprec.dispatch import ScoringPath, microbenchmark
 from mprec.nn import EmbeddingBagCollection, FeatureConfig, QuantizedEmbeddingBagCollection
 from mprec.planner.options import Option
 
@@ -37,7 +36,7 @@ class MeasuredCosts:
 
     def __init__(self, batch_size: int = 128, seconds: float = 0.1) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.batch_size, self.seconds = batch_size, seconds
         self._known: dict[tuple[FeatureConfig, str], float] = {}
 
@@ -81,7 +80,7 @@ class MeasuredCosts:
                 with torch.inference_mode():
                     return model(*item)
 
-            path = DispatchPath("feature", config.representation, 0.0, run)
+            path = ScoringPath("feature", config.representation, 0.0, run)
             samples = microbenchmark(
                 [path], lambda size, rng: _ids(config, size, rng), [self.batch_size], seconds=self.seconds
             )
@@ -110,7 +109,7 @@ class RooflineCosts:
     def __post_init__(self) -> None:
         for name in ("flops_per_s", "bytes_per_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.feature_overhead_s < 0 or self.batch_size < 1:
             raise ValueError("feature_overhead_s must not be negative, batch_size at least 1")
 

@@ -13,7 +13,7 @@ from mprec.planner.quality import Effects
 from mprec.representations import REPRESENTATIONS
 from mprec.row_formats import row_format
 
-__all__ = ["Option", "Shape", "default_options", "flops", "nbytes", "sized"]
+__all__ = ["Option", "Shape", "default_options", "flops", "nbytes", "shapes_by_vocabulary"]
 
 #: A decoder's shape, or one for each feature.
 Shape = DheConfig | Callable[[FeatureConfig], DheConfig]
@@ -51,7 +51,9 @@ def flops(config: FeatureConfig) -> int:
     return sum(part.flops(config) for part in config.parts)
 
 
-def sized(largest: DheConfig, features: Sequence[FeatureConfig]) -> Callable[[FeatureConfig], DheConfig]:
+def shapes_by_vocabulary(
+    largest: DheConfig, features: Sequence[FeatureConfig]
+) -> Callable[[FeatureConfig], DheConfig]:
     """Shapes by vocabulary: ``largest`` for the largest of ``features``; for others the number of hashes and
     hidden widths fall as log2 of the vocabulary does, in steps of 16. The information that tells a feature's
     IDs apart grows no faster.

@@ -130,7 +130,7 @@ def plan(
             f"options must list every feature's: got {len(options)} for {len(features)} features"
         )
     if not devices:
-        raise ValueError("devices must not be empty")
+        raise ValueError("devices: expected at least one, got none")
     if none := [f.name for f, o in zip(features, options, strict=True) if not o]:
         raise ValueError(f"feature {none[0]!r} has no options")
     seconds = [[[d.costs.feature_seconds(o) for d in devices] for o in feature] for feature in options]

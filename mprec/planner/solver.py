@@ -49,9 +49,9 @@ def solve(
     that an option cannot run there. Budgets hold to the byte. ``Infeasible`` if nothing fits.
     """
     if objective not in ("quality", "seconds"):
-        raise ValueError(f"objective must be quality or seconds, got {objective!r}")
+        raise ValueError(f"objective: expected quality or seconds, got {objective!r}")
     if not quality or not budgets:
-        raise ValueError("there must be at least one feature and one device")
+        raise ValueError("features, devices: expected at least one of each")
     cells = [
         (f, o, d)
         for f, options in enumerate(quality)
@@ -78,7 +78,7 @@ class _Program:
         self.cells = cells
         self.quality = np.array([quality[f][o] for f, o, _ in cells], dtype=np.float64)
         if not np.isfinite(self.quality).all():
-            raise ValueError("qualities must be finite")
+            raise ValueError("qualities: expected finite numbers, got NaN or infinity")
         seconds = np.array([seconds[f][o][d] for f, o, d in cells], dtype=np.float64)
         self.time_unit = max(seconds.max(initial=0.0), 1e-12)
         devices = np.array([d for _, _, d in cells])

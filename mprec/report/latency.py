@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import matplotlib
 
@@ -90,7 +90,7 @@ def text_chart(profile: Profile, width: int = 80, height: int = 18) -> str:
     return "\n".join([*lines, axis, f"{'':>12}{legend}"])
 
 
-def draw(profile: Profile, file: FilePath) -> None:
+def draw(profile: Profile, file: Path) -> None:
     """PNG (or what the suffix says): median with the band up to p95, and the crossover points."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     colours = path_colours(profile.paths)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,6 +97,9 @@ class Part(ABC):
     def reset(self, module: Any) -> None:
         """Weights as they start, once more."""
         module.reset_parameters()
+
+    def prepare(self, module: Any, ids: np.ndarray) -> None:  # noqa: B027 - most need not know
+        """Told, before training, the feature's ``ids`` in all training samples, integers ``[n]``."""
 
     def dtype(self, module: nn.Module) -> torch.dtype:
         """Of the vectors."""

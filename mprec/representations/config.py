@@ -48,7 +48,7 @@ class FeatureConfig:
                 f"{self.representation!r}"
             )
         code(MODES, self.mode, f"feature {self.name!r}: mode")
-        if self.has_dhe and self.dhe is None:
+        if any(part.hashes for part in self.parts) and self.dhe is None:
             object.__setattr__(self, "dhe", DheConfig())
         # Sorted pairs, so that configurations can be compared and be keys of dicts.
         object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
@@ -72,7 +72,8 @@ class FeatureConfig:
 
     @property
     def has_dhe(self) -> bool:
-        return any(part.hashes for part in self.parts)
+        """Whether a deep hash embedding is a part of its own."""
+        return any(part.container == "dhe" for part in self.parts)
 
     @property
     def has_rows(self) -> bool:

@@ -13,9 +13,9 @@ from mprec.names import MODES, code
 from mprec.ops._autograd import is_batched
 from mprec.ops._common import eager, rows_as_bags
 from mprec.ops._decoders import ModuleDecoder, clear_decoders
-from mprec.options import DEFAULT_OPTIONS, Kernel, KernelTraits, check_kernel
+from mprec.options import DEFAULT_OPTIONS, Options, TuningTraits, check_options
 from mprec.representations.dhe_config import DheConfig
-from mprec.tuning import kernel_options
+from mprec.tuning import options_for
 
 
 class DeepHashEmbeddingBag(nn.Module):
@@ -31,7 +31,7 @@ class DeepHashEmbeddingBag(nn.Module):
         padding_idx: entries with this ID are left out.
         num_embeddings: refuse IDs not below this; ``None`` takes any.
         device, dtype: of the decoder.
-        kernel: how native calls without gradients run, as for :class:`EmbeddingBagCollection`.
+        options: how native calls without gradients run, as for :class:`EmbeddingBagCollection`.
 
     Shape: ``input`` ``[n]`` with ``offsets`` ``[B]``, or ``[B, L]``; output ``[B, D]``.
 
@@ -52,10 +52,10 @@ class DeepHashEmbeddingBag(nn.Module):
         num_embeddings: int | None = None,
         device=None,
         dtype=None,
-        kernel: Kernel = None,
+        options: Options = None,
     ) -> None:
         super().__init__()
-        self.kernel = check_kernel(kernel)
+        self.options = check_options(options)
         code(MODES, mode, "mode")
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
@@ -155,7 +155,7 @@ class DeepHashEmbeddingBag(nn.Module):
 
     def _forward_direct(self, bags: Bags) -> Tensor | None:
         """As :meth:`forward`, without the operator: one native call. None for what that does not take."""
-        options = DEFAULT_OPTIONS if self.kernel is None else kernel_options(self, bags.batch)
+        options = DEFAULT_OPTIONS if self.options is None else options_for(self, bags.batch)
         return self._packed.try_pool(self, bags, self.num_embeddings, options.threads, options.dedupe)
 
     def invalidate(self) -> None:
@@ -185,10 +185,10 @@ class DeepHashEmbeddingBag(nn.Module):
             )
         return table
 
-    def kernel_traits(self) -> KernelTraits:
+    def tuning_traits(self) -> TuningTraits:
         """For :mod:`mprec.tuning`. A bag without a bound is measured on 2**20 IDs."""
         shape = [[self.config.to_dict(), self.embedding_dim, self.mode], []]
-        return KernelTraits(True, False, [self.num_embeddings or 1 << 20], shape, takes_batches=False)
+        return TuningTraits(True, False, [self.num_embeddings or 1 << 20], shape, takes_batches=False)
 
     def extra_repr(self) -> str:
         bound = "" if self.num_embeddings is None else f", num_embeddings={self.num_embeddings}"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
 from mprec.hashing import coefficient_rows
+from mprec.ops import pooling
 from mprec.representations.base import Part, Representation
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
 
-__all__ = ["DHE", "REPRESENTATION"]
+__all__ = ["DHE", "REPRESENTATION", "stacks_of"]
 
 
 class Dhe(Part):
@@ -35,6 +36,12 @@ class Dhe(Part):
     def group(self, feature) -> Hashable:
         return feature.dhe.family, feature.dhe.activation, feature.dhe.last_activation
 
+    def pool(self, modules, bags, sparse) -> Tensor:
+        """Where another part has decoders in it; those of collections are pooled by them."""
+        config = modules[0].config
+        options = config.family, config.activation, config.last_activation
+        return pooling.pool_decoders(*stacks_of(modules), options, bags)
+
     def id_bytes(self, feature, precision="float32") -> int:
         return 4 * feature.embedding_dim  # written
 
@@ -51,6 +58,19 @@ class Dhe(Part):
 
     def materialize(self, module, num_embeddings) -> Tensor:
         return module.materialize(num_embeddings)
+
+
+def stacks_of(
+    modules: Sequence[DeepHashEmbeddingBag],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """Coefficients, weights, biases and numbers of layers: what operators take."""
+    stacks = [module.stack() for module in modules]
+    return (
+        [hashes for hashes, _, _ in stacks],
+        [weight for _, weights, _ in stacks for weight in weights],
+        [bias for _, _, biases in stacks for bias in biases],
+        [len(weights) for _, weights, _ in stacks],
+    )
 
 
 DHE = Dhe()

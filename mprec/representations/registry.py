@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mprec.representations import dhe, hybrid, low_rank, table
+from mprec.representations import dhe, hot, hybrid, low_rank, table
 from mprec.representations.base import Part, Representation
 
 __all__ = ["PARTS", "REPRESENTATIONS", "SELECT"]
@@ -12,6 +12,7 @@ _LIST = (
     dhe.REPRESENTATION,
     hybrid.REPRESENTATION,
     low_rank.REPRESENTATION,
+    *hot.REPRESENTATIONS,
 )
 
 #: By the name that users write.

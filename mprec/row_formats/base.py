@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mprec._native import _C
+from mprec._native import row_formats
 
 __all__ = ["PlainRows", "RowFormat"]
 
-_NATIVE: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in _C.row_formats()}
+_NATIVE: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in row_formats()}
 
 
 class RowFormat(ABC):
-    """One format. Its sizes are those of the native struct of the same name (``_C.row_formats()``).
+    """One format. Its sizes are those of the native struct of the same name (``row_formats()``).
 
     Attributes:
         name: what users write, such as ``"int8"``.

@@ -42,10 +42,10 @@ def model_inputs(files: Sequence[str | os.PathLike]) -> ModelInputs:
     make other IDs of raw values.
     """
     if not files:
-        raise ValueError("files must name at least one checkpoint")
+        raise ValueError("files: expected at least one checkpoint, got none")
     found = None
     for file in files:
-        features, num_dense, _ = inputs_of(file)
+        features, num_dense, *_ = inputs_of(file)
         names, known = [name for name, _ in features], vocabularies_of(file)
         encoders = [known[name] for name in names] if set(names) <= set(known) else None
         here = ModelInputs([size for _, size in features], names, num_dense, encoders)

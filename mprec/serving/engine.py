@@ -20,7 +20,8 @@ from concurrent.futures import Future
 
 import torch
 
-from mprec._native import _C
+from mprec import _native
+from mprec._native import EngineJob, EngineQuery
 from mprec.data import Batch
 from mprec.data.batching import join, num_features
 from mprec.dispatch import Dispatcher
@@ -36,7 +37,7 @@ _FIRST_REST_S, _LONGEST_REST_S = 0.25, 30.0  # of a path that raised, or an exec
 _LOGGER = logging.getLogger(__name__)
 
 # Samples start to stop of a query.
-Piece = tuple[QueryFuture, "_C.EngineQuery", int, int]
+Piece = tuple[QueryFuture, EngineQuery, int, int]
 
 
 class Engine:
@@ -71,12 +72,12 @@ class Engine:
     ) -> None:
         for name, value in (("sla_s", sla_s), ("max_batch", max_batch), ("max_queue", max_queue)):
             if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise ValueError(f"{name}: expected a positive number, got {value}")
         self.sla_s, self.max_batch, self.clock = sla_s, max_batch, clock
         self._executors = _as_executors(dispatcher, executors)
         self._lanes = self._lanes_of(self._executors)
         features, num_dense = _inputs(self._executors)
-        self._native = _C.Engine(
+        self._native = _native.Engine(
             self._lanes,
             max_batch=max_batch,
             max_queue=max_queue,
@@ -120,7 +121,7 @@ class Engine:
         features or dense numbers than the paths take.
         """
         future = QueryFuture(batch)
-        outcome = self._native.submit(future, batch, self._checked(sla_s, arrived_s), arrived_s)
+        outcome = self._native.submit(future, batch, self._checked(batch, sla_s, arrived_s), arrived_s)
         if type(outcome) is tuple:
             future.set_exception(_refusal(*outcome))
         else:
@@ -137,19 +138,20 @@ class Engine:
         if not self._threads:
             raise RuntimeError("expected a started engine")
         future = QueryFuture(batch)
-        told = Replayed(*self._native.answer(future, self._checked(sla_s, arrived_s), arrived_s))
+        told = Replayed(*self._native.answer(future, self._checked(batch, sla_s, arrived_s), arrived_s))
         if told.failed:
             future.result()  # raises, perhaps once the worker has told it
         if told.refused:
             raise _refusal(told.refused, told.message)
         return Answer(told.scores, told.paths, told.due_s, told.finished_s)
 
-    def _checked(self, sla_s: float | None, arrived_s: float | None) -> float:
+    def _checked(self, batch: Batch, sla_s: float | None, arrived_s: float | None) -> float:
+        _check_plain(batch)
         sla_s = self.sla_s if sla_s is None else sla_s
         if not 0 < sla_s < math.inf:
-            raise ValueError(f"sla_s must be positive and finite, got {sla_s}")
+            raise ValueError(f"sla_s: expected a positive finite number, got {sla_s}")
         if arrived_s is not None and not math.isfinite(arrived_s):
-            raise ValueError(f"arrived_s must be finite, got {arrived_s}")
+            raise ValueError(f"arrived_s: expected a finite number, got {arrived_s}")
         return sla_s
 
     def replay(self, batches: Sequence[Batch], at_s: Sequence[float]) -> list[Replayed]:
@@ -163,6 +165,8 @@ class Engine:
             raise RuntimeError("expected a started engine with the clock time.perf_counter")
         if len(batches) != len(at_s):
             raise ValueError(f"at_s: expected {len(batches)} times, as batches, got {len(at_s)}")
+        for batch in batches:
+            _check_plain(batch)
         futures = [QueryFuture(batch) for batch in batches]
         return [Replayed(*each) for each in self._native.replay(futures, list(at_s), self.sla_s)]
 
@@ -286,7 +290,7 @@ class Engine:
         while outcomes := self._native.outcomes(wait=True):
             _settle_outcomes(outcomes)
 
-    def _run(self, index: int, job: _C.EngineJob) -> None:
+    def _run(self, index: int, job: EngineJob) -> None:
         """Score a job that the native engine has left, and tell it."""
         executor, outcomes = self._executors[index], []
         pieces: list[Piece] = self._native.wanted(job)
@@ -431,12 +435,18 @@ def _settle(future: QueryFuture, answer: Answer | None = None, error: BaseExcept
         _LOGGER.exception("a callback of a query's future raised")
 
 
+def _check_plain(batch: Batch) -> None:
+    """``ValueError`` for bags of which indices and offsets, all that native code reads, say not all."""
+    if not batch.bags.is_plain:
+        raise ValueError("bags: expected those of all features, without per_sample_weights and padding")
+
+
 def _check(batch: Batch, features: int, num_dense: int) -> None:
     """``ValueError`` if a query has no samples, or other inputs than the paths take (-1: not known)."""
     if not len(batch):
-        raise ValueError("batch must have at least one sample")
+        raise ValueError("batch: expected at least one sample, got none")
     if batch.dense.dim() != 2 or len(batch.dense) != len(batch):
-        raise ValueError(f"dense must be [{len(batch)}, numbers], got {list(batch.dense.shape)}")
+        raise ValueError(f"dense: expected [{len(batch)}, numbers], got {list(batch.dense.shape)}")
     inputs = num_features(batch), batch.dense.shape[1]
     if features >= 0 and inputs != (features, num_dense):
         raise ValueError(

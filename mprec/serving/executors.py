@@ -1,10 +1,9 @@
 """What runs batches, one after another: this process, a process of its own, a CUDA device, a simulated
 device.
 
-An executor has ``name``, ``paths`` (see :class:`mprec.dispatch.Path`) and the ``profile`` that measured them
-on it. An engine runs each on a thread of its own, so that ``run`` may block; Python's interpreter lock is
-what threads of one process share, and an executor that keeps it busy wants a process
-(:class:`ProcessExecutor`).
+An executor has ``name``, ``paths`` (:class:`mprec.dispatch.ScoringPath`) and the ``profile`` that measured
+them on it. An engine runs each on a thread of its own, so that ``run`` may block. Threads of one process
+share Python's interpreter lock: an executor that keeps it busy wants a process (:class:`ProcessExecutor`).
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from mprec._native import _C
+from mprec._native import PathProgram
 from mprec.data import Batch
-from mprec.dispatch import Path, Profile
+from mprec.dispatch import Profile, ScoringPath
 
 __all__ = ["CudaExecutor", "Executor", "LocalExecutor", "SimulatedExecutor"]
 
@@ -24,7 +23,7 @@ __all__ = ["CudaExecutor", "Executor", "LocalExecutor", "SimulatedExecutor"]
 class Executor:
     """Base of all executors: the paths are called in the thread that calls ``run``."""
 
-    def __init__(self, name: str, paths: Sequence[Path], profile: Profile) -> None:
+    def __init__(self, name: str, paths: Sequence[ScoringPath], profile: Profile) -> None:
         if not paths:
             raise ValueError("paths: expected at least one")
         names = [path.name for path in paths]
@@ -40,7 +39,7 @@ class Executor:
         """Scores float [B] of the batch by the path of that name, on the CPU. Raises what the path raises."""
         return torch.as_tensor(self._models[path](batch))
 
-    def program(self, path: str) -> _C.PathProgram | None:
+    def program(self, path: str) -> PathProgram | None:
         """The path as a native call, as its weights are now, if ``run`` would do no more than that call. An
         engine then runs it on threads that need no interpreter."""
         program = getattr(self._models[path], "program", None)
@@ -60,7 +59,7 @@ class CudaExecutor(Executor):
     """
 
     def __init__(
-        self, name: str, paths: Sequence[Path], profile: Profile, device: torch.device | str = "cuda"
+        self, name: str, paths: Sequence[ScoringPath], profile: Profile, device: torch.device | str = "cuda"
     ) -> None:
         super().__init__(name, paths, profile)
         self.device = torch.device(device)
@@ -71,12 +70,7 @@ class CudaExecutor(Executor):
 
     def run(self, path: str, batch: Batch) -> torch.Tensor:
         with torch.cuda.stream(self._stream):
-            there = Batch(
-                *(
-                    tensor.pin_memory().to(self.device, non_blocking=True)
-                    for tensor in (batch.dense, batch.indices, batch.offsets, batch.labels)
-                )
-            )
+            there = batch.pin_memory().to(self.device, non_blocking=True)
             return super().run(path, there).cpu()  # the copy back waits for this stream alone
 
 

@@ -30,9 +30,9 @@ def generate(
     ``dataset``.
     """
     if not 0 < qps < math.inf:
-        raise ValueError(f"qps must be positive and finite, got {qps}")
+        raise ValueError(f"qps: expected a positive finite number, got {qps}")
     if queries < 1:
-        raise ValueError(f"queries must be at least 1, got {queries}")
+        raise ValueError(f"queries: expected at least 1, got {queries}")
     rng = np.random.default_rng(seed)
     return _with_batches(np.cumsum(rng.exponential(1 / qps, queries)), dataset, sizes, rng)
 

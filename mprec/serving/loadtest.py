@@ -27,7 +27,7 @@ import numpy as np
 
 from mprec.arrivals import LOGNORMAL_SIZES, QuerySizes, Sizes
 from mprec.data import Batch, ClickDataset
-from mprec.dispatch import Dispatcher, Path, Profile
+from mprec.dispatch import Dispatcher, Profile, ScoringPath
 from mprec.dispatch.microbenchmark import no_collection
 from mprec.serving.engine import Answer, Engine, QueryRefusedError
 from mprec.serving.executors import Executor
@@ -211,12 +211,12 @@ def _outcome_of(late: float, due: float, future: Future[Answer]) -> Replayed:
 
 
 def contestants(
-    paths: Sequence[Path], profile: Profile, *, dispatcher: str = "dispatcher", processes: int = 0
+    paths: Sequence[ScoringPath], profile: Profile, *, dispatcher: str = "dispatcher", processes: int = 0
 ) -> dict[str, Contestant]:
     """Every path alone, and the dispatcher among all of them, last. Each is served in this process, or by so
     many ``processes`` of one thread each, for which the profile should be of one thread too."""
 
-    def serve(some: Sequence[Path]) -> Contestant:
+    def serve(some: Sequence[ScoringPath]) -> Contestant:
         if not processes:
             return Dispatcher(some, profile)
         return [ProcessExecutor(f"cpu {i}", some, profile) for i in range(processes)]
@@ -255,7 +255,7 @@ def compare(
     ``progress`` gets who is next and the share done.
     """
     if not 1 <= rounds <= len(load):
-        raise ValueError(f"rounds must be between 1 and the number of queries, {len(load)}, got {rounds}")
+        raise ValueError(f"rounds: expected between 1 and the number of queries, {len(load)}, got {rounds}")
     if seconds is None:
         edges, starts, lasts = np.linspace(0, len(load), rounds + 1).astype(int), [None] * rounds, None
     else:
@@ -369,7 +369,7 @@ def find_max_qps(
     Within ``precision`` (relative). 0 if no load above a thousandth of ``start`` is carried.
     """
     if not 0 < start < math.inf:
-        raise ValueError(f"start must be positive and finite, got {start}")
+        raise ValueError(f"start: expected a positive finite number, got {start}")
     low, high = 0.0, start
     while try_qps(high) <= most:
         low, high = high, 2 * high

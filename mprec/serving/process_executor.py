@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from mprec import errors
+from mprec._native import WeightWatch
 from mprec.data import Batch
-from mprec.dispatch import Path, Profile
-from mprec.ops._decoders import WeightWatch
+from mprec.dispatch import Profile, ScoringPath
 from mprec.serving import process_worker as worker_module
 from mprec.serving.executors import Executor
 from mprec.serving.process_worker import ERROR, IN_ARENA, REQUEST, Arena, Packed, fits, pack
@@ -56,7 +56,7 @@ class ProcessExecutor(Executor):
     def __init__(
         self,
         name: str,
-        paths: Sequence[Path],
+        paths: Sequence[ScoringPath],
         profile: Profile,
         *,
         threads: int = 1,
@@ -249,15 +249,12 @@ class _Worker:
     def write(self, path: int, batch: Batch, changed: bool) -> tuple[bytes, np.ndarray | None]:
         """(message for ``ask``, where the scores will be), with the batch in the arena; or (message with the
         batch in it, None)."""
-        tensors = batch.dense, batch.indices, batch.offsets, batch.labels
-        sizes = _sizes(*tensors)
+        sizes = _sizes(batch)
         if sizes is None or not fits(self._nbytes, *sizes):
-            whole = Batch(
-                *(tensor.detach().clone() for tensor in tensors)
-            )  # not all that a view is a view of
+            whole = batch.moved(lambda tensor: tensor.detach().clone())  # not all that a view is a view of
             return REQUEST.pack(False, changed, path, 0, 0, 0, 0) + pickle.dumps(whole), None
         *places, scores = self._arena.parts(*sizes)
-        for place, tensor in zip(places, tensors, strict=True):
+        for place, tensor in zip(places, batch.tensors().values(), strict=True):
             place[...] = tensor.detach().numpy()
         return REQUEST.pack(True, changed, path, *sizes), scores
 
@@ -284,21 +281,25 @@ def _elsewhere(tensors: Sequence[torch.Tensor], modules: Sequence[torch.nn.Modul
     return [tensor for tensor in tensors if id(tensor) not in held]
 
 
-def _sizes(dense, indices, offsets, labels) -> tuple[int, int, int, int] | None:
-    """Samples, dense numbers, indices and offsets of a batch of the arena's dtypes; None for any other."""
+def _sizes(batch: Batch) -> tuple[int, int, int, int] | None:
+    """Samples, dense numbers, indices and features of a batch that the arena takes; None for others."""
+    dense, bags, labels = batch.dense, batch.bags, batch.labels
+    indices, offsets = bags.indices, bags.offsets
     if not (
         dense.dtype == labels.dtype == torch.float32
         and indices.dtype == offsets.dtype == torch.int64
         and dense.dim() == 2
         and indices.dim() == offsets.dim() == labels.dim() == 1
         and len(dense) == len(labels)
+        and bags.is_plain
+        and len(offsets) == bags.num_features * len(labels) + 1
         and dense.is_cpu
         and indices.is_cpu
         and offsets.is_cpu
         and labels.is_cpu
     ):
         return None
-    return len(labels), dense.shape[1], len(indices), len(offsets)
+    return len(labels), dense.shape[1], len(indices), bags.num_features
 
 
 def _error(reply: bytes) -> Exception:

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mprec.bags import Bags
 from mprec.data import Batch
-from mprec.dispatch import Path
+from mprec.dispatch import ScoringPath
 from mprec.ops import clear_decoders
 
 __all__ = ["ERROR", "IN_ARENA", "REQUEST", "WHOLE", "Arena", "Packed", "fits", "pack", "work"]
 
-#: In the arena or not, weights changed or not, the path's position, samples, dense numbers, indices, offsets.
+#: In the arena or not, weights changed or not, path's position, samples, dense numbers, indices, features.
 REQUEST = struct.Struct("<??5q")
 IN_ARENA, WHOLE, ERROR = b"a", b"w", b"e"  # first byte of a reply
 
@@ -43,9 +44,9 @@ class Arena:
     def __init__(self, ints: Any, floats: Any) -> None:
         self._ints, self._floats = ints, floats
 
-    def parts(self, samples: int, columns: int, indices: int, offsets: int) -> tuple:
+    def parts(self, samples: int, columns: int, indices: int, features: int) -> tuple:
         """Views: dense [samples, columns], indices, offsets, labels, scores."""
-        ints, floats = self._ints, self._floats
+        ints, floats, offsets = self._ints, self._floats, features * samples + 1
         dense = 2 * (offsets + indices)
         labels = dense + samples * columns
         scores = labels + samples
@@ -58,9 +59,9 @@ class Arena:
         )
 
 
-def fits(nbytes: int, samples: int, columns: int, indices: int, offsets: int) -> bool:
+def fits(nbytes: int, samples: int, columns: int, indices: int, features: int) -> bool:
     """Whether an arena has room for such a batch and its scores."""
-    return 8 * (offsets + indices) + 4 * samples * (columns + 2) <= nbytes
+    return 8 * (features * samples + 1 + indices) + 4 * samples * (columns + 2) <= nbytes
 
 
 # -- models with their weights in shared memory
@@ -116,7 +117,7 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[pid]
 
 
-def pack(paths: Sequence[Path]) -> tuple[Packed, list[Tensor], list[torch.nn.Module]]:
+def pack(paths: Sequence[ScoringPath]) -> tuple[Packed, list[Tensor], list[torch.nn.Module]]:
     """The paths' models for another process, with all their tensors, which move into shared memory in place,
     and modules.
 
@@ -204,12 +205,8 @@ def _warm_up(models: Sequence[Callable], inputs: Sequence[tuple[int, int] | None
         if sizes is None:
             continue
         features, numbers = sizes
-        batch = Batch(
-            torch.zeros(1, numbers),
-            torch.zeros(features, dtype=torch.int64),
-            torch.arange(features + 1),
-            torch.zeros(1),
-        )
+        ids, offsets = torch.zeros(features, dtype=torch.int64), torch.arange(features + 1)
+        batch = Batch(torch.zeros(1, numbers), Bags(ids, offsets, num_features=features), torch.zeros(1))
         with contextlib.suppress(Exception):  # a path that raises says so when it is asked for
             model(batch)
 
@@ -220,8 +217,9 @@ def _answer(message: bytes, arena: Arena, models: Sequence[Callable]) -> bytes:
         if changed:
             clear_decoders()  # another process's writes raise no version counter of this one's tensors
         if in_arena:
-            *tensors, place = arena.parts(*sizes)
-            scores = torch.as_tensor(models[path](Batch(*tensors))).detach()
+            dense, indices, offsets, labels, place = arena.parts(*sizes)
+            batch = Batch(dense, Bags(indices, offsets, num_features=sizes[-1]), labels)
+            scores = torch.as_tensor(models[path](batch)).detach()
             if scores.dtype == torch.float32 and scores.is_cpu and scores.shape == place.shape:
                 place.copy_(scores)
                 return IN_ARENA

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mprec.dispatch import Path, Profile
+from mprec.dispatch import Profile, ScoringPath
 from mprec.dispatch.microbenchmark import microbenchmark
 
 __all__ = ["profile_drift", "profile_warnings"]
@@ -21,7 +21,7 @@ _PLACES = (0.25, 0.5, 0.75)  # in the profile's grid of batch sizes
 
 
 def profile_drift(
-    paths: Sequence[Path],
+    paths: Sequence[ScoringPath],
     profile: Profile,
     make_input: Callable[[int, np.random.Generator], Any],
     *,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from mprec._native import _C
+from mprec._native import Engine, EngineQuery
 from mprec.data import Batch
 
 __all__ = ["Answer", "QueryFuture", "QueryRefusedError", "Replayed"]
@@ -62,10 +62,10 @@ class QueryFuture(Future):
         super().__init__()
         self.batch = batch
         self.failed_on: int | None = None  # the executor none of whose paths could score it
-        self._engine: _C.Engine | None = None
-        self._query: _C.EngineQuery | None = None
+        self._engine: Engine | None = None
+        self._query: EngineQuery | None = None
 
-    def taken(self, engine: _C.Engine, query: _C.EngineQuery) -> None:
+    def taken(self, engine: Engine, query: EngineQuery) -> None:
         """The engine has queued it."""
         self._engine, self._query = engine, query
 

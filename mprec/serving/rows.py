@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from mprec.bags import Bags
 from mprec.data import Batch, RawValues, Vocabulary
 
 __all__ = ["MAX_IDS", "QueryTooLargeError", "rows_to_batch", "values_to_ids"]
@@ -47,7 +48,7 @@ def rows_to_batch(
     size, width = len(ids), len(vocabularies)
     if not all(map(_are_rows, ids)) or set(map(len, ids)) != {width}:
         wrong = next(b for b, row in enumerate(ids) if not _are_rows(row) or len(row) != width)
-        raise ValueError(f"ids[{wrong}] must have an entry for each of the {width} features")
+        raise ValueError(f"ids[{wrong}]: expected an entry for each of the {width} features")
     bounds = np.array(vocabularies, dtype=np.int64)
     entries = list(chain.from_iterable(ids))
     found = _single_ids(entries, bounds, may_hold_bools) or _bags(entries, bounds, max_ids, may_hold_bools)
@@ -55,9 +56,8 @@ def rows_to_batch(
     if len(indices) > max_ids:
         raise _too_many(max_ids)
     numbers = _dense(dense, size, num_dense, may_hold_bools)
-    return Batch(
-        torch.from_numpy(numbers), torch.from_numpy(indices), torch.from_numpy(offsets), torch.zeros(size)
-    )
+    bags = Bags(torch.from_numpy(indices), torch.from_numpy(offsets), num_features=width)
+    return Batch(torch.from_numpy(numbers), bags, torch.zeros(size))
 
 
 def values_to_ids(
@@ -69,7 +69,7 @@ def values_to_ids(
     width = len(encoders)
     for b, row in enumerate(values):
         if not _are_rows(row) or len(row) != width:
-            raise ValueError(f"values[{b}] must have an entry for each of the {width} features")
+            raise ValueError(f"values[{b}]: expected an entry for each of the {width} features")
     columns = []
     for t, (name, encoder) in enumerate(zip(names, encoders, strict=True)):
         column: list[Any] = []
@@ -151,10 +151,10 @@ def _dense(rows: Any, size: int, num_dense: int, may_hold_bools: bool) -> np.nda
     if rows is None and num_dense == 0:
         return np.zeros((size, 0), dtype=np.float32)
     if not _are_rows(rows) or len(rows) != size:
-        raise ValueError(f"dense must have a row for each of the {size} rows of ids")
+        raise ValueError(f"dense: expected a row for each of the {size} rows of ids")
     if not all(map(_are_rows, rows)) or set(map(len, rows)) != {num_dense}:
         wrong = next(b for b, row in enumerate(rows) if not _are_rows(row) or len(row) != num_dense)
-        raise ValueError(f"dense[{wrong}] must be {num_dense} numbers")
+        raise ValueError(f"dense[{wrong}]: expected {num_dense} numbers")
     values = list(chain.from_iterable(rows))
     if not (may_hold_bools and bool in set(map(type, values))):
         try:

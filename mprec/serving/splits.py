@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 
 from mprec.data import Batch
-from mprec.dispatch import Path, Profile
+from mprec.dispatch import Profile, ScoringPath
 from mprec.dispatch.fingerprint import fingerprint
 from mprec.dispatch.microbenchmark import no_collection
 from mprec.dispatch.paths import shape_digest
@@ -83,7 +83,7 @@ def candidates(cores: int) -> list[Split]:
     return found
 
 
-def executors(split: Split, paths: Sequence[Path], profile: Profile) -> list[Executor]:
+def executors(split: Split, paths: Sequence[ScoringPath], profile: Profile) -> list[Executor]:
     """Not yet started. The profile should be of as many threads as an executor has. For ``local`` set torch's
     threads yourself. ``ValueError`` if a path cannot go to a process."""
     if not split.processes:
@@ -121,7 +121,7 @@ class _Kept(Executor):
 
 def measure(
     splits: Sequence[Split],
-    paths: Sequence[Path],
+    paths: Sequence[ScoringPath],
     profile: Profile,
     queries: Mapping[int, Sequence[Callable[[], Batch]]],
     *,
@@ -174,7 +174,7 @@ def measure(
 
 
 def _rate(
-    some: Sequence[Executor], path: Path, queries: Sequence[Callable[[], Batch]], seconds: float
+    some: Sequence[Executor], path: ScoringPath, queries: Sequence[Callable[[], Batch]], seconds: float
 ) -> float:
     kept = [_Kept(executor) for executor in some]
     for executor in kept:
@@ -204,13 +204,13 @@ def best(rates: Mapping[Split, Mapping[int, float]]) -> Split:
 # -- what was measured is kept beside the profiles
 
 
-def _file(paths: Sequence[Path]) -> FilePath:
+def _file(paths: Sequence[ScoringPath]) -> Path:
     key = {**fingerprint(), "threads": None, "cores": len(os.sched_getaffinity(0))}
     key["paths"] = {path.name: path.shape for path in paths}
     return default_file(paths).with_name(f"executors-{shape_digest(key)}.json")
 
 
-def save(rates: Mapping[Split, Mapping[int, float]], paths: Sequence[Path]) -> None:
+def save(rates: Mapping[Split, Mapping[int, float]], paths: Sequence[ScoringPath]) -> None:
     """``OSError`` if the user's cache folder cannot be written to."""
     file = _file(paths)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def save(rates: Mapping[Split, Mapping[int, float]], paths: Sequence[Path]) -> N
     write_whole(file, lambda stream: stream.write(json.dumps(content, indent=1).encode()))
 
 
-def load(paths: Sequence[Path]) -> dict[Split, dict[int, float]] | None:
+def load(paths: Sequence[ScoringPath]) -> dict[Split, dict[int, float]] | None:
     """What was measured on this machine for these paths; None if nothing was, or it cannot be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(_file(paths).read_text(encoding="utf-8"))

@@ -54,7 +54,7 @@ def build_model(
     """
     if representation not in (*MODELS, MULTI_PATH, MIXED):
         choices = ", ".join((*MODELS, MULTI_PATH, MIXED))
-        raise ValueError(f"representation must be one of {choices}, got {representation!r}")
+        raise ValueError(f"representation: expected one of {choices}, got {representation!r}")
     if (representation == MIXED) != (chosen is not None):
         raise ValueError(f"chosen goes with representation {MIXED!r}, got {representation!r} and {chosen}")
     dhe = DheConfig() if dhe is None else dhe
@@ -69,7 +69,12 @@ def build_model(
         else:
             features = with_representation(features, representation, select_largest=select_largest)
         _check_rows(features)
-        return DLRM(features, dataset.num_dense, dim, bottom, top)
+        model = DLRM(features, dataset.num_dense, dim, bottom, top)
+    for f in features:
+        for part in f.parts:
+            module = model.embeddings._modules[part.container]._modules[f.name]
+            part.prepare(module, dataset.column(f.name).ids)
+    return model
 
 
 def _check_rows(features: Sequence[FeatureConfig]) -> None:

@@ -58,20 +58,20 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "table_learning_rate", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+            raise ValueError(f"warmup_steps: expected at least 0, got {self.warmup_steps}")
         for name, known in (
             ("table_optimizer", ("auto", *TABLE_OPTIMIZERS)),
             ("monitor", MONITORS),
             ("decay", DECAYS),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     def rate_factor(self, step: int, steps: int) -> float:
         """What learning rates are multiplied by at ``step``, from 0, of ``steps`` in all epochs."""

@@ -21,7 +21,7 @@ def predict(model: nn.Module, dataset: ClickDataset, *, batch_size: int = 4096) 
     model.eval()
     try:
         with torch.no_grad():
-            parts = [model(b.dense, b.indices, b.offsets).sigmoid() for b in dataset.batches(batch_size)]
+            parts = [model(b.dense, b.bags).sigmoid() for b in dataset.batches(batch_size)]
     finally:
         model.train(training)
     return torch.cat(parts).numpy() if parts else np.zeros(0, dtype=np.float32)

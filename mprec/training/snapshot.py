@@ -64,7 +64,7 @@ def _digest(dataset: ClickDataset) -> str:
     batch = dataset.batch(rows)
     described = json.dumps([len(dataset), dataset.features, dataset.num_dense]).encode()
     digest = hashlib.blake2b(described, digest_size=16)
-    for tensor in (batch.dense, batch.indices, batch.offsets, batch.labels):
+    for tensor in batch.tensors().values():
         digest.update(tensor.contiguous().view(-1).numpy().tobytes())
     return digest.hexdigest()
 

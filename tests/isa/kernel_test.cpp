@@ -55,6 +55,7 @@ int main(int argc, char** argv) {
     if (can_run(isa)) std::printf(" %s", isa_name(isa));
   std::printf("; %d thread(s)\n", threads);
   test_dispatch();
+  test::parallel_suite(threads);
   std::set<const void*> tested;  // an ISA may share another's kernels
   for (Isa isa : wanted) {
     if (!can_run(isa)) {

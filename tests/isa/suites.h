@@ -10,5 +10,7 @@ void gradient_suite(const std::string& isa, int threads);
 void dhe_suite(const std::string& isa, int threads);
 void cache_suite(const std::string& isa, int threads);
 void dense_suite(const std::string& isa, int threads);
+// Of what they share their work with, once.
+void parallel_suite(int threads);
 
 }  // namespace mprec::test

@@ -10,7 +10,8 @@ import numpy as np
 import orjson
 import torch
 
-from mprec._native import _C
+from mprec._native import read_json_query
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.serving.build import ModelInputs
 from mprec.serving.http.wire import decode_query
@@ -58,12 +59,12 @@ def parse_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch,
 def _common_json(body: bytes, inputs: ModelInputs, limits: Limits) -> tuple[Batch, float | None] | None:
     """A query in the form that clients send, read by native code; None if there is anything else to it."""
     bounds = _as_array(tuple(inputs.vocabularies))
-    found = _C.read_json_query(body, bounds, inputs.num_dense, limits.max_samples, limits.max_ids)
+    found = read_json_query(body, bounds, inputs.num_dense, limits.max_samples, limits.max_ids)
     if found is None:
         return None
     size, dense, ids, offsets, sla_ms = found
-    batch = Batch(dense.view(size, inputs.num_dense), ids, offsets, torch.zeros(size))
-    return batch, _seconds(sla_ms or None)
+    bags = Bags(ids, offsets, num_features=len(bounds))
+    return Batch(dense.view(size, inputs.num_dense), bags, torch.zeros(size)), _seconds(sla_ms or None)
 
 
 @functools.lru_cache(maxsize=8)

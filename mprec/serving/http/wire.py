@@ -25,6 +25,7 @@ import struct
 import numpy as np
 import torch
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.serving.build import ModelInputs
 from mprec.serving.rows import QueryTooLargeError
@@ -111,10 +112,8 @@ def decode_query(
     if not np.isfinite(dense).all():
         b, i = np.argwhere(~np.isfinite(dense))[0]
         raise ValueError(f"dense[{b}][{i}]: {dense[b, i]} is not finite")
-    batch = Batch(
-        torch.from_numpy(dense), torch.from_numpy(ids), torch.from_numpy(offsets), torch.zeros(size)
-    )
-    return batch, sla_ms or None
+    bags = Bags(torch.from_numpy(ids), torch.from_numpy(offsets), num_features=features)
+    return Batch(torch.from_numpy(dense), bags, torch.zeros(size)), sla_ms or None
 
 
 def _check_ids(ids: np.ndarray, offsets: np.ndarray, size: int, vocabularies: list[int]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.serving.build import ModelInputs, engine_from_checkpoints, model_inputs
 
@@ -64,10 +65,10 @@ def to_batch(ids: np.ndarray, dense: np.ndarray | None, inputs: ModelInputs) -> 
     there = by_feature >= 0
     offsets = np.zeros(features * samples + 1, np.int64)
     np.cumsum(there.sum(2).reshape(-1), out=offsets[1:])
+    indices = torch.tensor(by_feature[there], dtype=torch.int64)
     return Batch(
         torch.tensor(dense, dtype=torch.float32),  # a copy: the server takes its memory back
-        torch.tensor(by_feature[there], dtype=torch.int64),
-        torch.from_numpy(offsets),
+        Bags(indices, torch.from_numpy(offsets), num_features=features),
         torch.zeros(samples),
     )
 

@@ -1,4 +1,4 @@
-"""The encoder stage: rows of hot IDs before the decoder."""
+"""MP-Cache's encoder stage: a cache of hot IDs' rows in front of the decoder."""
 
 from collections.abc import Mapping
 
@@ -105,7 +105,7 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         admit, watch: as for :class:`CachedDeepHashEmbeddingBag`.
         codebooks: of some features, as ``codebook`` there: the second stage, for what misses the first.
 
-    :func:`mprec.nn.tune_kernels` also measures at which batch sizes the caches pay, if it is given
+    :func:`mprec.nn.tune_options` also measures at which batch sizes the caches pay, if it is given
     batches as they are going to come.
 
     Raises:
