@@ -177,8 +177,8 @@ def test_a_cache_with_malformed_lines_is_not_for_the_strict(log, tmp_path, parse
 def test_of_a_large_cache_some_blocks_are_looked_at(log, tmp_path, monkeypatch):
     monkeypatch.setattr(_cache, "BLOCK", 1024)
     criteo.read(log, cache=tmp_path / "cache")
-    looked, checksum = [], _C.checksum
-    monkeypatch.setattr(_C, "checksum", lambda data: looked.append(len(data)) or checksum(data))
+    looked, checksum = [], _cache.checksum
+    monkeypatch.setattr(_cache, "checksum", lambda data: looked.append(len(data)) or checksum(data))
     criteo.read(log, cache=tmp_path / "cache")
     every = len(looked)
     monkeypatch.setattr(_cache, "READ_AT_MOST", sum(looked) // 4)

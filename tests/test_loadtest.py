@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import gc
 import math
 import time
@@ -97,9 +98,10 @@ def test_outcome_counts_what_happened():
     outcome = replay(engine, load, sleep=clock.advance)
     labels = torch.cat([a.batch.labels for a in load])
     ids = torch.cat([a.batch.indices for a in load])
-    expected = int(
-        ((knows(0.6)(load[0].batch.__class__(None, ids, None, labels)) >= 0.5) == (labels >= 0.5)).sum()
+    all_of_them = dataclasses.replace(
+        load[0].batch, bags=load[0].batch.bags._replace(indices=ids), labels=labels
     )
+    expected = int(((knows(0.6)(all_of_them) >= 0.5) == (labels >= 0.5)).sum())
     row = outcome.row("poor")
     assert expected == int((ids < 600).sum())
     assert (outcome.samples, outcome.correct, outcome.correct_in_time) == (1000, expected, expected)

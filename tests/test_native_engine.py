@@ -373,4 +373,8 @@ def test_a_batch_outlives_the_program_that_reads_it():
                 break
             threading.Event().wait(1e-3)
         assert kept() is None
+        # Nobody is told of the cancelled query, but the next one's client is.
+        small = Bags(torch.tensor([1, 2, 3, 4]), torch.arange(5), num_features=2)
+        answer = engine.submit(Batch(torch.randn(2, 3), small, torch.zeros(2))).result(timeout=30)
+        assert len(answer.scores) == 2
     assert engine.statistics()["cancelled"] == 1

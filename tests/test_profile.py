@@ -441,9 +441,9 @@ def test_default_file_is_in_the_cache_folder_and_tells_threads_apart(tmp_path, m
 def test_profile_refuses_bad_arguments():
     path = fake_path("a", 0, 1, 1)
     for paths, sizes, more, match in (
-        ([], (1,), {}, "empty"),
+        ([], (1,), {}, "paths: expected at least one"),
         ([path, path], (1,), {}, "distinct"),
-        ([path], (), {}, "empty"),
+        ([path], (), {}, "expected at least one"),
         ([path], (1,), {"conditions": ("lukewarm",)}, "lukewarm"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -111,13 +111,16 @@ class PyEngine {
     return first;
   }
 
-  // [(future, scores, {path: samples}, arrived, finished)]; scores are None of queries that expired.
-  py::list outcomes(bool wait) {
+  // [(future, scores, {path: samples}, arrived, finished)]; scores are None of queries that expired. None,
+  // not an empty list, where there will be no more: queries that were cancelled have outcomes that nobody is
+  // told.
+  std::optional<py::list> outcomes(bool wait) {
     std::vector<Engine::Outcome> found;
     {
       const py::gil_scoped_release release;
       found = engine_.outcomes(wait);
     }
+    if (found.empty() && wait) return std::nullopt;
     py::list all;
     for (const auto& [query, kind, arrived, finished] : found) {
       const auto future = py::reinterpret_steal<py::object>(static_cast<PyObject*>(query->client));

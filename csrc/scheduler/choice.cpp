@@ -79,10 +79,7 @@ std::optional<Scheduler::Candidate> Scheduler::best(const State& state, size_t i
     double before;  // gain of the next larger batch
   };
   std::vector<Path> paths;  // that may still gain by smaller batches
-  for (const size_t o : lane.sensible)
-    if (!lane.resting(o, now)) paths.push_back({o, -INFINITY});
-  if (paths.empty())
-    for (const size_t o : lane.sensible) paths.push_back({o, -INFINITY});
+  for (const size_t o : lane.sensible) paths.push_back({o, -INFINITY});
 
   std::optional<Candidate> best;
   for (auto batch = batches.rbegin(); batch != batches.rend() && !paths.empty(); ++batch) {

@@ -149,6 +149,7 @@ std::vector<std::shared_ptr<Ticket>> Scheduler::clear() {
 void Scheduler::done(const Job& job, double now, double seconds) {
   Lane& lane = release(job, now);
   if (&lane != job.lane.get()) return;
+  if (lane.resting(job.option, now)) priced_.clear();  // it need not rest any longer
   lane.rests[job.option] = -std::numeric_limits<double>::infinity();
   if (job.profiled_s > 0) lane.correction->observe(job.option, seconds / job.profiled_s, now);
 }

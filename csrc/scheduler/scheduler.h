@@ -73,9 +73,10 @@ struct Lane {
   double until = -std::numeric_limits<double>::infinity();  // when the job under way should be done
   std::vector<double> rests;                                // options that raised: not taken before this time
   std::vector<double> slower;                               // most_slower() of all pairs
-  std::vector<double> unit;      // seconds per sample of each option in a batch that fits the SLA
-  std::vector<size_t> sensible;  // options that none of them dominates, the one of greatest goodput first
-  size_t fast = 0;               // the option of greatest goodput
+  std::vector<double> unit;  // seconds per sample of each option in a batch that fits the SLA
+  // Options that do not rest (all, if all rest) and that none of these dominates, of greatest goodput first.
+  std::vector<size_t> sensible;
+  size_t fast = 0;  // the option of greatest goodput
 };
 
 // A batch for one executor.

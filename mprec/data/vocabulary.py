@@ -172,7 +172,7 @@ def check_options(min_count: int, max_size: int | None, oov: int) -> None:
     if oov < 1:
         raise ValueError(f"oov: expected at least 1 (an ID for unseen values), got {oov}")
     if max_size is not None and max_size < oov:
-        raise ValueError(f"max_size must leave room for the {oov} out-of-vocabulary ID(s), got {max_size}")
+        raise ValueError(f"max_size: expected at least {oov} for as many unseen IDs, got {max_size}")
 
 
 def _hash_values(values: np.ndarray, buckets: int) -> np.ndarray:

@@ -153,10 +153,11 @@ class Hot(Part):
 
         hot = half(rows, hot_offsets, is_hot)
         rest = half(bags.indices, bags.offsets - hot_offsets, ~is_hot)
-        if isinstance(module.hot, EmbeddingBag):
-            pooled = pooling.pool_tables([module.hot.weight], hot, sparse)
+        table: Any = module.hot  # of rows, or of quantised ones
+        if isinstance(table, EmbeddingBag):
+            pooled = pooling.pool_tables([table.weight], hot, sparse)
         else:
-            pooled = pooling.pool_quantised([module.hot.rows], [module.hot.bits], hot)
+            pooled = pooling.pool_quantised([table.rows], [table.bits], hot)
         pooled = pooled + self._rest.pool([module.rest], rest, sparse)
         if bags.mode == MODES["mean"]:  # over the number of IDs, also where they are weighted
             return pooled / bags.offsets.diff().clamp(min=1)[:, None]

@@ -287,7 +287,7 @@ class Engine:
             self._run(index, job)
 
     def _settle_all(self) -> None:
-        while outcomes := self._native.outcomes(wait=True):
+        while (outcomes := self._native.outcomes(wait=True)) is not None:
             _settle_outcomes(outcomes)
 
     def _run(self, index: int, job: EngineJob) -> None:

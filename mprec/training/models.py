@@ -72,8 +72,7 @@ def build_model(
         model = DLRM(features, dataset.num_dense, dim, bottom, top)
     for f in features:
         for part in f.parts:
-            module = model.embeddings._modules[part.container]._modules[f.name]
-            part.prepare(module, dataset.column(f.name).ids)
+            part.prepare(model.embeddings._members(part)[f.name], dataset.column(f.name).ids)
     return model
 
 
