@@ -359,15 +359,8 @@ def run_program(program: Any, dense: Any, indices: Any, offsets: Any, threads: A
 def runnable_isas() -> list[str]: ...
 def same_stack(watch: Any, coefficients: Any, weights: Any, biases: Any, thorough: Any) -> Any: ...
 def select_features(
-    indices: Any,
-    offsets: Any,
-    per_sample_weights: Any,
-    features: Any,
-    num_features: Any,
-    out_indices: Any,
-    out_offsets: Any,
-    out_weights: Any,
-) -> int: ...
+    indices: Any, offsets: Any, per_sample_weights: Any, features: Any, num_features: Any
+) -> tuple: ...
 def sparse_gradient(
     indices: Any,
     offsets: Any,

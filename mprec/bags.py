@@ -222,21 +222,12 @@ class Bags(NamedTuple):
         """The batch of these features (None: all) alone, in this order. CPU only. ``InvalidOffsetsError``."""
         if features is None or list(features) == list(range(self.num_features)):
             return self._of_all()
-        indices, offsets, weights = as_ids(self.indices, "indices"), as_ids(self.offsets, "offsets"), None
+        indices, offsets = as_ids(self.indices, "indices"), as_ids(self.offsets, "offsets")
         self.check_number()
-        room = len(indices)
-        if len(set(features)) != len(features):  # a feature served twice may need more room than there was
-            room *= len(features)
-        selected = indices.new_empty(room)
-        starts = torch.empty(len(features) * self.batch + 1, dtype=torch.int64)
-        if self.per_sample_weights is not None:
-            weights = self.per_sample_weights.new_empty(room)
-        count = select_features(
-            indices, offsets, self.per_sample_weights, list(features), self.num_features,
-            selected, starts, weights,
-        )  # fmt: skip
-        weights = None if weights is None else weights[:count]
-        return Bags(selected[:count], starts, self.mode, weights, None, len(features))
+        selected, starts, weights = select_features(
+            indices, offsets, self.per_sample_weights, list(features), self.num_features
+        )
+        return Bags(selected, starts, self.mode, weights, None, len(features))
 
     def arguments(self, num_features: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Indices, offsets and per-sample weights of a batch of all ``num_features`` features.

@@ -106,7 +106,7 @@ def test_unique_share_of_bags_counts_each_feature_for_itself():
         torch.zeros(2),
     )
     assert unique_share(batch) == 2 / 4
-    with pytest.raises(InvalidOffsetsError, match=r"offsets\[2\] is 5, expected 0 to 4"):
+    with pytest.raises(InvalidOffsetsError, match=r"offsets\[2\] .* is 5, expected at most .* 4"):
         unique_share(
             dataclasses.replace(batch, bags=batch.bags._replace(offsets=torch.tensor([0, 2, 5, 3, 4])))
         )

@@ -395,7 +395,7 @@ def test_native_errors_name_the_first_fault():
         ("offsets fall", InvalidOffsetsError, r"offsets\[6\]"),
         ("offsets wrap around", InvalidOffsetsError, r"offsets\[4\] .* is 4611686018427387904"),
         ("offsets too short", InvalidOffsetsError, "expected 37 for 4 features of 9 samples, got 35"),
-        ("dense of other width", ValueError, r"dense: expected \[B, 13\], got \[9, 12\]"),
+        ("dense of other width", ValueError, r"dense: expected shape \[9, 13\], got \[9, 12\]"),
     ):
         with pytest.raises(kind, match=text):
             mprec._C.run_program(native, *faults(model)[fault], 1)

@@ -201,11 +201,11 @@ def test_bad_arguments():
     f = torch.randn(5, 4)
     for error, match, batches, result, columns in [
         (ValueError, r"batch_sizes\[1\]: expected >= 0, got -1", [2, -1], torch.empty(8), None),
-        (ValueError, "batch_sizes: expected one for each of the 2 tables, got 1", [1], torch.empty(4), None),
+        (ValueError, "batch_sizes: expected one for each of 2, got 1", [1], torch.empty(4), None),
         (ValueError, r"out: expected 1 dimension\(s\)", [1, 0], torch.empty(1, 4), None),
         (ValueError, "out: expected at least 4 elements, got 3", [1, 0], torch.empty(3), None),
         (ValueError, r"offsets: expected 1 \+ the number of bags, 3, got 2", [1, 2], torch.empty(12), None),
-        (ValueError, "out_columns: not with batch_sizes", [1, 0], torch.empty(4), [0, 0]),
+        (ValueError, "out_columns, features: not with batch_sizes", [1, 0], torch.empty(4), [0, 0]),
     ]:
         with pytest.raises(error, match=match):
             _C.embedding_bag_multi([f, f], i, o, None, SUM, -1, result, columns, 1, None, batches)

@@ -325,13 +325,13 @@ def test_bad_arguments():
         _C.embedding_bag(w, i, o, None, SUM, True, -1, out)
     with pytest.raises(TypeError, match="unexpected or repeated argument 'thread'"):
         _C.embedding_bag(w, i, o, None, SUM, True, -1, out, thread=1)
-    with pytest.raises(ValueError, match="weights: expected at least one table"):
+    with pytest.raises(ValueError, match="weights: expected at least one"):
         _C.embedding_bag_multi([], i, o, None, SUM, -1, out, None, 1)
     with pytest.raises(
-        InvalidOffsetsError, match="expected 1 \\+ a multiple of the number of tables, 2, got 2"
+        InvalidOffsetsError, match="expected 1 \\+ a multiple of the number of features, 2, got 2"
     ):
         _C.embedding_bag_multi([w, w], i, o, None, SUM, -1, out, None, 1)
     with pytest.raises(ValueError, match="out: expected at least 5 columns, got 4"):
         _C.embedding_bag_multi([w], i, o, None, SUM, -1, out, [1], 1)
-    with pytest.raises(ValueError, match="out_columns: expected one for each of the 1 tables, got 2"):
+    with pytest.raises(ValueError, match="out_columns: expected one for each of 1, got 2"):
         _C.embedding_bag_multi([w], i, o, None, SUM, -1, out, [0, 1], 1)

@@ -292,9 +292,9 @@ def test_bad_input():
         cache.admit(ids, rows, 0)
     with pytest.raises(TypeError, match="ids: expected int64"):
         cache.admit(good.astype(np.int32), rows, 0)
-    with pytest.raises(ValueError, match="rows: expected 2 rows, got 1"):
+    with pytest.raises(ValueError, match=r"rows: expected shape \[2, 4\], got \[1, 4\]"):
         cache.admit(good, rows[:1], 0)
-    with pytest.raises(ValueError, match="rows: expected 4 columns, got 3"):
+    with pytest.raises(ValueError, match=r"rows: expected shape \[2, 4\], got \[2, 3\]"):
         cache.fill(good, rows[:, :3], 0)
     with pytest.raises(TypeError, match="rows: expected float32"):
         cache.fill(good, rows.astype(np.float64), 0)

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "bags/check.h"
 #include "common/aligned.h"
 #include "common/distinct.h"
 #include "common/parallel.h"
@@ -45,45 +46,45 @@ int team(int64_t work, int64_t per_thread, int threads) {
   return static_cast<int>(std::clamp<int64_t>(work / per_thread, 1, threads));
 }
 
-void plan(const DheBagRequest& r, const int64_t* ids, const std::vector<CachedFeature>& features,
-          Workspace& w) {
-  const int64_t n = r.indices.size;
+void plan(const DheRequest& r, const int64_t* ids, const std::vector<CachedFeature>& features, Workspace& w) {
+  const Bags& b = r.bags;
+  const int64_t n = b.indices.size;
   w.parts.resize(features.size());
   w.misses.resize(n);
   w.distinct_ids.resize(n);
   w.inverse.resize(n);
-  if (r.padding_idx >= 0) {
+  if (b.padding_idx >= 0) {
     w.kept.resize(n);
     w.row_of_entry.resize(n);
   }
   int64_t floats = 0;
   for (size_t t = 0; t < features.size(); ++t) {
     const CachedFeature& f = features[t];
-    const int64_t dim = f.decoder.dim, begin = r.bag_begin(f.position * r.bags),
-                  end = r.bag_begin((f.position + 1) * r.bags);
+    const int64_t dim = f.decoder.dim, begin = b.feature_begin(f.position),
+                  end = b.feature_begin(f.position + 1);
     Part& p = w.parts[t];
     p = Part{};
     p.ids = ids + begin;
     p.count = end - begin;
     p.stride = dim;
-    p.pool = {nullptr, dim, nullptr, nullptr, r.mode};
+    p.pool = {nullptr, dim, nullptr, nullptr, b.mode};
     p.misses = w.misses.data() + begin;
     p.distinct_ids = w.distinct_ids.data() + begin;
     p.inverse = w.inverse.data() + begin;
-    if (r.padding_idx >= 0) {
+    if (b.padding_idx >= 0) {
       int32_t* rows = w.row_of_entry.data() + begin;
       int64_t* kept = w.kept.data() + begin;
       int32_t count = 0;
       for (int64_t i = 0; i < p.count; ++i) {
-        rows[i] = p.ids[i] == r.padding_idx ? -1 : count;
+        rows[i] = p.ids[i] == b.padding_idx ? -1 : count;
         if (rows[i] >= 0) kept[count++] = p.ids[i];
       }
       p.ids = kept;
       p.count = count;
       p.pool.row_of_entry = rows;
     }
-    if (r.per_sample_weights) p.pool.weights = r.per_sample_weights + begin;
-    if (r.padding_idx < 0 && !r.per_sample_weights && r.one_id_per_bag(f.position)) {
+    if (b.per_sample_weights) p.pool.weights = b.per_sample_weights + begin;
+    if (b.padding_idx < 0 && !b.per_sample_weights && one_id_per_bag(b, f.position)) {
       p.rows = r.out + f.column;
       p.stride = r.out_stride;
     } else {
@@ -145,28 +146,29 @@ void decode(const std::vector<CachedFeature>& features, bool admit, int threads,
   }
 }
 
-void pool(const DheBagRequest& r, const CachedFeature& f, const Part& p, int threads) {
+void pool(const DheRequest& r, const CachedFeature& f, const Part& p, int threads) {
   const auto kernel = kernels().dhe->pool;
-  const int64_t first = f.position * r.bags, begin = r.bag_begin(first);
-  parallel_ranges(r.bags, team(p.count * p.pool.dim, floats_per_thread, threads),
+  const Bags& b = r.bags;
+  const int64_t first = b.first_bag(f.position), begin = b.bag_begin(first);
+  parallel_ranges(b.batch, team(p.count * p.pool.dim, floats_per_thread, threads),
                   [&](int64_t from, int64_t to) {
-                    for (int64_t b = from; b < to; ++b)
-                      kernel(p.pool, r.bag_begin(first + b) - begin, r.bag_begin(first + b + 1) - begin,
-                             r.out + b * r.out_stride + f.column);
+                    for (int64_t i = from; i < to; ++i)
+                      kernel(p.pool, b.bag_begin(first + i) - begin, b.bag_begin(first + i + 1) - begin,
+                             r.out + i * r.out_stride + f.column);
                   });
 }
 
 }  // namespace
 
-void cached_dhe_bag_forward(const DheBagRequest& r, const std::vector<CachedFeature>& features, bool admit,
+void cached_dhe_bag_forward(const DheRequest& r, const std::vector<CachedFeature>& features, bool admit,
                             int threads, CachedDheCounters& counters) {
   thread_local Workspace own;
   Workspace& w = own;  // the same object in every thread
   const uint64_t start = now();
-  check_offsets(r);
-  plan(r, checked_ids(r, w.ids), features, w);
-  parallel_ranges(static_cast<int64_t>(features.size()), team(r.indices.size, lookups_per_thread, threads),
-                  [&](int64_t from, int64_t to) {
+  check_offsets(r.bags);
+  plan(r, checked_ids(r.bags, r.largest_id, w.ids), features, w);
+  parallel_ranges(static_cast<int64_t>(features.size()),
+                  team(r.bags.indices.size, lookups_per_thread, threads), [&](int64_t from, int64_t to) {
                     for (int64_t t = from; t < to; ++t) look_up(features[t], w.parts[t]);
                   });
   const uint64_t looked_up = now();

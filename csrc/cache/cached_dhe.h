@@ -24,9 +24,9 @@ struct CachedDheCounters {
   std::atomic<uint64_t> calls{0}, coded{0}, decoded{0}, lookup_ns{0}, decode_ns{0};
 };
 
-// As dhe_bag_forward, for the features listed. `batch` describes all features of the batch; of it,
-// `decoders`, `columns` and `dedupe` are not used. `admit`: offer decoded rows to the caches.
-void cached_dhe_bag_forward(const DheBagRequest& batch, const std::vector<CachedFeature>& features,
-                            bool admit, int threads, CachedDheCounters&);
+// As dhe_bag_forward, for the features listed; the request describes all features of the batch. `admit`:
+// offer decoded rows to the caches.
+void cached_dhe_bag_forward(const DheRequest&, const std::vector<CachedFeature>& features, bool admit,
+                            int threads, CachedDheCounters&);
 
 }  // namespace mprec

@@ -30,44 +30,46 @@ struct Workspace {
 thread_local Workspace own_workspace;
 
 // Which IDs of each feature are computed, and where to.
-void plan_features(const DheBagRequest& r, const int64_t* ids, Workspace& w) {
-  const int64_t n = r.indices.size;
-  const bool dedupe = r.dedupe == Dedupe::always || (r.dedupe == Dedupe::automatic && n >= fewest_to_dedupe);
-  w.features.resize(r.num_features);
-  w.pools.resize(r.num_features);
-  if (dedupe || r.padding_idx >= 0) {
+void plan_features(const DheRequest& r, const DheFeature* features, Dedupe dedupe, const int64_t* ids,
+                   Workspace& w) {
+  const Bags& b = r.bags;
+  const int64_t n = b.indices.size;
+  const bool maps = dedupe == Dedupe::always || (dedupe == Dedupe::automatic && n >= fewest_to_dedupe) ||
+                    b.padding_idx >= 0;
+  w.features.resize(b.num_features);
+  w.pools.resize(b.num_features);
+  if (maps) {
     w.distinct.resize(n);
     w.row_of_entry.resize(n);
   }
   int64_t floats = 0;
-  for (int64_t t = 0; t < r.num_features; ++t) {
+  for (int64_t t = 0; t < b.num_features; ++t) {
     DecodeWork& f = w.features[t];
     PoolArguments& pool = w.pools[t];
-    const int64_t dim = r.decoders[t].dim, begin = r.bag_begin(t * r.bags),
-                  end = r.bag_begin((t + 1) * r.bags);
-    f = {r.decoders[t], ids + begin, end - begin, nullptr, dim};
-    pool = {nullptr, dim, nullptr, nullptr, r.mode};
-    if (dedupe || r.padding_idx >= 0) {
+    const int64_t dim = features[t].decoder.dim, begin = b.feature_begin(t), end = b.feature_begin(t + 1);
+    f = {features[t].decoder, ids + begin, end - begin, nullptr, dim};
+    pool = {nullptr, dim, nullptr, nullptr, b.mode};
+    if (maps) {
       int64_t* distinct = w.distinct.data() + begin;
       int32_t* rows = w.row_of_entry.data() + begin;
       const int64_t count =
-          find_distinct(f.count, r.padding_idx, [&](int64_t i) { return f.ids[i]; }, distinct, rows);
+          find_distinct(f.count, b.padding_idx, [&](int64_t i) { return f.ids[i]; }, distinct, rows);
       if (count < f.count) {  // else every ID is computed for its only entry
         f.ids = distinct;
         f.count = count;
         pool.row_of_entry = rows;
       }
     }
-    if (r.per_sample_weights) pool.weights = r.per_sample_weights + begin;
-    if (!pool.row_of_entry && !pool.weights && r.one_id_per_bag(t)) {
-      f.vectors = r.out + r.columns[t];
+    if (b.per_sample_weights) pool.weights = b.per_sample_weights + begin;
+    if (!pool.row_of_entry && !pool.weights && one_id_per_bag(b, t)) {
+      f.vectors = r.out + features[t].column;
       f.stride = r.out_stride;
     } else {
       floats += f.count * dim;
     }
   }
   float* vectors = w.vectors.reserve(floats + 1);
-  for (int64_t t = 0; t < r.num_features; ++t) {
+  for (int64_t t = 0; t < b.num_features; ++t) {
     DecodeWork& f = w.features[t];
     if (f.vectors) continue;
     w.pools[t].vectors = f.vectors = vectors;
@@ -117,37 +119,10 @@ void decode_block(const std::vector<DecodeWork>& features, const DecodeBlock& b,
                          f.vectors + b.begin * f.stride, f.stride, scratch);
 }
 
-void check_offsets(const DheBagRequest& r) {
-  const int64_t total = r.num_features * r.bags, n = r.indices.size;
-  bool valid = r.bag_begin(0) == 0 && r.bag_begin(total) == n;
-  for (int64_t b = 0; b < total; ++b) valid &= r.bag_begin(b) <= r.bag_begin(b + 1);
-  if (!valid) check_offsets(r.offsets, n, BagLayout{r.num_features, r.bags});
-}
-
-const int64_t* checked_ids(const DheBagRequest& r, std::vector<int64_t>& storage) {
-  const int64_t* ids = static_cast<const int64_t*>(r.indices.data);
-  if (!r.indices.wide) {
-    storage.resize(r.indices.size);
-    for (int64_t i = 0; i < r.indices.size; ++i) storage[i] = r.indices[i];
-    ids = storage.data();
-  }
-  uint64_t signs = 0;  // the highest bit: of any ID, or of any difference to the largest allowed
-  for (int64_t i = 0; i < r.indices.size; ++i) {
-    const uint64_t id = static_cast<uint64_t>(ids[i]);
-    signs |= id | (static_cast<uint64_t>(r.largest_id) - id);
-  }
-  if (static_cast<int64_t>(signs) < 0) {
-    std::vector<std::pair<int64_t, int64_t>> bounds;
-    for (int64_t t = 0; t < r.num_features; ++t)
-      bounds.emplace_back(t, r.largest_id == INT64_MAX ? -1 : r.largest_id + 1);
-    check_ids(r.indices, r.offsets, BagLayout{r.num_features, r.bags}, bounds);
-  }
-  return ids;
-}
-
-bool DheBagRequest::one_id_per_bag(int64_t t) const {
-  for (int64_t b = t * bags; b <= (t + 1) * bags; ++b)
-    if (bag_begin(b) != bag_begin(t * bags) + b - t * bags) return false;
+bool one_id_per_bag(const Bags& b, int64_t feature) {
+  const int64_t first = b.first_bag(feature), begin = b.bag_begin(first);
+  for (int64_t bag = first; bag <= b.first_bag(feature + 1); ++bag)
+    if (b.bag_begin(bag) != begin + bag - first) return false;
   return true;
 }
 
@@ -159,24 +134,25 @@ void dhe_decode(const std::vector<DecodeWork>& features, int threads) {
   });
 }
 
-void dhe_bag_forward(const DheBagRequest& r, int threads) {
+void dhe_bag_forward(const DheRequest& r, const DheFeature* features, Dedupe dedupe, int threads) {
   Workspace& w = own_workspace;  // the same object in every thread
-  check_offsets(r);
-  plan_features(r, checked_ids(r, w.ids), w);
+  const Bags& b = r.bags;
+  check_offsets(b);
+  plan_features(r, features, dedupe, checked_ids(b, r.largest_id, w.ids), w);
   const Team team = plan_team(w.features, threads, w);
 
   const auto pool = [&](int64_t bag) {
-    const int64_t t = bag / r.bags;
+    const int64_t t = bag / b.batch;
     if (!w.pools[t].vectors) return;
-    const int64_t begin = r.bag_begin(t * r.bags);
-    kernels().dhe->pool(w.pools[t], r.bag_begin(bag) - begin, r.bag_begin(bag + 1) - begin,
-                        r.out + bag % r.bags * r.out_stride + r.columns[t]);
+    const int64_t begin = b.feature_begin(t);
+    kernels().dhe->pool(w.pools[t], b.bag_begin(bag) - begin, b.bag_begin(bag + 1) - begin,
+                        r.out + bag % b.batch * r.out_stride + features[t].column);
   };
   parallel_parts(static_cast<int64_t>(w.blocks.size()), team.threads, [&](int64_t i, int slot) {
     decode_block(w.features, w.blocks[i], w.scratch.data() + slot * team.scratch);
   });
-  parallel_ranges(r.num_features * r.bags, team.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) pool(b);
+  parallel_ranges(b.num_bags(), team.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t bag = begin; bag < end; ++bag) pool(bag);
   });
 }
 

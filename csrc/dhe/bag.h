@@ -3,41 +3,34 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/integers.h"
+#include "bags/bags.h"
 #include "dhe/dhe.h"
 
 namespace mprec {
 
 enum class Dedupe { automatic, never, always };
 
-// Bag b of feature t is indices[offset(t * bags + b) : offset(t * bags + b + 1)], where the offset after the
-// last one given is the number of indices. Its vector goes to out[b * out_stride + columns[t]] and on.
-struct DheBagRequest {
-  const DecoderView* decoders;
-  int64_t num_features, bags;
-  Integers indices, offsets;
-  const float* per_sample_weights;  // null: ones
-  int mode;                         // 0 sum, 1 mean, 2 max
-  int64_t padding_idx;              // -1: none
+// Bags of IDs to decode. A feature's vector of bag b goes to out[b * out_stride + its column] and on;
+// features have `batch` bags each.
+struct DheRequest {
+  Bags bags;
   float* out;
   int64_t out_stride;
-  const int64_t* columns;
-  Dedupe dedupe;
   int64_t largest_id = INT64_MAX;  // that is allowed
-
-  int64_t bag_begin(int64_t bag) const { return bag < offsets.size ? offsets[bag] : indices.size; }
-  // Whether each bag of the feature holds one ID: its vector then needs no pooling.
-  bool one_id_per_bag(int64_t feature) const;
 };
 
-// OffsetsError or IdError (an ID that is negative or too large) before anything is written. Results
-// do not depend on the number of threads.
-void dhe_bag_forward(const DheBagRequest&, int threads);
+// What decodes one feature.
+struct DheFeature {
+  DecoderView decoder;
+  int64_t column;  // of `out`
+};
 
-// The two checks, for callers that pool by themselves.
-void check_offsets(const DheBagRequest&);
-// The IDs as int64, in `storage` if they come as int32.
-const int64_t* checked_ids(const DheBagRequest&, std::vector<int64_t>& storage);
+// `features`: as many as the request has. OffsetsError or IdError (an ID that is negative or too large)
+// before anything is written. Results do not depend on the number of threads.
+void dhe_bag_forward(const DheRequest&, const DheFeature* features, Dedupe, int threads);
+
+// Whether each bag of the feature holds one ID: its vector then needs no pooling.
+bool one_id_per_bag(const Bags&, int64_t feature);
 
 // One feature's IDs, all >= 0, and where their vectors go: vectors[i * stride] and on.
 struct DecodeWork {

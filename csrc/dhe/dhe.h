@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "bags/bags.h"
 #include "dhe/families.h"
 #include "isa/slots.h"
 
@@ -105,7 +106,7 @@ struct PoolArguments {
   const int32_t*
       row_of_entry;      // entry i's vector is vectors[row_of_entry[i]], or it is padding (-1); null: i
   const float* weights;  // null: ones
-  int mode;              // 0 sum, 1 mean, 2 max
+  Mode mode;
 };
 
 struct DheKernels {

@@ -56,8 +56,7 @@ void dhe_backward(const DecoderView& view, const std::vector<LinearWeights>& lin
                   int64_t n, const float* grad, const std::vector<LayerGradient>& to, int threads) {
   check_weights(view, linear);
   const Transposed transposed(linear);
-  for (int64_t i = 0; i < n; ++i)
-    if (ids[i] < 0) throw id_error("indices", i, "", ids[i], -1);
+  check_ids({ids, n, true}, -1, "indices");
   if (n == 0) {
     for (size_t l = 0; l < linear.size(); ++l) {
       std::fill_n(to[l].weight, linear[l].outputs * linear[l].inputs, 0.0f);

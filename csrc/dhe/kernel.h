@@ -134,7 +134,7 @@ static inline void pool(const PoolArguments& p, int64_t begin, int64_t end, floa
     if (row < 0) continue;
     const float* v = p.vectors + row * p.dim;
     const bool first = count++ == 0;
-    if (p.mode == 2)
+    if (p.mode == Mode::max)
       // NaN wins, as in torch.
       for (int64_t j = 0; j < p.dim; ++j) out[j] = first || v[j] > out[j] || v[j] != v[j] ? v[j] : out[j];
     else if (p.weights)
@@ -142,7 +142,7 @@ static inline void pool(const PoolArguments& p, int64_t begin, int64_t end, floa
     else
       for (int64_t j = 0; j < p.dim; ++j) out[j] += v[j];
   }
-  if (p.mode == 1 && count > 1)
+  if (p.mode == Mode::mean && count > 1)
     for (int64_t j = 0; j < p.dim; ++j) out[j] /= static_cast<float>(count);
 }
 

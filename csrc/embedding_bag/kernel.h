@@ -19,21 +19,21 @@ enum class Pool { sum, weighted, max };
 
 constexpr int max_vectors = 8;
 
-// What the pooling of a feature's bags reads, in registers where there are enough.
+// What the pooling of a table's bags reads, in registers where there are enough.
 struct Source {
   const void* ids;
   const char* rows;
   int64_t row_bytes, dim, padding_idx;
   const float* weights;
   bool mean;
-  Source(const BagRequest& r, const Feature& f)
-      : ids(r.indices.data),
-        rows(f.rows),
-        row_bytes(f.row_bytes),
-        dim(f.dim),
-        padding_idx(r.padding_idx),
-        weights(r.per_sample_weights),
-        mean(r.mode == Mode::mean) {}
+  Source(const PoolingRequest& r, const PooledTable& t)
+      : ids(r.bags.indices.data),
+        rows(t.rows),
+        row_bytes(t.row_bytes),
+        dim(t.dim),
+        padding_idx(r.bags.padding_idx),
+        weights(r.bags.per_sample_weights),
+        mean(r.bags.mode == Mode::mean) {}
 };
 
 // What is known of a bag whose pooling goes on.
@@ -171,10 +171,10 @@ struct Results {
   Format format;
   int64_t dim, stride;  // bytes from one to the next
   float* scratch;
-  Results(const Feature& f, float* to)
-      : format(f.out_format),
-        dim(f.dim),
-        stride(f.out_stride * (f.out_format == Format::f32 ? 4 : 2)),
+  Results(const PooledTable& t, float* to)
+      : format(t.out_format),
+        dim(t.dim),
+        stride(t.out_stride * (t.out_format == Format::f32 ? 4 : 2)),
         scratch(to) {}
   float* sums(char* result) const { return scratch ? scratch : reinterpret_cast<float*>(result); }
   void finish(char* result) const {
@@ -219,23 +219,23 @@ inline bool single(const void* ends, int64_t count, int64_t from) {
   return all;
 }
 
-inline bool single_bags(const BagRequest& r, int64_t bag, int64_t count, int64_t from) {
-  if (bag + count >= r.offsets.size) return false;   // the last offset may be missing
-  if (r.offsets[bag + 1] != from + 1) return false;  // most often this tells
-  return r.offsets.wide ? single<int64_t>(static_cast<const int64_t*>(r.offsets.data) + bag + 1, count, from)
-                        : single<int32_t>(static_cast<const int32_t*>(r.offsets.data) + bag + 1, count, from);
+inline bool single_bags(const Bags& b, int64_t bag, int64_t count, int64_t from) {
+  if (bag + count >= b.offsets.size) return false;   // the last offset may be missing
+  if (b.offsets[bag + 1] != from + 1) return false;  // most often this tells
+  return b.offsets.wide ? single<int64_t>(static_cast<const int64_t*>(b.offsets.data) + bag + 1, count, from)
+                        : single<int32_t>(static_cast<const int32_t*>(b.offsets.data) + bag + 1, count, from);
 }
 
 // Plain sums of one row each, from index `from` on. All that a row needs stays in registers: a call of
 // pool_columns for each costs twice the time of a row in cache. False at an invalid ID.
 template <class Row, int vectors, bool tail, class Index>
-bool pool_singles(const void* indices, int64_t from, int64_t count, const Feature& f, Mask mask,
+bool pool_singles(const void* indices, int64_t from, int64_t count, const PooledTable& t, Mask mask,
                   const Prefetch& next, char* result, int64_t out_bytes, int64_t results_ahead) {
   constexpr int64_t width = Vec::width, row_bytes = vectors * width * Row::bits / 8;
   const Index* id = static_cast<const Index*>(indices) + from;
   const auto [shift, next_rows, next_num_rows, next_row_bytes, last_byte] = next;
-  const char* const rows = f.rows;
-  const int64_t stride = f.row_bytes;
+  const char* const rows = t.rows;
+  const int64_t stride = t.row_bytes;
   for (const Index* const end = id + count; id != end; ++id, result += out_bytes) {
     const int64_t next_id = id[shift];
     if (__builtin_expect(static_cast<uint64_t>(next_id) >= next_num_rows, 0)) return false;
@@ -262,36 +262,36 @@ bool pool_singles(const void* indices, int64_t from, int64_t count, const Featur
 // Pools a segment's bags, into float32 `scratch` first if given. False at an invalid offset or ID, before
 // anything is read by it.
 template <class Row, Pool pool, int vectors, bool tail>
-bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, float* scratch) {
+bool pool_bags(const PoolingRequest& r, const Segment& segment, Lookahead& ahead, float* scratch) {
   constexpr int64_t block = max_vectors * Vec::width, most_bags = 32, most_rows = 128;
-  const Feature& f = *segment.feature;
-  const int64_t last_column = f.dim > block ? (f.dim - 1) / block * block : 0;
+  const PooledTable& t = *segment.table;
+  const int64_t last_column = t.dim > block ? (t.dim - 1) / block * block : 0;
   int64_t begin = segment.begin;
   const int64_t end = segment.end;
   // No bag may reach beyond: the indices there are validated for another segment.
-  const int64_t limit = clamped_begin(r, end);
-  const Source source(r, f);
-  const auto brief_bags = r.indices.wide ? pool_brief<Row, pool, vectors, tail, int64_t>
-                                         : pool_brief<Row, pool, vectors, tail, int32_t>;
-  const auto long_bag = r.indices.wide ? pool_long<Row, pool, vectors, tail, int64_t>
-                                       : pool_long<Row, pool, vectors, tail, int32_t>;
-  const Mask mask(f.dim - last_column - (vectors - 1) * Vec::width);
-  const Results results(f, scratch);
-  char* result = reinterpret_cast<char*>(f.out) + (begin - f.first_bag) * results.stride;
+  const int64_t limit = clamped_begin(r.bags, end);
+  const Source source(r, t);
+  const auto brief_bags = r.bags.indices.wide ? pool_brief<Row, pool, vectors, tail, int64_t>
+                                              : pool_brief<Row, pool, vectors, tail, int32_t>;
+  const auto long_bag = r.bags.indices.wide ? pool_long<Row, pool, vectors, tail, int64_t>
+                                            : pool_long<Row, pool, vectors, tail, int32_t>;
+  const Mask mask(t.dim - last_column - (vectors - 1) * Vec::width);
+  const Results results(t, scratch);
+  char* result = reinterpret_cast<char*>(t.out) + (begin - t.first_bag) * results.stride;
   constexpr int64_t results_ahead = 16;
-  int64_t from = r.bag_begin(begin);
+  int64_t from = r.bags.bag_begin(begin);
   if (from < 0) return false;
   while (begin < end) {
     // The ends of the next bags, of about `stride` rows together.
     const int64_t stride = ahead.stride();
     if constexpr (pool == Pool::sum && !Row::quantised) {
       const int64_t count = least(least(stride, most_bags), end - begin);
-      if (last_column == 0 && !scratch && from + count <= limit && single_bags(r, begin, count, from)) {
+      if (last_column == 0 && !scratch && from + count <= limit && single_bags(r.bags, begin, count, from)) {
         Prefetch next{};
         if (!ahead.next(from, count, next)) return false;
-        const auto pool_them = r.indices.wide ? pool_singles<Row, vectors, tail, int64_t>
-                                              : pool_singles<Row, vectors, tail, int32_t>;
-        if (!pool_them(r.indices.data, from, count, f, mask, next, result, results.stride,
+        const auto pool_them = r.bags.indices.wide ? pool_singles<Row, vectors, tail, int64_t>
+                                                   : pool_singles<Row, vectors, tail, int32_t>;
+        if (!pool_them(r.bags.indices.data, from, count, t, mask, next, result, results.stride,
                        results_ahead * results.stride))
           return false;
         begin += count;
@@ -302,7 +302,7 @@ bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, fl
     }
     int64_t ends[most_bags], bags = 0, before = from;
     do {
-      const int64_t to = r.bag_begin(++begin);
+      const int64_t to = r.bags.bag_begin(++begin);
       if (before > to || to > limit) return false;
       ends[bags++] = before = to;
     } while (begin < end && bags < most_bags && before - from < stride);
@@ -325,7 +325,7 @@ bool pool_bags(const BagRequest& r, const Segment& segment, Lookahead& ahead, fl
   return true;
 }
 
-using PoolBags = bool (*)(const BagRequest&, const Segment&, Lookahead&, float*);
+using PoolBags = bool (*)(const PoolingRequest&, const Segment&, Lookahead&, float*);
 
 template <class Row, Pool pool, int vectors = 1>
 PoolBags for_dim(int64_t dim) {
@@ -343,13 +343,13 @@ PoolBags for_dim(int64_t dim) {
 }
 
 template <class Row>
-PoolBags for_pool(const BagRequest& r, int64_t dim) {
-  if (r.mode == Mode::max) return for_dim<Row, Pool::max>(dim);
-  if (r.per_sample_weights || r.padding_idx >= 0) return for_dim<Row, Pool::weighted>(dim);
+PoolBags for_pool(const PoolingRequest& r, int64_t dim) {
+  if (r.bags.mode == Mode::max) return for_dim<Row, Pool::max>(dim);
+  if (r.bags.per_sample_weights || r.bags.padding_idx >= 0) return for_dim<Row, Pool::weighted>(dim);
   return for_dim<Row, Pool::sum>(dim);
 }
 
-inline PoolBags for_format(const BagRequest& r, Format format, int64_t dim) {
+inline PoolBags for_format(const PoolingRequest& r, Format format, int64_t dim) {
   switch (format) {
 #define MPREC_CASE(name, Row, users) \
   case Format::name: return for_pool<Row>(r, dim);
@@ -359,17 +359,17 @@ inline PoolBags for_format(const BagRequest& r, Format format, int64_t dim) {
   __builtin_unreachable();
 }
 
-inline bool forward(const BagRequest& r, const Cut& begin, const Cut& end, float* scratch) {
+inline bool forward(const PoolingRequest& r, const Cut& begin, const Cut& end, float* scratch) {
   Walk walk(r, begin, end);
   Lookahead ahead(r, begin, end);
   PoolBags pool = nullptr;
-  const Feature* chosen_for = nullptr;
+  const PooledTable* chosen_for = nullptr;
   for (Segment s; walk.next(s);) {
-    const Feature* f = s.feature;
-    if (!chosen_for || f->dim != chosen_for->dim || f->format != chosen_for->format)
-      pool = for_format(r, f->format, f->dim);
-    chosen_for = f;
-    if (!pool(r, s, ahead, f->out_format == Format::f32 ? nullptr : scratch)) return false;
+    const PooledTable* t = s.table;
+    if (!chosen_for || t->dim != chosen_for->dim || t->format != chosen_for->format)
+      pool = for_format(r, t->format, t->dim);
+    chosen_for = t;
+    if (!pool(r, s, ahead, t->out_format == Format::f32 ? nullptr : scratch)) return false;
   }
   return true;
 }

@@ -10,42 +10,42 @@ namespace mprec::MPREC_ISA {
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// A feature's bags [begin, end) in one block.
+// A table's bags [begin, end) in one block.
 struct Segment {
-  const Feature* feature;
+  const PooledTable* table;
   int64_t begin, end;
 };
 
 // The segments between two cuts.
 class Walk {
  public:
-  Walk(const BagRequest& r, const Cut& from, const Cut& to)
-      : request_(r), block_(from.block), feature_(from.feature), begin_(from.bag), to_(to) {}
+  Walk(const PoolingRequest& r, const Cut& from, const Cut& to)
+      : request_(r), block_(from.block), table_(from.table), begin_(from.bag), to_(to) {}
 
   // The next segment with any bags; false after the last.
   bool next(Segment& s) {
     do {
-      if (feature_ == request_.num_features) feature_ = 0, ++block_;
-      if (block_ > to_.block || (block_ == to_.block && feature_ > to_.feature)) return false;
-      s.feature = request_.features + feature_;
-      s.begin = most(begin_, request_.block_begin(*s.feature, block_));
-      s.end = request_.block_begin(*s.feature, block_ + 1);
-      if (block_ == to_.block && feature_ == to_.feature) s.end = least(s.end, to_.bag);
+      if (table_ == request_.bags.num_features) table_ = 0, ++block_;
+      if (block_ > to_.block || (block_ == to_.block && table_ > to_.table)) return false;
+      s.table = request_.tables + table_;
+      s.begin = most(begin_, request_.block_begin(*s.table, block_));
+      s.end = request_.block_begin(*s.table, block_ + 1);
+      if (block_ == to_.block && table_ == to_.table) s.end = least(s.end, to_.bag);
       begin_ = 0;
-      ++feature_;
+      ++table_;
     } while (s.begin >= s.end);
     return true;
   }
 
  private:
-  const BagRequest& request_;
-  int64_t block_, feature_, begin_;  // begin_: of the very first segment
+  const PoolingRequest& request_;
+  int64_t block_, table_, begin_;  // begin_: of the very first segment
   Cut to_;
 };
 
 // The index at which a bag begins, or the nearest there is: offsets are not validated yet.
-inline int64_t clamped_begin(const BagRequest& r, int64_t bag) {
-  return most(0, least(r.bag_begin(bag), r.indices.size));
+inline int64_t clamped_begin(const Bags& b, int64_t bag) {
+  return most(0, least(b.bag_begin(bag), b.indices.size));
 }
 
 // While row i is pooled, the ID at i + shift is to be validated and its row prefetched. Where there is
@@ -60,7 +60,7 @@ struct Prefetch {
 
 class Lookahead {
  public:
-  Lookahead(const BagRequest& r, const Cut& from, const Cut& to) : request_(r), walk_(r, from, to) {
+  Lookahead(const PoolingRequest& r, const Cut& from, const Cut& to) : request_(r), walk_(r, from, to) {
     enter();
   }
 
@@ -96,13 +96,13 @@ class Lookahead {
   // The next segment with any indices, if there is one.
   void enter() {
     for (Segment s; cursor_ >= end_ && walk_.next(s);) {
-      cursor_ = clamped_begin(request_, s.begin);
-      end_ = most(cursor_, clamped_begin(request_, s.end));
-      const Feature& f = *s.feature;
-      rows_ = f.rows;
-      num_rows_ = f.num_rows;
-      row_bytes_ = f.row_bytes;
-      size_ = row_size(f.format, f.dim);
+      cursor_ = clamped_begin(request_.bags, s.begin);
+      end_ = most(cursor_, clamped_begin(request_.bags, s.end));
+      const PooledTable& t = *s.table;
+      rows_ = t.rows;
+      num_rows_ = t.num_rows;
+      row_bytes_ = t.row_bytes;
+      size_ = row_size(t.format, t.dim);
       straddles_ = row_bytes_ % 64 != 0 || reinterpret_cast<uintptr_t>(rows_) % 64 != 0;
       distance_ = most(8, least(most_ahead, 8192 / (size_ + 1)));
     }
@@ -115,7 +115,7 @@ class Lookahead {
       if (cursor_ == stop) return true;  // that was the last
       lead_ += stop - cursor_;
       for (; cursor_ < stop; ++cursor_) {
-        const int64_t id = request_.indices[cursor_];
+        const int64_t id = request_.bags.indices[cursor_];
         if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(num_rows_)) return false;
         const char* row = rows_ + id * row_bytes_;
         for (int64_t i = 0; i < size_; i += 64) prefetch(row + i);
@@ -125,7 +125,7 @@ class Lookahead {
     return true;
   }
 
-  const BagRequest& request_;
+  const PoolingRequest& request_;
   Walk walk_;
   int64_t cursor_ = 0, end_ = 0;  // indices of the cursor's segment
   int64_t lead_ = 0;              // rows validated and not yet pooled

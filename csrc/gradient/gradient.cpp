@@ -1,13 +1,12 @@
 #include "gradient/gradient.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
 
-#include "common/error.h"
+#include "bags/check.h"
 #include "common/parallel.h"
 #include "registry.h"
 
@@ -73,74 +72,72 @@ struct Share {
   }
 };
 
-bool one_each(const BagRequest& r, const Feature& f) {
-  const int64_t first = f.first_bag, last = (&f)[1].first_bag;
-  bool each = r.bag_begin(last) - r.bag_begin(first) == last - first;
-  for (int64_t bag = first; bag < last; ++bag) each &= r.bag_begin(bag + 1) - r.bag_begin(bag) == 1;
+bool one_each(const Bags& b, int64_t feature) {
+  const int64_t first = b.first_bag(feature), last = b.first_bag(feature + 1);
+  bool each = b.bag_begin(last) - b.bag_begin(first) == last - first;
+  for (int64_t bag = first; bag < last; ++bag) each &= b.bag_begin(bag + 1) - b.bag_begin(bag) == 1;
   return each;
 }
 
 template <class Index>
-int64_t bag_size(const BagRequest& r, const Index* ids, int64_t begin, int64_t end) {
-  if (r.padding_idx < 0) return end - begin;
-  return end - begin - std::count(ids + begin, ids + end, r.padding_idx);
+int64_t bag_size(const Bags& b, const Index* ids, int64_t begin, int64_t end) {
+  if (b.padding_idx < 0) return end - begin;
+  return end - begin - std::count(ids + begin, ids + end, b.padding_idx);
 }
+
+bool scaled(const Bags& b) { return b.per_sample_weights || b.mode == Mode::mean; }
 
 // Gathers the entries of the share's rows. Offsets have been checked.
 template <class Index, bool shared>
-void collect(const BagRequest& r, const Share& share, Scratch& s) {
-  const Feature& f = r.features[share.feature];
-  const auto ids = static_cast<const Index*>(r.indices.data);
-  const bool scaled = r.per_sample_weights || r.mode == Mode::mean;
-  const int64_t last_bag = (&f)[1].first_bag;
-  s.reserve(r.bag_begin(last_bag) - r.bag_begin(f.first_bag), scaled, f.dim);
+void collect(const Bags& b, const PooledGradient& g, const Share& share, Scratch& s) {
+  const auto ids = static_cast<const Index*>(b.indices.data);
+  const bool has_scales = scaled(b);
+  const int64_t first_bag = b.first_bag(share.feature), last_bag = b.first_bag(share.feature + 1);
+  s.reserve(b.bag_begin(last_bag) - b.bag_begin(first_bag), has_scales, g.dim);
   uint64_t* const keys = s.keys.data();
   int32_t* const bags = s.bags.data();
   uint64_t n = 0;
-  if (!shared && !r.per_sample_weights && r.padding_idx < 0 && one_each(r, f)) {
-    const Index* own = ids + r.bag_begin(f.first_bag);
-    s.count = last_bag - f.first_bag;
+  if (!shared && !b.per_sample_weights && b.padding_idx < 0 && one_each(b, share.feature)) {
+    const Index* own = ids + b.bag_begin(first_bag);
+    s.count = last_bag - first_bag;
     for (int64_t i = 0; i < s.count; ++i) {
       keys[i] = static_cast<uint64_t>(own[i]) << 32 | static_cast<uint64_t>(i);
       bags[i] = static_cast<int32_t>(i);
     }
-    if (scaled) std::fill_n(s.scales.data(), s.count, 1.0f);
-    sort_by_row(s, f.num_rows);
+    if (has_scales) std::fill_n(s.scales.data(), s.count, 1.0f);
+    sort_by_row(s, g.num_rows);
     return;
   }
-  for (int64_t bag = f.first_bag, begin = r.bag_begin(bag), end; bag < last_bag; ++bag, begin = end) {
-    end = r.bag_begin(bag + 1);
-    const float divisor = r.mode == Mode::mean && end - begin > 1
-                              ? static_cast<float>(std::max<int64_t>(bag_size(r, ids, begin, end), 1))
+  for (int64_t bag = first_bag, begin = b.bag_begin(bag), end; bag < last_bag; ++bag, begin = end) {
+    end = b.bag_begin(bag + 1);
+    const float divisor = b.mode == Mode::mean && end - begin > 1
+                              ? static_cast<float>(std::max<int64_t>(bag_size(b, ids, begin, end), 1))
                               : 1.0f;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = ids[i];
-      if (row == r.padding_idx) continue;
+      if (row == b.padding_idx) continue;
       if (shared && !share.has(row)) continue;
       keys[n] = static_cast<uint64_t>(row) << 32 | n;
-      bags[n] = static_cast<int32_t>(bag - f.first_bag);
-      if (scaled) s.scales[n] = (r.per_sample_weights ? r.per_sample_weights[i] : 1.0f) / divisor;
+      bags[n] = static_cast<int32_t>(bag - first_bag);
+      if (has_scales) s.scales[n] = (b.per_sample_weights ? b.per_sample_weights[i] : 1.0f) / divisor;
       ++n;
     }
   }
   s.count = static_cast<int64_t>(n);
-  sort_by_row(s, f.num_rows);
+  sort_by_row(s, g.num_rows);
 }
 
-RowGradients sorted(const BagRequest& r, const Share& share, Scratch& s) {
-  if (r.indices.wide)
-    (share.parts > 1 ? collect<int64_t, true> : collect<int64_t, false>)(r, share, s);
+RowGradients sorted(const Bags& b, const PooledGradient& g, const Share& share, Scratch& s) {
+  if (b.indices.wide)
+    (share.parts > 1 ? collect<int64_t, true> : collect<int64_t, false>)(b, g, share, s);
   else
-    (share.parts > 1 ? collect<int32_t, true> : collect<int32_t, false>)(r, share, s);
-  const Feature& f = r.features[share.feature];
-  const bool scaled = r.per_sample_weights || r.mode == Mode::mean;
-  return {s.keys.data(), s.count,      s.bags.data(), scaled ? s.scales.data() : nullptr,
-          f.out,         f.out_stride, f.dim};
+    (share.parts > 1 ? collect<int32_t, true> : collect<int32_t, false>)(b, g, share, s);
+  return {s.keys.data(), s.count,       s.bags.data(), scaled(b) ? s.scales.data() : nullptr,
+          g.grad,        g.grad_stride, g.dim};
 }
 
 template <class Index>
-bool all_within(const BagRequest& r, int64_t begin, int64_t end, int64_t num_rows) {
-  const auto ids = static_cast<const Index*>(r.indices.data);
+bool all_within(const Index* ids, int64_t begin, int64_t end, int64_t num_rows) {
   uint64_t signs = 0;  // of any ID, or of any difference to the largest: no early exit, for a vector loop
   for (int64_t i = begin; i < end; ++i) {
     const uint64_t id = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
@@ -150,22 +147,25 @@ bool all_within(const BagRequest& r, int64_t begin, int64_t end, int64_t num_row
 }
 
 // Everything is checked before anything is written: a failed call leaves the tables as they were.
-void check(const BagRequest& r) {
-  if (r.mode == Mode::max)
+void check(const Bags& b, const PooledGradient* gradients) {
+  if (b.mode == Mode::max)
     throw std::invalid_argument("mode: max has no row gradients; expected sum or mean");
   constexpr int64_t limit = std::numeric_limits<uint32_t>::max();
-  if (r.indices.size > limit) throw std::invalid_argument("indices: more than 2^32 are not supported");
-  bool valid = r.bag_begin(r.num_bags) == r.indices.size && (r.num_bags == 0 || r.bag_begin(0) == 0);
-  for (int64_t bag = 0; bag < r.num_bags; ++bag) valid &= r.bag_begin(bag) <= r.bag_begin(bag + 1);
-  for (const Feature* f = r.features; valid && f != r.features + r.num_features; ++f) {
-    if (f->num_rows > limit)
+  if (b.indices.size > limit) throw std::invalid_argument("indices: more than 2^32 are not supported");
+  check_offsets(b);
+  bool within = true;
+  for (int64_t f = 0; f < b.num_features; ++f) {
+    const int64_t num_rows = gradients[f].num_rows, begin = b.feature_begin(f), end = b.feature_begin(f + 1);
+    if (num_rows > limit)
       throw std::invalid_argument(
-          message("weights: tables of more than 2^32 rows are not supported, got ", f->num_rows));
-    valid = (r.indices.wide ? all_within<int64_t> : all_within<int32_t>)(r, r.bag_begin(f->first_bag),
-                                                                         r.bag_begin(f[1].first_bag),
-                                                                         f->num_rows);
+          message("weights: tables of more than 2^32 rows are not supported, got ", num_rows));
+    within &= b.indices.wide ? all_within(static_cast<const int64_t*>(b.indices.data), begin, end, num_rows)
+                             : all_within(static_cast<const int32_t*>(b.indices.data), begin, end, num_rows);
   }
-  if (!valid) throw_first_error(r);
+  if (within) return;
+  Bounds bounds;
+  for (int64_t f = 0; f < b.num_features; ++f) bounds.emplace_back(f, gradients[f].num_rows);
+  throw_first_error(b, bounds);
 }
 
 // How many of `threads` repay waking them.
@@ -175,22 +175,22 @@ int worth(int threads, int64_t indices) {
 
 // Shares of nearly equal numbers of indices, so small that threads that take one by one end together. A table
 // is read once for each of its shares: so most are whole tables.
-std::vector<Share> plan(const BagRequest& r, int threads) {
-  const int64_t large = r.indices.size / (2 * threads);
+std::vector<Share> plan(const Bags& b, int threads) {
+  const int64_t large = b.indices.size / (2 * threads);
   std::vector<Share> shares;
-  for (int64_t t = 0; t < r.num_features; ++t) {
-    const int64_t n = r.bag_begin(r.features[t + 1].first_bag) - r.bag_begin(r.features[t].first_bag);
+  for (int64_t f = 0; f < b.num_features; ++f) {
+    const int64_t n = b.feature_begin(f + 1) - b.feature_begin(f);
     const int64_t parts = threads == 1 || n == 0 ? 1 : (n + large - 1) / large;
-    for (int64_t part = 0; part < parts; ++part) shares.push_back({t, part, parts});
+    for (int64_t part = 0; part < parts; ++part) shares.push_back({f, part, parts});
   }
   return shares;
 }
 
 // Whether two of the tables have memory in common: then they are updated one after the other.
-bool overlap(const BagRequest& r, const TableRows* tables) {
+bool overlap(const Bags& b, const PooledGradient* gradients, const TableRows* tables) {
   std::vector<std::pair<const float*, const float*>> spans;
-  for (int64_t t = 0; t < r.num_features; ++t)
-    spans.emplace_back(tables[t].weight, tables[t].weight + r.features[t].num_rows * tables[t].weight_stride);
+  for (int64_t f = 0; f < b.num_features; ++f)
+    spans.emplace_back(tables[f].weight, tables[f].weight + gradients[f].num_rows * tables[f].weight_stride);
   std::sort(spans.begin(), spans.end());
   for (size_t i = 1; i < spans.size(); ++i)
     if (spans[i].first < spans[i - 1].second) return true;
@@ -199,23 +199,25 @@ bool overlap(const BagRequest& r, const TableRows* tables) {
 
 }  // namespace
 
-void update_tables(const BagRequest& r, const TableRows* tables, const Update& update, int threads) {
-  check(r);
+void update_tables(const Bags& b, const PooledGradient* gradients, const TableRows* tables,
+                   const Update& update, int threads) {
+  check(b, gradients);
   const auto apply = kernels().gradient->apply;
-  threads = overlap(r, tables) ? 1 : worth(threads, r.indices.size);
-  const std::vector<Share> shares = plan(r, threads);
+  threads = overlap(b, gradients, tables) ? 1 : worth(threads, b.indices.size);
+  const std::vector<Share> shares = plan(b, threads);
   parallel_parts(static_cast<int64_t>(shares.size()), threads, [&](int64_t i, int) {
     static thread_local Scratch scratch;
-    const RowGradients g = sorted(r, shares[i], scratch);
-    apply(g, tables[shares[i].feature], update, false, scratch.row.data());
+    const int64_t feature = shares[i].feature;
+    const RowGradients g = sorted(b, gradients[feature], shares[i], scratch);
+    apply(g, tables[feature], update, false, scratch.row.data());
   });
 }
 
-int64_t sparse_gradient(const BagRequest& r, int64_t* rows, float* values, int threads) {
-  check(r);
-  const Feature& f = r.features[0];
+int64_t sparse_gradient(const Bags& b, const PooledGradient& gradient, int64_t* rows, float* values,
+                        int threads) {
+  check(b, &gradient);
   Scratch scratch;
-  const RowGradients all = sorted(r, {0, 0, 1}, scratch);
+  const RowGradients all = sorted(b, gradient, {0, 0, 1}, scratch);
   std::vector<int64_t> starts;  // of each distinct row, in all.keys
   for (int64_t i = 0; i < all.count; ++i)
     if (i == 0 || all.keys[i] >> 32 != all.keys[i - 1] >> 32) {
@@ -229,7 +231,7 @@ int64_t sparse_gradient(const BagRequest& r, int64_t* rows, float* values, int t
     RowGradients part = all;
     part.keys += starts[first];
     part.count = starts[last] - starts[first];
-    const TableRows target{values + first * f.dim, nullptr, nullptr, f.dim, 0};
+    const TableRows target{values + first * all.dim, nullptr, nullptr, all.dim, 0};
     apply(part, target, {Rule::assign, 0, 0, 0, 0}, true, nullptr);
   });
   return distinct;

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "embedding_bag/embedding_bag.h"
+#include "bags/bags.h"
 
 namespace mprec {
 
@@ -38,17 +38,26 @@ struct RowGradients {
   int64_t grad_stride, dim;
 };
 
-// Applies `update` to the rows of every table that the request's bags use. The request's features hold the
-// gradient of the pooled output in `out` (read only) and the tables in `tables`. Modes sum and mean.
+// The gradient of what a table's bags were pooled to: of the feature's bag b, dim floats at
+// grad + b * grad_stride.
+struct PooledGradient {
+  const float* grad;
+  int64_t grad_stride, dim;
+  int64_t num_rows;  // of the table
+};
+
+// Applies `update` to the rows of every table that its feature's bags use: gradients[f] is that of feature f
+// and tables[f] is written. Modes sum and mean.
 // A row's gradient is summed in the order of the indices and each row is handled by one thread: the result
 // does not depend on the number of threads. Nothing is written if the indices or offsets are invalid
 // (IdError, OffsetsError).
-void update_tables(const BagRequest&, const TableRows* tables, const Update&, int threads);
+void update_tables(const Bags&, const PooledGradient* gradients, const TableRows* tables, const Update&,
+                   int threads);
 
-// The coalesced sparse gradient of the one table of the request: its distinct rows, ascending, to `rows`
-// and their gradients to `values` [count, dim]; both have room for as many rows as there are indices.
-// Returns their count.
-int64_t sparse_gradient(const BagRequest&, int64_t* rows, float* values, int threads);
+// The coalesced sparse gradient of the one table of the bags: its distinct rows, ascending, to `rows` and
+// their gradients to `values` [count, dim]; both have room for as many rows as there are indices. Returns
+// their count.
+int64_t sparse_gradient(const Bags&, const PooledGradient&, int64_t* rows, float* values, int threads);
 
 struct GradientKernels {
   // Applies the update to each distinct row of the share. `compact`: the i-th distinct row of the share is

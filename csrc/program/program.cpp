@@ -19,42 +19,11 @@ namespace {
 // Work that repays waking a thread: some 20 microseconds.
 constexpr int64_t multiply_adds_per_thread = 1 << 21;
 
-int64_t bag_begin(const Batch& b, int64_t bag) { return b.offsets[bag]; }
-
-DheBagRequest all_bags(const Batch& b, int64_t num_features) {
-  DheBagRequest r{};
-  r.num_features = num_features;
-  r.bags = b.samples;
-  r.indices = b.indices;
-  r.offsets = b.offsets;
-  return r;
-}
-
-// 0 = offsets[0] <= offsets[1] <= ... = indices: no bit of sign in any offset, difference or distance to the
-// end. A loop without branches.
-template <class Offset>
-bool offsets_hold(const Offset* offsets, int64_t count, int64_t indices) {
-  uint64_t signs = 0, before = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const auto offset = static_cast<uint64_t>(static_cast<int64_t>(offsets[i]));
-    signs |= offset | (static_cast<uint64_t>(indices) - offset) | (offset - before);
-    before = offset;
-  }
-  return static_cast<int64_t>(signs) >= 0 && offsets[0] == 0 && offsets[count - 1] == indices;
-}
-
-void check_bags(const Batch& b, int64_t num_features) {
-  const int64_t count = num_features * b.samples + 1;
-  if (b.offsets.size != count)
-    throw OffsetsError(message("offsets: expected ", count, " for ", num_features, " features of ", b.samples,
-                               " samples, got ", b.offsets.size));
-  const bool hold = b.offsets.wide
-                        ? offsets_hold(static_cast<const int64_t*>(b.offsets.data), count, b.indices.size)
-                        : offsets_hold(static_cast<const int32_t*>(b.offsets.data), count, b.indices.size);
-  if (!hold) {
-    check_offsets(all_bags(b, num_features));
-    throw OffsetsError("offsets were changed by another thread during the call");
-  }
+void check_bags(const Bags& b, int64_t num_features) {
+  if (b.num_features != num_features || b.offsets.size != b.num_bags() + 1)
+    throw OffsetsError(message("offsets: expected ", num_features * b.batch + 1, " for ", num_features,
+                               " features of ", b.batch, " samples, got ", b.offsets.size));
+  check_offsets(b);
 }
 
 int64_t codes_of(const TableStage& stage) { return stage.projection ? stage.projection->rank : 0; }
@@ -101,7 +70,7 @@ struct Program::Layout {
 // What a call needs beside its arguments; kept by each calling thread.
 struct Program::Workspace {
   AlignedBuffer<float> scratch, decoded;
-  std::vector<Feature> features;  // of all threads
+  std::vector<PooledTable> tables;  // of all threads
   std::vector<int64_t> ids, distinct;
   std::vector<int32_t> row_of_entry;
   std::vector<DecodeWork> work;
@@ -191,26 +160,24 @@ Program::Layout Program::layout() const {
 }
 
 // Which IDs of the whole batch are decoded: equal ones of a feature once.
-void Program::plan_decoding(const Batch& b, int threads, Workspace& w) const {
+void Program::plan_decoding(const Bags& b, int threads, Workspace& w) const {
   const auto& stages = parts_.decoders;
   w.work.resize(stages.size());
   w.pools.resize(stages.size());
   int64_t entries = 0;
-  for (const DecoderStage& s : stages)
-    entries += bag_begin(b, (s.feature + 1) * b.samples) - bag_begin(b, s.feature * b.samples);
+  for (const DecoderStage& s : stages) entries += b.feature_begin(s.feature + 1) - b.feature_begin(s.feature);
   w.distinct.resize(entries);
   w.row_of_entry.resize(entries);
-  const int64_t* ids = checked_ids(all_bags(b, parts_.num_features), w.ids);
+  const int64_t* ids = checked_ids(b, INT64_MAX, w.ids);
   int64_t place = 0, floats = 0;
   for (size_t t = 0; t < stages.size(); ++t) {
-    const int64_t begin = bag_begin(b, stages[t].feature * b.samples),
-                  count = bag_begin(b, (stages[t].feature + 1) * b.samples) - begin;
+    const int64_t begin = b.feature_begin(stages[t].feature),
+                  count = b.feature_begin(stages[t].feature + 1) - begin;
     int64_t* const distinct = w.distinct.data() + place;
     int32_t* const rows = w.row_of_entry.data() + place;
     const int64_t found = find_distinct(count, -1, [&](int64_t i) { return ids[begin + i]; }, distinct, rows);
     w.work[t] = {stages[t].decoder, distinct, found, nullptr, parts_.dim};
-    w.pools[t] = {nullptr, parts_.dim, found < count ? rows : nullptr, nullptr,
-                  static_cast<int>(stages[t].mode)};
+    w.pools[t] = {nullptr, parts_.dim, found < count ? rows : nullptr, nullptr, stages[t].mode};
     place += count;
     floats += found * parts_.dim;
   }
@@ -223,14 +190,14 @@ void Program::plan_decoding(const Batch& b, int threads, Workspace& w) const {
 }
 
 // Vectors of the tables with projections from their pooled codes.
-void Program::project(const Batch& b, int64_t begin, int samples, const float* codes, float* ones,
+void Program::project(const Bags& b, int64_t begin, int samples, const float* codes, float* ones,
                       float* parts, int64_t parts_stride) const {
   for (const TableStage& t : parts_.tables) {
     if (!t.projection) continue;
     const Projection& p = *t.projection;
-    const int64_t first = t.feature * b.samples + begin;
+    const int64_t first = b.first_bag(t.feature) + begin;
     for (int s = 0; s < samples && !p.bias.empty(); ++s) {
-      const int64_t rows = bag_begin(b, first + s + 1) - bag_begin(b, first + s);
+      const int64_t rows = b.bag_begin(first + s + 1) - b.bag_begin(first + s);
       ones[s] = static_cast<float>(t.mode == Mode::mean ? std::min<int64_t>(rows, 1) : rows);
     }
     kernels().dense->project({p.rank, parts_.dim, p.matrix.data(), p.bias.empty() ? nullptr : p.bias.data()},
@@ -240,9 +207,10 @@ void Program::project(const Batch& b, int64_t begin, int samples, const float* c
 }
 
 // Samples [begin, begin + samples), whose IDs are decoded; false if a table has no such ID.
-bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layout& l, Workspace& w,
+bool Program::score_block(const Batch& batch, int64_t begin, int samples, const Layout& l, Workspace& w,
                           int thread, bool backwards, float* scores) const {
   const Kernels& k = kernels();
+  const Bags& b = batch.bags;
   const auto& p = parts_;
   float* const scratch = w.scratch.data() + thread * l.total;
   float *in = scratch, *spare = scratch + l.activations, *vectors = scratch + l.vectors;
@@ -250,37 +218,36 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
   float* const parts = mixed ? scratch + l.parts : vectors + p.dim;
   const int64_t parts_stride = mixed ? l.parts_stride : l.vectors_stride;
 
-  const size_t features = p.tables.size() + runs_.size();
-  Feature* feature = w.features.data() + thread * features;
+  PooledTable* table = w.tables.data() + thread * (p.tables.size() + runs_.size());
   float* const codes = scratch + l.codes;
   int64_t code = 0;
   for (const TableRun& run : runs_) {
-    BagRequest r{b.indices, b.offsets, feature, static_cast<int64_t>(run.count), 0, nullptr,
-                 run.mode,  -1,        samples};
+    PoolingRequest r{b, table, samples};
+    r.bags.num_features = static_cast<int64_t>(run.count);
+    r.bags.mode = run.mode;
     for (size_t i = run.first; i < run.first + run.count; ++i) {
       const TableStage& t = p.tables[i];
-      *feature++ = {t.rows,
-                    t.num_rows,
-                    t.projection ? t.projection->rank : t.vectors * p.dim,
-                    t.row_bytes,
-                    t.feature * b.samples + begin,
-                    t.projection ? codes + code : parts + t.part * p.dim,
-                    t.projection ? num_codes_ : parts_stride,
-                    t.format};
+      *table++ = {t.rows,
+                  t.num_rows,
+                  t.projection ? t.projection->rank : t.vectors * p.dim,
+                  t.row_bytes,
+                  b.first_bag(t.feature) + begin,
+                  t.projection ? codes + code : parts + t.part * p.dim,
+                  t.projection ? num_codes_ : parts_stride,
+                  t.format};
       code += codes_of(t);
     }
     // The bags between this and the next feature's first are as many as the batch has; a block is `samples`.
-    feature->first_bag = feature[-1].first_bag + b.samples;
-    r.num_bags = feature->first_bag;
-    ++feature;
+    table->first_bag = table[-1].first_bag + b.batch;
+    ++table;
     if (!k.embedding_bag->forward(r, {0, 0, 0}, {1, 0, 0}, nullptr)) return false;
   }
   if (num_codes_) project(b, begin, samples, codes, scratch + l.ones, parts, parts_stride);
   for (size_t t = 0; t < p.decoders.size(); ++t) {
-    const int64_t first = p.decoders[t].feature * b.samples, start = bag_begin(b, first);
+    const int64_t first = b.first_bag(p.decoders[t].feature), start = b.bag_begin(first);
     for (int s = 0; s < samples; ++s)
-      k.dhe->pool(w.pools[t], bag_begin(b, first + begin + s) - start,
-                  bag_begin(b, first + begin + s + 1) - start,
+      k.dhe->pool(w.pools[t], b.bag_begin(first + begin + s) - start,
+                  b.bag_begin(first + begin + s + 1) - start,
                   parts + s * parts_stride + p.decoders[t].part * p.dim);
   }
   if (mixed)
@@ -288,7 +255,7 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
                  vectors, l.vectors_stride);
 
   if (p.bottom) {
-    k.dense->gather(b.dense + begin * b.dense_stride, b.dense_stride, samples, p.num_dense, in,
+    k.dense->gather(batch.dense + begin * batch.dense_stride, batch.dense_stride, samples, p.num_dense, in,
                     sample_block_stride, 0);
     const float* out = k.dense->mlp(p.bottom->view(), samples, backwards, in, spare, sample_block_stride);
     k.dense->scatter(out, sample_block_stride, samples, p.dim, vectors, l.vectors_stride);
@@ -307,22 +274,23 @@ bool Program::score_block(const Batch& b, int64_t begin, int samples, const Layo
   return true;
 }
 
-void Program::throw_first_bad_id(const Batch& b) const {
-  std::vector<std::pair<int64_t, int64_t>> bounds;
+void Program::throw_first_bad_id(const Bags& b) const {
+  Bounds bounds;
   for (const TableStage& t : parts_.tables) bounds.emplace_back(t.feature, t.num_rows);
-  check_ids(b.indices, b.offsets, BagLayout{parts_.num_features, b.samples}, bounds);
-  throw std::runtime_error("indices or offsets were changed by another thread during the call");
+  throw_first_error(b, bounds);
 }
 
-void Program::run(const Batch& b, float* scores, int threads) const {
+void Program::run(const Batch& batch, float* scores, int threads) const {
+  const Bags& b = batch.bags;
+  const int64_t samples = b.batch;
   check_bags(b, parts_.num_features);
-  if (b.samples == 0) return;
+  if (samples == 0) return;
   static thread_local Workspace own_workspace;
   Workspace& w = own_workspace;  // the same object in every thread
   static thread_local bool forwards;
   const bool backwards = forwards = !forwards;
 
-  int64_t multiply_adds = multiply_adds_ * b.samples;
+  int64_t multiply_adds = multiply_adds_ * samples;
   if (!parts_.decoders.empty()) {
     plan_decoding(b, threads, w);
     for (const DecodeWork& work : w.work) multiply_adds += work.count * work.decoder.multiply_adds();
@@ -330,19 +298,19 @@ void Program::run(const Batch& b, float* scores, int threads) const {
   threads = static_cast<int>(std::clamp<int64_t>(multiply_adds / multiply_adds_per_thread, 1, threads));
   const Layout l = layout();
   w.scratch.reserve(l.total * threads);
-  w.features.resize((parts_.tables.size() + runs_.size()) * threads);
+  w.tables.resize((parts_.tables.size() + runs_.size()) * threads);
 
-  const int64_t rounds = (b.samples + threads * max_samples - 1) / (threads * max_samples);
-  const int64_t blocks = std::min(b.samples, rounds * threads);
+  const int64_t rounds = (samples + threads * max_samples - 1) / (threads * max_samples);
+  const int64_t blocks = std::min(samples, rounds * threads);
   const int64_t decode_blocks = parts_.decoders.empty() ? 0 : static_cast<int64_t>(w.blocks.size());
   parallel_parts(decode_blocks, threads, [&](int64_t i, int thread) {
     decode_block(w.work, w.blocks[i], w.scratch.data() + thread * l.total + l.decoding);
   });
   std::atomic<bool> valid{true};
   parallel_parts(blocks, threads, [&](int64_t i, int thread) {
-    const int64_t begin = b.samples * i / blocks, end = b.samples * (i + 1) / blocks;
+    const int64_t begin = samples * i / blocks, end = samples * (i + 1) / blocks;
     if (valid.load(std::memory_order_relaxed) &&
-        !score_block(b, begin, static_cast<int>(end - begin), l, w, thread, backwards, scores))
+        !score_block(batch, begin, static_cast<int>(end - begin), l, w, thread, backwards, scores))
       valid = false;
   });
   if (!valid) throw_first_bad_id(b);

@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/integers.h"
+#include "bags/bags.h"
 #include "dense/mlp.h"
 #include "dhe/dhe.h"
 #include "embedding_bag/embedding_bag.h"
@@ -41,9 +41,9 @@ enum class Interaction { dot, cat };
 struct Batch {
   const float* dense;  // [samples][num_dense], rows `dense_stride` apart
   int64_t dense_stride;
-  int64_t samples;
-  Integers indices;  // feature-major
-  Integers offsets;  // bag b of feature f: indices[offsets[f * samples + b]] ... up to the next offset
+  Bags bags;  // of indices and offsets alone: stages say how they are pooled
+
+  int64_t samples() const { return bags.batch; }
 };
 
 // Does not own rows and decoders.
@@ -80,12 +80,12 @@ class Program {
   struct Layout;
   struct Workspace;
   Layout layout() const;
-  void plan_decoding(const Batch&, int threads, Workspace&) const;
-  void project(const Batch&, int64_t begin, int samples, const float* codes, float* ones, float* parts,
+  void plan_decoding(const Bags&, int threads, Workspace&) const;
+  void project(const Bags&, int64_t begin, int samples, const float* codes, float* ones, float* parts,
                int64_t parts_stride) const;
   bool score_block(const Batch&, int64_t begin, int samples, const Layout&, Workspace&, int thread,
                    bool backwards, float* scores) const;
-  [[noreturn]] void throw_first_bad_id(const Batch&) const;
+  [[noreturn]] void throw_first_bad_id(const Bags&) const;
 
   Parts parts_;
   std::vector<TableRun> runs_;

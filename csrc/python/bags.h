@@ -1,132 +1,126 @@
-// Tables and bags as Python passes them, checked.
+// A batch's bags as Python passes them. What is checked here is what needs no look at the values of offsets
+// and IDs.
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-#include <optional>
-#include <string>
-#include <utility>
+#include <cstdint>
 #include <vector>
 
+#include "bags/bags.h"
+#include "bags/check.h"
+#include "bags/select.h"
 #include "common/error.h"
-#include "embedding_bag/embedding_bag.h"
 #include "python/arguments.h"
 #include "python/tensor.h"
 
 namespace mprec::python {
 
-inline Integers integers(const Tensor& t) { return {t.data, t.shape[0], t.dtype == DType::i64}; }
-
-inline Tensor vector_of(const Integers& i) {
-  return {const_cast<void*>(i.data), i.wide ? DType::i64 : DType::i32, 1, {i.size}, {1}, false};
+inline Integers integers(PyObject* object, const char* name) {
+  const Tensor t = view_ids(object, name);
+  return {t.data, t.shape[0], t.dtype == DType::i64};
 }
 
-// A matrix of adjacent values in each row.
-inline Tensor matrix(PyObject* object, const char* name, Sign sign = Sign::ask) {
-  const Tensor t = view(object, name, sign);
-  if (t.ndim != 2) throw NotTaken(NotTaken::value, message(name, ": expected 2 dimensions, got ", t.ndim));
-  if (t.shape[0] > 0 && t.shape[1] > 1 && t.strides[1] != 1)
-    throw NotTaken(NotTaken::value,
-                   message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
-  return t;
+// Indices and offsets. Of which features, and how many bags each, one of the two functions below says.
+inline Bags read_bags(PyObject* indices, PyObject* offsets) {
+  Bags b;
+  b.indices = integers(indices, "indices");
+  b.offsets = integers(offsets, "offsets");
+  return b;
 }
 
-inline Tensor float_matrix(PyObject* object, const char* name) {
-  const Tensor t = matrix(object, name);
-  if (t.dtype != DType::f32)
-    throw NotTaken(NotTaken::type, message(name, ": expected float32, got ", dtype_name(t.dtype)));
-  return t;
+// Features of as many bags each as there are offsets for; of several features the last offset is there.
+inline void set_features(Bags& b, int64_t num_features, bool include_last_offset = true) {
+  if (num_features < 1)
+    throw pybind11::value_error(message("num_features: expected at least 1, got ", num_features));
+  const int64_t bags = b.offsets.size - include_last_offset;
+  if (bags < 0) throw OffsetsError("offsets: expected at least 1 (include_last_offset is set), got 0");
+  if (bags % num_features != 0 || (num_features > 1 && !include_last_offset))
+    throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", num_features,
+                               ", got ", b.offsets.size));
+  b.num_features = num_features;
+  b.batch = bags / num_features;
 }
 
-inline Feature feature(const Tensor& weight, int64_t first_bag, const Tensor& out, int64_t column) {
-  return {weight.ptr<char>(), weight.shape[0],
-          weight.shape[1],    weight.strides[0] * static_cast<int64_t>(sizeof(float)),
-          first_bag,          out.ptr<float>() + column,
-          out.strides[0]};
+// Features of `batch` bags each; the last offset may be missing.
+inline void set_features_of(Bags& b, int64_t num_features, int64_t batch) {
+  const bool too_many = batch > b.offsets.size || (batch > 0 && num_features > b.offsets.size);
+  const int64_t last = too_many ? -1 : b.offsets.size - num_features * batch;
+  if (num_features < 1 || batch < 0 || (last != 0 && last != 1))
+    throw OffsetsError(
+        message("offsets: expected ", num_features, " times ", batch, " or one more, got ", b.offsets.size));
+  b.num_features = num_features;
+  b.batch = batch;
 }
 
-inline std::optional<Format> plain_format(DType dtype) {
-  switch (dtype) {
-    case DType::f32: return Format::f32;
-    case DType::f16: return Format::f16;
-    case DType::bf16: return Format::bf16;
-    default: return std::nullopt;
+inline void set_weights(Bags& b, PyObject* per_sample_weights) {
+  if (per_sample_weights == Py_None) return;
+  const Tensor t = view(per_sample_weights, "per_sample_weights", DType::f32, 1);
+  if (t.shape[0] != b.indices.size)
+    throw NotTaken(NotTaken::value, message("per_sample_weights: expected as many as indices, ",
+                                            b.indices.size, ", got ", t.shape[0]));
+  b.per_sample_weights = t.ptr<float>();
+}
+
+// `padding_idx`: None where several features are pooled, which have none.
+inline void set_pooling(Bags& b, PyObject* mode, PyObject* per_sample_weights, PyObject* padding_idx) {
+  const long long number = integer(mode, "mode");
+  if (number < 0 || number > 2)
+    throw pybind11::value_error(message("mode: expected 0, 1 or 2, got ", number));
+  b.mode = static_cast<Mode>(number);
+  set_weights(b, per_sample_weights);
+  if (b.mode == Mode::max && b.per_sample_weights)
+    throw NotTaken(NotTaken::value, "per_sample_weights: mode max does not take any");
+  if (padding_idx != Py_None) b.padding_idx = integer(padding_idx, "padding_idx");
+}
+
+// The largest ID that a module's `bound` allows; None: any.
+inline int64_t largest_id(PyObject* bound) {
+  if (bound == Py_None) return INT64_MAX;
+  const long long value = integer(bound, "bound");
+  if (value < 1) throw pybind11::value_error(message("bound: expected at least 1, got ", value));
+  return value - 1;
+}
+
+// The bags of the features that tables or decoders serve: all of the batch, in order, or those that a list
+// names, one for each. Offsets of the whole batch are checked then.
+class ServedBags {
+ public:
+  ServedBags(const Bags& whole, const List& named) : whole_(whole), bags_(whole) {
+    if (!named) return;
+    bool as_they_are = named.size() == whole.num_features;
+    for (Py_ssize_t t = 0; t < named.size(); ++t) {
+      features_.push_back(named.up_to(whole.num_features - 1, t));
+      as_they_are &= features_.back() == t;
+    }
+    if (as_they_are) {
+      features_.clear();
+      return;
+    }
+    check_offsets(whole);
+    static thread_local SelectedBags selected;
+    select_features(whole, features_, selected);
+    bags_ = selected.bags;
   }
-}
+  const Bags& operator*() const { return bags_; }
+  const Bags* operator->() const { return &bags_; }
 
-inline const FormatTraits& quantised_format(long long code) {
-  std::string codes;
-  for (int i = 0; i < num_formats; ++i) {
-    const FormatTraits& format = traits(static_cast<Format>(i));
-    if (!format.quantised) continue;
-    if (format.code == code) return format;
-    codes += (codes.empty() ? "" : " or ") + std::to_string(format.code);
+  // Runs `call`. If it meets an invalid ID, the error says where in the whole batch that is; bound_of(t) is
+  // the bound of what the t-th of the served features is read by, or -1.
+  template <class Call, class BoundOf>
+  void run(const Call& call, const BoundOf& bound_of) const {
+    try {
+      call();
+    } catch (const IdError&) {
+      Bounds bounds;
+      for (size_t t = 0; t < features_.size(); ++t) bounds.emplace_back(features_[t], bound_of(t));
+      check_ids(whole_, bounds);
+      throw;
+    }
   }
-  throw pybind11::value_error(message("bits: expected ", codes, ", got ", code));
-}
 
-// A table. uint8 holds quantised rows of `bits` (an int) per value, with their scale and bias.
-inline Feature table(const Tensor& t, const char* name, PyObject* bits) {
-  Feature f{};
-  f.rows = t.ptr<char>();
-  f.num_rows = t.shape[0];
-  if (const auto format = plain_format(t.dtype)) {
-    f.format = *format;
-    f.dim = t.shape[1];
-  } else if (t.dtype == DType::u8) {
-    const FormatTraits& format = quantised_format(bits == Py_None ? 8 : integer(bits, "bits"));
-    f.format = format.format;
-    if (t.shape[1] < format.bytes(0))
-      throw pybind11::value_error(message(name, ": expected at least ", format.bytes(0),
-                                          " bytes for the scale of a row of ", format.name, ", got ",
-                                          t.shape[1]));
-    f.dim = format.dim(t.shape[1]);
-  } else {
-    throw NotTaken(NotTaken::type,
-                   message(name, ": expected float32, float16, bfloat16 or uint8 (quantised rows), got ",
-                           dtype_name(t.dtype)));
-  }
-  f.row_bytes = t.strides[0] * (f.format == Format::f32 ? 4 : t.dtype == DType::u8 ? 1 : 2);
-  return f;
-}
-
-// A block of columns in a matrix: [begin, end).
-using Columns = std::pair<int64_t, int64_t>;
-
-// The `dim` columns from `begin` on. ValueError if a matrix of `width` columns does not hold them.
-inline Columns columns_within(int64_t begin, int64_t dim, int64_t width, const std::string& name) {
-  if (begin < 0) throw pybind11::value_error(message(name, ": expected a column >= 0, got ", begin));
-  if (begin > width - dim)  // begin + dim might overflow
-    throw pybind11::value_error(message(name, ": expected at least ",
-                                        static_cast<uint64_t>(begin) + static_cast<uint64_t>(dim),
-                                        " columns, got ", width));
-  return {begin, begin + dim};
-}
-
-// ValueError if two blocks share a column: one would overwrite the other.
-inline void check_apart(std::vector<Columns> blocks, const char* name) {
-  std::sort(blocks.begin(), blocks.end());
-  for (size_t i = 1; i < blocks.size(); ++i)
-    if (blocks[i].first < blocks[i - 1].second && blocks[i].first < blocks[i].second)
-      throw pybind11::value_error(message(name, ": columns ", blocks[i - 1].first, " to ",
-                                          blocks[i - 1].second - 1, " and ", blocks[i].first, " to ",
-                                          blocks[i].second - 1, " overlap"));
-}
-
-inline Mode parse_mode(PyObject* object) {
-  const long long mode = integer(object, "mode");
-  if (mode < 0 || mode > 2) throw pybind11::value_error(message("mode: expected 0, 1 or 2, got ", mode));
-  return static_cast<Mode>(mode);
-}
-
-inline const float* parse_weights(PyObject* object, const Integers& indices, Mode mode) {
-  if (object == Py_None) return nullptr;
-  const Tensor t = view(object, "per_sample_weights", DType::f32, 1);
-  if (t.shape[0] != indices.size)
-    throw NotTaken(NotTaken::value, message("per_sample_weights: expected as many as indices, ", indices.size,
-                                            ", got ", t.shape[0]));
-  if (mode == Mode::max) throw NotTaken(NotTaken::value, "per_sample_weights: mode max does not take any");
-  return t.ptr<float>();
-}
+ private:
+  Bags whole_, bags_;
+  std::vector<int64_t> features_;  // empty: all
+};
 
 }  // namespace mprec::python

@@ -14,7 +14,8 @@
 #include "common/error.h"
 #include "dhe/decoder.h"
 #include "python/bags.h"
-#include "python/dhe_bags.h"
+#include "python/output.h"
+#include "python/tables.h"
 #include "python/tensor.h"
 #include "python/weight_watch.h"
 
@@ -26,29 +27,10 @@ namespace {
 // Below so many rows a call is over sooner than another thread could make use of the GIL.
 constexpr int64_t release_gil_rows = 512;
 
-// int64, one-dimensional, none negative.
-Tensor ids_view(const py::object& object) {
+// int64, one-dimensional, within the bound; below 0: none negative.
+Tensor ids_view(const py::object& object, int64_t bound = -1) {
   const Tensor t = view(object.ptr(), "ids", DType::i64, 1);
-  const int64_t* ids = t.ptr<int64_t>();
-  int64_t all = 0;
-  for (int64_t i = 0; i < t.shape[0]; ++i) all |= ids[i];
-  if (all < 0)
-    for (int64_t i = 0; i < t.shape[0]; ++i)
-      if (ids[i] < 0) throw id_error("ids", i, "", ids[i], -1);
-  return t;
-}
-
-// float32 [at least n, dim], adjacent values in a row.
-Tensor rows_view(const py::object& object, const char* name, int64_t n, int64_t dim) {
-  const Tensor t = view(object.ptr(), name);
-  if (t.dtype != DType::f32)
-    throw py::type_error(message(name, ": expected float32, got ", dtype_name(t.dtype)));
-  if (t.ndim != 2) throw py::value_error(message(name, ": expected 2 dimensions, got ", t.ndim));
-  if (t.shape[0] != n) throw py::value_error(message(name, ": expected ", n, " rows, got ", t.shape[0]));
-  if (t.shape[1] != dim)
-    throw py::value_error(message(name, ": expected ", dim, " columns, got ", t.shape[1]));
-  if (dim > 1 && t.strides[1] != 1)
-    throw py::value_error(message(name, ": expected rows of adjacent values, got stride ", t.strides[1]));
+  check_ids({t.data, t.shape[0], true}, bound, "ids");
   return t;
 }
 
@@ -60,23 +42,16 @@ int64_t* scratch(const py::object& object, const char* name, int64_t n) {
   return t.ptr<int64_t>();
 }
 
-template <class Call>
-auto without_gil(int64_t rows, const Call& call) {
-  std::optional<py::gil_scoped_release> release;
-  if (rows >= release_gil_rows) release.emplace();
-  return call();
-}
-
 py::tuple lookup(RowCache& cache, const py::object& ids, uint32_t generation, const py::object& out,
                  const py::object& positions, const py::object& distinct_ids, const py::object& inverse) {
   const Tensor i = ids_view(ids);
   const int64_t n = i.shape[0];
-  const Tensor o = rows_view(out, "out", n, cache.dim());
+  const Tensor o = float_matrix(out.ptr(), "out", n, cache.dim());
   check_output(o, "out");
   int64_t* const p = scratch(positions, "positions", n);
   int64_t* const d = scratch(distinct_ids, "distinct_ids", n);
   int64_t* const v = scratch(inverse, "inverse", n);
-  const auto [missing, different] = without_gil(n, [&] {
+  const auto [missing, different] = without_gil(n >= release_gil_rows, [&] {
     const int64_t missing = cache.lookup(i.ptr<int64_t>(), n, generation, o.ptr<float>(), o.strides[0], p);
     const int64_t different =
         find_distinct(missing, -1, [&](int64_t j) { return i.ptr<int64_t>()[p[j]]; }, d, v);
@@ -91,16 +66,16 @@ template <Store store>
 int64_t store_rows(RowCache& cache, const py::object& ids, const py::object& rows, uint32_t generation) {
   const Tensor i = ids_view(ids);
   const int64_t n = i.shape[0];
-  const Tensor r = rows_view(rows, "rows", n, cache.dim());
-  return without_gil(
-      n, [&] { return (cache.*store)(i.ptr<int64_t>(), n, generation, r.ptr<float>(), r.strides[0]); });
+  const Tensor r = float_matrix(rows.ptr(), "rows", n, cache.dim());
+  return without_gil(n >= release_gil_rows, [&] {
+    return (cache.*store)(i.ptr<int64_t>(), n, generation, r.ptr<float>(), r.strides[0]);
+  });
 }
 
 int64_t held_ids(const RowCache& cache, const py::object& out) {
   const Tensor o = view(out.ptr(), "out", DType::i64, 1);
   check_output(o, "out");
-  return without_gil(release_gil_rows,
-                     [&] { return cache.ids(cache.generation(), o.ptr<int64_t>(), o.shape[0]); });
+  return without_gil(true, [&] { return cache.ids(cache.generation(), o.ptr<int64_t>(), o.shape[0]); });
 }
 
 py::dict stats(const RowCache& cache) {
@@ -128,16 +103,12 @@ CodebookView codebook_view(py::handle codes, py::handle centroids) {
 void rows_by_code(const py::object& codes, const py::object& centroids, const py::object& ids,
                   const py::object& out) {
   const CodebookView book = codebook_view(codes, centroids);
-  const Tensor i = ids_view(ids);
+  const Tensor i = ids_view(ids, book.count);
   const int64_t n = i.shape[0];
-  for (int64_t j = 0; j < n; ++j)
-    if (!book.has(i.ptr<int64_t>()[j])) throw id_error("ids", j, "", i.ptr<int64_t>()[j], book.count);
-  const Tensor o = rows_view(out, "out", n, book.dim);
+  const Tensor o = float_matrix(out.ptr(), "out", n, book.dim);
   check_output(o, "out");
-  without_gil(n, [&] {
-    codebook_rows(book, i.ptr<int64_t>(), nullptr, n, o.ptr<float>(), o.strides[0]);
-    return true;
-  });
+  without_gil(n >= release_gil_rows,
+              [&] { codebook_rows(book, i.ptr<int64_t>(), nullptr, n, o.ptr<float>(), o.strides[0]); });
 }
 
 // Decoders of some features of a batch, each with a cache or none. The caches' generations are those of the
@@ -195,7 +166,7 @@ class CachedDecoders {
   int64_t columns() const { return columns_; }
   bool leaves_gaps() const { return gaps_; }
 
-  void forward(const DheBagRequest& r, bool admit, int threads) {
+  void forward(const DheRequest& r, bool admit, int threads) {
     cached_dhe_bag_forward(r, features_, admit, threads, counters_);
   }
 
@@ -218,48 +189,38 @@ class CachedDecoders {
   CachedDheCounters counters_;
 };
 
-PyObject* cached_dhe_bag(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  return guarded_object<false>([&]() -> py::object {
-    static constexpr const char* names[] = {"decoders",    "indices",
-                                            "offsets",     "per_sample_weights",
-                                            "mode",        "include_last_offset",
-                                            "padding_idx", "bound",
-                                            "out",         "admit",
-                                            "threads"};
-    const Arguments<11> a("cached_dhe_bag", names, args, count, keywords);
-    if (!py::isinstance<CachedDecoders>(a[0]))
-      throw py::type_error(message("decoders: expected CachedDecoders, got ", Py_TYPE(a[0])->tp_name));
-    auto& decoders = *py::handle(a[0]).cast<CachedDecoders*>();
-    DheBagRequest r = dhe_bags(decoders.num_features(), a[1], a[2], flag(a[5]), a[6]);
-    if (decoders.stale(r.indices.size)) return py::bool_(false);
-    set_pooling(r, a[4], a[3]);
-    set_bound(r, a[7]);
-    const bool admit = flag(a[9]);
-    const int threads = checked_threads(integer(a[10], "threads"));
-    if (a[8] == Py_None && decoders.leaves_gaps())
-      throw py::value_error("out: expected a tensor, as the features' columns do not fill a new one");
-    py::object out =
-        a[8] == Py_None ? empty_matrix(r.bags, decoders.columns()) : py::reinterpret_borrow<py::object>(a[8]);
-    if (const int64_t width = set_output(r, out.ptr(), a[8] != Py_None); width < decoders.columns())
-      throw py::value_error(message("out: expected at least ", decoders.columns(), " columns, got ", width));
-    {
-      py::gil_scoped_release release;
-      decoders.forward(r, admit, threads);
-    }
-    if (a[8] != Py_None) count_write(out.ptr());
-    return out;
-  });
+constexpr Signature<11> cached{"cached_dhe_bag",
+                               {"decoders", "indices", "offsets", "per_sample_weights", "mode",
+                                "include_last_offset", "padding_idx", "bound", "out", "admit", "threads"}};
+
+py::object cached_dhe_bag(const Arguments<11>& a) {
+  auto& decoders = instance<CachedDecoders>(a[0], "decoders", "CachedDecoders");
+  Bags bags = read_bags(a[1], a[2]);
+  set_features(bags, decoders.num_features(), flag(a[5]));
+  if (decoders.stale(bags.indices.size)) return py::bool_(false);
+  set_pooling(bags, a[4], a[3], bags.num_features == 1 ? a[6] : Py_None);
+  const int64_t largest = largest_id(a[7]);
+  const bool admit = flag(a[9]);
+  const int threads = checked_threads(a[10]);
+  if (a[8] == Py_None && decoders.leaves_gaps())
+    throw py::value_error("out: expected a tensor, as the features' columns do not fill a new one");
+  const Output out(a[8], bags.batch, decoders.columns(), DType::f32);
+  const DheRequest request{bags, out.float32(), out.stride(), largest};
+  out.check_apart_from(bags);
+  columns_within(0, decoders.columns(), out.width(), "out");
+  without_gil(true, [&] { decoders.forward(request, admit, threads); });
+  return out.written();
 }
 
 PyMethodDef methods[] = {
-    {"cached_dhe_bag", fastcall<&cached_dhe_bag>(), METH_FASTCALL | METH_KEYWORDS,
-     "cached_dhe_bag(decoders, indices, offsets, per_sample_weights, mode, include_last_offset, "
-     "padding_idx, bound, out, admit, threads)\n\nThe features' pooled vectors in their columns of out [B, "
-     "total] "
-     "(None: a new tensor), which is returned; False, with nothing done, if the watched weights have "
-     "changed; "
-     "None for tensors in a form that this does not take. bound: refuse IDs not below this (None: any)."},
-    {nullptr, nullptr, 0, nullptr}};
+    method<cached, cached_dhe_bag, false>(
+        "cached_dhe_bag",
+        "cached_dhe_bag(decoders, indices, offsets, per_sample_weights, mode, include_last_offset, "
+        "padding_idx, bound, out, admit, threads)\n\nThe features' pooled vectors in their columns of out "
+        "[B, total] (None: a new tensor), which is returned; False, with nothing done, if the watched "
+        "weights have changed; None for tensors in a form that this does not take. bound: refuse IDs not "
+        "below this (None: any)."),
+    {}};
 
 }  // namespace
 
@@ -297,7 +258,7 @@ void bind_cache(py::module_& m) {
           py::keep_alive<1, 7>())
       .def("stale", &CachedDecoders::stale, py::arg("ids"), "Whether the watched weights have changed.")
       .def("stats", &CachedDecoders::stats);
-  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  add_methods(m, methods);
 }
 
 }  // namespace mprec::python

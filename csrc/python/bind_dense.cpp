@@ -7,8 +7,8 @@
 #include "dense/batch.h"
 #include "dense/mlp.h"
 #include "python/arguments.h"
-#include "python/bags.h"
 #include "python/layers.h"
+#include "python/tables.h"
 #include "python/tensor.h"
 
 namespace py = pybind11;
@@ -17,10 +17,7 @@ namespace mprec::python {
 namespace {
 
 Tensor output(py::handle object, int64_t rows, int64_t columns) {
-  const Tensor out = float_matrix(object.ptr(), "out");
-  if (out.shape[0] != rows || out.shape[1] != columns)
-    throw py::value_error(message("out: expected shape [", rows, ", ", columns, "], got [", out.shape[0],
-                                  ", ", out.shape[1], "]"));
+  const Tensor out = float_matrix(object.ptr(), "out", rows, columns);
   check_output(out, "out");
   return out;
 }
@@ -57,11 +54,8 @@ void dot_interaction_backward(py::handle grad, py::handle vectors, bool self, py
   const Tensor v = view(vectors.ptr(), "vectors", DType::f32, 3), g = view(grad.ptr(), "grad", DType::f32, 2),
                out = view(out_object.ptr(), "out", DType::f32, 3);
   const InteractionView shape = interaction(v, self);
-  if (g.shape[0] != v.shape[0] || g.shape[1] != shape.products())
-    throw py::value_error(message("grad: expected shape [", v.shape[0], ", ", shape.products(), "], got [",
-                                  g.shape[0], ", ", g.shape[1], "]"));
-  for (int d = 0; d < 3; ++d)
-    if (out.shape[d] != v.shape[d]) throw py::value_error("out: expected the shape of vectors");
+  check_shape(g, "grad", {v.shape[0], shape.products()});
+  check_shape(out, "out", {v.shape[0], v.shape[1], v.shape[2]});
   check_output(out, "out");
   checked_threads(threads);
   py::gil_scoped_release release;

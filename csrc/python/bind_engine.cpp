@@ -17,8 +17,8 @@
 
 #include "python/arguments.h"
 #include "python/bags.h"
-#include "python/make_tensor.h"
 #include "python/path_program.h"
+#include "python/tables.h"
 #include "python/tensor.h"
 #include "serving/engine.h"
 
@@ -278,7 +278,7 @@ class PyEngine {
   static std::pair<py::object, py::dict> scores_of(const Query* query) {
     py::dict paths;
     if (!query) return {py::none(), paths};
-    py::object scores = make_tensor(query->size, DType::f32);
+    py::object scores = new_tensor({query->size}, DType::f32);
     std::copy(query->scores.begin(), query->scores.end(),
               view(scores.ptr(), "scores", DType::f32, 1).ptr<float>());
     for (const auto& [path, count] : query->paths) paths[path.c_str()] = count;
@@ -299,12 +299,13 @@ class PyEngine {
   std::optional<Batch> take(const py::object& batch, int64_t size) const {
     if (features_ < 0 || size < 1) return std::nullopt;
     try {
-      const Tensor dense = float_matrix(batch.attr("dense").ptr(), "dense"),
-                   indices = view_ids(batch.attr("indices").ptr(), "indices"),
-                   offsets = view_ids(batch.attr("offsets").ptr(), "offsets");
-      if (dense.shape[0] != size || dense.shape[1] != num_dense_ || offsets.shape[0] != features_ * size + 1)
+      const Tensor dense = float_matrix(batch.attr("dense").ptr(), "dense");
+      Bags bags = read_bags(batch.attr("indices").ptr(), batch.attr("offsets").ptr());
+      bags.num_features = features_;
+      bags.batch = size;
+      if (dense.shape[0] != size || dense.shape[1] != num_dense_ || bags.offsets.size != bags.num_bags() + 1)
         return std::nullopt;
-      return Batch{dense.ptr<float>(), dense.strides[0], size, integers(indices), integers(offsets)};
+      return Batch{dense.ptr<float>(), dense.strides[0], bags};
     } catch (const NotTaken&) {
       return std::nullopt;
     }

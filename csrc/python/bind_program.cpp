@@ -13,8 +13,8 @@
 #include "python/arguments.h"
 #include "python/bags.h"
 #include "python/layers.h"
-#include "python/make_tensor.h"
 #include "python/path_program.h"
+#include "python/tables.h"
 #include "python/tensor.h"
 
 namespace py = pybind11;
@@ -55,10 +55,10 @@ Projection projection_of(const ProjectionArguments& arguments, int64_t rank) {
 }
 
 // As table(), also of int8 codes, whose scale their projection has.
-Feature rows_of(PyObject* tensor, int bits, bool codes) {
+PooledTable rows_of(PyObject* tensor, int bits, bool codes) {
   const Tensor t = matrix(tensor, "tables");
   if (!codes || t.dtype != DType::i8) return table(t, "tables", py::int_(bits).ptr());
-  Feature f{};
+  PooledTable f{};
   f.rows = t.ptr<char>();
   f.num_rows = t.shape[0];
   f.dim = t.shape[1];
@@ -87,7 +87,7 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
   std::vector<TablePlace> places;
   for (const auto& [dict, key, feature, part, mode, bits, window, projection] : tables) {
     places.emplace_back(dict, key);
-    const Feature f = rows_of(places.back().tensor(), bits, projection.has_value());
+    const PooledTable f = rows_of(places.back().tensor(), bits, projection.has_value());
     const auto [begin, end] = window.value_or(std::pair<int64_t, int64_t>(0, f.num_rows));
     if (begin < 0 || begin > end || end > f.num_rows)
       throw py::value_error(message("tables: rows ", begin, " to ", end, " are none of ", f.num_rows));
@@ -121,38 +121,32 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
                                                    std::move(owned), watch, num_features, num_dense});
 }
 
-PyObject* run_program(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
-  return guarded_object([&]() -> py::object {
-    static constexpr const char* names[] = {"program", "dense", "indices", "offsets", "threads"};
-    const Arguments<5> a("run_program", names, args, count, keywords);
-    if (!py::isinstance<PathProgram>(a[0]))
-      throw py::type_error(message("program: expected a PathProgram, got ", Py_TYPE(a[0])->tp_name));
-    const auto& path = *py::handle(a[0]).cast<const PathProgram*>();
-    const Integers indices = integers(view_ids(a[2], "indices"));
-    const Tensor dense = float_matrix(a[1], "dense");
-    if (path.changed(dense.shape[0])) return py::none();
-    if (dense.shape[1] != path.num_dense)
-      throw py::value_error(message("dense: expected [B, ", path.num_dense, "], got [", dense.shape[0], ", ",
-                                    dense.shape[1], "]"));
-    const Batch batch{dense.ptr<float>(), dense.strides[0], dense.shape[0], indices,
-                      integers(view_ids(a[3], "offsets"))};
-    const int threads = checked_threads(integer(a[4], "threads"));
-    py::object scores = make_tensor(batch.samples, DType::f32);
-    const Tensor out = view(scores.ptr(), "scores", DType::f32, 1);
-    {
-      py::gil_scoped_release release;
-      path.program.run(batch, out.ptr<float>(), threads);
-    }
-    return scores;
+constexpr Signature<5> running{"run_program", {"program", "dense", "indices", "offsets", "threads"}};
+
+py::object run_program(const Arguments<5>& a) {
+  const auto& path = instance<const PathProgram>(a[0], "program", "PathProgram");
+  const Tensor dense = float_matrix(a[1], "dense");
+  Bags bags = read_bags(a[2], a[3]);
+  const int64_t samples = dense.shape[0];
+  if (path.changed(samples)) return py::none();
+  check_shape(dense, "dense", {samples, path.num_dense});
+  bags.num_features = path.num_features;
+  bags.batch = samples;
+  const int threads = checked_threads(a[4]);
+  const py::object scores = new_tensor({samples}, DType::f32);
+  const Tensor out = view(scores.ptr(), "scores", DType::f32, 1);
+  without_gil(true, [&] {
+    path.program.run({dense.ptr<float>(), dense.strides[0], bags}, out.ptr<float>(), threads);
   });
+  return scores;
 }
 
 PyMethodDef methods[] = {
-    {"run_program", fastcall<&run_program>(), METH_FASTCALL | METH_KEYWORDS,
-     "run_program(program, dense, indices, offsets, threads)\n\n"
-     "The scores of a batch, a new tensor [B]; None, with nothing done, if weights have changed. Holds no "
-     "lock of Python's meanwhile."},
-    {nullptr, nullptr, 0, nullptr}};
+    method<running, run_program>(
+        "run_program",
+        "run_program(program, dense, indices, offsets, threads)\n\nThe scores of a batch, a new tensor [B]; "
+        "None, with nothing done, if weights have changed. Holds no lock of Python's meanwhile."),
+    {}};
 
 }  // namespace
 
@@ -163,7 +157,7 @@ void bind_program(py::module_& m) {
            py::arg("mixing"), py::arg("interaction"), py::arg("watch"), py::arg("precision"))
       .def_property_readonly("nbytes", [](const PathProgram& p) { return p.program.nbytes(); })
       .def("changed", &PathProgram::changed, py::arg("samples") = 0);
-  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  add_methods(m, methods);
 }
 
 }  // namespace mprec::python

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "common/error.h"
-#include "python/make_tensor.h"
+#include "python/arguments.h"
 #include "python/tensor.h"
 #include "serving/query.h"
 
@@ -13,8 +13,8 @@ namespace py = pybind11;
 namespace mprec::python {
 namespace {
 
-constexpr size_t min_unlocked =
-    4096;  // bytes: for less, giving the lock away and back costs as much as reading
+// Bytes: for less, giving the lock away and back costs as much as reading.
+constexpr size_t min_unlocked = 4096;
 
 py::object read_json_query(const py::bytes& body, py::handle vocabularies, int64_t num_dense,
                            int64_t max_samples, int64_t max_ids) {
@@ -23,18 +23,12 @@ py::object read_json_query(const py::bytes& body, py::handle vocabularies, int64
   const QueryShape shape{bounds.ptr<int64_t>(), bounds.shape[0], num_dense, max_samples, max_ids};
   const std::string_view text = body;
   Query query;
-  bool is_read;
-  if (text.size() < min_unlocked) {
-    is_read = read_query(text, shape, query);
-  } else {
-    const py::gil_scoped_release unlocked;
-    is_read = read_query(text, shape, query);
-  }
-  if (!is_read) return py::none();
+  if (!without_gil(text.size() >= min_unlocked, [&] { return read_query(text, shape, query); }))
+    return py::none();
   const auto count = static_cast<int64_t>(query.ids.size());
-  const py::object ids = make_tensor(count, DType::i64);
-  const py::object offsets = make_tensor(shape.features * query.samples + 1, DType::i64);
-  const py::object dense = make_tensor(query.samples * num_dense, DType::f32);
+  const py::object ids = new_tensor({count}, DType::i64);
+  const py::object offsets = new_tensor({shape.features * query.samples + 1}, DType::i64);
+  const py::object dense = new_tensor({query.samples * num_dense}, DType::f32);
   write_bags(query, shape.features, view_ids(ids.ptr(), "ids").ptr<int64_t>(),
              view_ids(offsets.ptr(), "offsets").ptr<int64_t>());
   std::copy(query.dense.begin(), query.dense.end(), view(dense.ptr(), "dense").ptr<float>());

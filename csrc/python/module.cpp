@@ -14,9 +14,8 @@ void bind_embedding_bag(py::module_&);  // bind_embedding_bag.cpp
 void bind_gradient(py::module_&);       // bind_gradient.cpp
 void bind_dhe(py::module_&);            // bind_dhe.cpp
 void bind_cache(py::module_&);          // bind_cache.cpp
-void bind_csr(py::module_&);            // bind_csr.cpp
+void bind_bags(py::module_&);           // bind_bags.cpp
 void bind_modules(py::module_&);        // bind_modules.cpp
-void bind_batches(py::module_&);        // bind_batches.cpp
 void bind_scheduler(py::module_&);      // bind_scheduler.cpp
 void bind_program(py::module_&);        // bind_program.cpp
 void bind_dense(py::module_&);          // bind_dense.cpp
@@ -49,9 +48,8 @@ PYBIND11_MODULE(_C, m) {
   python::bind_gradient(m);
   python::bind_dhe(m);
   python::bind_cache(m);
-  python::bind_csr(m);
+  python::bind_bags(m);
   python::bind_modules(m);
-  python::bind_batches(m);
   python::bind_scheduler(m);
   python::bind_program(m);
   python::bind_dense(m);

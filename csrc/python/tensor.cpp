@@ -250,17 +250,38 @@ void check_output(const Tensor& t, const char* name) {
                                             " values from one to the next"));
 }
 
-py::object empty_matrix(int64_t rows, int64_t columns, DType dtype) {
+void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  if (t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.shape)) return;
+  const auto list = [](const int64_t* begin, const int64_t* end) {
+    std::string text;
+    for (const int64_t* size = begin; size != end; ++size)
+      text += (size == begin ? "" : ", ") + std::to_string(*size);
+    return "[" + text + "]";
+  };
+  throw py::value_error(message(name, ": expected shape ", list(shape.begin(), shape.end()), ", got ",
+                                list(t.shape, t.shape + t.ndim)));
+}
+
+py::object new_tensor(std::initializer_list<int64_t> shape, DType dtype) {
+  // Never let go of: modules are gone by the time that static objects are.
   static const auto torch = py::module_::import("torch").release();
   static PyObject* const empty = py::object(torch.attr("empty")).release().ptr();
   static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
-  static PyObject* const dtypes[] = {py::object(torch.attr("float32")).release().ptr(),
-                                     py::object(torch.attr("float16")).release().ptr(),
-                                     py::object(torch.attr("bfloat16")).release().ptr()};
-  const py::int_ r(rows), c(columns);
-  PyObject* const arguments[] = {r.ptr(), c.ptr(), dtypes[static_cast<int>(dtype)]};
+  static PyObject* const dtypes[] = {
+      py::object(torch.attr("float32")).release().ptr(),  py::object(torch.attr("float16")).release().ptr(),
+      py::object(torch.attr("bfloat16")).release().ptr(), py::object(torch.attr("float64")).release().ptr(),
+      py::object(torch.attr("int64")).release().ptr(),    py::object(torch.attr("int32")).release().ptr()};
+  py::int_ sizes[2];
+  PyObject* arguments[3];
+  size_t count = 0;
+  for (const int64_t size : shape) {
+    sizes[count] = py::int_(size);
+    arguments[count] = sizes[count].ptr();
+    ++count;
+  }
+  arguments[count] = dtypes[static_cast<int>(dtype)];
   const auto make = [&](PyObject* names) {
-    auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, arguments, 2, names));
+    auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty, arguments, count, names));
     if (!made) throw py::error_already_set();
     return made;
   };

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -48,6 +49,7 @@ Tensor view(PyObject* object, const char* name, Sign sign = Sign::ask);
 struct Extent {
   uintptr_t begin, end;
   explicit Extent(const Tensor&);
+  Extent(const void* data, int64_t bytes) : begin(reinterpret_cast<uintptr_t>(data)), end(begin + bytes) {}
   bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
 };
 
@@ -61,11 +63,14 @@ Tensor view_ids(PyObject* object, const char* name);
 // read-only memory, or rows that overlap.
 void check_output(const Tensor& t, const char* name);
 
+// ValueError unless `t` has this shape.
+void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape);
+
 const char* dtype_name(DType);
 
-// torch.empty(rows, columns, dtype=...), called from here: Python's own way to it costs as much as torch's.
-// Of float32, float16 or bfloat16.
-pybind11::object empty_matrix(int64_t rows, int64_t columns, DType dtype = DType::f32);
+// torch.empty(*shape, dtype=...), called from here: Python's own way to it costs as much as torch's. One or
+// two dimensions; not of 8 bits.
+pybind11::object new_tensor(std::initializer_list<int64_t> shape, DType dtype);
 
 // Raises a torch tensor's version counter, as a write by torch does. Nothing of a numpy array.
 void count_write(PyObject* tensor);

@@ -312,35 +312,28 @@ const Program* Engine::program_of(const Job& job) const {
 double Engine::run(const Program& program, const std::vector<Piece>& pieces, Executor& executor,
                    int threads) try {
   Batch batch = *query_of(pieces[0]).batch;
-  if (pieces.size() > 1 || pieces[0].stop - pieces[0].start < batch.samples) {
-    const int64_t features = program.num_features(), columns = program.num_dense();
+  if (pieces.size() > 1 || pieces[0].stop - pieces[0].start < batch.samples()) {
+    const int64_t columns = program.num_dense();
     std::vector<Part> parts;
-    for (const Piece& piece : pieces) {
-      const Batch& b = *query_of(piece).batch;
-      parts.push_back({b.indices, b.offsets, b.samples, piece.start, piece.stop});
-    }
-    const Joined joined = measure(parts, features);
-    int64_t* const ids = executor.ids.reserve(joined.ids);
-    int64_t* const offsets = executor.offsets.reserve(features * joined.samples + 1);
-    float* const dense = executor.dense.reserve(joined.samples * columns);
-    join(parts, features, joined, ids, offsets);
+    for (const Piece& piece : pieces) parts.push_back({query_of(piece).batch->bags, piece.start, piece.stop});
+    Bags bags = joined_bags(parts, program.num_features());
+    bags.indices.data = executor.ids.reserve(bags.indices.size);
+    bags.offsets.data = executor.offsets.reserve(bags.offsets.size);
+    join(parts, bags);
+    float* const dense = executor.dense.reserve(bags.batch * columns);
     float* row = dense;
     for (const Piece& piece : pieces) {
       const Batch& b = *query_of(piece).batch;
       for (int64_t s = piece.start; s < piece.stop; ++s, row += columns)
         std::copy_n(b.dense + s * b.dense_stride, columns, row);
     }
-    batch = {dense,
-             columns,
-             joined.samples,
-             {ids, joined.ids, joined.wide_ids},
-             {offsets, features * joined.samples + 1, joined.wide_offsets}};
+    batch = {dense, columns, bags};
   }
-  float* const scores = executor.scores.reserve(batch.samples);
+  float* const scores = executor.scores.reserve(batch.samples());
   const double start = clock_();
   program.run(batch, scores, threads);
   const double seconds = clock_() - start;
-  return all_finite(scores, batch.samples) ? std::max(seconds, 1e-9) : -1;
+  return all_finite(scores, batch.samples()) ? std::max(seconds, 1e-9) : -1;
 } catch (const std::exception&) {
   return -1;  // the caller finds out which query is at fault
 }

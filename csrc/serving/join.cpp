@@ -8,8 +8,6 @@
 namespace mprec::serving {
 namespace {
 
-int64_t bag(const Part& p, int64_t feature, int64_t sample) { return feature * p.samples + sample; }
-
 template <class Out>
 Out* copy(const Integers& from, int64_t begin, int64_t end, Out* out) {
   return from.wide ? std::copy(static_cast<const int64_t*>(from.data) + begin,
@@ -21,51 +19,54 @@ Out* copy(const Integers& from, int64_t begin, int64_t end, Out* out) {
 template <class Id, class Offset>
 void fill(const std::vector<Part>& parts, int64_t features, Id* const ids, Offset* offsets) {
   Id* id = ids;
-  for (int64_t t = 0; t < features; ++t)
-    for (const Part& p : parts) {
-      const int64_t begin = p.offsets[bag(p, t, p.start)], before = id - ids;
-      for (int64_t b = p.start; b < p.stop; ++b)
-        *offsets++ = static_cast<Offset>(p.offsets[bag(p, t, b)] - begin + before);
-      id = copy(p.indices, begin, p.offsets[bag(p, t, p.stop)], id);
+  for (int64_t f = 0; f < features; ++f)
+    for (const auto& [b, start, stop] : parts) {
+      const int64_t first = b.first_bag(f), begin = b.offsets[first + start], before = id - ids;
+      for (int64_t s = start; s < stop; ++s)
+        *offsets++ = static_cast<Offset>(b.offsets[first + s] - begin + before);
+      id = copy(b.indices, begin, b.offsets[first + stop], id);
     }
   *offsets = static_cast<Offset>(id - ids);
 }
 
 }  // namespace
 
-Joined measure(const std::vector<Part>& parts, int64_t features) {
+Bags joined_bags(const std::vector<Part>& parts, int64_t features) {
   if (features < 1) throw std::invalid_argument(message("features: expected at least 1, got ", features));
-  Joined joined{};
-  for (const Part& p : parts) {
-    if (p.samples < 0 || p.offsets.size != features * p.samples + 1)
-      throw OffsetsError(message("offsets: expected ", features, " features of ", p.samples,
-                                 " samples each, so ", features * p.samples + 1, ", got ", p.offsets.size));
-    if (p.start < 0 || p.start > p.stop || p.stop > p.samples)
-      throw std::invalid_argument(message("starts, stops: expected samples within 0 to ", p.samples, ", got ",
-                                          p.start, " to ", p.stop));
-    for (int64_t t = 0; t < features; ++t) {
-      const int64_t begin = p.offsets[bag(p, t, p.start)], end = p.offsets[bag(p, t, p.stop)];
-      if (begin < 0 || end < begin || end > p.indices.size)
-        throw OffsetsError(message("offsets of feature ", t,
-                                   ": expected to rise from 0 to the number of indices, ", p.indices.size,
+  Bags joined{};
+  joined.num_features = features;
+  for (const auto& [b, start, stop] : parts) {
+    if (b.num_features != features || b.batch < 0 || b.offsets.size != b.num_bags() + 1)
+      throw OffsetsError(message("offsets: expected ", features, " features of ", b.batch,
+                                 " samples each, so ", features * b.batch + 1, ", got ", b.offsets.size));
+    if (start < 0 || start > stop || stop > b.batch)
+      throw std::invalid_argument(
+          message("starts, stops: expected samples within 0 to ", b.batch, ", got ", start, " to ", stop));
+    for (int64_t f = 0; f < features; ++f) {
+      const int64_t begin = b.offsets[b.first_bag(f) + start], end = b.offsets[b.first_bag(f) + stop];
+      if (begin < 0 || end < begin || end > b.indices.size)
+        throw OffsetsError(message("offsets of feature ", f,
+                                   ": expected to rise from 0 to the number of indices, ", b.indices.size,
                                    ", got ", begin, " to ", end));
-      joined.ids += end - begin;
+      joined.indices.size += end - begin;
     }
-    joined.samples += p.stop - p.start;
-    joined.wide_ids |= p.indices.wide;
-    joined.wide_offsets |= p.offsets.wide;
+    joined.batch += stop - start;
+    joined.indices.wide |= b.indices.wide;
+    joined.offsets.wide |= b.offsets.wide;
   }
+  joined.offsets.size = joined.num_bags() + 1;
   return joined;
 }
 
-void join(const std::vector<Part>& parts, int64_t features, const Joined& joined, void* ids, void* offsets) {
+void join(const std::vector<Part>& parts, const Bags& to) {
+  void *const ids = const_cast<void*>(to.indices.data), *const offsets = const_cast<void*>(to.offsets.data);
   const auto write = [&](auto* id) {
-    if (joined.wide_offsets)
-      fill(parts, features, id, static_cast<int64_t*>(offsets));
+    if (to.offsets.wide)
+      fill(parts, to.num_features, id, static_cast<int64_t*>(offsets));
     else
-      fill(parts, features, id, static_cast<int32_t*>(offsets));
+      fill(parts, to.num_features, id, static_cast<int32_t*>(offsets));
   };
-  if (joined.wide_ids)
+  if (to.indices.wide)
     write(static_cast<int64_t*>(ids));
   else
     write(static_cast<int32_t*>(ids));

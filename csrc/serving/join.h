@@ -4,26 +4,22 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/integers.h"
+#include "bags/bags.h"
 
 namespace mprec::serving {
 
-// Samples `start` to `stop` of a batch of `samples`.
+// Samples `start` to `stop` of a batch.
 struct Part {
-  Integers indices, offsets;
-  int64_t samples, start, stop;
+  Bags bags;
+  int64_t start, stop;
 };
 
-// What the parts have together.
-struct Joined {
-  int64_t samples, ids;
-  bool wide_ids, wide_offsets;  // int64, as soon as a part's are
-};
+// The bags that the parts make, without memory yet: indices and offsets have no `data`, but their sizes, and
+// are int64 as soon as a part's are. std::invalid_argument or OffsetsError if a part is not one of a batch of
+// `features` features.
+Bags joined_bags(const std::vector<Part>& parts, int64_t features);
 
-// std::invalid_argument or OffsetsError if a part is not one of a batch of `features` features.
-Joined measure(const std::vector<Part>& parts, int64_t features);
-
-// Writes the parts' IDs and offsets (features * samples + 1), of the widths that `measure` told.
-void join(const std::vector<Part>& parts, int64_t features, const Joined& joined, void* ids, void* offsets);
+// Writes the parts' IDs and offsets to the memory that `to`, of joined_bags(), has by now.
+void join(const std::vector<Part>& parts, const Bags& to);
 
 }  // namespace mprec::serving

@@ -165,19 +165,14 @@ void test_cached_bags(const std::string& isa, int threads) {
           std::copy(ends.begin(), ends.end(), offsets.data());
           for (int64_t i = 0; i < ids.size(); ++i) ids[i] = random.below(1 + random.below(vocabulary));
           Guarded<float> out((bags - 1) * stride + 18);
-          cached_dhe_bag_forward({nullptr,
-                                  3,
-                                  bags,
-                                  {ids.data(), ids.size(), true},
-                                  {offsets.data(), offsets.size(), true},
-                                  nullptr,
-                                  mode,
-                                  -1,
-                                  out.data(),
-                                  stride,
-                                  nullptr,
-                                  Dedupe::automatic},
-                                 features, true, threads, counters);
+          const Bags batch{{ids.data(), ids.size(), true},
+                           {offsets.data(), offsets.size(), true},
+                           nullptr,
+                           3,
+                           bags,
+                           nullptr,
+                           static_cast<Mode>(mode)};
+          cached_dhe_bag_forward({batch, out.data(), stride}, features, true, threads, counters);
           for (int t = 0; t < 2; ++t)
             for (int64_t b = 0; b < bags; ++b)
               for (int64_t d = 0; d < networks[t]->dim(); ++d) {

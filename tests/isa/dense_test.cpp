@@ -343,12 +343,9 @@ void test_program(const std::string& isa, int threads) {
     std::copy(offsets.begin(), offsets.end(), ends.data());
     Guarded<float> dense(samples * num_dense), scores(samples);
     for (int64_t i = 0; i < dense.size(); ++i) dense[i] = random.normal_ish();
-    program.run({dense.data(),
-                 num_dense,
-                 samples,
-                 {indices.data(), indices.size(), true},
-                 {ends.data(), ends.size(), true}},
-                scores.data(), threads);
+    const Bags bags{
+        {indices.data(), indices.size(), true}, {ends.data(), ends.size(), true}, nullptr, 3, samples};
+    program.run({dense.data(), num_dense, bags}, scores.data(), threads);
     for (int64_t s = 0; s < samples; s += samples > 50 ? 17 : 1) {
       Row vectors = bottom(exact(dense.data() + s * num_dense, num_dense));
       for (int f = 0; f < 3; ++f) {

@@ -167,7 +167,7 @@ void test_pool(const std::string& isa) {
           for (int64_t i = 0; i < row_of_entry.size(); ++i)
             row_of_entry[i] = static_cast<int32_t>(random.below(rows + 1) - 1);
           const PoolArguments arguments{vectors.data(), dim, mapped ? row_of_entry.data() : nullptr,
-                                        weighted ? weights.data() : nullptr, mode};
+                                        weighted ? weights.data() : nullptr, static_cast<Mode>(mode)};
           for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{
                    {0, 0}, {2, 3}, {0, rows}, {1, mapped ? entries : 5}}) {
             kernels().dhe->pool(arguments, begin, end, out.data());
@@ -213,8 +213,8 @@ void test_bags(const std::string& isa, int threads) {
       second(HashFamily::sign, {33, 12}, Activation::mish, Activation::none, random);
   const Decoder decoders[] = {first.decoder(), second.decoder()};
   const Network* const networks[] = {&first, &second};
-  const DecoderView views[] = {decoders[0].view(), decoders[1].view()};
   const int64_t columns[] = {13, 0}, stride = 20;  // the second's result stands first; column 12 is nobody's
+  const DheFeature parts[] = {{decoders[0].view(), columns[0]}, {decoders[1].view(), columns[1]}};
   const std::vector<int64_t> lengths{2, 0, 1, 90, 3, 0, 20, threads > 1 ? 600 : 1};
   const auto bags = static_cast<int64_t>(lengths.size());
   for (int features : {1, 2})
@@ -244,19 +244,15 @@ void test_bags(const std::string& isa, int threads) {
           Guarded<float> out(bags * stride - 2);
           std::fill(out.data(), out.data() + out.size(), untouched);
           const void* const id_data = wide ? static_cast<const void*>(wide_ids.data()) : narrow_ids.data();
-          dhe_bag_forward({views,
+          const Bags batch{{id_data, n, wide},
+                           {offsets.data(), offsets.size(), true},
+                           nullptr,
                            features,
                            bags,
-                           {id_data, n, wide},
-                           {offsets.data(), offsets.size(), true},
                            weighted ? weights.data() : nullptr,
-                           mode,
-                           padding,
-                           out.data(),
-                           stride,
-                           columns,
-                           dedupe},
-                          threads);
+                           static_cast<Mode>(mode),
+                           padding};
+          dhe_bag_forward({batch, out.data(), stride}, parts, dedupe, threads);
           for (int t = 0; t < features; ++t) {
             std::vector<std::vector<Unit>> vector_of_id;
             for (int64_t id = 0; id < 8; ++id) vector_of_id.push_back(networks[t]->vector(id));

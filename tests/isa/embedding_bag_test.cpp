@@ -165,36 +165,37 @@ void check_forward(Case& c, const std::vector<Table*>& tables, const std::vector
   const int64_t item = item_bytes(o.out_format);
   Guarded<char> out(std::max<int64_t>(0, batch * total - o.gap) * item, o.edge);
   std::fill(out.data(), out.data() + out.size(), untouched);
-  std::vector<Feature> features;
+  std::vector<PooledTable> pooled;
   int64_t column = 0, widest = 0;
   for (int64_t t = 0; t < num_tables; ++t) {
     const Table& table = *tables[t];
-    features.push_back({table.rows.data(), table.num_rows, table.dim, table.row_bytes, t * batch,
-                        reinterpret_cast<float*>(out.data() + column * item), total, table.format,
-                        o.out_format});
+    pooled.push_back({table.rows.data(), table.num_rows, table.dim, table.row_bytes, t * batch,
+                      reinterpret_cast<float*>(out.data() + column * item), total, table.format,
+                      o.out_format});
     column += table.dim + o.gap;
     widest = std::max(widest, table.dim);
   }
   Guarded<float> scratch(o.out_format == Format::f32 ? 0 : widest, o.edge);
-  features.push_back({});
-  features.back().first_bag = num_tables * batch;
-  BagRequest request{guarded_indices.view(),
-                     guarded_offsets.view(),
-                     features.data(),
-                     num_tables,
-                     num_tables * batch,
-                     o.weighted ? weights.data() : nullptr,
-                     o.mode,
-                     o.padded ? padding : -1};
+  pooled.push_back({});
+  pooled.back().first_bag = num_tables * batch;
+  const Bags bags{guarded_indices.view(),
+                  guarded_offsets.view(),
+                  nullptr,
+                  num_tables,
+                  batch,
+                  o.weighted ? weights.data() : nullptr,
+                  o.mode,
+                  o.padded ? padding : -1};
+  PoolingRequest request{bags, pooled.data()};
   if (o.threads) {
     embedding_bag_forward(request, o.threads);
   } else {
     request.block_bags = 1 + random.below(batch + 2);
     const int64_t blocks = batch / request.block_bags + 1, block = random.below(blocks),
                   table = random.below(num_tables);
-    const Feature& f = features[table];
-    const int64_t first = request.block_begin(f, block), bags = request.block_begin(f, block + 1) - first;
-    const Cut start{0, 0, 0}, middle{block, table, first + random.below(bags + 1)}, finish{blocks, 0, 0};
+    const int64_t first = request.block_begin(pooled[table], block),
+                  size = request.block_begin(pooled[table], block + 1) - first;
+    const Cut start{0, 0, 0}, middle{block, table, first + random.below(size + 1)}, finish{blocks, 0, 0};
     const auto forward = kernels().embedding_bag->forward;
     float* const one_result = scratch.size() ? scratch.data() : nullptr;
     c.expect(forward(request, start, middle, one_result), "first range was refused");
@@ -341,13 +342,14 @@ void expect_refusal(Case& c, const std::vector<int64_t>& indices, const std::vec
   Random random(3);
   Table table(num_rows, dim, 0, Edge::end, random);
   const GuardedIntegers ids(indices, wide_indices), ends(offsets, true);
-  const auto bags = static_cast<int64_t>(offsets.size()) - 1;
-  Guarded<float> out(bags * dim);
-  Feature features[2] = {{table.rows.data(), num_rows, dim, table.row_bytes, 0, out.data(), dim}, {}};
-  features[1].first_bag = bags;
+  const auto batch = static_cast<int64_t>(offsets.size()) - 1;
+  Guarded<float> out(batch * dim);
+  PooledTable pooled[2] = {{table.rows.data(), num_rows, dim, table.row_bytes, 0, out.data(), dim}, {}};
+  pooled[1].first_bag = batch;
   for (Mode mode : {Mode::sum, Mode::mean, Mode::max})
     for (int64_t padding : {-1, 1}) {
-      const BagRequest request{ids.view(), ends.view(), features, 1, bags, nullptr, mode, padding};
+      const PoolingRequest request{{ids.view(), ends.view(), nullptr, 1, batch, nullptr, mode, padding},
+                                   pooled};
       const auto where = [&] {
         std::string text;
         for (int64_t i : indices) text += std::to_string(i) + ' ';

@@ -189,15 +189,11 @@ void test_update_tables(const std::string& isa, int threads) {
         Guarded<float> grad(batch * total - 2), weights(weighted ? static_cast<int64_t>(ids.size()) : 0);
         fill(grad, random, false);
         fill(weights, random, false);
-        Feature features[3] = {};
+        PooledGradient pooled[2];
         int64_t column = 0;
         RowSums gradients[2];
         for (int t = 0; t < 2; ++t) {
-          features[t].num_rows = tables[t].num_rows;
-          features[t].dim = tables[t].dim;
-          features[t].first_bag = t * batch;
-          features[t].out = grad.data() + column;
-          features[t].out_stride = total;
+          pooled[t] = {grad.data() + column, total, tables[t].dim, tables[t].num_rows};
           for (int64_t b = 0; b < batch; ++b) {
             const int64_t begin = offsets[t * batch + b], end = offsets[t * batch + b + 1];
             for (int64_t i = begin; i < end; ++i) {
@@ -214,17 +210,15 @@ void test_update_tables(const std::string& isa, int threads) {
           }
           column += tables[t].dim;
         }
-        features[2].first_bag = 2 * batch;
-        const BagRequest request{{ids.data(), static_cast<int64_t>(ids.size()), true},
-                                 {offsets.data(), static_cast<int64_t>(offsets.size()), true},
-                                 features,
-                                 2,
-                                 2 * batch,
-                                 weighted ? weights.data() : nullptr,
-                                 mode,
-                                 -1};
+        const Bags bags{{ids.data(), static_cast<int64_t>(ids.size()), true},
+                        {offsets.data(), static_cast<int64_t>(offsets.size()), true},
+                        nullptr,
+                        2,
+                        batch,
+                        weighted ? weights.data() : nullptr,
+                        mode};
         const TableRows rows[] = {tables[0].rows(), tables[1].rows()};
-        update_tables(request, rows, update_of(rule), threads);
+        update_tables(bags, pooled, rows, update_of(rule), threads);
         for (int t = 0; t < 2; ++t) check_table(c, tables[t], gradients[t], update_of(rule));
       }
 }
@@ -252,15 +246,9 @@ void test_sparse_gradient(const std::string& isa, int threads) {
           sums[d].magnitude += std::fabs(grad[i * dim + d]);
         }
       }
-      Feature features[2] = {};
-      features[0].num_rows = num_rows;
-      features[0].dim = dim;
-      features[0].out = grad.data();
-      features[0].out_stride = dim;
-      features[1].first_bag = n;
-      const BagRequest request{
-          {ids.data(), n, true}, {offsets.data(), n + 1, true}, features, 1, n, nullptr, Mode::sum, -1};
-      const int64_t count = sparse_gradient(request, rows.data(), values.data(), threads);
+      const Bags bags{{ids.data(), n, true}, {offsets.data(), n + 1, true}, nullptr, 1, n};
+      const int64_t count =
+          sparse_gradient(bags, {grad.data(), dim, dim, num_rows}, rows.data(), values.data(), threads);
       c.expect(count == static_cast<int64_t>(gradients.size()), "distinct rows: ", count, " of ",
                gradients.size());
       int64_t i = 0;
