@@ -29,6 +29,7 @@ from harness import append_csv
 from torch import nn
 
 from mprec.arrivals import LOGNORMAL_SIZES, Poisson
+from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.data.zipf import zipf_batches
 from mprec.dispatch import Dispatcher, Profile, ScoringPath
@@ -102,8 +103,9 @@ class PlainTorch(nn.Module):
         self.register_buffer("pair_rows", rows_)
         self.register_buffer("pair_columns", columns)
 
-    def forward(self, dense: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def forward(self, dense: torch.Tensor, bags: Bags) -> torch.Tensor:
         x, batch, vectors = self.bottom(dense), len(dense), []
+        indices, offsets = bags.indices, bags.offsets
         for t, feature in enumerate(self.features):
             starts = offsets[t * batch : (t + 1) * batch + 1]
             vectors.append(feature(indices[starts[0] : starts[-1]], starts[:-1] - starts[0]))

@@ -14,7 +14,7 @@ def _pair(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarra
     labels, scores = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
     if labels.shape != scores.shape or labels.ndim != 1:
         raise ValueError(
-            f"labels and scores must be vectors of one length, got {labels.shape}, {scores.shape}"
+            f"labels, scores: expected vectors of one length, got {labels.shape}, {scores.shape}"
         )
     if not len(labels):
         raise ValueError("no samples to measure")

@@ -793,6 +793,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "checksum": (_C.checksum, summed_bytes),
     "PathProgram": (_C.PathProgram, path_program),
     "run_program": (_C.run_program, program_run),
+    "try_run_program": (_C.try_run_program, program_run),
     "Mlp": (_C.Mlp, mlp),
     "mlp": (_C.mlp, mlp_run),
     "dot_interaction": (_C.dot_interaction, interaction),

@@ -270,7 +270,7 @@ def test_a_training_that_fails_leaves_plain_tables(dataset):
 
 
 def test_mapped_tables_need_a_collection(dataset):
-    with pytest.raises(ValueError, match="mapped_tables: the model's embeddings must be"):
+    with pytest.raises(ValueError, match="mapped_tables: expected a model of an EmbeddingBagCollection"):
         train(torch.nn.Linear(2, 2), *dataset.split()[:2], TrainOptions(mapped_tables=True))
 
 

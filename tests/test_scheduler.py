@@ -347,7 +347,7 @@ def test_bad_options():
         Lane("cpu", [])
     with pytest.raises(ValueError, match=r"seconds of b: .* at least 2, got 3 and 2"):
         Lane("cpu", [Option("a", 0.5, [0.0, 1e-3]), Option("b", 0.5, [0.0, 1e-3, 1e-3])])
-    with pytest.raises(ValueError, match=r"max_batch must be 1 to .*, got 0"):
+    with pytest.raises(ValueError, match=r"max_batch: expected 1 to .*, got 0"):
         Scheduler([Lane("cpu", [Option("p", 0.5, [0.0, 1e-3])])], max_batch=0)
     with pytest.raises(ValueError, match="got 0 and"):
         scheduler().offer(0.0, 0, 1.0)

@@ -148,7 +148,7 @@ def test_bad_arguments(dataset):
     with pytest.raises(ValueError, match="representation: expected one of"):
         build_model(dataset, "bloom")
     model = build_model(dataset, "table", **SMALL)
-    with pytest.raises(ValueError, match="must not be empty, got 20000 and 0 rows"):
+    with pytest.raises(ValueError, match="train, valid: expected rows, got 20000 and 0"):
         train(model, dataset, dataset.take(slice(0, 0)))
     ones = ClickDataset("ones", [Column("a", 2, np.zeros(4, dtype=int))], labels=np.ones(4))
     with pytest.raises(ValueError, match="labels of one kind only"):

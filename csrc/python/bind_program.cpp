@@ -129,7 +129,9 @@ py::object run_program(const Arguments<5>& a) {
   Bags bags = read_bags(a[2], a[3]);
   const int64_t samples = dense.shape[0];
   if (path.changed(samples)) return py::none();
-  check_shape(dense, "dense", {samples, path.num_dense});
+  if (dense.shape[1] != path.num_dense)
+    throw NotTaken(NotTaken::value, message("dense: expected shape [", samples, ", ", path.num_dense,
+                                            "], got [", samples, ", ", dense.shape[1], "]"));
   bags.num_features = path.num_features;
   bags.batch = samples;
   const int threads = checked_threads(a[4]);
@@ -141,12 +143,14 @@ py::object run_program(const Arguments<5>& a) {
   return scores;
 }
 
-PyMethodDef methods[] = {
-    method<running, run_program>(
-        "run_program",
-        "run_program(program, dense, indices, offsets, threads)\n\nThe scores of a batch, a new tensor [B]; "
-        "None, with nothing done, if weights have changed. Holds no lock of Python's meanwhile."),
-    {}};
+constexpr const char running_doc[] =
+    "run_program(program, dense, indices, offsets, threads)\n\nThe scores of a batch, a new tensor [B]; "
+    "None, with nothing done, if weights have changed: program.changed() is True from then on. Holds no lock "
+    "of Python's meanwhile. try_...: None also for tensors in a form that this does not take.";
+
+PyMethodDef methods[] = {method<running, run_program>("run_program", running_doc),
+                         method<running, run_program, false>("try_run_program", running_doc),
+                         {}};
 
 }  // namespace
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -49,14 +50,14 @@ struct PathProgram {
   py::object watch;                  // of all that is packed
   int64_t num_features;
   int num_dense;
+  mutable bool stale = false;  // a change was seen; guarded by the GIL
 
   // Looked at before a call of so many samples. Reading all weights takes as long as scoring some tens of
   // samples by them, so that this takes a hundredth of the call's time.
   bool changed(int64_t samples) const {
-    if (watch.cast<const WeightWatch&>().changed(Share::before(samples / 4))) return true;
-    for (const TablePlace& table : tables)
-      if (table.changed()) return true;
-    return false;
+    stale = stale || watch.cast<const WeightWatch&>().changed(Share::before(samples / 4)) ||
+            std::any_of(tables.begin(), tables.end(), [](const TablePlace& t) { return t.changed(); });
+    return stale;
   }
 };
 

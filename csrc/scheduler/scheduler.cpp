@@ -96,9 +96,9 @@ Scheduler::Scheduler(std::vector<std::shared_ptr<Lane>> lanes, Limits limits)
   for (const auto& [name, value] :
        {std::pair{"max_batch", limits.max_batch}, {"max_queue", limits.max_queue}})
     if (value < 1 || value > most_samples)
-      throw std::invalid_argument(message(name, " must be 1 to ", most_samples, ", got ", value));
+      throw std::invalid_argument(message(name, ": expected 1 to ", most_samples, ", got ", value));
   if (!(limits.late_share > 0 && limits.late_share < 1))
-    throw std::invalid_argument(message("late_share must be between 0 and 1, got ", limits.late_share));
+    throw std::invalid_argument(message("late_share: expected in (0, 1), got ", limits.late_share));
   double lowest = std::numeric_limits<double>::infinity();
   for (const auto& lane : lanes_)
     for (const Option& o : lane->options) lowest = std::min(lowest, o.quality);

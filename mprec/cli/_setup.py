@@ -76,7 +76,7 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers joined by commas, got {text!r}") from None
     if sizes[0] < 1:
-        raise argparse.ArgumentTypeError(f"batch sizes must be at least 1, got {sizes[0]}")
+        raise argparse.ArgumentTypeError(f"batch sizes: expected at least 1, got {sizes[0]}")
     return sizes
 
 
@@ -144,7 +144,7 @@ def load_paths(args: argparse.Namespace) -> list[ScoringPath]:
     """The paths of ``--checkpoints``; sets ``--threads``."""
     if args.threads is not None:
         if args.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {args.threads}")
+            raise ValueError(f"--threads: expected at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     paths = paths_from_checkpoints(args.checkpoints, metric=args.quality)
     if args.cache is not None:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+        raise ValueError(f"--threads: expected at least 1, got {args.threads}")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output: {args.output} is no folder")
     torch.set_num_threads(args.threads)

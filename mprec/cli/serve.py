@@ -67,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
     from mprec.serving.http.server import url_of
 
     if not 0 < args.sla_ms < math.inf:
-        raise ValueError(f"--sla-ms must be positive and finite, got {args.sla_ms}")
+        raise ValueError(f"--sla-ms: expected a positive finite number, got {args.sla_ms}")
     if not 0 <= args.port < 65536:
-        raise ValueError(f"--port must be between 0 and 65535, got {args.port}")
+        raise ValueError(f"--port: expected 0 to 65535, got {args.port}")
     if not 0 <= args.notice_seconds < math.inf:
-        raise ValueError(f"--notice-seconds must not be negative, got {args.notice_seconds}")
+        raise ValueError(f"--notice-seconds: expected at least 0, got {args.notice_seconds}")
     _log_to_standard_error(args)
     limits = Limits(max_samples=args.max_samples, max_ids=args.max_ids, max_connections=args.max_connections)
     inputs = model_inputs(args.checkpoints)

@@ -44,7 +44,7 @@ def sizes(text: str) -> tuple[int, ...]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers joined by commas, got {text!r}") from None
     if any(value < 1 for value in values):
-        raise argparse.ArgumentTypeError(f"layer sizes must be at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"layer sizes: expected at least 1, got {text!r}")
     return values
 
 

@@ -101,7 +101,7 @@ class Schema:
             raise ValueError("features: expected at least one")
         for name in made["features"]:
             if not name or "." in name or "/" in name:
-                raise ValueError(f"features: a name must be without dots and slashes, got {name!r}")
+                raise ValueError(f"features: expected names without dots and slashes, got {name!r}")
         for key in ("time", "users"):
             if not isinstance(content.get(key), str | None):
                 raise ValueError(f"{key}: expected a column, got {content[key]!r}")

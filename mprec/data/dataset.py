@@ -201,10 +201,10 @@ class ClickDataset(torch.utils.data.Dataset):
             if values is not None and len(values) != rows:
                 raise DataError(f"{self.name}: {name} has {len(values)} rows, labels have {rows}")
         if not ((self.labels == 0) | (self.labels == 1)).all():
-            raise DataError(f"{self.name}: labels must be 0 or 1")
+            raise DataError(f"{self.name}: labels: expected 0 or 1")
         names = [column.name for column in self.columns]
         if len(set(names)) != len(names):
-            raise DataError(f"{self.name}: feature names must be unique, got {names}")
+            raise DataError(f"{self.name}: feature names: expected each once, got {names}")
         single = [column.ids for column in self.columns if column.offsets is None]
         if self.matrix is None:
             set_(self, "matrix", np.stack(single, axis=1) if single else np.zeros((rows, 0), dtype=np.int32))
@@ -361,7 +361,9 @@ class ClickDataset(torch.utils.data.Dataset):
         if by not in SPLITS:
             raise ValueError(f"by: expected one of {', '.join(SPLITS)}, got {by!r}")
         if any(f < 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must not be negative and must add up to 1, got {tuple(fractions)}")
+            raise ValueError(
+                f"fractions: expected numbers of at least 0 that add up to 1, got {tuple(fractions)}"
+            )
         if by == "user-time" and self.users is None:
             raise ValueError(f"{self.name} names no users: split it by time")
         edges = np.cumsum(fractions)[:-1]

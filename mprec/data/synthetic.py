@@ -56,7 +56,7 @@ def read(
         sizes = list(vocabulary)
         features = len(sizes)
     if min(sizes) < 1:
-        raise ValueError(f"every vocabulary must have at least one ID, got {sizes}")
+        raise ValueError(f"vocabulary: expected at least one ID in each vocabulary, got {sizes}")
     rng = np.random.default_rng(seed)
     columns = []
     score = np.zeros(rows)

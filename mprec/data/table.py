@@ -281,7 +281,7 @@ def _keys(column: Any, name: str, kinds: dict[str, str]) -> np.ndarray:
     values = pa.compute.fill_null(numbers, 0).to_numpy(zero_copy_only=False).astype(np.int64)
     bound = np.int64(1) << 62
     if len(values) and not (-bound <= values.min() and values.max() < bound):
-        raise DataError(f"feature column {name!r}: integers must be in [-2^62, 2^62)")
+        raise DataError(f"feature column {name!r}: expected integers in [-2^62, 2^62)")
     values = np.where(values < 0, values - 1, values)  # -1 is the key of what is missing
     return np.where(missing, MISSING, values)
 

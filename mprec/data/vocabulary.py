@@ -152,7 +152,7 @@ class RawValues(_Encoder):
     def encode(self, column: np.ndarray) -> np.ndarray:
         """IDs of the keys, int64."""
         if len(column) and column.min() < MISSING:
-            raise ValueError(f"raw values must not be negative, got {int(column.min()) + 1}")
+            raise ValueError(f"raw values: expected at least 0, got {int(column.min()) + 1}")
         return np.asarray(column, dtype=np.int64) + 1
 
 

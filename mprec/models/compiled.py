@@ -114,14 +114,11 @@ class CompiledPath:
             if not isinstance(indices, Bags) or not indices.is_plain:
                 return self._by_model(dense, indices)
             indices, offsets = indices.indices, indices.offsets
-        try:
-            while True:
-                scores = run_program(native, dense, indices, offsets)
-                if scores is not None:
-                    return scores
-                native = self._pack_again(native)
-        except (TypeError, ValueError, IndexError):
-            return self._by_model(dense, indices, offsets)
+        scores = run_program(native, dense, indices, offsets)
+        while scores is None and native.changed():
+            native = self._pack_again(native)
+            scores = run_program(native, dense, indices, offsets)
+        return self._by_model(dense, indices, offsets) if scores is None else scores
 
     def program(self) -> PathProgram:
         """The native call itself, its weights packed as they are now."""

@@ -37,7 +37,7 @@ Decoder, WeightWatch = _C.Decoder, _C.WeightWatch
 
 _LINEAR = ("weight", "bias")
 _groups: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple]] = weakref.WeakKeyDictionary()
-_kept: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.StackWatch", "_C.Decoder | _C.Mlp"]] = {}
+_handles: dict[tuple[int, str], tuple[weakref.ref, tuple, "_C.StackWatch", "_C.Decoder | _C.Mlp"]] = {}
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
@@ -71,7 +71,7 @@ def packed_decoder(
     options = family, activation, last_activation, precision
     first = weights[0]
     key = id(first), precision
-    found = _kept.get(key)
+    found = _handles.get(key)
     if (
         found is not None
         and found[0]() is first
@@ -82,16 +82,16 @@ def packed_decoder(
     watch = _C.StackWatch.of(coefficients, weights, biases)  # before packing: no change may go unnoticed
     handle = _pack(coefficients, weights, biases, *options)
     if watch is not None:
-        _kept[key] = weakref.ref(first, lambda _: _kept.pop(key, None)), options, watch, handle
+        _handles[key] = weakref.ref(first, lambda _: _handles.pop(key, None)), options, watch, handle
     return handle
 
 
 def drop_changed(coefficients: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     """Compare all bytes of what :func:`decoder` has kept of these, before a forward pass of training."""
     key = id(weights[0]), "float32"
-    found = _kept.get(key)
+    found = _handles.get(key)
     if found is not None and not _C.same_stack(found[2], coefficients, weights, biases, True):
-        _kept.pop(key, None)
+        _handles.pop(key, None)
 
 
 class ModuleDecoder:
@@ -260,7 +260,7 @@ def packable(coefficients: Tensor, weights: Sequence[Tensor], biases: Sequence[T
 def clear_decoders() -> None:
     """Forget all packed decoders: after changing weights through ``.data``, NumPy or DLPack, to see the
     change at once."""
-    _kept.clear()
+    _handles.clear()
     _groups.clear()
     _C.WeightWatch.forget_all()
 

@@ -14,7 +14,7 @@ from mprec.kernels import kernel
 from mprec.names import ACTIVATIONS, code
 from mprec.ops._checks import check_floats, check_same_device
 from mprec.ops._common import all_float32, can_skip_dispatcher
-from mprec.ops._decoders import _kept
+from mprec.ops._decoders import _handles
 from mprec.ops._table import Op
 from mprec.tensors import plain
 
@@ -45,7 +45,7 @@ def _packed(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: tu
     """The native MLP: kept from an earlier call while its tensors stay as they are, as decoders are."""
     first = weights[0]
     key = id(first), "mlp"
-    found = _kept.get(key)
+    found = _handles.get(key)
     if (
         found is not None
         and found[0]() is first
@@ -56,7 +56,7 @@ def _packed(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: tu
     watch = _C.StackWatch.of(first, weights, biases)  # before packing: no change may go unnoticed
     handle = _C.Mlp([w.detach() for w in weights], [b.detach() for b in biases], list(activations))
     if watch is not None:
-        _kept[key] = weakref.ref(first, lambda _: _kept.pop(key, None)), activations, watch, handle
+        _handles[key] = weakref.ref(first, lambda _: _handles.pop(key, None)), activations, watch, handle
     return handle
 
 

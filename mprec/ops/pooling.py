@@ -81,8 +81,11 @@ def codebook_rows(codes: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
 
 
 def run_program(program: "_C.PathProgram", dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor | None:
-    """Click probabilities by a whole path; None if its weights have changed since they were packed."""
-    return _C.run_program(program, dense, indices, offsets, torch.get_num_threads())
+    """Click probabilities by a whole path.
+
+    None if its weights have changed since they were packed, and for tensors in a form that it does not take.
+    """
+    return _C.try_run_program(program, dense, indices, offsets, torch.get_num_threads())
 
 
 def decode(decoder: "_C.Decoder", ids: Tensor, out: Tensor | None = None) -> Tensor:

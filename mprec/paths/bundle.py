@@ -82,7 +82,7 @@ def save(
     entries, state = [], {}
     for position, member in enumerate(members):
         if type(member.model) is not DLRM:
-            raise TypeError(f"path {member.name!r}: its model must be a DLRM, not {type(member.model)}")
+            raise TypeError(f"model: expected a DLRM in path {member.name!r}, got {type(member.model)}")
         model = folded(member.model)
         entries.append(
             {

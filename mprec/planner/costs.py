@@ -111,7 +111,10 @@ class RooflineCosts:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.feature_overhead_s < 0 or self.batch_size < 1:
-            raise ValueError("feature_overhead_s must not be negative, batch_size at least 1")
+            raise ValueError(
+                "feature_overhead_s, batch_size: expected at least 0 and 1, "
+                f"got {self.feature_overhead_s}, {self.batch_size}"
+            )
 
     def feature_seconds(self, option: Option) -> float:
         config = option.config

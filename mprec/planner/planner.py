@@ -32,7 +32,7 @@ class Device:
     def __post_init__(self) -> None:
         if self.memory_bytes < 0:
             raise ValueError(
-                f"device {self.name!r}: memory_bytes must not be negative, got {self.memory_bytes}"
+                f"memory_bytes: expected at least 0 for device {self.name!r}, got {self.memory_bytes}"
             )
 
 

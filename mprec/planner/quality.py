@@ -65,7 +65,7 @@ def effective_vocabulary(counts: np.ndarray) -> float:
     """``2^entropy`` of how often each ID occurs: the size of a uniform vocabulary as hard to predict."""
     counts = np.asarray(counts, dtype=np.float64)
     if counts.ndim != 1 or (counts < 0).any() or not counts.sum() > 0:
-        raise ValueError("counts must be a vector of counts, not all zero")
+        raise ValueError("counts: expected a vector of counts, not all zero")
     shares = counts[counts > 0] / counts.sum()
     return float(2 ** -(shares * np.log2(shares)).sum())
 
@@ -77,7 +77,7 @@ def fit_effects(
 ) -> Effects:
     """Effects of every (feature, option) that occurs in a measurement; ``counts`` are IDs' occurrences."""
     if not measurements:
-        raise ValueError("measurements must hold at least one measured quality")
+        raise ValueError("measurements: expected at least one measured quality, got none")
     sizes = {f.name: float(f.num_embeddings) for f in features}
     sizes |= {name: effective_vocabulary(c) for name, c in (counts or {}).items() if name in sizes}
     weight = {name: math.log2(1 + size) for name, size in sizes.items()}
@@ -96,7 +96,7 @@ def fit_effects(
                 row[column[pair]] = 1
     measured = np.array([m.quality for m in measurements], dtype=np.float64)
     if not np.isfinite(measured).all():
-        raise ValueError(f"measured qualities must be finite, got {measured.tolist()}")
+        raise ValueError(f"measurements: expected finite qualities, got {measured.tolist()}")
     solution, *_ = np.linalg.lstsq(equations * scale, measured, rcond=1e-14)
     unknowns = solution * scale
     effects: dict[str, dict[str, float]] = {f.name: {} for f in features}

@@ -78,7 +78,7 @@ def train(
     """
     options = TrainOptions() if options is None else options
     if not len(train) or not len(valid):
-        raise ValueError(f"train and valid must not be empty, got {len(train)} and {len(valid)} rows")
+        raise ValueError(f"train, valid: expected rows, got {len(train)} and {len(valid)}")
     if options.monitor == "auc" and valid.labels.min() == valid.labels.max():
         raise ValueError("valid has labels of one kind only, so no AUC: monitor log_loss")
     with threads(options.threads), _mapped(model, options, fresh):
@@ -100,9 +100,7 @@ def _mapped(model: nn.Module, options: TrainOptions, fresh: bool) -> Iterator[No
         yield
         return
     if not collection:
-        raise ValueError(
-            f"mapped_tables: the model's embeddings must be an EmbeddingBagCollection, got {type(plain)}"
-        )
+        raise ValueError(f"mapped_tables: expected a model of an EmbeddingBagCollection, got {type(plain)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         model.embeddings = MappedEmbeddingBagCollection(plain, fresh)
