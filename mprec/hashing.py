@@ -71,7 +71,7 @@ def check_family(name: str, k: int) -> Family:
     family = _FAMILIES[name]
     if k % family.together:
         raise ValueError(
-            f"k: expected a multiple of {family.together}, as {name} transforms so many hashes together, got {k}"
+            f"k: expected a multiple of {family.together} (hashes that {name} transforms at once), got {k}"
         )
     return family
 

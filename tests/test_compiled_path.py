@@ -658,3 +658,17 @@ def test_what_is_not_compiled_says_why(reason):
 def test_unknown_precision():
     with pytest.raises(ValueError, match=r"precision: expected one of float32.*, got 'float4'"):
         mprec.compile_path(make(), precision="float4")
+
+
+def test_a_change_seen_once_is_remembered():
+    """A look at a part of the weights finds what one at another part does not: the finding stays."""
+    model = make()
+    path = mprec.compile_path(model)
+    native, inputs = path._native, batch(model, 5)
+    old = model.top[0].weight
+    model.top[0].weight = nn.Parameter(old.detach() + 1)
+    assert mprec._C.run_program(native, *inputs, 1) is None
+    model.top[0].weight = old
+    assert native.changed()
+    path(*inputs)
+    assert path._native is not native

@@ -139,8 +139,8 @@ def test_split_arguments():
     ("columns", "labels", "message"),
     [
         ([Column("a", 3, np.array([0]))], [0, 1], "feature 'a' has 1 rows, labels have 2"),
-        ([Column("a", 3, np.array([0]))] * 2, [0], "must be unique"),
-        ([Column("a", 3, np.array([0]))], [0.5], "labels must be 0 or 1"),
+        ([Column("a", 3, np.array([0]))] * 2, [0], "expected each once"),
+        ([Column("a", 3, np.array([0]))], [0.5], "labels: expected 0 or 1"),
     ],
 )
 def test_inconsistent_datasets_are_refused(columns, labels, message):

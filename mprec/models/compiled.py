@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mprec._native import PathProgram, WeightWatch
 from mprec.bags import Bags
-from mprec.errors import PathCompileError
+from mprec.errors import IdOutOfRangeError, InvalidOffsetsError, PathCompileError
 from mprec.models.dlrm import DLRM
 from mprec.names import ACTIVATIONS, MODES
 from mprec.nn import (
@@ -114,10 +114,15 @@ class CompiledPath:
             if not isinstance(indices, Bags) or not indices.is_plain:
                 return self._by_model(dense, indices)
             indices, offsets = indices.indices, indices.offsets
-        scores = run_program(native, dense, indices, offsets)
-        while scores is None and native.changed():
-            native = self._pack_again(native)
+        try:
             scores = run_program(native, dense, indices, offsets)
+            while scores is None and native.changed():
+                native = self._pack_again(native)
+                scores = run_program(native, dense, indices, offsets)
+        except PathCompileError:  # the model has changed into one that has no program
+            scores = None
+        except (IdOutOfRangeError, InvalidOffsetsError):  # the model says so with its features' names
+            scores = None
         return self._by_model(dense, indices, offsets) if scores is None else scores
 
     def program(self) -> PathProgram:
