@@ -12,8 +12,9 @@ namespace mprec {
 
 class ServedBags {
  public:
-  // `features`: one of those of `whole` for each table or decoder; empty: all, in order. Where they are others,
-  // offsets of the whole batch are checked (OffsetsError), and the thread's last ServedBags is overwritten.
+  // `features`: one of those of `whole` for each table or decoder; empty: all, in order. Where they are
+  // others, offsets of the whole batch are checked (OffsetsError), and the thread's last ServedBags is
+  // overwritten.
   ServedBags(const Bags& whole, std::vector<int64_t> features)
       : whole_(whole), bags_(whole), features_(std::move(features)) {
     bool as_they_are = static_cast<int64_t>(features_.size()) == whole.num_features;

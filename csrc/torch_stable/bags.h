@@ -1,5 +1,5 @@
-// A batch's bags as operators' arguments describe them, checked as mprec.bags.Bags checks them in Python: all but the
-// values of offsets and IDs, which kernels look at.
+// A batch's bags as operators' arguments describe them, checked as mprec.bags.Bags checks them in Python: all
+// but the values of offsets and IDs, which kernels look at.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -26,13 +26,12 @@ struct BagArguments {
 
 class CheckedBags {
  public:
-  // For `count` tables or decoders. Per-sample weights are to be of `dtype`; `or_float32`: of float32 too where that
-  // is a 16-bit type.
+  // For `count` tables or decoders. Per-sample weights are to be of `dtype`; `or_float32`: of float32 too
+  // where that is a 16-bit type.
   CheckedBags(const BagArguments& a, int64_t count, ScalarType dtype, bool or_float32) {
     const int64_t num_features = a.num_features.value_or(count);
     check_features(a, num_features, count);
-    if (a.mode < 0 || a.mode > 2)
-      throw refusal("mode: expected 0 (sum), 1 (mean) or 2 (max), got ", a.mode);
+    if (a.mode < 0 || a.mode > 2) throw refusal("mode: expected 0 (sum), 1 (mean) or 2 (max), got ", a.mode);
     if (a.mode == 2 && a.per_sample_weights)
       throw refusal("per_sample_weights: only supported for mode='sum' and mode='mean', got mode='max'");
     const View indices = contiguous(a.indices, {"indices"}), offsets = contiguous(a.offsets, {"offsets"});
@@ -74,7 +73,8 @@ class CheckedBags {
     const int64_t bags = offsets.shape[0] - include_last_offset;
     if (bags < 0 && num_features == 1)
       throw OffsetsError(
-          "offsets: with include_last_offset there must be at least one (1 + a multiple of the number of features, "
+          "offsets: with include_last_offset there must be at least one (1 + a multiple of the number of "
+          "features, "
           "1), got none");
     if (bags < 0 || (num_features > 1 && bags % num_features != 0))
       throw OffsetsError(message("offsets: expected 1 + a multiple of the number of features, ", num_features,
@@ -90,8 +90,8 @@ class CheckedBags {
                     tuple(weights.shape));
     const bool wider = or_float32 && (dtype == ScalarType::Half || dtype == ScalarType::BFloat16);
     if (weights.dtype != dtype && !(wider && weights.dtype == ScalarType::Float))
-      throw refusal("per_sample_weights: expected to have the same type as weight, ", dtype_name(dtype), ", got ",
-                    dtype_name(weights.dtype));
+      throw refusal("per_sample_weights: expected to have the same type as weight, ", dtype_name(dtype),
+                    ", got ", dtype_name(weights.dtype));
     const int64_t n = indices.shape[0];
     if (weights.dtype == ScalarType::Float) {
       bags_.per_sample_weights = weights.ptr<float>();

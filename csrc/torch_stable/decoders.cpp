@@ -49,25 +49,25 @@ Packed packed(const Tensor& coefficients, const Tensor* weights, int64_t count, 
   if (hashes.dtype != ScalarType::Int)
     throw refusal(Name{"coefficients", -1, t}, ": expected int32, got ", dtype_name(hashes.dtype));
   if (hashes.ndim() != 2 || hashes.shape[0] != rows || hashes.shape[1] == 0)
-    throw refusal(Name{"coefficients", -1, t}, ": expected [", rows, ", k] for family '", traits(o.family).name,
-                  "', got ", list(hashes.shape));
+    throw refusal(Name{"coefficients", -1, t}, ": expected [", rows, ", k] for family '",
+                  traits(o.family).name, "', got ", list(hashes.shape));
   if (count == 0 || count != num_biases)
-    throw refusal(Name{"weights, biases", -1, t}, ": expected one of each per layer, at least one layer, got ", count,
-                  " and ", num_biases);
+    throw refusal(Name{"weights, biases", -1, t},
+                  ": expected one of each per layer, at least one layer, got ", count, " and ", num_biases);
   const Layers layers(weights, biases, count, hashes.shape[1], nullptr, t);
   std::vector<View> sources{hashes};
   sources.insert(sources.end(), layers.views().begin(), layers.views().end());
 
   static Kept<Decoder> kept;
   const auto number = [](auto value) { return static_cast<int64_t>(value); };
-  return kept.get(sources,
-                  {number(o.family), number(o.activation), number(o.last_activation), number(precision), count},
-                  [&](const std::vector<std::vector<char>>& copies) {
-                    const int64_t k = hashes.shape[1];
-                    const auto* data = reinterpret_cast<const int32_t*>(copies[0].data());
-                    return Decoder(Encoder({data, rows, k, k, 1}, o.family), layers.linear(&copies[1]),
-                                   o.activation, o.last_activation, precision);
-                  });
+  return kept.get(
+      sources, {number(o.family), number(o.activation), number(o.last_activation), number(precision), count},
+      [&](const std::vector<std::vector<char>>& copies) {
+        const int64_t k = hashes.shape[1];
+        const auto* data = reinterpret_cast<const int32_t*>(copies[0].data());
+        return Decoder(Encoder({data, rows, k, k, 1}, o.family), layers.linear(&copies[1]), o.activation,
+                       o.last_activation, precision);
+      });
 }
 
 // The vectors of all decoders, side by side.
@@ -87,8 +87,8 @@ Tensor pool(const std::vector<Packed>& decoders, const CheckedBags& checked) {
 }
 
 // `precisions`: null, or one for each decoder.
-Tensor pool_many(const Tensor& indices, const Tensor& offsets, const Tensors& coefficients, const Tensors& weights,
-                 const Tensors& biases, const Numbers& layers, const Options& options,
+Tensor pool_many(const Tensor& indices, const Tensor& offsets, const Tensors& coefficients,
+                 const Tensors& weights, const Tensors& biases, const Numbers& layers, const Options& options,
                  const std::vector<Precision>* precisions, int64_t mode,
                  const std::optional<Tensor>& per_sample_weights, const std::optional<Numbers>& features,
                  std::optional<int64_t> num_features) {
@@ -108,8 +108,9 @@ Tensor pool_many(const Tensor& indices, const Tensor& offsets, const Tensors& co
   std::vector<Packed> decoders;
   int64_t begin = 0;
   for (int64_t t = 0; t < count; begin += layers[t++])
-    decoders.push_back(packed(coefficients[t], weights.data() + begin, layers[t], biases.data() + begin, layers[t],
-                              options, precisions ? (*precisions)[t] : Precision::float32, count > 1 ? t : -1));
+    decoders.push_back(packed(coefficients[t], weights.data() + begin, layers[t], biases.data() + begin,
+                              layers[t], options, precisions ? (*precisions)[t] : Precision::float32,
+                              count > 1 ? t : -1));
   const CheckedBags bags({indices, offsets, mode, per_sample_weights, features, num_features}, count,
                          ScalarType::Float, true);
   return pool(decoders, bags);
@@ -117,34 +118,36 @@ Tensor pool_many(const Tensor& indices, const Tensor& offsets, const Tensors& co
 
 }  // namespace
 
-Tensor dhe_bag(const Tensor& indices, const Tensor& offsets, const Tensor& coefficients, const Tensors& weights,
-               const Tensors& biases, StringHandle family, StringHandle activation, StringHandle last_activation,
-               int64_t mode, const std::optional<Tensor>& per_sample_weights, bool include_last_offset,
-               int64_t padding_idx) {
+Tensor dhe_bag(const Tensor& indices, const Tensor& offsets, const Tensor& coefficients,
+               const Tensors& weights, const Tensors& biases, StringHandle family, StringHandle activation,
+               StringHandle last_activation, int64_t mode, const std::optional<Tensor>& per_sample_weights,
+               bool include_last_offset, int64_t padding_idx) {
   const Options options = options_of(family, activation, last_activation, -1);
-  const Packed decoder = packed(coefficients, weights.data(), static_cast<int64_t>(weights.size()), biases.data(),
-                                static_cast<int64_t>(biases.size()), options, Precision::float32, -1);
+  const Packed decoder =
+      packed(coefficients, weights.data(), static_cast<int64_t>(weights.size()), biases.data(),
+             static_cast<int64_t>(biases.size()), options, Precision::float32, -1);
   const CheckedBags bags(
       {indices, offsets, mode, per_sample_weights, std::nullopt, 1, include_last_offset, padding_idx}, 1,
       ScalarType::Float, true);
   return pool({decoder}, bags);
 }
 
-Tensor dhe_bag_multi(const Tensor& indices, const Tensor& offsets, const Tensors& coefficients, const Tensors& weights,
-                     const Tensors& biases, const Numbers& layers, StringHandle family, StringHandle activation,
-                     StringHandle last_activation, int64_t mode, const std::optional<Tensor>& per_sample_weights,
-                     const std::optional<Numbers>& features, std::optional<int64_t> num_features) {
+Tensor dhe_bag_multi(const Tensor& indices, const Tensor& offsets, const Tensors& coefficients,
+                     const Tensors& weights, const Tensors& biases, const Numbers& layers,
+                     StringHandle family, StringHandle activation, StringHandle last_activation, int64_t mode,
+                     const std::optional<Tensor>& per_sample_weights, const std::optional<Numbers>& features,
+                     std::optional<int64_t> num_features) {
   const Options options = options_of(family, activation, last_activation, layers.size() > 1 ? 0 : -1);
   return pool_many(indices, offsets, coefficients, weights, biases, layers, options, nullptr, mode,
                    per_sample_weights, features, num_features);
 }
 
 Tensor packed_dhe_bag_multi(const Tensor& indices, const Tensor& offsets, const Tensors& coefficients,
-                            const Tensors& weights, const Tensors& biases, const Numbers& layers, StringHandle family,
-                            StringHandle activation, StringHandle last_activation,
+                            const Tensors& weights, const Tensors& biases, const Numbers& layers,
+                            StringHandle family, StringHandle activation, StringHandle last_activation,
                             const std::vector<StringHandle>& precisions, int64_t mode,
-                            const std::optional<Tensor>& per_sample_weights, const std::optional<Numbers>& features,
-                            std::optional<int64_t> num_features) {
+                            const std::optional<Tensor>& per_sample_weights,
+                            const std::optional<Numbers>& features, std::optional<int64_t> num_features) {
   std::vector<std::string> names;
   for (const StringHandle handle : precisions) names.push_back(taken(handle));
   const Options options = options_of(family, activation, last_activation, layers.size() > 1 ? 0 : -1);

@@ -16,12 +16,13 @@ Tensor mlp(const Tensor& input, const Tensors& weights, const Tensors& biases, S
   const Activation between = activation_of(names[0], {"activation"}),
                    last = activation_of(names[1], {"last_activation"});
   if (weights.empty() || weights.size() != biases.size())
-    throw refusal("weights, biases: expected one of each per layer, at least one layer, got ", weights.size(), " and ",
-                  biases.size());
+    throw refusal("weights, biases: expected one of each per layer, at least one layer, got ", weights.size(),
+                  " and ", biases.size());
   const View in = contiguous(input, {"input"});
   if (in.ndim() != 2) {
     const Sizes first = weights[0].sizes();
-    throw refusal("input: expected [B, ", first.empty() ? 0 : first[first.size() - 1], "], got ", list(in.shape));
+    throw refusal("input: expected [B, ", first.empty() ? 0 : first[first.size() - 1], "], got ",
+                  list(in.shape));
   }
   check_floats(in, {"input"});
   const auto count = static_cast<int64_t>(weights.size());
@@ -29,12 +30,12 @@ Tensor mlp(const Tensor& input, const Tensors& weights, const Tensors& biases, S
 
   static Kept<Mlp> kept;
   const auto number = [](auto value) { return static_cast<int64_t>(value); };
-  const std::shared_ptr<const Mlp> packed =
-      kept.get(layers.views(), {number(between), number(last), count}, [&](const std::vector<std::vector<char>>& copies) {
-        std::vector<Activation> activations(count, between);
-        activations.back() = last;
-        return Mlp(layers.linear(copies.data()), activations);
-      });
+  const std::shared_ptr<const Mlp> packed = kept.get(layers.views(), {number(between), number(last), count},
+                                                     [&](const std::vector<std::vector<char>>& copies) {
+                                                       std::vector<Activation> activations(count, between);
+                                                       activations.back() = last;
+                                                       return Mlp(layers.linear(copies.data()), activations);
+                                                     });
   const Matrix out = new_floats(in.shape[0], packed->outputs());
   // Kernels only read what Rows of inputs point to.
   mlp_forward(packed->view(), {const_cast<float*>(in.ptr<float>()), in.shape[1]}, in.shape[0],
@@ -49,12 +50,12 @@ Tensor dot_interaction(const Tensor& vectors, bool self_interaction) {
   check_float32(v, {"vectors"});
   constexpr int64_t most = 4096, longest = 1 << 20;
   if (v.shape[1] < 1 || v.shape[1] > most || v.shape[2] < 1 || v.shape[2] > longest)
-    throw refusal("vectors: without Python 1 to ", most, " vectors of 1 to ", longest, " numbers are served, got ",
-                  list(v.shape));
+    throw refusal("vectors: without Python 1 to ", most, " vectors of 1 to ", longest,
+                  " numbers are served, got ", list(v.shape));
   const InteractionView shape{static_cast<int>(v.shape[1]), static_cast<int>(v.shape[2]), self_interaction};
   const Matrix out = new_floats(v.shape[0], shape.products());
-  interaction_forward(shape, v.ptr<float>(), v.shape[0], {reinterpret_cast<float*>(out.data), shape.products()},
-                      threads());
+  interaction_forward(shape, v.ptr<float>(), v.shape[0],
+                      {reinterpret_cast<float*>(out.data), shape.products()}, threads());
   return out.tensor;
 }
 

@@ -12,21 +12,21 @@
 
 namespace mprec::stable {
 
-// Tensors have no version counter here, and an address does not say what lies there: constants of an AOTInductor
-// model can be replaced in place, or its memory be another model's after it was unloaded. So what was packed is kept
-// beside a copy of the bytes that it was made of, and a call compares all of them. Addresses, shapes and
-// options only say where to look.
+// Tensors have no version counter here, and an address does not say what lies there: constants of an
+// AOTInductor model can be replaced in place, or its memory be another model's after it was unloaded. So what
+// was packed is kept beside a copy of the bytes that it was made of, and a call compares all of them.
+// Addresses, shapes and options only say where to look.
 //
-// This costs a read of the weights and of their copy a call (they are read once more by the product), and memory for
-// them twice. At most `most` are kept; then the one that was used the longest ago goes.
+// This costs a read of the weights and of their copy a call (they are read once more by the product), and
+// memory for them twice. At most `most` are kept; then the one that was used the longest ago goes.
 template <class Packed>
 class Kept {
  public:
   static constexpr size_t most = 256;
   using Options = std::vector<int64_t>;
 
-  // pack(copies) makes it of copies of the sources' bytes, which are contiguous. `options`: what else it is made of, as
-  // many numbers at every call, the number of sources among them.
+  // pack(copies) makes it of copies of the sources' bytes, which are contiguous. `options`: what else it is
+  // made of, as many numbers at every call, the number of sources among them.
   template <class Pack>
   std::shared_ptr<const Packed> get(const std::vector<View>& sources, Options options, const Pack& pack) {
     for (const View& v : sources) {
@@ -47,7 +47,8 @@ class Kept {
     Packed packed;
 
     template <class Pack>
-    Entry(const std::vector<View>& sources, const Pack& pack) : copies(copied(sources)), packed(pack(copies)) {}
+    Entry(const std::vector<View>& sources, const Pack& pack)
+        : copies(copied(sources)), packed(pack(copies)) {}
 
     bool is_of(const std::vector<View>& sources) const {
       for (size_t i = 0; i < copies.size(); ++i)

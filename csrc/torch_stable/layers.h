@@ -16,12 +16,14 @@ inline Activation activation_of(const std::string& text, const Name& name) {
 
 class Layers {
  public:
-  // Of `count` layers, the first of which takes `inputs` numbers. `input`: what their dtype is to be the same as; null:
-  // that of the first weight. `t`: a decoder's place among several, or -1.
-  Layers(const Tensor* weights, const Tensor* biases, int64_t count, int64_t inputs, const View* input, int64_t t) {
+  // Of `count` layers, the first of which takes `inputs` numbers. `input`: what their dtype is to be the same
+  // as; null: that of the first weight. `t`: a decoder's place among several, or -1.
+  Layers(const Tensor* weights, const Tensor* biases, int64_t count, int64_t inputs, const View* input,
+         int64_t t) {
     for (int64_t layer = 0; layer < count; ++layer) {
       const Name name{"weights", layer, t}, here{"layer", -1, t};
-      const View weight = contiguous(weights[layer], name), bias = contiguous(biases[layer], {"biases", layer, t});
+      const View weight = contiguous(weights[layer], name),
+                 bias = contiguous(biases[layer], {"biases", layer, t});
       if (!input) {
         check_ndim(weight, name, 2);
         check_floats(weight, name);
@@ -30,10 +32,11 @@ class Layers {
       if (weight.dtype != dtype || bias.dtype != dtype) {
         const std::string wanted = input ? dtype_name(dtype) + " as input"
                                          : "weight " + dtype_name(dtype) + " and bias " + dtype_name(dtype);
-        throw refusal(here, " ", layer, ": expected ", wanted, ", got weight ", dtype_name(weight.dtype), ", bias ",
-                      dtype_name(bias.dtype));
+        throw refusal(here, " ", layer, ": expected ", wanted, ", got weight ", dtype_name(weight.dtype),
+                      ", bias ", dtype_name(bias.dtype));
       }
-      if (weight.ndim() != 2 || weight.shape[1] != inputs || bias.ndim() != 1 || bias.shape[0] != weight.shape[0])
+      if (weight.ndim() != 2 || weight.shape[1] != inputs || bias.ndim() != 1 ||
+          bias.shape[0] != weight.shape[0])
         throw refusal(here, " ", layer, ": expected weight [out, ", inputs, "] and bias [out], got ",
                       list(weight.shape), " and ", list(bias.shape));
       check_float32(weight, name);

@@ -1,5 +1,6 @@
-// torch.ops.mprec for processes without Python: schemas and CPU implementations, registered when the library is loaded.
-// In a process where mprec's Python package has defined its operators, the library leaves all as it is.
+// torch.ops.mprec for processes without Python: schemas and CPU implementations, registered when the library
+// is loaded. In a process where mprec's Python package has defined its operators, the library leaves all as
+// it is.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -51,7 +52,10 @@ class Schemas {
   Schemas() {
     TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_fragment("mprec", __FILE__, __LINE__, &library_));
     for (const Operator& op : operators)
-      if (aoti_torch_library_def(library_, op.schema) != TORCH_SUCCESS) return undo();
+      if (aoti_torch_library_def(library_, op.schema) != TORCH_SUCCESS) {
+        undo();
+        return;
+      }
   }
   ~Schemas() { undo(); }
   bool are_ours() const { return library_ != nullptr; }

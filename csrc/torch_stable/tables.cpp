@@ -1,10 +1,9 @@
 // Bags of rows of tables.
-#include "embedding_bag/embedding_bag.h"
-
 #include <utility>
 #include <vector>
 
 #include "bags/served.h"
+#include "embedding_bag/embedding_bag.h"
 #include "rows/formats.h"
 #include "torch_stable/bags.h"
 #include "torch_stable/operators.h"
@@ -22,7 +21,8 @@ int32_t dtype_of(Format format) {
                                   : aoti_torch_dtype_float32();
 }
 
-// Views of tables, and what the kernel takes of them: where results go and which bags are whose is missing yet.
+// Views of tables, and what the kernel takes of them: where results go and which bags are whose is missing
+// yet.
 struct Tables {
   std::vector<View> views;
   std::vector<PooledTable> tables;
@@ -47,9 +47,11 @@ struct Tables {
     check_ndim(v, name, 2);
     check_floats(v, name);
     if (!views.empty() && v.dtype != views.front().dtype)
-      throw refusal(name, ": expected ", dtype_name(views.front().dtype), " as weights[0], got ", dtype_name(v.dtype));
+      throw refusal(name, ": expected ", dtype_name(views.front().dtype), " as weights[0], got ",
+                    dtype_name(v.dtype));
     if (v.dtype == ScalarType::Double)
-      throw refusal(name, ": without Python only float32, float16 and bfloat16 are served, got torch.float64");
+      throw refusal(name,
+                    ": without Python only float32, float16 and bfloat16 are served, got torch.float64");
     add(v, name, plain_format(v.dtype), v.shape[1]);
   }
 
@@ -105,8 +107,8 @@ Tensor pool(Tables of, const CheckedBags& checked, Format format) {
 }  // namespace
 
 Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const Tensor& offsets, int64_t mode,
-                     const std::optional<Tensor>& per_sample_weights, bool include_last_offset, int64_t padding_idx,
-                     bool, bool) {
+                     const std::optional<Tensor>& per_sample_weights, bool include_last_offset,
+                     int64_t padding_idx, bool, bool) {
   Tables table;
   table.add(weight, {"weight"});
   const CheckedBags bags(
@@ -117,8 +119,9 @@ Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const Tensor& 
 }
 
 Tensor embedding_bag_multi(const Tensors& weights, const Tensor& indices, const Tensor& offsets, int64_t mode,
-                           const std::optional<Tensor>& per_sample_weights, const std::optional<Numbers>& features,
-                           std::optional<int64_t> num_features, bool) {
+                           const std::optional<Tensor>& per_sample_weights,
+                           const std::optional<Numbers>& features, std::optional<int64_t> num_features,
+                           bool) {
   if (weights.empty()) throw refusal("weights: expected at least one table");
   const auto count = static_cast<int64_t>(weights.size());
   Tables tables;
@@ -132,7 +135,8 @@ Tensor embedding_bag_multi(const Tensors& weights, const Tensor& indices, const 
 Tensor quantized_embedding_bag_multi(const Tensors& rows, const Numbers& bits, const Tensor& indices,
                                      const Tensor& offsets, int64_t mode,
                                      const std::optional<Tensor>& per_sample_weights,
-                                     const std::optional<Numbers>& features, std::optional<int64_t> num_features) {
+                                     const std::optional<Numbers>& features,
+                                     std::optional<int64_t> num_features) {
   if (rows.empty() || bits.size() != rows.size())
     throw refusal("rows, bits: expected at least one, of equal number, got ", rows.size(), ", ", bits.size());
   const auto count = static_cast<int64_t>(rows.size());

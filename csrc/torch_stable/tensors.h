@@ -1,4 +1,5 @@
-// Tensors and strings as torch's stable ABI passes them, checked. What is wrong is said as mprec says it in Python.
+// Tensors and strings as torch's stable ABI passes them, checked. What is wrong is said as mprec says it in
+// Python.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -20,7 +21,8 @@ namespace mprec::stable {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What an error calls an argument: "indices", "weights[2]", "decoder 1: biases[0]". A text only when it is needed.
+// What an error calls an argument: "indices", "weights[2]", "decoder 1: biases[0]". A text only when it is
+// needed.
 struct Name {
   const char* word;
   int64_t item = -1, decoder = -1;

@@ -1,7 +1,8 @@
 // Scores batches with a model that AOTInductor compiled, in a process without Python:
 //   score libmprec_ops.so model.pt2 INPUTS OUTPUT [INPUTS OUTPUT ...]
-// INPUTS is a tuple of tensors that torch.save wrote, the model's arguments; OUTPUT is written for torch.load. Both
-// files come from and go to Python only in this example: a server would make its tensors itself (torch::from_blob).
+// INPUTS is a tuple of tensors that torch.save wrote, the model's arguments; OUTPUT is written for
+// torch.load. Both files come from and go to Python only in this example: a server would make its tensors
+// itself (torch::from_blob).
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -20,9 +21,9 @@ std::vector<at::Tensor> read_tensors(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw std::runtime_error("cannot read " + path);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+  const c10::IValue tuple = torch::jit::pickle_load(bytes);
   std::vector<at::Tensor> tensors;
-  for (const c10::IValue& value : torch::jit::pickle_load(bytes).toTupleRef().elements())
-    tensors.push_back(value.toTensor());
+  for (const c10::IValue& value : tuple.toTupleRef().elements()) tensors.push_back(value.toTensor());
   return tensors;
 }
 
