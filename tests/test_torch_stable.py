@@ -18,10 +18,13 @@ from pathlib import Path
 import pytest
 import stable_calls
 import torch
+from torch.export import Dim
 
+from mprec import nn
 from mprec.ops._table import OPS
 
 ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples/aoti"
 LIBRARY = os.environ.get("MPREC_OPS_LIBRARY")
 
 
@@ -164,36 +167,34 @@ def test_the_library_changes_nothing_of_mprec(code):
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
-    """A folder with the example's program and package, and a function that runs the program there."""
-    folder = tmp_path_factory.mktemp("aoti")
+def score(tmp_path_factory):
+    """Builds the example's program; ``score(folder, *files)`` runs it on the package in a folder."""
+    build = tmp_path_factory.mktemp("build")
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert cmake, "cmake is not installed: pip install mprec[test]"
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    run(cmake, "-S", ROOT / "examples/aoti", "-B", folder / "build", "-DCMAKE_BUILD_TYPE=Release", prefix)
-    run(cmake, "--build", folder / "build")
-    cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
-    run(sys.executable, ROOT / "examples/aoti/export_model.py", folder, env=cache)
+    run(cmake, "-S", EXAMPLE, "-B", build, "-DCMAKE_BUILD_TYPE=Release", prefix)
+    run(cmake, "--build", build)
 
-    def score(*files):
-        command = [folder / "build/score", LIBRARY, folder / "model.pt2", *files]
+    def score(folder, *files):
+        command = [build / "score", LIBRARY, folder / "model.pt2", *(folder / file for file in files)]
         # Nothing of this process's environment; the loader tells what it loads.
         return subprocess.run(command, env={"LD_DEBUG": "files"}, capture_output=True, text=True)
 
-    return folder, score
+    return score
 
 
-@needs_library
-def test_a_package_is_scored(scored):
-    folder, score = scored
-    sizes = sorted(int(path.stem.removeprefix("inputs")) for path in folder.glob("inputs*.pt"))
-    assert len(sizes) >= 3
-    files = [folder / name for n in sizes for name in (f"inputs{n}.pt", f"out{n}.pt")]
-    done = score(*files)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with what the example's script writes."""
+    folder = tmp_path_factory.mktemp("exported")
+    cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    run(sys.executable, EXAMPLE / "export_model.py", folder, env=cache)
+    return folder
+
+
+def check_scores(folder, sizes, done):
     assert done.returncode == 0, done.stderr[-3000:]
-    loaded = set(re.findall(r"file=(\S+)", done.stderr))
-    assert any("libmprec_ops" in file for file in loaded)
-    assert not [file for file in loaded if "python" in Path(file).name]
     for size in sizes:
         expected, found = (torch.load(folder / f"{name}{size}.pt") for name in ("scores", "out"))
         assert found.shape == (size,)
@@ -201,13 +202,74 @@ def test_a_package_is_scored(scored):
 
 
 @needs_library
-def test_a_bad_id_is_named(scored, tmp_path):
-    folder, score = scored
-    dense, ids, offsets = torch.load(folder / "inputs7.pt")
+def test_a_package_is_scored(score, exported):
+    sizes = sorted(int(path.stem.removeprefix("inputs")) for path in exported.glob("inputs*.pt"))
+    assert len(sizes) >= 3
+    done = score(exported, *(f"{name}{n}.pt" for n in sizes for name in ("inputs", "out")))
+    check_scores(exported, sizes, done)
+    loaded = set(re.findall(r"file=(\S+)", done.stderr))
+    assert any("libmprec_ops" in file for file in loaded)
+    assert not [file for file in loaded if "python" in Path(file).name]
+
+
+@needs_library
+def test_a_bad_id_is_named(score, exported):
+    dense, ids, offsets = torch.load(exported / "inputs7.pt")
     ids[int(offsets[7])] = 50_000  # the first one of the second feature
-    torch.save((dense, ids, offsets), tmp_path / "bad.pt")
-    done = score(tmp_path / "bad.pt", tmp_path / "out.pt")
+    torch.save((dense, ids, offsets), exported / "bad.pt")
+    done = score(exported, "bad.pt", "nothing.pt")
     assert done.returncode == 1
     said = r"indices\[\d+\] \(feature 1, bag \d\) is 50000, not in the valid range \[0, 50000\)"
     assert re.search(said, done.stderr), done.stderr[-3000:]
-    assert not (tmp_path / "out.pt").exists()
+    assert not (exported / "nothing.pt").exists()
+
+
+U7 = nn.DheConfig(k=32, hidden=(16,), family="u7")
+FEATURES = [
+    nn.FeatureConfig("a", 50, 8),
+    nn.FeatureConfig("b", 30, 8, "hybrid", dhe=U7),
+    nn.FeatureConfig("c", 9, 8, "dhe", dhe=U7),
+]
+
+
+class Serving(torch.nn.Module):
+    """Calls the operators that the example's model does not."""
+
+    def __init__(self):
+        super().__init__()
+        collection = nn.EmbeddingBagCollection(FEATURES)
+        rows, decoders = {"a": "int8", "b": "float16"}, {"b": "int8", "c": "float16"}
+        self.embeddings = nn.QuantizedEmbeddingBagCollection(collection, rows, decoders)
+        self.bag, self.hashed = nn.EmbeddingBag(20, 8, mode="mean"), nn.DeepHashEmbeddingBag(8, U7)
+        self.bottom, self.top = nn.MLP([4, 16, 8], last_activation="relu"), nn.MLP([8 + 21, 16, 1])
+        self.interaction = nn.DotInteraction()
+
+    def forward(self, dense, indices, offsets, ids):
+        vectors = self.embeddings(indices, offsets).unflatten(1, (-1, 8))
+        vectors = torch.cat([vectors, self.bag(ids)[:, None], self.hashed(ids)[:, None]], dim=1)
+        return self.top(self.interaction(self.bottom(dense), vectors)).squeeze(1)
+
+
+def serving_batch(size):
+    indices = torch.cat([torch.randint(f.num_embeddings, (2 * size,)) for f in FEATURES])
+    return torch.randn(size, 4), indices, torch.arange(0, 6 * size + 1, 2), torch.randint(20, (size, 3))
+
+
+@needs_library
+@torch.no_grad()
+def test_serving_modules_are_scored(score, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    model = Serving().eval()
+    program = torch.export.export(model, serving_batch(8), dynamic_shapes=({0: Dim.DYNAMIC},) * 4)
+    called = {str(node.target).split(".")[1] for node in program.graph.nodes if "mprec" in str(node.target)}
+    assert called == {
+        "embedding_bag", "quantized_embedding_bag_multi", "dhe_bag", "packed_dhe_bag_multi", "mlp",
+        "dot_interaction",
+    }  # fmt: skip
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    for size in (1, 5):
+        inputs = serving_batch(size)
+        torch.save(inputs, tmp_path / f"inputs{size}.pt")
+        torch.save(model(*inputs), tmp_path / f"scores{size}.pt")
+    check_scores(tmp_path, (1, 5), score(tmp_path, "inputs1.pt", "out1.pt", "inputs5.pt", "out5.pt"))
