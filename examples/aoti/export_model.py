@@ -2,7 +2,7 @@
 
     python export_model.py FOLDER
 
-writes model.pt2 there, and for some batch sizes each inputs{size}.pt, a tuple of tensors, and scores{size}.pt,
+writes model.pt2 there, and for some batch sizes inputs{size}.pt, a tuple of tensors, and scores{size}.pt,
 what the model gives in Python. The package takes batches of any size. In Python it needs mprec, elsewhere
 libmprec_ops.so.
 """
