@@ -125,6 +125,45 @@ def test_what_only_python_serves_is_refused_by_name(tmp_path):
         assert re.search(pattern, said), (pattern, said)
 
 
+RESIZED = """
+import sys
+import torch
+torch.ops.load_library(sys.argv[1])
+ids, ends = torch.tensor([8, 0, 1]), torch.tensor([0, 2, 3])
+for shorter in (0, 7):  # of table, IDs, offsets
+    for name in ("table", "ids", "ends"):
+        call = {"table": torch.randn(9, 4), "ids": ids.clone(), "ends": ends.clone()}
+        call[name].untyped_storage().resize_(shorter)
+        try:
+            torch.ops.mprec.embedding_bag(*call.values(), 0, None, True)
+        except ValueError as error:
+            assert "expected memory for all elements" in str(error), error
+        else:
+            raise AssertionError(name)
+"""
+
+THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import torch
+torch.ops.load_library(sys.argv[1])
+x = torch.randn(5, 8)
+stacks = [([torch.randn(16, 8), torch.randn(3, 16)], [torch.randn(16), torch.randn(3)]) for _ in range(300)]
+def run(i):
+    (first, second), (bias, last) = weights, biases = stacks[i % len(stacks)]
+    found = torch.ops.mprec.mlp(x, weights, biases, "relu", "none")
+    torch.testing.assert_close(found, (x @ first.T + bias).relu() @ second.T + last, rtol=1e-4, atol=1e-4)
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(run, range(3000)))
+"""
+
+
+@needs_library
+@pytest.mark.parametrize("code", [RESIZED, THREADS], ids=["resized storages", "several threads"])
+def test_in_a_process_of_its_own(code):
+    run(sys.executable, "-I", "-c", code, LIBRARY)
+
+
 # ------------------------------------------------------------------------------ beside mprec's Python package
 
 BESIDE = """
