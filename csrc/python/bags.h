@@ -8,7 +8,6 @@
 
 #include "bags/bags.h"
 #include "bags/check.h"
-#include "bags/select.h"
 #include "common/error.h"
 #include "python/arguments.h"
 #include "python/tensor.h"
@@ -81,46 +80,11 @@ inline int64_t largest_id(PyObject* bound) {
   return value - 1;
 }
 
-// The bags of the features that tables or decoders serve: all of the batch, in order, or those that a list
-// names, one for each. Offsets of the whole batch are checked then.
-class ServedBags {
- public:
-  ServedBags(const Bags& whole, const List& named) : whole_(whole), bags_(whole) {
-    if (!named) return;
-    bool as_they_are = named.size() == whole.num_features;
-    for (Py_ssize_t t = 0; t < named.size(); ++t) {
-      features_.push_back(named.up_to(whole.num_features - 1, t));
-      as_they_are &= features_.back() == t;
-    }
-    if (as_they_are) {
-      features_.clear();
-      return;
-    }
-    check_offsets(whole);
-    static thread_local SelectedBags selected;
-    select_features(whole, features_, selected);
-    bags_ = selected.bags;
-  }
-  const Bags& operator*() const { return bags_; }
-  const Bags* operator->() const { return &bags_; }
-
-  // Runs `call`. If it meets an invalid ID, the error says where in the whole batch that is; bound_of(t) is
-  // the bound of what the t-th of the served features is read by, or -1.
-  template <class Call, class BoundOf>
-  void run(const Call& call, const BoundOf& bound_of) const {
-    try {
-      call();
-    } catch (const IdError&) {
-      Bounds bounds;
-      for (size_t t = 0; t < features_.size(); ++t) bounds.emplace_back(features_[t], bound_of(t));
-      check_ids(whole_, bounds);
-      throw;
-    }
-  }
-
- private:
-  Bags whole_, bags_;
-  std::vector<int64_t> features_;  // empty: all
-};
+// Those that a list names, one for each table or decoder; of null none.
+inline std::vector<int64_t> named_features(const List& named, int64_t num_features) {
+  std::vector<int64_t> features;
+  for (Py_ssize_t t = 0; named && t < named.size(); ++t) features.push_back(named.up_to(num_features - 1, t));
+  return features;
+}
 
 }  // namespace mprec::python

@@ -3,6 +3,7 @@
 #include <utility>
 #include <vector>
 
+#include "bags/served.h"
 #include "embedding_bag/embedding_bag.h"
 #include "python/arguments.h"
 #include "python/bags.h"
@@ -73,7 +74,7 @@ py::object embedding_bag_multi(const Arguments<13>& a) {
     set_features(whole, named ? integer(a[12], "num_features") : count);
   }
   set_pooling(whole, a[4], a[3], count == 1 ? a[5] : Py_None);
-  const ServedBags bags(whole, named);
+  const ServedBags bags(whole, named_features(named, whole.num_features));
 
   std::vector<PooledTable> tables(count + 1);
   std::vector<Tensor> views;
