@@ -3,6 +3,7 @@
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.dense import MLP, DotInteraction
 from mprec.nn.embedding import DeepHashEmbedding, Embedding, LowRankEmbedding, LowRankEmbeddingBag
+from mprec.nn.growing import GrowingVocabulary
 from mprec.nn.hybrid import HybridEmbeddingBag
 from mprec.nn.low_rank import LowRankEmbeddingBagCollection, LowRankTable
 from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
@@ -26,6 +27,7 @@ __all__ = [
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "FeatureConfig",
+    "GrowingVocabulary",
     "HybridEmbeddingBag",
     "LowRankEmbedding",
     "LowRankEmbeddingBag",
