@@ -58,6 +58,19 @@ def test_a_parameter_that_becomes_a_negation():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_lazy_negations_in_a_batch_of_features(which):
+    features = [FeatureConfig("a", 5, 3), FeatureConfig("b", 5, 3, "hybrid", dhe=SMALL)]
+    for chosen in (features[:1], features[1:]):
+        collection = EmbeddingBagCollection(chosen)
+        call = [I, ENDS, torch.rand(4)]
+        lazy = [*call]
+        lazy[which] = torch._neg_view(-call[which])
+        for module in (collection, mprec.nn.QuantizedEmbeddingBagCollection(collection, tables="float32")):
+            torch.testing.assert_close(module(*lazy), module(*call))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("which", ["input", "per_sample_weights", "coefficients", "weight"])
 def test_lazy_negations_in_decoders(which):
     module = DeepHashEmbeddingBag(3, SMALL)

@@ -1,5 +1,7 @@
 """The collections of mprec.nn.torchrec against TorchRec's own, and in its DLRM."""
 
+import copy
+
 import pytest
 import torch
 
@@ -86,6 +88,25 @@ def test_dlrm_gives_the_same():
     b.load_state_dict(a.state_dict())
     dense, features = torch.randn(3, 3), batch("f2", "f3", "f1")
     torch.testing.assert_close(b(dense, features), a(dense, features))
+
+
+def test_torchrecs_quantisation_is_for_its_own_collection():
+    """It looks for exactly that class: ours stays in float32, as its docstring says. Weights go there."""
+    modules = pytest.importorskip("torchrec.inference.modules", exc_type=ImportError)
+    torch.manual_seed(0)
+    model = model_of(ours.EmbeddingBagCollection(tables=tables())).eval()
+    dense, features = torch.randn(3, 3), batch("f1", "f2", "f3")
+    with torch.no_grad():
+        before = model(dense, features)
+        left = modules.quantize_inference_model(copy.deepcopy(model))
+        assert isinstance(left.sparse_arch.embedding_bag_collection, ours.EmbeddingBagCollection)
+        assert torch.equal(left(dense, features), before)
+        twin = model_of(theirs.EmbeddingBagCollection(tables=tables())).eval()
+        twin.load_state_dict(model.state_dict())
+        quantized = modules.quantize_inference_model(twin)
+        out = quantized(dense, features)
+    assert not torch.equal(out, before)
+    torch.testing.assert_close(out, before, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("representation", ["table", DheConfig(k=16, hidden=(8,)), "low_rank"])
