@@ -289,8 +289,9 @@ def test_scripted_modules(options):
     torch.testing.assert_close(loaded(I, offsets), plain(I, offsets))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("multi", [False, True])
-def test_compiled_look_ups_with_sparse_gradients(multi):
+def test_compiled_look_ups_with_sparse_gradients(multi, backend):
     torch._dynamo.reset()
     if multi:
         module = EmbeddingBagCollection([FeatureConfig("a", 10, 4)], sparse=True)
@@ -298,7 +299,7 @@ def test_compiled_look_ups_with_sparse_gradients(multi):
     else:
         module = EmbeddingBag(10, 4, mode="sum", sparse=True)
         weight, call = module.weight, (torch.tensor([1, 2]), torch.tensor([0]))
-    compiled = torch.compile(module, backend="aot_eager")
+    compiled = torch.compile(module, backend=backend)
     compiled(*call).sum().backward()
     assert weight.grad.is_sparse
     assert torch.equal(weight.grad.to_dense().sum(1), torch.eye(10)[[1, 2]].sum(0) * 4)

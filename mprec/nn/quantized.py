@@ -113,6 +113,9 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
 
         model.embeddings = QuantizedEmbeddingBagCollection(model.embeddings, tables="int8")
 
+    One of a collection on the meta device takes rows that there are already, as its own memory, by
+    ``load_state_dict(rows, assign=True)``.
+
     Args:
         collection: in float32 on the CPU; not changed, and not kept.
         tables: one of :data:`mprec.row_formats.ROW_FORMATS`, such as ``"int8"``, for all features or by name
