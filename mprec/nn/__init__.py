@@ -10,6 +10,7 @@ from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
 from mprec.nn.memory import use_huge_pages
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import SwapReport, swap
+from mprec.nn.together import embed_together
 from mprec.nn.unseen import MeanForUnseen
 from mprec.options import RunOptions
 from mprec.representations import DheConfig, FeatureConfig, with_representation
@@ -40,6 +41,7 @@ __all__ = [
     "RunOptions",
     "SwapReport",
     "auto_options",
+    "embed_together",
     "folded",
     "option_candidates",
     "swap",
