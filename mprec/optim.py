@@ -383,7 +383,8 @@ class RowWiseAdagrad(_TableOptimizer):
 class Adam(_TableOptimizer):
     """Adam (Kingma and Ba 2015) on the rows that a batch uses, as ``torch.optim.SparseAdam``.
 
-    The moments of other rows are left alone. With ``weight_decay`` it is AdamW on those rows. State: ``exp_avg`` and ``exp_avg_sq`` [rows, dim] float32.
+    The moments of other rows are left alone. With ``weight_decay`` it is AdamW on those rows. State:
+    ``exp_avg`` and ``exp_avg_sq`` [rows, dim] float32.
     """
 
     _rule = "adam"

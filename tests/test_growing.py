@@ -132,9 +132,7 @@ def test_many_keys_over_many_steps():
         assert vocabulary.step(table).tolist() == model.step()
     assert len(vocabulary) == len(model.rows) == capacity - 1
     keys, rows = vocabulary.known()
-    assert {k: r for k, (r, _) in model.rows.items()} == dict(
-        zip(keys.tolist(), rows.tolist(), strict=True)
-    )
+    assert {k: r for k, (r, _) in model.rows.items()} == dict(zip(keys.tolist(), rows.tolist(), strict=True))
     assert sorted(rows.tolist()) == list(range(1, capacity))
 
 

@@ -49,7 +49,9 @@ def test_reset_after_to_empty(name):
 def low_rank():
     g = torch.Generator().manual_seed(1)
     tables = {
-        f.name: nn.LowRankTable(*(torch.randn(*s, generator=g) for s in ((f.num_embeddings, 2), (2, 4), (4,))))
+        f.name: nn.LowRankTable(
+            *(torch.randn(*s, generator=g) for s in ((f.num_embeddings, 2), (2, 4), (4,)))
+        )
         for f in FEATURES
     }
     with torch.device("cpu"):

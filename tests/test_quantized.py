@@ -170,7 +170,9 @@ def test_from_rows_without_memory_for_numbers(precision):
     assert all(buffer.is_meta for buffer in empty.buffers())
     state = made.state_dict()
     empty.load_state_dict(state, assign=True)
-    assert all(empty.tables[f.name].rows.data_ptr() == state[f"tables.{f.name}.rows"].data_ptr() for f in FEATURES)
+    assert all(
+        empty.tables[f.name].rows.data_ptr() == state[f"tables.{f.name}.rows"].data_ptr() for f in FEATURES
+    )
     assert torch.equal(empty(*batch(4)), made(*batch(4)))
 
 

@@ -236,9 +236,9 @@ def test_what_swap_refuses_leaves_the_model_alone():
         swap(model, lambda name, module: 7)
     with pytest.raises(TypeError, match="dhe: expected a DheConfig, got dict"):
         swap(model, dhe={"user": SMALL})
-    with pytest.raises(ValueError, match="dhe: has no meaning for representation='table'.*say .*='dhe'"):
+    with pytest.raises(ValueError, match=r"dhe: has no meaning for representation='table'.*say .*='dhe'"):
         swap(model, dhe=SMALL)
-    with pytest.raises(ValueError, match="rank: has no meaning for representation='table'.*'low_rank'"):
+    with pytest.raises(ValueError, match=r"rank: has no meaning for representation='table'.*'low_rank'"):
         swap(model, rank=2)
     model.items[1].max_norm = 1.0
     with pytest.raises(ValueError, match=r"items\.1: max_norm=1\.0 has no meaning"):

@@ -171,13 +171,13 @@ class GrowingVocabulary(nn.Module):
 
     def _check_training(self) -> None:
         ranks = torch.distributed
-        if not self.sharded and ranks.is_available() and ranks.is_initialized():
-            if (size := ranks.get_world_size()) > 1:
-                raise RuntimeError(
-                    "a growing vocabulary counts the keys of its own process, and torch.distributed runs "
-                    f"{size}: the same row would be another key's in each. Say sharded=True if each process "
-                    "holds tables of its own"
-                )
+        alone = self.sharded or not ranks.is_available() or not ranks.is_initialized()
+        if not alone and (size := ranks.get_world_size()) > 1:
+            raise RuntimeError(
+                "a growing vocabulary counts the keys of its own process, and torch.distributed runs "
+                f"{size}: the same row would be another key's in each. Say sharded=True if each process "
+                "holds tables of its own"
+            )
         self._passes += 1
         if self._passes > _MOST_PASSES:
             raise RuntimeError(
@@ -214,8 +214,8 @@ class GrowingVocabulary(nn.Module):
         return entries
 
     def _forget_candidates(self, wanted: int) -> None:
-        """Where ``wanted`` more find no room: at least a quarter of the candidates that are allowed, those met
-        longest ago, of equals the rarer and then the smaller keys; never one that this step has met."""
+        """Where ``wanted`` more find no room: at least a quarter of the candidates that are allowed, those
+        met longest ago, of equals the rarer and then the smaller keys; never one that this step has met."""
         lacking = self._num_candidates + wanted - self.candidates
         if lacking <= 0:
             return
@@ -292,8 +292,8 @@ class GrowingVocabulary(nn.Module):
         without = int((rows == _CANDIDATE).sum())
         if (capacity, shared) != (self.capacity, self.shared) or without > self.candidates:
             raise ValueError(
-                f"a vocabulary of capacity {capacity}, {shared} shared rows and {without} candidates does not fit "
-                f"into one of {self.capacity}, {self.shared} and at most {self.candidates}"
+                f"a vocabulary of capacity {capacity}, {shared} shared rows and {without} candidates does "
+                f"not fit into one of {self.capacity}, {self.shared} and at most {self.candidates}"
             )
         self.reset_parameters()
         self._step = step
@@ -332,8 +332,9 @@ def _listed(given) -> list:
 
 
 def _weight(table: nn.Module | Tensor, capacity: int) -> Tensor:
-    weight = table if isinstance(table, Tensor) else getattr(table, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_leaf:  # a deep hash embedding's is made as it is read
+    # Of a module a parameter: that of a deep hash embedding is made as it is read.
+    weight = table if isinstance(table, Tensor) else table._parameters.get("weight")
+    if weight is None or not weight.is_leaf:
         raise ValueError(f"tables: expected modules with a weight, or weights, got {type(table).__name__}")
     if weight.dim() != 2 or len(weight) != capacity:
         raise ValueError(f"tables: expected a weight of {capacity} rows, got {tuple(weight.shape)}")

@@ -82,7 +82,9 @@ def test_rows_are_fbgemms_byte_for_byte(precision, dim):
     assert torch.equal(form.encode(rows), encode(rows))
     assert torch.equal(form.decode(encode(rows)), decode(encode(rows)))
     rows[7], rows[8, 0] = torch.nan, torch.inf
-    torch.testing.assert_close(form.decode(encode(rows)), decode(encode(rows)), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        form.decode(encode(rows)), decode(encode(rows)), equal_nan=True, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

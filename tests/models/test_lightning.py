@@ -25,7 +25,9 @@ def fit(module, steps, **options):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet["enable_model_summary"] = False
     torch.manual_seed(0)
-    lightning.Trainer(accelerator="cpu", devices=1, max_steps=steps, **quiet, **options).fit(module, batches())
+    lightning.Trainer(accelerator="cpu", devices=1, max_steps=steps, **quiet, **options).fit(
+        module, batches()
+    )
 
 
 class Clicks(lightning.LightningModule):
@@ -112,7 +114,10 @@ class ByHand(Clicks):
 
     def configure_optimizers(self):
         tables, rest = mprec.optim.split_parameters(self)
-        return [mprec.optim.RowWiseAdagrad(tables, lr=0.1, in_backward=False), torch.optim.Adam(rest, lr=0.01)]
+        return [
+            mprec.optim.RowWiseAdagrad(tables, lr=0.1, in_backward=False),
+            torch.optim.Adam(rest, lr=0.01),
+        ]
 
 
 def test_two_optimizers_by_the_manual_loop():

@@ -91,7 +91,7 @@ def test_dlrm_gives_the_same():
 
 
 def test_a_swapped_model_is_still_torchrecs():
-    """Its bags become mprec's, its collection stays: TorchRec's tools find it, and put their own kernels in."""
+    """Its bags become mprec's, its collection stays: TorchRec's tools find it and put their own kernels in."""
     quantisation = pytest.importorskip("torchrec.quant.embedding_modules", exc_type=ImportError)
     modules = pytest.importorskip("torchrec.inference.modules", exc_type=ImportError)
     optim = pytest.importorskip("torchrec.optim", exc_type=ImportError)
@@ -111,9 +111,7 @@ def test_a_swapped_model_is_still_torchrecs():
             weight=torch.ao.quantization.PlaceholderObserver.with_args(dtype=torch.qint8),
         )
         alone = quantisation.EmbeddingBagCollection.from_float(collection)
-        torch.testing.assert_close(
-            alone(features).values(), collection(features).values(), atol=0.01, rtol=0
-        )
+        torch.testing.assert_close(alone(features).values(), collection(features).values(), atol=0.01, rtol=0)
         whole = modules.quantize_inference_model(copy.deepcopy(model))
         torch.testing.assert_close(whole(dense, features), before, atol=0.05, rtol=0)
     optim.apply_optimizer_in_backward.apply_optimizer_in_backward(
@@ -122,7 +120,9 @@ def test_a_swapped_model_is_still_torchrecs():
     weight = collection.embedding_bags["t2"].weight
     start = weight.detach().clone()
     collection(features).values().sum().backward()
-    torch.testing.assert_close(weight, start - 0.1 * torch.bincount(torch.tensor([19, 7, 6, 5]), minlength=20)[:, None])
+    torch.testing.assert_close(
+        weight, start - 0.1 * torch.bincount(torch.tensor([19, 7, 6, 5]), minlength=20)[:, None]
+    )
 
 
 def test_torchrecs_quantisation_is_for_its_own_collection():
