@@ -45,36 +45,22 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32])
-def test_vectors_of_any_shapes(grad, dtype, kind, calls):
-    modules = tables(4, 3, 17, 4, 5, dtype=dtype)
+def test_vectors_of_any_shapes(grad, kind, calls):
+    modules = tables(4, 3, 17, 4, 5)
+    owner = mprec.optim.SGD(modules.parameters())
     shapes = (6,), (6, 1), (2, 3), (5,), ()
     ids = [torch.randint(9, shape).to(kind) for shape in shapes]
     ids[1] = torch.randint(9, (6, 4)).to(kind)[:, 1:2]  # a column of a batch
     with torch.set_grad_enabled(grad):
         same(embed_together(modules, ids), alone(modules, ids))
-    assert calls == [3]
+    assert calls == ([3] if grad else [])  # without gradients each by itself is faster
     same(embed_together(iter(modules), iter(ids)), alone(modules, ids))
     assert embed_together([], []) == []
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_gradients(sparse, calls):
-    modules = tables(4, 3, 5, sparse=sparse)
-    twins = copy.deepcopy(modules)
-    ids = [torch.randint(9, (4, 2)) for _ in range(4)]
-    shared = [*modules, modules[0]], [*twins, twins[0]]  # one table for two features
-    losses = (
-        sum((v * (n + 1)).square().sum() for n, v in enumerate(vectors))
-        for vectors in (embed_together(shared[0], ids), alone(shared[1], ids))
-    )
-    for loss in losses:
-        loss.backward()
-    assert calls == [4]
-    for ours, plain in zip(modules, twins, strict=True):
-        assert ours.weight.grad.is_sparse == sparse
-        torch.testing.assert_close(ours.weight.grad.to_dense(), plain.weight.grad.to_dense())
+    owner.release()
+    calls.clear()
+    same(embed_together(modules, ids), alone(modules, ids))
+    assert calls == []
 
 
 @pytest.mark.parametrize("make", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam"])
@@ -128,16 +114,18 @@ def test_whatever_is_not_plain_is_called_by_itself(name, calls):
     modules = nn.ModuleList([Embedding(9, 4), OTHERS[name](), Embedding(9, 4)])
     twins = copy.deepcopy(modules)
     ids = [torch.tensor([2, 2, 8, 0, 1]) for _ in modules]
+    owned = range(3) if name in ("a forward of its own", "hooks", "max_norm", "padding") else (0, 2)
+    owners = [mprec.optim.SGD([each[i].weight for i in owned], lr=0.1) for each in (modules, twins)]
     found, expected = embed_together(modules, ids), alone(twins, ids)
     same(found, expected)
     assert calls == [2]
     for vectors in (found, expected):
         sum(v.square().sum() for v in vectors).backward()
     for ours, plain in zip(modules.parameters(), twins.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(ours.grad, plain.grad)
-    with torch.no_grad():
-        same(embed_together(modules, ids), alone(modules, ids))
-    assert calls[1] == (3 if name == "padding" else 2)
+    assert modules[0].weight.grad is None
+    assert len(owners) == 2
 
 
 def test_a_swapped_model_keeps_its_modules(calls):
@@ -145,35 +133,28 @@ def test_a_swapped_model_keeps_its_modules(calls):
     ids = [torch.tensor([1, 5]), torch.tensor([0, 8])]
     expected = alone(model.values(), ids)
     swap(model)
+    owner = mprec.optim.SGD(model.parameters())
     same(embed_together(model.values(), ids), expected)
     assert calls == [2]
     traced = torch.compile(lambda *ids: embed_together(model.values(), ids), backend="eager", fullgraph=True)
     same(traced(*ids), expected)
+    assert calls == [2]
+    del owner
 
 
 def test_errors_are_the_modules_own():
     modules = tables(4, 3)
+    owner = mprec.optim.SGD(modules.parameters())
     for bad in (9, -1):
-        with pytest.raises(IndexError) as own:
-            alone(modules, [torch.tensor([0]), torch.tensor([bad])])
-        with pytest.raises(own.type) as error:
-            embed_together(modules, [torch.tensor([0]), torch.tensor([bad])])
+        ids = [torch.tensor([0]), torch.tensor([bad])]
+        with pytest.raises(IdOutOfRangeError) as own:
+            alone(modules, ids)
+        with pytest.raises(IdOutOfRangeError) as error:
+            embed_together(modules, ids)
         assert str(error.value) == str(own.value)
-    optimizer = mprec.optim.SGD(modules.parameters())
-    with pytest.raises(IdOutOfRangeError):
-        embed_together(modules, [torch.tensor([0]), torch.tensor([9])])
-    del optimizer
     with pytest.raises(ValueError, match="as many modules as tensors of IDs, got 2 and 1"):
         embed_together(modules, [torch.tensor([0])])
-
-
-def test_vectors_may_be_written_in_place():
-    modules = tables(4, 3)
-    ids = [torch.tensor([1, 2]), torch.tensor([3, 3])]
-    first, second = embed_together(modules, ids)
-    first.mul_(2.0)
-    expected = alone(modules, ids)
-    same([first, second], [2 * expected[0], expected[1]])
-    (first.sum() + second.sum()).backward()
-    assert modules[0].weight.grad.sum() == 2 * 2 * 4
-    assert modules[1].weight.grad.sum() == 2 * 3
+    first, _ = embed_together(modules, [torch.tensor([1, 2]), torch.tensor([3, 3])])
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        first.mul_(2.0)
+    del owner

@@ -114,9 +114,7 @@ def test_a_swapped_model_is_still_torchrecs():
         torch.testing.assert_close(alone(features).values(), collection(features).values(), atol=0.01, rtol=0)
         whole = modules.quantize_inference_model(copy.deepcopy(model))
         torch.testing.assert_close(whole(dense, features), before, atol=0.05, rtol=0)
-    optim.apply_optimizer_in_backward.apply_optimizer_in_backward(
-        torch.optim.SGD, collection.parameters(), {"lr": 0.1}
-    )
+    optim.apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": 0.1})
     weight = collection.embedding_bags["t2"].weight
     start = weight.detach().clone()
     collection(features).values().sum().backward()
