@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import mprec.optim
 from mprec.nn import DheConfig, embed_together, swap
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -229,18 +230,25 @@ def test_other_representations_train(case, representation):
     assert all(p.grad is not None for p in new)
 
 
-def test_loops_over_a_dictionary_or_a_list_are_one_call():
-    """Where they stand in a model's code, as these libraries have them."""
+def test_a_loop_over_a_dictionary_is_one_call():
+    """As it stands in deepctr's code."""
     model, _ = deepctr("DeepFM")
     swap(model)
+    owner = mprec.optim.SGD(model.embedding_dict.parameters())
     batch = torch.stack([ids(20), ids(30), ids(9)], 1).float()
     expected, _ = model.input_from_feature_columns(batch, model.dnn_feature_columns, model.embedding_dict)
     columns = [batch[:, slice(*model.feature_index[name])].long() for name in model.embedding_dict]
     for ours, theirs in zip(embed_together(model.embedding_dict.values(), columns), expected, strict=True):
         assert torch.equal(ours, theirs)
+    assert len(owner.state) == 2
 
+
+def test_a_loop_over_a_list_is_one_call():
+    """As it stands in pytorch-tabular's code."""
     layer, _ = pytorch_tabular("Embedding1dLayer")
     swap(layer)
+    owner = mprec.optim.SGD(layer.parameters())
     categories = torch.stack([ids(20), ids(30)], 1)
     theirs = layer({"continuous": torch.zeros(BATCH, 1), "categorical": categories})[:, 1:]
     assert torch.equal(torch.cat(embed_together(layer.cat_embedding_layers, categories.unbind(1)), 1), theirs)
+    assert len(owner.state) == 2

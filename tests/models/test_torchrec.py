@@ -91,7 +91,7 @@ def test_dlrm_gives_the_same():
 
 
 def test_a_swapped_model_is_still_torchrecs():
-    """Its bags become mprec's, its collection stays: TorchRec's tools find it and put their own kernels in."""
+    """Its bags become mprec's, its collection stays: TorchRec's tools find it, with kernels of their own."""
     quantisation = pytest.importorskip("torchrec.quant.embedding_modules", exc_type=ImportError)
     modules = pytest.importorskip("torchrec.inference.modules", exc_type=ImportError)
     optim = pytest.importorskip("torchrec.optim", exc_type=ImportError)
