@@ -179,7 +179,7 @@ void test_update_tables(const std::string& isa, int threads) {
       for (bool weighted : {false, true}) {
         if (rule == Rule::assign) continue;
         Table tables[] = {Table(rule, 40, 17, random), Table(rule, 9, 5, random)};
-        const int64_t batch = threads > 1 ? 700 : 30, total = 24;
+        const int64_t batch = threads > 1 ? 1100 : 30, total = 24;
         std::vector<int64_t> ids, offsets{0};
         for (const Table& t : tables)
           for (int64_t b = 0; b < batch; ++b) {
