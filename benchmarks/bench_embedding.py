@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mprec import ops
+from mprec import nn, ops
 
 BATCHES = [1, 2048, 8192, 50_000]
 
@@ -48,3 +48,27 @@ def test_gradient(benchmark, rows, batch, who):
     out = CALLS[who](ids, weight)
     grad = torch.ones_like(out)
     benchmark(torch.autograd.grad, out, weight, grad, retain_graph=True)
+
+
+#: 26 features looked up side by side, as models do that keep an embedding for each.
+SIDE_BY_SIDE = {
+    "torch, each by itself": lambda plain, ours, all_, ids: [m(i) for m, i in zip(plain, ids, strict=True)],
+    "mprec, each by itself": lambda plain, ours, all_, ids: [m(i) for m, i in zip(ours, ids, strict=True)],
+    "mprec, together": lambda plain, ours, all_, ids: nn.embed_together(ours, ids),
+    "mprec, a collection": lambda plain, ours, all_, ids: all_(
+        torch.cat(ids), torch.arange(len(ids) * len(ids[0]) + 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 128, 2048])
+@pytest.mark.parametrize("who", SIDE_BY_SIDE)
+def test_26_features(benchmark, batch, who):
+    all_ = nn.EmbeddingBagCollection([nn.FeatureConfig(f"f{i}", 20_000, 16) for i in range(26)])
+    weights = [table.weight.detach() for table in all_.tables.values()]
+    plain = [torch.nn.Embedding.from_pretrained(w, freeze=False) for w in weights]
+    ours = [nn.Embedding.from_pretrained(w, freeze=False) for w in weights]
+    ids = [torch.randint(20_000, (batch,)) for _ in weights]
+
+    with torch.inference_mode():
+        benchmark(SIDE_BY_SIDE[who], plain, ours, all_, ids)

@@ -396,6 +396,7 @@ def update_tables(
     eps: Any,
     beta1: Any,
     beta2: Any,
+    keep: Any,
     threads: Any,
 ) -> None: ...
 def use_isa(name: Any) -> None: ...

@@ -85,7 +85,7 @@ class Bags(NamedTuple):
     @property
     def batch(self) -> int:
         """B, for shapes: offsets are not checked."""
-        bags = self.offsets.shape[0] - self.include_last_offset
+        bags = self.offsets.shape[0] - int(self.include_last_offset)  # tracers take no bool from a size
         return bags if self.num_features == 1 else bags // self.num_features
 
     def served(self, count: int) -> list[int]:
@@ -154,7 +154,7 @@ class Bags(NamedTuple):
 
     def check_number(self) -> None:
         """``InvalidOffsetsError`` unless ``num_features`` divides the number of bags."""
-        bags = self.offsets.shape[0] - self.include_last_offset
+        bags = self.offsets.shape[0] - int(self.include_last_offset)
         if self.num_features < 1:
             raise ValueError(f"num_features: expected at least 1, got {self.num_features}")
         if bags < 0 and self.num_features == 1:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from mprec._native import hash_families
+from mprec.errors import DtypeError
 from mprec.names import FAMILIES, code
 
 __all__ = [
@@ -30,9 +31,11 @@ __all__ = [
     "coefficient_rows",
     "coefficients",
     "families_for",
+    "ids_of_keys",
 ]
 
 PRIME = 2**31 - 1
+MAX_ID = 2**63 - 1
 ARTIFACT_PRIME = 1_000_003
 ARTIFACT_BUCKETS = 1_000_000
 
@@ -74,6 +77,20 @@ def check_family(name: str, k: int) -> Family:
             f"k: expected a multiple of {family.together} (hashes that {name} transforms at once), got {k}"
         )
     return family
+
+
+def ids_of_keys(keys: torch.Tensor) -> torch.Tensor:
+    """IDs of deep hash embeddings, in ``[0, 2**63)``, from 64-bit keys, such as hashes of text: int64, of the
+    shape of ``keys``, which may be of any integer type.
+
+    A key that is not negative is its own ID, and of a negative one the sign bit is left out. So two keys
+    share an ID if they differ in the sign bit alone: of n random keys two do with a probability of about
+    n² / 2^64, and a small negative number shares its ID with none that occurs.
+    """
+    if keys.is_floating_point() or keys.is_complex() or keys.dtype == torch.bool:
+        raise DtypeError(f"keys: expected integers, got {keys.dtype}")
+    wide = keys.view(torch.int64) if keys.dtype == torch.uint64 else keys.to(torch.int64)
+    return wide & MAX_ID
 
 
 def coefficient_rows(family: str) -> int:

@@ -17,6 +17,10 @@ table by the same kernels: for gradient accumulation, clipping, ``torch.amp.Grad
 replicas whose gradients ``DistributedDataParallel`` exchanges. A sparse gradient (modules with
 ``sparse=True``) updates the rows that it has, a dense one every row, with zeros for those that no batch met.
 
+``weight_decay=λ`` is decoupled (Loshchilov and Hutter 2019): a row is multiplied by ``1 - lr·λ`` in each step
+that has a gradient for it, and its gradient is as without. Rows that no batch meets do not decay, as in
+FBGEMM: to let them, every step would have to write every row. For tables on the CPU.
+
 Gradients that backward passes apply are not exchanged between processes. Where ``torch.distributed`` runs
 with more than one, such a pass raises ``RuntimeError`` rather than let replicas drift apart;
 ``sharded=True`` says that each process holds tables of its own.
@@ -41,8 +45,11 @@ from mprec.ops._updates import update_tables
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "split_parameters"]
 
-#: Options of torch's optimizers that would change an update here.
+#: Options of torch's optimizers that would change an update here. Its weight decay is another one: of every
+#: row, or part of the gradient.
 _UNSUPPORTED = {"weight_decay", "maximize", "momentum", "nesterov", "amsgrad", "dampening"}
+#: Options that have no meaning here.
+_IGNORED = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -64,6 +71,14 @@ def _zeros(weight: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=weight.device)
 
 
+def _check_decay(weight: Tensor, group: dict) -> None:
+    if group["weight_decay"] and weight.is_cuda:
+        raise ValueError(
+            f"weight_decay: expected 0 for a table on {weight.device}, got {group['weight_decay']}: decay is "
+            "for tables on the CPU"
+        )
+
+
 def _non_negative(name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
@@ -82,7 +97,7 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, defaults: dict, sharded: bool, in_backward: bool):
         self.sharded, self.in_backward = sharded, in_backward
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "weight_decay"):
             _non_negative(name, defaults.get(name, 0.0))
         super().__init__(params, defaults)
 
@@ -92,6 +107,7 @@ class _TableOptimizer(torch.optim.Optimizer):
         try:
             for weight in group["params"]:
                 self._check(weight)
+                _check_decay(weight, group)
             for weight in group["params"]:
                 fused.attach(weight, self)
         except ValueError:
@@ -140,15 +156,24 @@ class _TableOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         try:
             for group in self.param_groups:
-                for name in sorted(_UNSUPPORTED & group.keys()):
-                    if group[name]:
-                        raise ValueError(f"state_dict: {name}={group[name]} is not supported")
-                group.update({name: value for name, value in self.defaults.items() if name not in group})
+                self._adopt_options(group)
                 for weight in group["params"]:
                     self._adopt_state(weight, group)
         except ValueError:
             super().load_state_dict(before)
             raise
+
+    def _adopt_options(self, group: dict) -> None:
+        """A loaded group's options, ours or those of torch's optimizer of the same name."""
+        from_torch = not _IGNORED.isdisjoint(group) or "maximize" in group
+        for name in sorted(_UNSUPPORTED & group.keys()):
+            if group[name] and (from_torch or name not in self.defaults):
+                raise ValueError(f"state_dict: {name}={group[name]} is not supported")
+        for name in (_UNSUPPORTED | _IGNORED) - self.defaults.keys():
+            group.pop(name, None)
+        group.update({name: value for name, value in self.defaults.items() if name not in group})
+        for weight in group["params"]:
+            _check_decay(weight, group)
 
     def _adopt_state(self, weight: Tensor, group: dict) -> None:
         state = self.state[weight]
@@ -188,7 +213,11 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
         """(lr, eps, beta1, beta2) of the native update at the given step, counted from 1."""
-        return group["lr"], group.get("eps", 0.0), 0.0, 0.0
+        return self._rate(group, step), group.get("eps", 0.0), 0.0, 0.0
+
+    def _rate(self, group: dict, step: int) -> float:
+        """The learning rate at the given step."""
+        return group["lr"]
 
     def apply_bags(
         self,
@@ -205,9 +234,12 @@ class _TableOptimizer(torch.optim.Optimizer):
         taken equally many steps; ``mprec.ops.fused`` sees to that.
         """
         group = self._group_of(weights[0])
+        for weight in weights:
+            _check_decay(weight, group)
         states = [self.state[weight] for weight in weights]
         torch._foreach_add_([state["step"] for state in states], 1)
-        lr, eps, *betas = self._hyperparameters(group, int(states[0]["step"].item()))
+        step = int(states[0]["step"].item())
+        lr, eps, *betas = self._hyperparameters(group, step)
         kinds = [[state[key] for state in states] for key in self._states]
         if weights[0].is_cuda:
             name, hyperparameters = self._on_device
@@ -218,7 +250,8 @@ class _TableOptimizer(torch.optim.Optimizer):
                 *({"lr": lr, "eps": eps}[key] for key in hyperparameters),
             )  # fmt: skip
             return
-        update_tables(self._rule, weights, kinds, bags, grad, columns, lr, eps, tuple(betas))
+        keep = 1 - self._rate(group, step) * group["weight_decay"]
+        update_tables(self._rule, weights, kinds, bags, grad, columns, lr, eps, tuple(betas), keep)
         mutated(*weights)
 
     def group_key(self, weight: Tensor) -> tuple[int, int]:
@@ -267,9 +300,15 @@ class SGD(_TableOptimizer):
     _on_device = "table_sgd_", ("lr",)
 
     def __init__(
-        self, params: Iterable, lr: float = 1e-3, *, sharded: bool = False, in_backward: bool = True
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        sharded: bool = False,
+        in_backward: bool = True,
     ):
-        super().__init__(params, {"lr": lr}, sharded, in_backward)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, sharded, in_backward)
 
 
 class Adagrad(_TableOptimizer):
@@ -289,6 +328,7 @@ class Adagrad(_TableOptimizer):
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         *,
+        weight_decay: float = 0.0,
         sharded: bool = False,
         in_backward: bool = True,
     ):
@@ -298,6 +338,7 @@ class Adagrad(_TableOptimizer):
             "lr": lr,
             "lr_decay": lr_decay,
             "eps": eps,
+            "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
         }
         super().__init__(params, defaults, sharded, in_backward)
@@ -306,8 +347,8 @@ class Adagrad(_TableOptimizer):
         super()._init_state(weight, group)
         self.state[weight]["sum"].fill_(group["initial_accumulator_value"])
 
-    def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
-        return group["lr"] / (1 + (step - 1) * group["lr_decay"]), group["eps"], 0.0, 0.0
+    def _rate(self, group: dict, step: int) -> float:
+        return group["lr"] / (1 + (step - 1) * group["lr_decay"])
 
 
 class RowWiseAdagrad(_TableOptimizer):
@@ -328,10 +369,12 @@ class RowWiseAdagrad(_TableOptimizer):
         lr: float = 1e-2,
         eps: float = 1e-8,
         *,
+        weight_decay: float = 0.0,
         sharded: bool = False,
         in_backward: bool = True,
     ):
-        super().__init__(params, {"lr": lr, "eps": eps}, sharded, in_backward)
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, sharded, in_backward)
 
     def _state_shape(self, weight: Tensor) -> tuple[int, int]:
         return len(weight), 1
@@ -340,7 +383,8 @@ class RowWiseAdagrad(_TableOptimizer):
 class Adam(_TableOptimizer):
     """Adam (Kingma and Ba 2015) on the rows that a batch uses, as ``torch.optim.SparseAdam``.
 
-    The moments of other rows are left alone. State: ``exp_avg`` and ``exp_avg_sq`` [rows, dim] float32.
+    The moments of other rows are left alone. With ``weight_decay`` it is AdamW on those rows. State:
+    ``exp_avg`` and ``exp_avg_sq`` [rows, dim] float32.
     """
 
     _rule = "adam"
@@ -353,13 +397,15 @@ class Adam(_TableOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
+        weight_decay: float = 0.0,
         sharded: bool = False,
         in_backward: bool = True,
     ):
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas[{i}]: expected 0 <= beta < 1, got {beta}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, sharded, in_backward)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, sharded, in_backward)
 
     def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
         beta1, beta2 = group["betas"]

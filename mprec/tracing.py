@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["eager", "may_look", "traced", "values_of"]
+__all__ = ["eager", "may_look", "not_compiled", "traced", "values_of"]
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -15,6 +15,9 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 _profiled = torch.autograd._profiler_enabled
+
+#: Decorates what compilers are to leave alone; unlike torch.compiler.disable it does not import them.
+not_compiled = torch._disable_dynamo
 
 
 def eager() -> bool:

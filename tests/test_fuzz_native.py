@@ -347,6 +347,7 @@ def update_tables(draw, guard: Guard):
         "eps": 1e-8,
         "beta1": 0.9,
         "beta2": 0.99,
+        "keep": draw(st.sampled_from([1.0, 0.9])),
         "threads": draw(st.integers(1, 4)),
     }
 

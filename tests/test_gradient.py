@@ -89,6 +89,7 @@ def test_result_does_not_depend_on_threads(name, rule):
                 1e-8,
                 0.9,
                 0.99,
+                0.9,
                 threads,
             )
         results.append((weight, first, second))

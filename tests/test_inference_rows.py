@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mprec.nn import EmbeddingBagCollection, FeatureConfig, QuantizedEmbeddingBagCollection
 from mprec.row_formats import ROW_FORMATS, from_inference_rows, inference_row_bytes, to_inference_rows
 
 SHAPES = [("int8", 8), ("int8", 5), ("int8", 16), ("int4", 8), ("int4", 6), ("int4", 64)]
@@ -90,6 +91,24 @@ def test_rows_of_one_size_are_told_by_what_they_hold(precision, dim, alignment):
     assert rows.shape[1] == inference_row_bytes(dim, precision, alignment)
     with pytest.raises(ValueError, match=r"rows\[0\]: scale .* in the row-wise layout\?"):
         from_inference_rows(rows, dim, precision, alignment)
+
+
+@pytest.mark.parametrize(("precision", "dim", "alignment"), [("int8", 8, 16), ("int4", 8, 1)])
+def test_a_state_dict_of_the_other_layout_is_refused(precision, dim, alignment):
+    """Both have rows of one size here. Rows in their own layout are taken, those in the other one read."""
+    collection = EmbeddingBagCollection([FeatureConfig("f1", 100, dim)])
+    with torch.no_grad():
+        collection.tables["f1"].weight.copy_(numbers(100, dim))
+    module = QuantizedEmbeddingBagCollection(collection, precision)
+    own = module.tables["f1"].rows.clone()
+    other = to_inference_rows(own, dim, precision, alignment)
+    assert other.shape == own.shape
+    with pytest.raises(RuntimeError, match=r"tables\.f1\.rows\[\d+\]: scale .* in the inference layout\?"):
+        module.load_state_dict({"tables.f1.rows": other})
+    assert torch.equal(module.tables["f1"].rows, own)
+    module.load_state_dict({"tables.f1.rows": from_inference_rows(other, dim, precision, alignment)})
+    module.load_state_dict({"tables.f1.rows": own})
+    assert torch.equal(module.tables["f1"].rows, own)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Batches by name and collections with TorchRec's interface, by stand-ins for TorchRec's classes (TorchRec's
 own are in tests/models)."""
 
+import copy
+import pickle
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +14,7 @@ from mprec import nn
 from mprec.errors import IdOutOfRangeError
 from mprec.nn.keyed import KeyedTensor
 from mprec.nn.torchrec import EmbeddingBagCollection, EmbeddingCollection
+from mprec.representations import PARTS
 
 SMALL = nn.DheConfig(k=16, hidden=(8,))
 
@@ -153,6 +156,22 @@ def test_representations_by_table():
         configs(), representation=lambda c: "dhe" if c.name == "t1" else "table"
     )
     assert "embedding_bags.t1.decoder.0.weight" in by_function.state_dict()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_give_the_same(copied):
+    torch.manual_seed(0)
+    representation = {"t1": SMALL, "t2": "low_rank"}
+    pooled_, rows = EmbeddingBagCollection(configs(), representation=representation), configs()[:1]
+    unpooled = EmbeddingCollection(rows)
+    features = batch("a", "b", "c")
+    twin = copied(pooled_)
+    assert torch.equal(twin(features).values(), pooled_(features).values())
+    assert torch.equal(copied(unpooled)(features)["a"].values(), unpooled(features)["a"].values())
+    for part in PARTS:
+        assert copied(part) is part
+    twin.embedding_bags["t3"].weight.data.zero_()
+    assert not torch.equal(twin(features).values(), pooled_(features).values())
 
 
 def test_a_shared_table_takes_one_step():

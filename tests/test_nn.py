@@ -562,7 +562,7 @@ def test_bad_feature_configs(options, message):
         ({"hidden": (8, -1)}, "hidden: "),
         ({"family": "md5"}, "family: expected one of 'universal'"),
         ({"activation": "gelu"}, "^activation: "),
-        ({"k": 3, "family": "artifact_gaussian"}, "k: .*multiple, got 3"),
+        ({"k": 3, "family": "artifact_gaussian"}, r"k: .*multiple of 2 .*got 3"),
     ],
 )
 def test_bad_dhe_configs(options, message):

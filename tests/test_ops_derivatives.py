@@ -199,6 +199,24 @@ def test_per_sample_gradients_as_of_torchs_module():
     close(torch.stack(found[1]), torch.stack(found[0]))
 
 
+@pytest.mark.parametrize("name", ["dhe", "table", "hybrid", "low_rank"])
+def test_gradients_by_functional_calls_of_modules(name):
+    x = torch.randint(0, 10, (5, 3), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    module = {
+        "dhe": lambda: DeepHashEmbeddingBag(4, SMALL),
+        "table": lambda: EmbeddingBag(10, 4),
+        "hybrid": lambda: mprec.nn.HybridEmbeddingBag(10, 4, SMALL),
+        "low_rank": lambda: mprec.nn.LowRankEmbeddingBag(10, 4),
+    }[name]()
+    parameters = {k: v.detach() for k, v in module.named_parameters()}
+    found = torch.func.grad(lambda p: torch.func.functional_call(module, p, (x,)).square().sum())(parameters)
+    expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    assert list(found) == list(parameters)
+    for ours, plain in zip(found.values(), expected, strict=True):
+        close(ours, plain)
+
+
 def test_weights_of_a_feature_that_serves_several_tables():
     psw = torch.ones(4, requires_grad=True)
     w, v = torch.randn(10, 3), torch.randn(10, 5)

@@ -78,6 +78,75 @@ def test_50_steps_equal_torch(name, mode):
     torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
+class _Decayed:
+    """torch's optimizer in float64 after a decay of some rows."""
+
+    def __init__(self, weight, make, decay):
+        self.weight, self.optimizer, self.decay, self.steps = weight, make([weight]), decay, 0
+
+    @torch.no_grad()
+    def step(self, rows, lr_decay):
+        rate = self.optimizer.lr if isinstance(self.optimizer, _TorchRowWiseAdagrad) else None
+        rate = rate or self.optimizer.param_groups[0]["lr"]
+        self.weight[rows] *= 1 - rate / (1 + self.steps * lr_decay) * self.decay
+        self.steps += 1
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("in_backward", [True, False])
+@pytest.mark.parametrize("dim", [3, 16, 19, 70])
+def test_decay_of_the_rows_of_a_batch(name, in_backward, dim):
+    ours_, theirs_ = PAIRS[name]
+    generator = torch.Generator().manual_seed(5)
+    ours = torch.nn.Parameter(torch.randn(40, dim, generator=generator))
+    start = ours.detach().clone()
+    theirs = _Decayed(torch.nn.Parameter(start.double()), theirs_, 0.3)
+    kind = type(ours_([torch.nn.Parameter(torch.zeros(1, 1))]))
+    options = dict(ours_([torch.nn.Parameter(torch.zeros(1, 1))]).defaults)
+    optimizer = kind([ours], **{**options, "weight_decay": 0.3}, in_backward=in_backward)
+    for _ in range(20):
+        ids, offsets = _bags(generator, 30, 17, 6)
+        target = torch.randn(17, dim, generator=generator)
+        arguments = {"mode": "sum", "include_last_offset": True, "sparse": True, "padding_idx": 2}
+        ((ops.embedding_bag(ids, ours, offsets, **arguments) - target) ** 2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.weight.grad = None
+        out = torch.nn.functional.embedding_bag(ids, theirs.weight, offsets, **arguments)
+        ((out - target) ** 2).sum().backward()
+        theirs.step(ids[ids != 2].unique(), 0.01 if name == "adagrad" else 0.0)
+    torch.testing.assert_close(ours.double(), theirs.weight, rtol=2e-4, atol=2e-5)
+    assert torch.equal(ours[30:], start[30:])  # no batch met them
+    assert torch.equal(ours[2], start[2])
+
+
+def test_decay_of_a_dense_gradient_is_of_every_row():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = optim.SGD([weight], lr=0.5, weight_decay=0.5, in_backward=False)
+    weight.grad = torch.zeros(4, 3)
+    optimizer.step()
+    assert torch.equal(weight, torch.full((4, 3), 0.75))
+
+
+def test_decay_is_kept_by_a_state_and_not_taken_from_torchs():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = optim.Adagrad([weight], weight_decay=0.5)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    state = torch.optim.Adagrad([torch.nn.Parameter(torch.ones(4, 3))], weight_decay=0.1).state_dict()
+    with pytest.raises(ValueError, match=r"weight_decay=0\.1 is not supported"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    optimizer.load_state_dict(torch.optim.Adagrad([torch.nn.Parameter(torch.ones(4, 3))]).state_dict())
+    assert "foreach" not in optimizer.param_groups[0]
+    for bad in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="weight_decay: expected a finite number >= 0"):
+            optim.SGD([torch.nn.Parameter(torch.ones(4, 3))], weight_decay=bad)
+    with pytest.raises(TypeError):
+        optim.SGD([torch.nn.Parameter(torch.ones(4, 3))], 0.1, 0.9)  # torch's third is the momentum
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_many_tables_in_one_call_equal_one_by_one(name):
     ours_, _ = PAIRS[name]
@@ -138,10 +207,11 @@ def test_bad_hyperparameters_are_named():
         optim.SGD([torch.nn.Parameter(torch.zeros(3))])
 
 
-def test_state_dict_round_trip_continues_alike():
+@pytest.mark.parametrize("name", PAIRS)
+def test_state_dict_round_trip_continues_alike(name):
     generator = torch.Generator().manual_seed(3)
     first = torch.nn.Parameter(torch.randn(20, 5, generator=generator))
-    optimizer = optim.Adam([first], lr=0.05)
+    optimizer = PAIRS[name][0]([first])
 
     def one_step(weight):
         own = torch.Generator().manual_seed(4)
@@ -153,7 +223,7 @@ def test_state_dict_round_trip_continues_alike():
     saved, state = first.detach().clone(), pickle.loads(pickle.dumps(optimizer.state_dict()))
     one_step(first)
     second = torch.nn.Parameter(saved)
-    restored = optim.Adam([second], lr=0.05)
+    restored = PAIRS[name][0]([second])
     restored.load_state_dict(state)
     one_step(second)
     assert torch.equal(first, second)

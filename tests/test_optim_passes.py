@@ -141,6 +141,17 @@ def test_what_is_refused_is_refused_before_anything_changes(option):
     del owner
 
 
+def test_a_feature_of_maxima_is_refused_before_the_others_are_updated():
+    features = [FeatureConfig(n, 5, 3, mode=m) for n, m in (("a", "sum"), ("b", "max"), ("c", "mean"))]
+    collection = EmbeddingBagCollection(features)
+    owner = optim.SGD(collection.parameters(), lr=0.1)
+    before = copy.deepcopy(collection.state_dict())
+    with pytest.raises(NotImplementedError, match="max is not for tables"):
+        collection(torch.tensor([1, 2, 3]), torch.arange(4)).sum().backward()
+    assert all(torch.equal(v, before[k]) for k, v in collection.state_dict().items())
+    del owner
+
+
 def test_states_of_torchs_optimizers_are_taken():
     for name in ("adagrad", "adam"):
         (w, _), (w2, _) = two_tables()
@@ -164,7 +175,7 @@ def test_states_that_do_not_fit_are_named_when_they_are_loaded():
     for change, match in (
         (lambda s: s["state"][0].pop("exp_avg"), "no 'exp_avg'"),
         (lambda s: s["state"][0].update(exp_avg=torch.ones(3, 2)), r"'exp_avg'.*expected shape \(4, 2\)"),
-        (lambda s: s["param_groups"][0].update(weight_decay=0.1), "weight_decay=0.1 is not supported"),
+        (lambda s: s["param_groups"][0].update(weight_decay=0.1, foreach=None), "weight_decay=0.1 is not"),
         (lambda s: s["param_groups"][0].update(maximize=True), "maximize"),
     ):
         bad = copy.deepcopy(good)

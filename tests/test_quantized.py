@@ -162,6 +162,20 @@ def test_saved_copied_and_moved():
             move()
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4", "float8", "bfloat16"])
+def test_from_rows_without_memory_for_numbers(precision):
+    """Made on the meta device, a collection takes the rows that there are as its own."""
+    made = QuantizedEmbeddingBagCollection(EmbeddingBagCollection(FEATURES), precision)
+    empty = QuantizedEmbeddingBagCollection(EmbeddingBagCollection(FEATURES, device="meta"), precision)
+    assert all(buffer.is_meta for buffer in empty.buffers())
+    state = made.state_dict()
+    empty.load_state_dict(state, assign=True)
+    assert all(
+        empty.tables[f.name].rows.data_ptr() == state[f"tables.{f.name}.rows"].data_ptr() for f in FEATURES
+    )
+    assert torch.equal(empty(*batch(4)), made(*batch(4)))
+
+
 def test_inputs_in_other_forms():
     quantized = QuantizedEmbeddingBagCollection(EmbeddingBagCollection(FEATURES), "int8")
     indices, offsets = batch(4)

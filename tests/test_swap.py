@@ -88,12 +88,25 @@ def test_swapped_tables_change_nothing_but_the_kernels():
 def test_the_way_back(representation):
     model = Model()
     types, before = [type(m) for m in model.modules()], model(*call())
-    report = swap(model, representation, dhe=SMALL)
+    report = swap(model, representation, dhe=None if representation == "table" else SMALL)
     assert len(report.replaced) == 4
     report.undo()
     assert [type(m) for m in model.modules()] == types
     assert torch.equal(model(*call()), before)
     assert len(swap(model).replaced) == 4
+
+
+def test_torch_quantises_after_the_way_back():
+    """torch.ao looks for exactly torch's class: after a swap it leaves tables in float32."""
+    model = nn.Sequential(nn.EmbeddingBag(10, 4, mode="sum", include_last_offset=True))
+    kinds = {nn.EmbeddingBag: torch.ao.quantization.float_qparams_weight_only_qconfig}
+    report = swap(model)
+    quantized = torch.ao.quantization.quantize_dynamic(model, kinds)
+    assert type(quantized[0]) is EmbeddingBag
+    assert "quantize_dynamic" in swap.__doc__
+    report.undo()
+    quantized = torch.ao.quantization.quantize_dynamic(model, kinds)
+    assert type(quantized[0]) is torch.ao.nn.quantized.EmbeddingBag
 
 
 def test_no_way_back_past_another_swap():
@@ -223,6 +236,10 @@ def test_what_swap_refuses_leaves_the_model_alone():
         swap(model, lambda name, module: 7)
     with pytest.raises(TypeError, match="dhe: expected a DheConfig, got dict"):
         swap(model, dhe={"user": SMALL})
+    with pytest.raises(ValueError, match=r"dhe: has no meaning for representation='table'.*say .*='dhe'"):
+        swap(model, dhe=SMALL)
+    with pytest.raises(ValueError, match=r"rank: has no meaning for representation='table'.*'low_rank'"):
+        swap(model, rank=2)
     model.items[1].max_norm = 1.0
     with pytest.raises(ValueError, match=r"items\.1: max_norm=1\.0 has no meaning"):
         swap(model, {"items.1": SMALL})

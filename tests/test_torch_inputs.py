@@ -58,6 +58,19 @@ def test_a_parameter_that_becomes_a_negation():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_lazy_negations_in_a_batch_of_features(which):
+    features = [FeatureConfig("a", 5, 3), FeatureConfig("b", 5, 3, "hybrid", dhe=SMALL)]
+    for chosen in (features[:1], features[1:]):
+        collection = EmbeddingBagCollection(chosen)
+        call = [I, ENDS, torch.rand(4)]
+        lazy = [*call]
+        lazy[which] = torch._neg_view(-call[which])
+        for module in (collection, mprec.nn.QuantizedEmbeddingBagCollection(collection, tables="float32")):
+            torch.testing.assert_close(module(*lazy), module(*call))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("which", ["input", "per_sample_weights", "coefficients", "weight"])
 def test_lazy_negations_in_decoders(which):
     module = DeepHashEmbeddingBag(3, SMALL)
@@ -276,8 +289,9 @@ def test_scripted_modules(options):
     torch.testing.assert_close(loaded(I, offsets), plain(I, offsets))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("multi", [False, True])
-def test_compiled_look_ups_with_sparse_gradients(multi):
+def test_compiled_look_ups_with_sparse_gradients(multi, backend):
     torch._dynamo.reset()
     if multi:
         module = EmbeddingBagCollection([FeatureConfig("a", 10, 4)], sparse=True)
@@ -285,7 +299,7 @@ def test_compiled_look_ups_with_sparse_gradients(multi):
     else:
         module = EmbeddingBag(10, 4, mode="sum", sparse=True)
         weight, call = module.weight, (torch.tensor([1, 2]), torch.tensor([0]))
-    compiled = torch.compile(module, backend="aot_eager")
+    compiled = torch.compile(module, backend=backend)
     compiled(*call).sum().backward()
     assert weight.grad.is_sparse
     assert torch.equal(weight.grad.to_dense().sum(1), torch.eye(10)[[1, 2]].sum(0) * 4)

@@ -1,4 +1,5 @@
-"""docs/tutorial.md, run as printed: its Python in one program, then its commands one after another."""
+"""docs/tutorial.md, run as printed: its Python in one program, then its commands one after another; and the
+Python of docs/new_ids.md."""
 
 import json
 import re
@@ -35,6 +36,13 @@ def served(arguments, query):
         server.communicate(timeout=60)
         assert server.returncode == 0
     return answer
+
+
+def test_the_page_of_new_ids_runs():
+    page = TUTORIAL.with_name("new_ids.md").read_text()
+    program = "".join(re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S))
+    assert program.count("assert") == 2
+    exec(compile(program, "docs/new_ids.md", "exec"), {})
 
 
 @pytest.mark.slow

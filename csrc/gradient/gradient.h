@@ -20,6 +20,7 @@ struct Update {
   Rule rule;
   float lr, eps;       // adam: lr with both bias corrections in it
   float beta1, beta2;  // adam
+  float keep = 1.0f;   // decay: the row is multiplied by it before the step; not for assign
 };
 
 // The rows that an update writes. `first` and `second` may be null if the rule has no such state.

@@ -75,12 +75,13 @@ inline void accumulate(const RowGradients& g, int64_t begin, int64_t end, int64_
 }
 
 struct Constants {
-  Vec lr, eps, one_less_beta1, one_less_beta2;
+  Vec lr, eps, one_less_beta1, one_less_beta2, keep;
   explicit Constants(const Update& u)
       : lr(broadcast(u.lr)),
         eps(broadcast(u.eps)),
         one_less_beta1(broadcast(1.0f - u.beta1)),
-        one_less_beta2(broadcast(1.0f - u.beta2)) {}
+        one_less_beta2(broadcast(1.0f - u.beta2)),
+        keep(broadcast(u.keep)) {}
 };
 
 template <bool tail>
@@ -101,18 +102,19 @@ inline void update_columns(Vec g, float* weight, float* first, float* second, co
   if (rule == Rule::assign) {
     put<tail>(weight, g, mask);
   } else if (rule == Rule::sgd) {
-    put<tail>(weight, get<tail>(weight, mask) - c.lr * g, mask);
+    put<tail>(weight, c.keep * get<tail>(weight, mask) - c.lr * g, mask);
   } else if (rule == Rule::adagrad) {
     const Vec sum = get<tail>(first, mask) + g * g;
     put<tail>(first, sum, mask);
-    put<tail>(weight, get<tail>(weight, mask) - c.lr * (g / (sqrt(sum) + c.eps)), mask);
+    put<tail>(weight, c.keep * get<tail>(weight, mask) - c.lr * (g / (sqrt(sum) + c.eps)), mask);
   } else {
     const Vec old_first = get<tail>(first, mask), old_second = get<tail>(second, mask);
     const Vec new_first = old_first + (g - old_first) * c.one_less_beta1;
     const Vec new_second = old_second + (g * g - old_second) * c.one_less_beta2;
     put<tail>(first, new_first, mask);
     put<tail>(second, new_second, mask);
-    put<tail>(weight, get<tail>(weight, mask) - c.lr * (new_first / (sqrt(new_second) + c.eps)), mask);
+    const Vec step = c.lr * (new_first / (sqrt(new_second) + c.eps));
+    put<tail>(weight, c.keep * get<tail>(weight, mask) - step, mask);
   }
 }
 
@@ -167,14 +169,14 @@ inline void update_row_rowwise(const RowGradients& g, int64_t begin, int64_t end
   Vec squares = zero();
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) squares = squares + acc[v] * acc[v];
-  const Vec step = broadcast(rowwise_step(squares, g.dim, u, sum_of_squares));
+  const Vec step = broadcast(rowwise_step(squares, g.dim, u, sum_of_squares)), keep = broadcast(u.keep);
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
     float* p = weight + v * Vec::width;
     if (tail && v == vectors - 1)
-      put<true>(p, get<true>(p, mask) - step * acc[v], mask);
+      put<true>(p, keep * get<true>(p, mask) - step * acc[v], mask);
     else
-      put<false>(p, get<false>(p, mask) - step * acc[v], mask);
+      put<false>(p, keep * get<false>(p, mask) - step * acc[v], mask);
   }
 }
 
@@ -197,9 +199,9 @@ inline void update_wide_row_rowwise(const RowGradients& g, int64_t begin, int64_
   }
   const Vec step = broadcast(rowwise_step(squares, g.dim, u, sum_of_squares));
   for (column = 0; column + Vec::width <= g.dim; column += Vec::width)
-    store(weight + column, load(weight + column) - step * load(scratch + column));
+    store(weight + column, c.keep * load(weight + column) - step * load(scratch + column));
   if (column < g.dim)
-    store(weight + column, load(weight + column, mask) - step * load(scratch + column, mask), mask);
+    store(weight + column, c.keep * load(weight + column, mask) - step * load(scratch + column, mask), mask);
 }
 
 // Runs update(begin, end, weight, first, second) for each distinct row of the share, ascending.

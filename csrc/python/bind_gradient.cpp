@@ -32,7 +32,7 @@ Bags pooled_bags(py::handle indices, py::handle offsets, py::handle per_sample_w
 void update_tables(py::handle weights, py::handle first, py::handle second, py::handle indices,
                    py::handle offsets, py::handle per_sample_weights, py::handle mode, int64_t padding_idx,
                    py::handle grad, py::handle columns, int rule_number, float lr, float eps, float beta1,
-                   float beta2, int threads) {
+                   float beta2, float keep, int threads) {
   if (rule_number < 0 || rule_number > 4)
     throw py::value_error(message("rule: expected 0 to 4, got ", rule_number));
   const Rule rule = static_cast<Rule>(rule_number);
@@ -72,7 +72,7 @@ void update_tables(py::handle weights, py::handle first, py::handle second, py::
   }
   checked_threads(threads);
   py::gil_scoped_release release;
-  mprec::update_tables(bags, gradients.data(), rows.data(), {rule, lr, eps, beta1, beta2}, threads);
+  mprec::update_tables(bags, gradients.data(), rows.data(), {rule, lr, eps, beta1, beta2, keep}, threads);
 }
 
 int64_t sparse_gradient(py::handle indices, py::handle offsets, py::handle per_sample_weights,
@@ -100,7 +100,7 @@ void bind_gradient(py::module_& m) {
   m.def("update_tables", &update_tables, py::arg("weights"), py::arg("first"), py::arg("second"),
         py::arg("indices"), py::arg("offsets"), py::arg("per_sample_weights"), py::arg("mode"),
         py::arg("padding_idx"), py::arg("grad"), py::arg("columns"), py::arg("rule"), py::arg("lr"),
-        py::arg("eps"), py::arg("beta1"), py::arg("beta2"), py::arg("threads"),
+        py::arg("eps"), py::arg("beta1"), py::arg("beta2"), py::arg("keep"), py::arg("threads"),
         "Applies an optimizer to the rows that the bags use, given the gradient of their pooled output.");
   m.def("sparse_gradient", &sparse_gradient, py::arg("indices"), py::arg("offsets"),
         py::arg("per_sample_weights"), py::arg("mode"), py::arg("padding_idx"), py::arg("num_rows"),

@@ -26,7 +26,7 @@ __all__ = ["Batch", "ClickDataset", "Column"]
 SPLITS = ("time", "user-time")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: Lightning sets the fields of a copy
 class Batch:
     """B samples: ``dense`` float32 ``[B, num_dense]``, ``bags`` of all T features (``indices`` int64 ``[n]``,
     ``offsets`` int64 ``[T * B + 1]``), ``labels`` float32 ``[B]``. A pytree of these tensors.

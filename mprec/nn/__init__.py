@@ -3,12 +3,14 @@
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.dense import MLP, DotInteraction
 from mprec.nn.embedding import DeepHashEmbedding, Embedding, LowRankEmbedding, LowRankEmbeddingBag
+from mprec.nn.growing import GrowingVocabulary
 from mprec.nn.hybrid import HybridEmbeddingBag
 from mprec.nn.low_rank import LowRankEmbeddingBagCollection, LowRankTable
 from mprec.nn.mapped import MappedEmbeddingBagCollection, folded
 from mprec.nn.memory import use_huge_pages
 from mprec.nn.quantized import QuantizedEmbeddingBagCollection, QuantizedTable
 from mprec.nn.swapping import SwapReport, swap
+from mprec.nn.together import embed_together
 from mprec.nn.unseen import MeanForUnseen
 from mprec.options import RunOptions
 from mprec.representations import DheConfig, FeatureConfig, with_representation
@@ -26,6 +28,7 @@ __all__ = [
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "FeatureConfig",
+    "GrowingVocabulary",
     "HybridEmbeddingBag",
     "LowRankEmbedding",
     "LowRankEmbeddingBag",
@@ -38,6 +41,7 @@ __all__ = [
     "RunOptions",
     "SwapReport",
     "auto_options",
+    "embed_together",
     "folded",
     "option_candidates",
     "swap",

@@ -78,15 +78,19 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
             raise ValueError(f"rank: expected 1 to embedding_dim, {dim}, got {rank}")
         self.rank, self.precision = rank, precision
         self.tables = nn.ModuleDict()
-        sizes = torch.tensor([f.num_embeddings for f in self.features])
-        self.register_buffer("_starts", (sizes.cumsum(0) - sizes)[:, None], persistent=False)
-        count = len(self.features)
-        self.register_buffer("codes", torch.zeros(int(sizes.sum()), rank, dtype=getattr(torch, precision)))
+        count, rows = len(self.features), sum(f.num_embeddings for f in self.features)
+        self.register_buffer("_starts", self._first_rows().to(torch.empty(0).device), persistent=False)
+        self.register_buffer("codes", torch.zeros(rows, rank, dtype=getattr(torch, precision)))
         self.register_buffer("projections", torch.zeros(count, rank, dim))
         self.register_buffer("biases", torch.zeros(count, dim))
         for t, f in enumerate(self.features if tables is not None else ()):
             limit = None if limits is None else limits[f.name]
             self._fill(t, tables[f.name], limit)
+
+    def _first_rows(self) -> Tensor:
+        """Where each feature's codes begin: int64 ``[F, 1]``."""
+        sizes = torch.tensor([f.num_embeddings for f in self.features], device="cpu")
+        return (sizes.cumsum(0) - sizes)[:, None]
 
     @torch.no_grad()
     def _fill(self, t: int, table: LowRankTable, limit: Tensor | None) -> None:
@@ -96,7 +100,7 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
             scale = torch.where(limit > 0, limit / 127, torch.ones_like(limit))
             codes = (codes / scale).round().clamp(-127, 127)
             projection = scale[:, None] * projection
-        start = int(self._starts[t])
+        start = int(self._first_rows()[t])
         self.codes[start : start + len(codes)] = codes.to(self.codes.dtype)
         self.projections[t], self.biases[t] = projection, table.bias
 
@@ -177,7 +181,11 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
     def _apply(self, fn, recurse=True):
         if fn(torch.empty(0)).dtype != torch.float32:
             raise TypeError("low-rank tables keep their precision: convert the tables that they came from")
-        return super()._apply(fn, recurse)
+        was_meta = self._starts.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self._starts.is_meta:  # to_empty: no state_dict has it
+            self._starts.copy_(self._first_rows())
+        return self
 
 
 def _check_features(features: Sequence[FeatureConfig]) -> None:

@@ -15,7 +15,7 @@ from mprec.ops._checks import check_same_device
 from mprec.ops._decoders import check_float16, packed_decoder
 from mprec.representations import DHE, PARTS, TABLE
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
-from mprec.row_formats import row_format
+from mprec.row_formats import check_rows, row_format
 from mprec.tensors import plain
 from mprec.tracing import eager
 
@@ -57,6 +57,16 @@ class QuantizedTable(nn.Module):
     def dequantize(self) -> Tensor:
         """The numbers that the rows stand for: float32 ``[N, D]``."""
         return self.format.decode(self.rows)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        rows = state_dict.get(f"{prefix}rows")
+        if isinstance(rows, Tensor) and rows.shape == self.rows.shape and rows.dtype == self.rows.dtype:
+            try:
+                check_rows(rows, self.embedding_dim, self.precision)
+            except ValueError as error:
+                errors.append(f"{prefix}{error}; mprec.row_formats.from_inference_rows reads them")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.precision}, {self.nbytes:,} bytes"
@@ -102,6 +112,9 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     gradients::
 
         model.embeddings = QuantizedEmbeddingBagCollection(model.embeddings, tables="int8")
+
+    One of a collection on the meta device takes rows that there are already, as its own memory, by
+    ``load_state_dict(rows, assign=True)``.
 
     Args:
         collection: in float32 on the CPU; not changed, and not kept.

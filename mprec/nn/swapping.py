@@ -130,8 +130,8 @@ def swap(
             * ``function(name, module)`` that returns a choice.
 
             A choice is one of those names, a ``DheConfig``, a ``FeatureConfig``, or None: leave it alone.
-        dhe: configuration where a choice says only ``"dhe"``; default ``DheConfig()``.
-        rank: where a choice says only ``"low_rank"``; default a quarter of ``embedding_dim``.
+        dhe: configuration where a choice says only ``"dhe"``; default ``DheConfig()``. Not for ``"table"``.
+        rank: where a choice says only ``"low_rank"``; default a quarter of ``embedding_dim``. Likewise.
 
     Returns:
         What was replaced, and what was left alone and why; its ``undo()`` takes everything back.
@@ -154,6 +154,12 @@ def swap(
         raise TypeError(
             f"dhe: expected a DheConfig, got {type(dhe).__name__}: mappings and functions are given as "
             "representation"
+        )
+    if representation == "table" and (dhe is not None or rank is not None):
+        unused = "rank" if dhe is None else "dhe"
+        raise ValueError(
+            f"{unused}: has no meaning for representation='table', which all embeddings become: say "
+            f"representation={'low_rank' if unused == 'rank' else 'dhe'!r}"
         )
     found = _embeddings(model)
     choose, by_name = _chooser(representation, [name for name, _ in found])

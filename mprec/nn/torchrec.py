@@ -4,6 +4,11 @@ They take ``torchrec.EmbeddingBagConfig`` s and ``KeyedJaggedTensor`` s and have
 parameters, so they stand in for ``torchrec.EmbeddingBagCollection`` and ``torchrec.EmbeddingCollection`` in
 models (``torchrec.models.dlrm.DLRM``), and checkpoints go both ways. TorchRec is not imported: anything with
 those attributes and methods will do.
+
+TorchRec's own tools look for exactly its classes. ``quantize_inference_model`` leaves these collections in
+float32: load their state_dict into TorchRec's collection and quantise that one, or take
+:class:`mprec.nn.QuantizedEmbeddingBagCollection`. ``DistributedModelParallel`` treats them as any other
+module: every process has all of it, and gradients are averaged.
 """
 
 from collections import Counter

@@ -24,6 +24,8 @@ class MeanForUnseen(nn.Module):
     An unseen ID is looked up as one seen ID of its feature, and the difference of the mean to that one's
     vector is added to its bag: so a feature's unseen IDs cost one decoded ID in all.
 
+    Made on the meta device (or moved there), it waits for a state_dict, which holds what was seen.
+
     Args:
         collection: serves the calls; shared, not copied.
         seen: for each feature to treat so, the IDs that training saw (int64 or int32, repeats allowed).
@@ -48,31 +50,44 @@ class MeanForUnseen(nn.Module):
         if unknown := sorted(set(seen) - set(features)):
             raise ValueError(f"seen: no feature {unknown[0]!r}; there are {', '.join(features)}")
         sizes, proxies, masks = [], [], []
+        cpu = {"device": "cpu"}  # whatever torch.device is in force
         for name, feature in features.items():
             size, proxy = 0, -1
             if name in seen:
-                ids = torch.as_tensor(seen[name]).to(torch.int64).flatten().unique()
+                ids = torch.as_tensor(seen[name], **cpu).to(torch.int64).flatten().unique()
                 if feature.mode == "max":
                     raise ValueError(f"seen: feature {name!r} is pooled by maximum")
                 if not len(ids):
                     raise ValueError(f"seen: feature {name!r} has no seen ID")
                 check_id_list(ids, feature.num_embeddings, f"seen[{name!r}]")
                 size, proxy = feature.num_embeddings, int(ids[0])
-                mask = torch.zeros(size, dtype=torch.bool)
+                mask = torch.zeros(size, dtype=torch.bool, **cpu)
                 masks.append(mask.index_fill_(0, ids, True))
             sizes.append(size)
             proxies.append(proxy)
-        sizes = torch.tensor(sizes)
+        sizes = torch.tensor(sizes, **cpu)
         # One bitmap for all features; feature f's starts at starts[f].
-        self.register_buffer("known", torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool))
+        nothing = torch.zeros(0, dtype=torch.bool, **cpu)
+        self.register_buffer("known", torch.cat(masks) if masks else nothing)
         self.register_buffer("starts", sizes.cumsum(0) - sizes)
         self.register_buffer("sizes", sizes)
-        averaged = [feature.mode == "mean" for feature in collection.features]
-        self.register_buffer("averaged", torch.tensor(averaged), persistent=False)
-        self.register_buffer("proxies", torch.tensor(proxies))
-        self.register_buffer("corrections", torch.zeros(len(features), sum(collection.output_dims)))
+        self.register_buffer("averaged", self._averaged(), persistent=False)
+        self.register_buffer("proxies", torch.tensor(proxies, **cpu))
+        self.register_buffer("corrections", torch.zeros(len(features), sum(collection.output_dims), **cpu))
         self.to(next(collection.buffers(), next(collection.parameters(), self.known)).device)
-        self.refresh()
+        if not self.known.is_meta:
+            self.refresh()
+
+    def _averaged(self) -> Tensor:
+        """Which features pool by the mean."""
+        return torch.tensor([f.mode == "mean" for f in self.collection.features], device="cpu")
+
+    def _apply(self, fn, recurse=True):
+        was_meta = self.averaged.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.averaged.is_meta:  # to_empty: no state_dict has it
+            self.averaged.copy_(self._averaged())
+        return self
 
     @property
     def features(self):
@@ -156,7 +171,7 @@ class MeanForUnseen(nn.Module):
 
     def extra_repr(self) -> str:
         parts = []
-        for f, feature in enumerate(self.features):
+        for f, feature in enumerate(() if self.known.is_meta else self.features):
             if self.sizes[f]:
                 first = int(self.starts[f])
                 seen = int(self.known[first : first + feature.num_embeddings].sum())

@@ -54,16 +54,18 @@ def update_tables(
     lr: float = 0.0,
     eps: float = 0.0,
     betas: tuple[float, float] = (0.0, 0.0),
+    keep: float = 1.0,
 ) -> None:
     """Update tables in place on the CPU, with the gradient ``grad`` ``[B, total]`` of their pooled output.
 
-    ``bags`` of the tables' features alone, as native kernels take them; ``columns`` None: side by side.
+    ``bags`` of the tables' features alone, as native kernels take them; ``columns`` None: side by side. Rows
+    that have a gradient are multiplied by ``keep`` first.
     Autograd is not told: :func:`mprec.ops._common.mutated` does, of tables that it knows.
     """
     first, second = [*states, None, None][:2]
     _C.update_tables(
         list(tables), first, second, bags.indices, bags.offsets, bags.per_sample_weights, bags.mode,
-        bags.padding_idx, grad, columns, RULES[rule], lr, eps, *betas, torch.get_num_threads(),
+        bags.padding_idx, grad, columns, RULES[rule], lr, eps, *betas, keep, torch.get_num_threads(),
     )  # fmt: skip
 
 

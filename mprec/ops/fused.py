@@ -22,7 +22,18 @@ from mprec.bags import Bags
 from mprec.names import MODES
 from mprec.ops import _backward
 
-__all__ = ["RETURN", "SKIP", "Owned", "Owner", "attach", "attached", "contribute", "detach", "fate"]
+__all__ = [
+    "RETURN",
+    "SKIP",
+    "Owned",
+    "Owner",
+    "attach",
+    "attached",
+    "contribute",
+    "detach",
+    "fate",
+    "owner_of",
+]
 
 
 class Owner(Protocol):
@@ -58,9 +69,9 @@ def attach(weight: Tensor, owner: Owner) -> None:
     Raises:
         ValueError: another optimizer has it.
     """
-    if _living(weight) not in (None, owner):
+    if owner_of(weight) not in (None, owner):
         gc.collect()  # one that only a circle holds, as a learning rate schedule makes, is gone
-        if (other := _living(weight)) not in (None, owner):
+        if (other := owner_of(weight)) not in (None, owner):
             raise ValueError(
                 f"params: the table {tuple(weight.shape)} belongs to another optimizer of mprec.optim, "
                 f"{type(other).__name__}; delete that one first, or call its release()"
@@ -70,11 +81,12 @@ def attach(weight: Tensor, owner: Owner) -> None:
 
 def detach(weight: Tensor, owner: Owner) -> None:
     """Gradients of ``weight`` no longer go to ``owner``."""
-    if _living(weight) is owner:
+    if owner_of(weight) is owner:
         del _owners[weight]
 
 
-def _living(weight: Tensor) -> Owner | None:
+def owner_of(weight: Tensor) -> Owner | None:
+    """The optimizer that has the table, if any."""
     reference = _owners.get(weight)
     return None if reference is None else reference()
 
@@ -83,7 +95,7 @@ def attached(weight: Tensor) -> Owner | None:
     """The optimizer that backward passes are to update the table for, if any."""
     if not _owners:
         return None
-    owner = _living(weight)
+    owner = owner_of(weight)
     return owner if owner is not None and owner.in_backward else None
 
 

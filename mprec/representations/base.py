@@ -33,6 +33,14 @@ class Feature(Protocol):
     def parameter(self, name: str, default: Any) -> Any: ...
 
 
+#: Every part by its container; the list of representations fills it.
+INSTANCES: dict[str, Part] = {}
+
+
+def _instance(container: str) -> Part:
+    return INSTANCES[container]
+
+
 class Part(ABC):
     """One way in which a feature's IDs become vectors of ``embedding_dim`` numbers.
 
@@ -55,6 +63,9 @@ class Part(ABC):
     has_rows = False
     hashes = False
     parameters: tuple[str, ...] = ()
+
+    def __reduce__(self):  # copies and pickles are the one instance
+        return _instance, (self.container,)
 
     @abstractmethod
     def num_parameters(self, feature: Feature) -> int:

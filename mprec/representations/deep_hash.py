@@ -216,7 +216,8 @@ def _recompute(layer: nn.Module) -> None:
 def check_bound(indices: Tensor, offsets: Tensor, include_last_offset: bool, bound: int) -> None:
     """``IdOutOfRangeError`` if an ID is not below ``bound``. On a GPU this would wait for it: not checked
     there."""
-    if torch.compiler.is_compiling() or not indices.is_cpu or is_batched(indices) or indices.dim() != 1:
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if watched or not indices.is_cpu or is_batched(indices) or indices.dim() != 1:
         return
     bags = Bags(indices, offsets, include_last_offset=include_last_offset).of_kernels()
     bags.check_offsets()

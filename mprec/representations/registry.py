@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from mprec.representations import dhe, hot, hybrid, low_rank, table
-from mprec.representations.base import Part, Representation
+from mprec.representations.base import INSTANCES, Part, Representation
 
 __all__ = ["PARTS", "REPRESENTATIONS", "SELECT"]
 
@@ -20,6 +20,7 @@ REPRESENTATIONS: Mapping[str, Representation] = {found.name: found for found in 
 
 #: Every part once, in the order of the list.
 PARTS: tuple[Part, ...] = tuple(dict.fromkeys(part for found in _LIST for part in found.parts))
+INSTANCES.update({part.container: part for part in PARTS})
 
 #: No representation but a choice of one for each feature of a model: see ``with_representation``.
 SELECT = "select"

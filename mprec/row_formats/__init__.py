@@ -9,11 +9,17 @@ from collections.abc import Mapping
 from mprec.row_formats.base import PlainRows, RowFormat
 from mprec.row_formats.fbgemm import Int4Rows, Int8Rows
 from mprec.row_formats.float8 import Float8Rows
-from mprec.row_formats.inference import from_inference_rows, inference_row_bytes, to_inference_rows
+from mprec.row_formats.inference import (
+    check_rows,
+    from_inference_rows,
+    inference_row_bytes,
+    to_inference_rows,
+)
 
 __all__ = [
     "ROW_FORMATS",
     "RowFormat",
+    "check_rows",
     "from_inference_rows",
     "inference_row_bytes",
     "quantised_format",

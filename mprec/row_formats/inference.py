@@ -12,7 +12,7 @@ from torch import Tensor
 from mprec.row_formats.base import RowFormat
 from mprec.row_formats.fbgemm import Int4Rows, Int8Rows
 
-__all__ = ["from_inference_rows", "inference_row_bytes", "to_inference_rows"]
+__all__ = ["check_rows", "from_inference_rows", "inference_row_bytes", "to_inference_rows"]
 
 _FORMATS: dict[str, RowFormat] = {"int8": Int8Rows("int8"), "int4": Int4Rows("int4")}
 #: The type of scale and bias behind the codes of a row of mprec.
@@ -100,6 +100,16 @@ def from_inference_rows(rows: Tensor, dim: int, precision: str, alignment: int =
     _check_affine(half, "inference", "row-wise")
     affine = half.to(_BEHIND[precision]).view(torch.uint8)
     return torch.cat([rows[:, _FRONT : _FRONT + codes], affine], dim=1)
+
+
+def check_rows(rows: Tensor, dim: int, precision: str) -> None:
+    """``ValueError`` if uint8 rows ``[N, bytes]`` cannot be those of mprec, such as rows in the inference
+    layout, which may be of the same size; nothing is known of other precisions than int8 and int4."""
+    if precision not in _FORMATS or rows.is_meta:
+        return
+    _check(rows, _FORMATS[precision].row_bytes(dim), "row-wise", -1, "inference", dim, precision)
+    affine = _aligned(rows[:, _codes(dim, precision) :]).view(_BEHIND[precision])
+    _check_affine(affine, "row-wise", "inference")
 
 
 def _aligned(columns: Tensor) -> Tensor:

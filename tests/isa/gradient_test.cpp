@@ -118,14 +118,14 @@ void check_table(Case& c, const Table& t, const RowSums& gradients, const Update
         step_bound =
             u.lr * (bound / root + std::fabs(g) / (root * root) * square_bound / (2 * std::sqrt(square)));
       }
-      if (t.rule != Rule::assign) want = old - step;
+      if (t.rule != Rule::assign) want = double{u.keep} * old - step;
       c.close(t.weight[i], want, step_bound + 4 * eps * (std::fabs(old) + std::fabs(step)), rule_name(t.rule),
               " dim ", t.dim, " row ", row, " column ", d);
     }
   }
 }
 
-constexpr Update update_of(Rule rule) { return {rule, 0.3f, 1e-3f, 0.9f, 0.99f}; }
+constexpr Update update_of(Rule rule) { return {rule, 0.3f, 1e-3f, 0.9f, 0.99f, 0.97f}; }
 
 // The kernel itself, over sorted keys.
 void test_apply(const std::string& isa) {

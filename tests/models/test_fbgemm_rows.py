@@ -60,6 +60,33 @@ def test_fbgemm_pools_what_is_written_as_mprec_does(precision, alignment):
     torch.testing.assert_close(ours(indices, offsets), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3, 7, 8, 16, 17, 64, 100])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rows_are_fbgemms_byte_for_byte(precision, dim):
+    """Those of its row-wise operators: also its rows of numbers that encoding refuses are read as it does."""
+    if precision == "int4" and dim % 4:
+        pytest.skip("FBGEMM packs four numbers of int4 at least")
+    generator = torch.Generator().manual_seed(dim)
+    rows = torch.randn(64, dim, generator=generator)
+    rows[0], rows[1], rows[2], rows[3] = 0, -3.25, 1e-42, torch.linspace(1, 1 + 1e-6, dim)
+    rows[4], rows[5], rows[6] = 1e30, torch.linspace(-1e38, 1e38, dim), 60000
+    if precision == "int4":
+        rows[4:6] = 1
+    fbgemm = torch.ops.fbgemm
+    if precision == "int8":
+        encode, decode = fbgemm.FloatToFused8BitRowwiseQuantized, fbgemm.Fused8BitRowwiseQuantizedToFloat
+    else:
+        encode = lambda r: fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(r, 4)  # noqa: E731
+        decode = lambda r: fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(r, 4)  # noqa: E731
+    form = ROW_FORMATS[precision]
+    assert torch.equal(form.encode(rows), encode(rows))
+    assert torch.equal(form.decode(encode(rows)), decode(encode(rows)))
+    rows[7], rows[8, 0] = torch.nan, torch.inf
+    torch.testing.assert_close(
+        form.decode(encode(rows)), decode(encode(rows)), equal_nan=True, rtol=0, atol=0
+    )
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_what_fbgemm_fills_is_read(precision):
     tables = theirs(precision, 16)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mprec.nn import DheConfig, swap
+import mprec.optim
+from mprec.nn import DheConfig, embed_together, swap
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -227,3 +228,27 @@ def test_other_representations_train(case, representation):
     new = [p for name, p in model.named_parameters() if "decoder" in name or "projection" in name]
     assert new
     assert all(p.grad is not None for p in new)
+
+
+def test_a_loop_over_a_dictionary_is_one_call():
+    """As it stands in deepctr's code."""
+    model, _ = deepctr("DeepFM")
+    swap(model)
+    owner = mprec.optim.SGD(model.embedding_dict.parameters())
+    batch = torch.stack([ids(20), ids(30), ids(9)], 1).float()
+    expected, _ = model.input_from_feature_columns(batch, model.dnn_feature_columns, model.embedding_dict)
+    columns = [batch[:, slice(*model.feature_index[name])].long() for name in model.embedding_dict]
+    for ours, theirs in zip(embed_together(model.embedding_dict.values(), columns), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert len(owner.state) == 2
+
+
+def test_a_loop_over_a_list_is_one_call():
+    """As it stands in pytorch-tabular's code."""
+    layer, _ = pytorch_tabular("Embedding1dLayer")
+    swap(layer)
+    owner = mprec.optim.SGD(layer.parameters())
+    categories = torch.stack([ids(20), ids(30)], 1)
+    theirs = layer({"continuous": torch.zeros(BATCH, 1), "categorical": categories})[:, 1:]
+    assert torch.equal(torch.cat(embed_together(layer.cat_embedding_layers, categories.unbind(1)), 1), theirs)
+    assert len(owner.state) == 2

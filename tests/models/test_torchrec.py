@@ -1,10 +1,12 @@
 """The collections of mprec.nn.torchrec against TorchRec's own, and in its DLRM."""
 
+import copy
+
 import pytest
 import torch
 
 import mprec.optim
-from mprec.nn import DheConfig
+from mprec.nn import DheConfig, swap
 from mprec.nn import torchrec as ours
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -86,6 +88,58 @@ def test_dlrm_gives_the_same():
     b.load_state_dict(a.state_dict())
     dense, features = torch.randn(3, 3), batch("f2", "f3", "f1")
     torch.testing.assert_close(b(dense, features), a(dense, features))
+
+
+def test_a_swapped_model_is_still_torchrecs():
+    """Its bags become mprec's, its collection stays: TorchRec's tools find it, with kernels of their own."""
+    quantisation = pytest.importorskip("torchrec.quant.embedding_modules", exc_type=ImportError)
+    modules = pytest.importorskip("torchrec.inference.modules", exc_type=ImportError)
+    optim = pytest.importorskip("torchrec.optim", exc_type=ImportError)
+    torch.manual_seed(0)
+    model = model_of(theirs.EmbeddingBagCollection(tables=tables())).eval()
+    dense, features = torch.randn(3, 3), batch("f1", "f2", "f3")
+    before, state = model(dense, features), copy.deepcopy(model.state_dict())
+    report = swap(model)
+    assert len(report.replaced) == 2
+    torch.testing.assert_close(model(dense, features), before)
+    model.load_state_dict(state)
+    collection = model.sparse_arch.embedding_bag_collection
+    assert type(collection) is theirs.EmbeddingBagCollection
+    with torch.no_grad():
+        collection.qconfig = torch.ao.quantization.QConfig(
+            activation=torch.ao.quantization.PlaceholderObserver.with_args(dtype=torch.float),
+            weight=torch.ao.quantization.PlaceholderObserver.with_args(dtype=torch.qint8),
+        )
+        alone = quantisation.EmbeddingBagCollection.from_float(collection)
+        torch.testing.assert_close(alone(features).values(), collection(features).values(), atol=0.01, rtol=0)
+        whole = modules.quantize_inference_model(copy.deepcopy(model))
+        torch.testing.assert_close(whole(dense, features), before, atol=0.05, rtol=0)
+    optim.apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": 0.1})
+    weight = collection.embedding_bags["t2"].weight
+    start = weight.detach().clone()
+    collection(features).values().sum().backward()
+    torch.testing.assert_close(
+        weight, start - 0.1 * torch.bincount(torch.tensor([19, 7, 6, 5]), minlength=20)[:, None]
+    )
+
+
+def test_torchrecs_quantisation_is_for_its_own_collection():
+    """It looks for exactly that class: ours stays in float32, as its docstring says. Weights go there."""
+    modules = pytest.importorskip("torchrec.inference.modules", exc_type=ImportError)
+    torch.manual_seed(0)
+    model = model_of(ours.EmbeddingBagCollection(tables=tables())).eval()
+    dense, features = torch.randn(3, 3), batch("f1", "f2", "f3")
+    with torch.no_grad():
+        before = model(dense, features)
+        left = modules.quantize_inference_model(copy.deepcopy(model))
+        assert isinstance(left.sparse_arch.embedding_bag_collection, ours.EmbeddingBagCollection)
+        assert torch.equal(left(dense, features), before)
+        twin = model_of(theirs.EmbeddingBagCollection(tables=tables())).eval()
+        twin.load_state_dict(model.state_dict())
+        quantized = modules.quantize_inference_model(twin)
+        out = quantized(dense, features)
+    assert not torch.equal(out, before)
+    torch.testing.assert_close(out, before, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("representation", ["table", DheConfig(k=16, hidden=(8,)), "low_rank"])
