@@ -124,8 +124,8 @@ def line_of(name: str, facts: dict) -> str:
 
 
 def timings(args) -> int:
-    import torch
     import gpu_paths
+    import torch
     import triton
     from mprec.triton_kernels import catalogue, tuning
 

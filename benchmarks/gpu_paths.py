@@ -1,7 +1,7 @@
 """Rows of ``gpu.py``: whole paths of a DLRM, from a batch to click probabilities.
 
-*mprec* is the model called operator by operator, *compile_path* the same model's captured graphs, inputs copied to
-where these read; *torch* the same numbers by plain torch.
+*mprec* is the model called operator by operator, *compile_path* the same model's captured graphs, inputs
+copied to where these read; *torch* the same numbers by plain torch.
 """
 
 import torch
@@ -41,7 +41,9 @@ def path_case(representation: str) -> Case:
             ids, name = indices[t * samples : (t + 1) * samples], features[t].name
             if representation == "table":
                 weight = model.embeddings.tables[name].weight
-                return embedding_bag(ids, weight, offsets[: samples + 1], mode="sum", include_last_offset=True)
+                return embedding_bag(
+                    ids, weight, offsets[: samples + 1], mode="sum", include_last_offset=True
+                )
             config = features[t].dhe
             kind = config.family, config.activation, config.last_activation
             return reference.dhe(ids, *model.embeddings.dhe[name].stack(), *kind, dtype=torch.float32)
@@ -50,7 +52,9 @@ def path_case(representation: str) -> Case:
             embedded = torch.cat([embed(t) for t in range(len(features))], dim=1)
             return model.score(dense, embedded).sigmoid()
 
-        products = sum(layer.weight.numel() for layer in (*model.bottom, *model.top) if hasattr(layer, "weight"))
+        products = sum(
+            layer.weight.numel() for layer in (*model.bottom, *model.top) if hasattr(layer, "weight")
+        )
         weights = sum(p.nbytes for part in (model.bottom, model.top) for p in part.parameters())
         if representation == "dhe":
             stacks = [model.embeddings.dhe[f.name].weights for f in features]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def as_on_a_gpu(func, arguments, named):
-    """Kernels on bags look at no ID beyond the last offset there; those of the CPU say that there are some."""
+    """Kernels on bags look at no ID beyond the last offset there; those of the CPU say there are some."""
     names = [argument.name for argument in func._schema.arguments]
     if func.namespace == "mprec" and {"indices", "offsets"} <= set(names):
         arguments = list(arguments)

@@ -46,7 +46,13 @@ def test_whole_paths(tmp_path):
     assert "no failures" in out
     rows = list(csv.DictReader(path.open()))
     found = {(row["case"].split()[-1], row["candidate"], row["mode"]) for row in rows}
-    ways = {("mprec", "call"), ("mprec", "graph"), ("torch", "call"), ("torch", "graph"), ("compile_path", "call")}
+    ways = {
+        ("mprec", "call"),
+        ("mprec", "graph"),
+        ("torch", "call"),
+        ("torch", "graph"),
+        ("compile_path", "call"),
+    }
     assert found == {(kind, *way) for kind in ("table", "dhe") for way in ways}
     assert all(float(row["max_error"]) < 1e-4 for row in rows if row["candidate"] != "torch")
 

@@ -1,5 +1,5 @@
-"""A whole path as captured graphs: buckets, padding, faults, and what makes a graph be captured anew. Graphs are
-fakes here; tests/triton has the real ones."""
+"""A whole path as captured graphs: buckets, padding, faults, and what makes a graph be captured anew. Graphs
+are fakes here; tests/triton has the real ones."""
 
 import copy
 import pickle
@@ -179,7 +179,9 @@ def test_training_goes_to_the_model():
 def test_what_cannot_be_captured_says_why_once():
     graphs = FakeGraphs(RuntimeError("operation not permitted when stream is capturing"))
     path = CapturedPath(make(), graphs=graphs)
-    message = "up to 8 samples and 32 IDs are scored without a CUDA graph: RuntimeError: operation not permitted"
+    message = (
+        "up to 8 samples and 32 IDs are scored without a CUDA graph: RuntimeError: operation not permitted"
+    )
     with pytest.warns(UserWarning, match=message):
         check(path, *batch(path.model, 5, 1))
     with warnings.catch_warnings():
@@ -351,7 +353,9 @@ def test_an_id_out_of_range_is_told_by_its_own_call():
     # the fake's operators would raise themselves
     replay = path._captured[Bucket(8, 32)].replay
     path._captured[Bucket(8, 32)].replay = lambda: graphs.on_replay(graphs.faults)
-    with pytest.raises(IdOutOfRangeError, match=r"indices\[7\] \(feature 1, bag 2\) is 7, not in .* \[0, 7\)"):
+    with pytest.raises(
+        IdOutOfRangeError, match=r"indices\[7\] \(feature 1, bag 2\) is 7, not in .* \[0, 7\)"
+    ):
         path(dense, wrong, offsets)
     path._captured[Bucket(8, 32)].replay, graphs.on_replay = replay, lambda faults: None
     check(path, dense, indices, offsets)  # told once
@@ -363,7 +367,7 @@ def test_a_fault_of_an_earlier_call_is_told_by_the_next():
     path(*inputs)
     _count(graphs.faults, 3, -4, 0)
     graphs.faults.start_copy()
-    with pytest.raises(IdOutOfRangeError, match="1 IDs out of range in an earlier call on cpu .* is -4"):
+    with pytest.raises(IdOutOfRangeError, match=r"1 IDs out of range in an earlier call on cpu .* is -4"):
         path(*inputs)
     check(path, *inputs)
 

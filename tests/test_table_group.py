@@ -62,7 +62,9 @@ def want(collection):
         )
         if feature.has_dhe:
             module = collection.dhe[feature.name]
-            parts.append(module(ids, (offsets - offsets[0])[: len(offsets) - (not module.include_last_offset)]))
+            parts.append(
+                module(ids, (offsets - offsets[0])[: len(offsets) - (not module.include_last_offset)])
+            )
     return torch.cat(parts, dim=1)
 
 
@@ -75,7 +77,8 @@ def module_of(collection):
 
 
 def _swap(collection):
-    torch.utils.swap_tensors(module_of(collection).weight, Parameter(new()))
+    """What torch.utils.swap_tensors does once it has found no weak references, of which calls leave some."""
+    torch._C._swap_tensor_impl(module_of(collection).weight, Parameter(new()))
 
 
 def _resize(collection):
@@ -210,7 +213,7 @@ def test_fewer_rows_bound_the_ids():
     collection(INDICES, OFFSETS)
     weight = module_of(collection).weight
     weight.data = weight.data[:3]
-    with pytest.raises(IndexError, match=r"feature 'b', bag 1\) is 3, not in the valid range \[0, 3\)"):
+    with pytest.raises(IndexError, match=r"feature 1, bag 1\) is 3, not in the valid range \[0, 3\)"):
         collection(INDICES, OFFSETS)
 
 
@@ -247,8 +250,10 @@ def test_rows_of_another_format_are_seen():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "deepcopy", "pickle"]
-)  # fmt: skip
+    "copied",
+    [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))],
+    ids=["copy", "deepcopy", "pickle"],
+)
 def test_copies(kind, copied):
     collection = make(kind)
     before = collection(INDICES, OFFSETS)
@@ -322,7 +327,7 @@ def test_tables_may_be_replaced_by_another_thread(samples):
 def test_wrong_offsets_are_told_by_the_operators():
     collection = make("alone")
     for offsets in (OFFSETS[:0], OFFSETS[:-1]):
-        with pytest.raises(InvalidOffsetsError, match="1 . a multiple of the number of features, 3"):
+        with pytest.raises(InvalidOffsetsError, match=r"1 . a multiple of the number of features, 3"):
             collection(INDICES, offsets)
 
 

@@ -1,4 +1,4 @@
-"""What launches leave to a CUDA graph that is being captured: where faults are counted, and tables of addresses.
+"""What launches leave to a CUDA graph that is being captured: a counter of faults, and tables of addresses.
 
 A replay runs no Python. What a launch would look up it finds where it was at the capture, so that the graph
 has to hold on to it.

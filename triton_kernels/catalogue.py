@@ -19,8 +19,8 @@ class Call(NamedTuple):
     """One call, its work, and where its results are.
 
     flops counts matrix products only, bytes what must cross device memory at least once. `reference`
-    computes the same by plain torch operations (None: there is no such thing). `calls`: other ways to the same
-    result, by name, that are timed as they are.
+    computes the same by plain torch operations (None: there is no such thing). `calls`: other ways to the
+    same result, by name, that are timed as they are.
     """
 
     run: Callable[[], object]

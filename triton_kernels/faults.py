@@ -55,8 +55,8 @@ class Counter:
         if count:
             self.device_copy.zero_()
             raise IdOutOfRangeError(
-                f"indices: {count} IDs out of range in an earlier call on {self.device_copy.device} were left "
-                f"out; one of them is {value}, of table {feature}, at position {position}"
+                f"indices: {count} IDs out of range in an earlier call on {self.device_copy.device} were "
+                f"left out; one of them is {value}, of table {feature}, at position {position}"
             )
 
 
@@ -66,8 +66,8 @@ _counters: dict[torch.device, Counter] = {}
 def counter(device: torch.device) -> torch.Tensor:
     """A counter for a kernel that is about to be launched. Raises for earlier launches.
 
-    The device's own; in a graph that torch.compile traces, a fresh one, which `after_launch` adds to that; for
-    a captured path, its graphs' (see `capturing`).
+    The device's own; in a graph that torch.compile traces, a fresh one, which `after_launch` adds to that;
+    for a captured path, its graphs' (see `capturing`).
     """
     if traced():
         return torch.zeros(_FIELDS, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Calls as CUDA graphs: what a call launches is captured once, and replayed on the memory that it read then."""
+"""Calls as CUDA graphs: what a call launches is captured once, and replayed on the memory that it read."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -129,7 +129,8 @@ py::object embedding_bag_multi(const Arguments<13>& a) {
     tables.push_back(table(views.back(), "weights", bits[t]));
   }
   tables.emplace_back();
-  const Output out(a[6], bags->batch, width_of(tables), result_type(views[0]), static_cast<bool>(batch_sizes));
+  const Output out(a[6], bags->batch, width_of(tables), result_type(views[0]),
+                   static_cast<bool>(batch_sizes));
   out.check_apart_from(whole, views.data(), views.size());
   if (batch_sizes) {
     int64_t element = 0;
@@ -184,18 +185,20 @@ void bind_embedding_bag(py::module_& m) {
   add_methods(m, methods);
   py::class_<TableGroup>(m, "TableGroup",
                          "Tables modules[name].owner[key] that one call pools, and where they were found.")
-      .def(py::init([](py::tuple names, py::object owner, py::object key, py::object type, py::object bits,
-                       py::object mode, py::object columns, py::object features, py::object num_features) {
-             return std::make_unique<TableGroup>(
-                 py::make_tuple(names, owner, key, type, bits, mode, columns, features, num_features));
-           }),
-           py::arg("names"), py::arg("owner"), py::arg("key"), py::arg("type"), py::arg("bits"),
-           py::arg("mode"), py::arg("columns"), py::arg("features"), py::arg("num_features"),
-           "bits: the module's attribute with the code of its rows' format, or None. columns: of `out`, where "
-           "each table's begin (None: side by side). features: of the batch's num_features, that of each "
-           "table (None: all, in order).")
-      .def(py::pickle([](const TableGroup& g) { return g.arguments(); },
-                      [](py::tuple arguments) { return std::make_unique<TableGroup>(std::move(arguments)); }));
+      .def(
+          py::init([](py::tuple names, py::object owner, py::object key, py::object type, py::object bits,
+                      py::object mode, py::object columns, py::object features, py::object num_features) {
+            return std::make_unique<TableGroup>(
+                py::make_tuple(names, owner, key, type, bits, mode, columns, features, num_features));
+          }),
+          py::arg("names"), py::arg("owner"), py::arg("key"), py::arg("type"), py::arg("bits"),
+          py::arg("mode"), py::arg("columns"), py::arg("features"), py::arg("num_features"),
+          "bits: the module's attribute with the code of its rows' format, or None. columns: of `out`, where "
+          "each table's begin (None: side by side). features: of the batch's num_features, that of each "
+          "table (None: all, in order).")
+      .def(
+          py::pickle([](const TableGroup& g) { return g.arguments(); },
+                     [](py::tuple arguments) { return std::make_unique<TableGroup>(std::move(arguments)); }));
 }
 
 }  // namespace mprec::python

@@ -20,7 +20,8 @@ class PlaceWatch {
     for (const auto& [dict, key] : places) {
       PyObject* const object = PyDict_GetItemWithError(dict.ptr(), key.ptr());
       if (!object) throw pybind11::key_error(message("places: no '", std::string(key), "'"));
-      Place place{dict, key, pybind11::reinterpret_borrow<pybind11::object>(object), {}, layout(object), dict.size()};
+      Place place{dict,           key,        pybind11::reinterpret_borrow<pybind11::object>(object), {},
+                  layout(object), dict.size()};
       if (place.layout) place.storage = place.object.attr("detach")();
       places_.push_back(std::move(place));
     }
@@ -29,7 +30,8 @@ class PlaceWatch {
   bool changed() const {
     for (const Place& p : places_) {
       PyObject* const object = PyDict_GetItemWithError(p.dict.ptr(), p.key.ptr());
-      if (object != p.object.ptr() || static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size) return true;
+      if (object != p.object.ptr() || static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size)
+        return true;
       if (p.layout && moved(object, *p.layout)) return true;
     }
     return false;

@@ -73,7 +73,8 @@ class TableGroup {
     num_features_ = integer(arguments_[8].ptr(), "num_features");
     features_ = features_of(named, num_features_);
     if (!named && num_features_ != count)
-      throw py::value_error(message("num_features: expected ", count, " without features, got ", num_features_));
+      throw py::value_error(
+          message("num_features: expected ", count, " without features, got ", num_features_));
     places_.resize(count);
   }
   const pybind11::tuple& arguments() const { return arguments_; }

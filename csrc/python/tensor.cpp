@@ -180,13 +180,14 @@ std::optional<Layout> layout(PyObject* object) {
   if (!api) return std::nullopt;
   const dlpack::Tensor d = described(*api, object, "places", "a tensor");
   if (d.ndim > Layout::max_ndim)
-    throw NotTaken(NotTaken::value, message("places: expected at most ", Layout::max_ndim,
-                                            " dimensions, got ", d.ndim));
+    throw NotTaken(NotTaken::value,
+                   message("places: expected at most ", Layout::max_ndim, " dimensions, got ", d.ndim));
   Layout found{};
   found.data = static_cast<const char*>(d.data) + d.byte_offset;
   found.device_type = d.device.type;
   found.device_id = d.device.id;
-  found.dtype = static_cast<uint32_t>(d.dtype.code) << 24 | static_cast<uint32_t>(d.dtype.bits) << 16 | d.dtype.lanes;
+  found.dtype =
+      static_cast<uint32_t>(d.dtype.code) << 24 | static_cast<uint32_t>(d.dtype.bits) << 16 | d.dtype.lanes;
   found.ndim = d.ndim;
   std::copy_n(d.shape, d.ndim, found.shape.begin());
   if (d.strides) std::copy_n(d.strides, d.ndim, found.strides.begin());

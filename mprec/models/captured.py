@@ -4,8 +4,8 @@ nothing.
     path = mprec.compile_path(model.cuda())
     scores = path(dense, bags)  # [B], as model(dense, bags).sigmoid()
 
-A graph is of fixed sizes. There is one for each *bucket*: so many samples at most, and so many IDs. A batch is
-padded to its bucket with samples whose bags are empty, and whose scores nobody reads.
+A graph is of fixed sizes. There is one for each *bucket*: so many samples at most, and so many IDs. A batch
+is padded to its bucket with samples whose bags are empty, and whose scores nobody reads.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Bucket(NamedTuple):
 
 
 class CapturedPath:
-    """What :func:`mprec.compile_path` returns for a model on CUDA. Safe for concurrent calls, which take turns.
+    """What :func:`mprec.compile_path` returns for a model on CUDA. Safe for concurrent calls, in turns.
 
-    A bucket's graph is captured at its first batch, which takes some hundredth of a second (and longer while
-    kernels are compiled). Graphs share the memory of what lies between inputs and scores. Weights are read
+    A bucket's graph is captured at its first batch, which takes time (seconds, if kernels are compiled too).
+    Graphs share the memory of what lies between inputs and scores. Weights are read
     where they lie: what is written to them counts at once. When a weight or a module was replaced or moved,
     the graphs are captured anew.
 
@@ -91,7 +91,7 @@ class CapturedPath:
     def __call__(self, dense: Tensor, indices: Bags | Tensor, offsets: Tensor | None = None) -> Tensor:
         """Click probabilities, where the inputs are: on the model's device or on the CPU.
 
-        Of inputs on the device nothing is waited for. An ID out of range is left out, and a later call raises.
+        Inputs on the device are not waited for. An ID out of range is left out, and a later call raises.
         Inputs on the CPU (in pinned memory they are copied without a stop on the way) are checked before, the
         scores are waited for, and an ID out of range raises at once.
 
@@ -194,8 +194,8 @@ class CapturedPath:
             except Exception as error:
                 self.reasons[bucket] = f"{type(error).__name__}: {error}"
                 warnings.warn(
-                    f"mprec: batches of up to {bucket.samples} samples and {bucket.ids} IDs are scored without "
-                    f"a CUDA graph: {self.reasons[bucket]}",
+                    f"mprec: batches of up to {bucket.samples} samples and {bucket.ids} IDs are scored "
+                    f"without a CUDA graph: {self.reasons[bucket]}",
                     stacklevel=3,
                 )
         return captured

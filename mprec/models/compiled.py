@@ -53,7 +53,8 @@ _ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
 
 
 class CompiledPath:
-    """What :func:`mprec.compile_path` returns for a model on the CPU. Safe for concurrent calls, which release the interpreter lock.
+    """What :func:`mprec.compile_path` returns for a model on the CPU. Safe for concurrent calls, which
+    release the interpreter lock.
 
     Scores differ from the model's by the rounding of ``precision``. Forward hooks that are registered later
     are not run. A call that the native code does not take goes to the model: it serves that call (IDs of
@@ -171,7 +172,14 @@ def _pack(model: nn.Module, precision: str) -> PathProgram:
         raise PathCompileError(str(error)) from error
 
 
-def _check_model(model: nn.Module) -> None:
+def check_precision(precision: str) -> None:
+    """``ValueError`` unless dense layers can be of it."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def check_model(model: nn.Module) -> None:
+    """``PathCompileError`` unless the model computes as a DLRM does, and nobody listens meanwhile."""
     if not isinstance(model, DLRM):
         raise PathCompileError(f"model: expected a DLRM, got {type(model).__name__}")
     for name in ("forward", "mix", "score"):

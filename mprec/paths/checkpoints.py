@@ -57,7 +57,7 @@ class Scorer:
 
     @property
     def is_captured(self) -> bool:
-        """Whether it replays CUDA graphs: it then takes batches on the CPU as well, and copies them itself."""
+        """Whether it replays CUDA graphs: it then takes batches on the CPU too, and copies them itself."""
         return isinstance(self.compiled, CapturedPath)
 
     def program(self) -> PathProgram | None:

@@ -55,8 +55,7 @@ class LocalExecutor(Executor):
 
 class CudaExecutor(Executor):
     """Paths whose models are on a CUDA device: batches are copied on a stream of the executor's own, so that
-    other executors work on meanwhile. Paths that were captured (:func:`mprec.compile_path`) replay their graphs
-    there.
+    other executors work on meanwhile. Captured paths (:func:`mprec.compile_path`) replay their graphs there.
     """
 
     def __init__(

@@ -50,7 +50,10 @@ def path_of(device, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores(kind, path_of, device):
-    model, batches = model_of(kind), [batch_of(samples, longest) for samples, longest in ((3, 2), (4, 1), (1, 5))]
+    model, batches = (
+        model_of(kind),
+        [batch_of(samples, longest) for samples, longest in ((3, 2), (4, 1), (1, 5))],
+    )
     with torch.no_grad():
         want = [model(*inputs).sigmoid() for inputs in batches]
     path = path_of(model)
