@@ -1,8 +1,9 @@
 """Everything about the GPU kernels in one command:  python benchmarks/gpu.py
 
-With a CUDA device: runs the kernels' tests on it, then times every kernel at several batch sizes against
-plain torch, torch.compile and (if installed) fbgemm-gpu, each called and replayed from a CUDA graph, says
-what share of the device's measured ceilings it reaches, and appends benchmarks/results/gpu.csv.
+With a CUDA device: runs the kernels' tests on it, then times every kernel and whole paths (gpu_paths.py) at
+several batch sizes against plain torch, torch.compile and (if installed) fbgemm-gpu, each called and replayed
+from a CUDA graph, says what share of the device's measured ceilings it reaches, and appends
+benchmarks/results/gpu.csv.
 
 Without one it says so, and does what needs none: compiles every kernel for the shipped targets, checks the
 gates, and writes benchmarks/results/gpu_static.json.
@@ -123,6 +124,7 @@ def line_of(name: str, facts: dict) -> str:
 
 
 def timings(args) -> int:
+    import gpu_paths
     import torch
     import triton
     from mprec.triton_kernels import catalogue, tuning
@@ -146,7 +148,7 @@ def timings(args) -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
-    for case in catalogue.CASES:
+    for case in (*catalogue.CASES, *gpu_paths.CASES):
         if args.cases not in case.name or not case.serves(tuning.target_of(device)):
             continue
         for samples in args.samples or ([1, 3] if args.interpret else [1, 128, 2048]):
@@ -256,7 +258,10 @@ def case_rows(case, samples: int, device, ceilings):
             if device.type == "cuda":
                 candidates["torch.compile"] = torch.compile(work.reference)
         floor = max(work.flops / ceilings[0], work.bytes / ceilings[1])
-        error = deviation(work)
+        errors = {"mprec": deviation(work)}
+        for candidate, call in work.calls.items():
+            candidates[candidate] = call
+            errors[candidate] = deviation(work._replace(run=call))
     except Exception as failure:
         yield row_of("mprec", "call", note=f"error: {type(failure).__name__}: {str(failure)[:120]}")
         return
@@ -267,15 +272,15 @@ def case_rows(case, samples: int, device, ceilings):
         yield row_of("fbgemm", "call", note=f"not possible: {type(failure).__name__}: {str(failure)[:120]}")
     clock = stopwatch(device)
     for candidate, call in candidates.items():
-        for mode in ("call", "graph"):
+        for mode in ("call",) if candidate in work.calls else ("call", "graph"):
             try:
                 times = clock(call if mode == "call" else captured(call, device))
             except Exception as failure:
                 # a peer that cannot be captured is its own affair
-                kind = "error" if candidate == "mprec" else "not possible"
+                kind = "error" if candidate in errors else "not possible"
                 yield row_of(candidate, mode, note=f"{kind}: {type(failure).__name__}: {str(failure)[:120]}")
                 continue
-            yield row_of(candidate, mode, times, floor, error if candidate == "mprec" else "")
+            yield row_of(candidate, mode, times, floor, errors.get(candidate, ""))
 
 
 def deviation(work) -> str:

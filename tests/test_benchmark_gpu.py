@@ -40,6 +40,23 @@ def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path):
     assert {row["candidate"] for row in rows} == {"mprec", "torch"}
 
 
+def test_whole_paths(tmp_path):
+    path = tmp_path / "gpu.csv"
+    out = run("--interpret", "--no-tests", "--samples", 3, "--cases", "whole path", "--output", path)
+    assert "no failures" in out
+    rows = list(csv.DictReader(path.open()))
+    found = {(row["case"].split()[-1], row["candidate"], row["mode"]) for row in rows}
+    ways = {
+        ("mprec", "call"),
+        ("mprec", "graph"),
+        ("torch", "call"),
+        ("torch", "graph"),
+        ("compile_path", "call"),
+    }
+    assert found == {(kind, *way) for kind in ("table", "dhe") for way in ways}
+    assert all(float(row["max_error"]) < 1e-4 for row in rows if row["candidate"] != "torch")
+
+
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     path = tmp_path / "gpu.csv"
@@ -47,8 +64,10 @@ def test_rehearsal(tmp_path):
     assert "no failures" in out
     rows = list(csv.DictReader(path.open()))
     measured = {(row["case"], row["samples"], row["mode"]) for row in rows if row["candidate"] == "mprec"}
+    paths = {"whole path kaggle d16 table", "whole path kaggle d16 dhe"}
     assert {mode for _, _, mode in measured} == {"call", "graph"}
-    assert {case for case, _, _ in measured} == {case.name for case in catalogue.CASES}
+    assert {case for case, _, _ in measured} == {case.name for case in catalogue.CASES} | paths
+    assert {row["case"] for row in rows if row["candidate"] == "compile_path"} == paths
     own = [row for row in rows if row["candidate"] != "fbgemm"]  # which has not every dtype on every device
     assert all(float(row["p50_us"]) > 0 for row in own)
     assert not any(row["note"] for row in own)

@@ -745,14 +745,44 @@ def weight_watch(guard: Guard):
     return st.just({"places": [({"weight": torch.zeros(3)}, "weight")]})
 
 
+def place_watch(guard: Guard):
+    return st.just({"places": [({"weight": torch.zeros(3), "none": None}, "weight")]})
+
+
 @st.composite
-def tensors_of(draw, guard: Guard):
+def table_group(draw, guard: Guard):
+    names = tuple(draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=4)))
+    named = draw(st.booleans())
     return {
-        "modules": {name: torch.nn.Linear(2, 3) for name in "abc"},
-        "names": tuple(draw(st.lists(st.sampled_from("abcd"), max_size=9))),
+        "names": names,
         "owner": "_parameters",
         "key": draw(st.sampled_from(["weight", "bias"])),
         "type": torch.nn.Parameter,
+        "bits": draw(st.sampled_from([None, "in_features"])),
+        "mode": draw(st.integers(0, 2)),
+        "columns": draw(st.sampled_from([None, [2 * t for t in range(len(names))]])),
+        "features": [draw(st.integers(0, 5)) for _ in names] if named else None,
+        "num_features": 6 if named else len(names),
+    }
+
+
+@st.composite
+def pooled_group(draw, guard: Guard):
+    arguments = draw(table_group(guard))
+    try:
+        group = _C.TableGroup(**arguments)
+    except (TypeError, ValueError):
+        group = None
+    batch, count = draw(st.integers(0, 3)), arguments["num_features"]
+    lengths = draw(st.lists(st.integers(0, 2), min_size=count * batch, max_size=count * batch))
+    return {
+        "group": group,
+        "modules": {name: torch.nn.Linear(2, 3) for name in "abc"},
+        "indices": np.array([draw(st.integers(0, 3)) for _ in range(sum(lengths))], "i8"),
+        "offsets": np.array([0, *itertools.accumulate(lengths)], "i8"),
+        "per_sample_weights": None,
+        "out": draw(st.sampled_from([None, guard.array((batch, 2 * len(arguments["names"])))])),
+        "threads": draw(st.integers(1, 3)),
     }
 
 
@@ -832,7 +862,9 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "Option": (_C.Option, by_name(path=st.just("a"), quality=anything_float, seconds=seconds)),
     "Lane": (_C.Lane, by_name(name=st.just("cpu"), options=st.lists(options, max_size=2))),
     "WeightWatch.of": (_C.WeightWatch.of, weight_watch),
-    "tensors_of": (_C.tensors_of, tensors_of),
+    "PlaceWatch": (_C.PlaceWatch, place_watch),
+    "TableGroup": (_C.TableGroup, table_group),
+    "try_pool_tables": (_C.try_pool_tables, pooled_group),
 }
 # They take no argument, or a name only.
 WITHOUT_ARRAYS = {

@@ -1,6 +1,6 @@
 """Representative calls of every kernel: what the static gates compile, and what `benchmarks/gpu.py` runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ class Call(NamedTuple):
     """One call, its work, and where its results are.
 
     flops counts matrix products only, bytes what must cross device memory at least once. `reference`
-    computes the same by plain torch operations (None: there is no such thing).
+    computes the same by plain torch operations (None: there is no such thing). `calls`: other ways to the
+    same result, by name, that are timed as they are.
     """
 
     run: Callable[[], object]
@@ -27,6 +28,7 @@ class Call(NamedTuple):
     bytes: float
     reference: Callable[[], object] | None
     tune: Callable[[Callable], object] | None = None  # with a stopwatch: choose tile sizes and keep them
+    calls: Mapping[str, Callable[[], object]] = {}
 
 
 class Case(NamedTuple):

@@ -11,35 +11,76 @@ import triton.language as tl
 from mprec.errors import IdOutOfRangeError
 from mprec.tracing import traced
 
+from . import capturing
+
 _FIELDS = 4  # how many; then of the first one found: feature, position among the indices, ID
 
 
-class _Counter:
-    def __init__(self, device: torch.device):
-        self.device_copy = torch.zeros(_FIELDS, dtype=torch.int64, device=device)
-        self.host_copy = torch.zeros(_FIELDS, dtype=torch.int64, pin_memory=device.type == "cuda")
+class Counter:
+    """What launches count into, ``device_copy``, and what the host knows of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.device_copy = torch.zeros(_FIELDS, dtype=torch.int64, device=device)
+            self.host_copy = torch.zeros(_FIELDS, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.arrival = torch.cuda.Event() if device.type == "cuda" else None
         self.pending = False
 
+    def start_copy(self) -> None:
+        """To the host, behind what the current stream does now."""
+        self.host_copy.copy_(self.device_copy, non_blocking=True)
+        if self.arrival is not None:
+            self.arrival.record()
+        self.pending = True
 
-_counters: dict[torch.device, _Counter] = {}
+    def raise_if_arrived(self) -> None:
+        """``IdOutOfRangeError`` if a copy has arrived and there is something in it."""
+        if self.pending and self._arrived():
+            self.pending = False
+            self._report()
+
+    def _arrived(self) -> bool:
+        if self.arrival is None:
+            return True
+        return not torch.cuda.is_current_stream_capturing() and self.arrival.query()  # not allowed meanwhile
+
+    def check(self) -> None:
+        """Wait for the device; ``IdOutOfRangeError`` if there is anything."""
+        self.host_copy.copy_(self.device_copy)
+        self.pending = False
+        self._report()
+
+    def _report(self) -> None:
+        count, feature, position, value = self.host_copy.tolist()
+        if count:
+            self.device_copy.zero_()
+            raise IdOutOfRangeError(
+                f"indices: {count} IDs out of range in an earlier call on {self.device_copy.device} were "
+                f"left out; one of them is {value}, of table {feature}, at position {position}"
+            )
+
+
+_counters: dict[torch.device, Counter] = {}
 
 
 def counter(device: torch.device) -> torch.Tensor:
     """A counter for a kernel that is about to be launched. Raises for earlier launches.
 
-    The device's own; in a graph that torch.compile traces, a fresh one, which `after_launch` adds to that.
+    The device's own; in a graph that torch.compile traces, a fresh one, which `after_launch` adds to that;
+    for a captured path, its graphs' (see `capturing`).
     """
     if traced():
         return torch.zeros(_FIELDS, dtype=torch.int64, device=device)
+    if (capture := capturing.current()) is not None:
+        return capture.fault_counter
     return _state(device).device_copy
 
 
-def _state(device: torch.device) -> _Counter:
+def _state(device: torch.device) -> Counter:
     state = _counters.get(device)
     if state is None:
-        state = _counters[device] = _Counter(device)
-    _raise_if_arrived(state)
+        state = _counters[device] = Counter(device)
+    state.raise_if_arrived()
     return state
 
 
@@ -50,48 +91,26 @@ def after_launch(counter: torch.Tensor, out: torch.Tensor) -> None:
     """
     if traced():
         torch.ops.mprec.report_faults(out, counter)
-    else:
+    elif capturing.current() is None:
         _start_copy(counter.device)
 
 
 def _start_copy(device: torch.device) -> None:
     state = _counters[device]
-    if device.type == "cuda":
-        if state.pending or torch.cuda.is_current_stream_capturing():
-            return
-        state.host_copy.copy_(state.device_copy, non_blocking=True)
-        state.arrival.record()
-    else:
-        state.host_copy.copy_(state.device_copy)
-    state.pending = True
+    if device.type == "cuda" and (state.pending or torch.cuda.is_current_stream_capturing()):
+        return
+    state.start_copy()
 
 
 def check(device: torch.device) -> None:
     """Wait for the device, and raise `IdOutOfRangeError` if any launch so far met an ID out of range.
 
-    For the end of a step, and after replays of a CUDA graph, which only count.
+    For the end of a step, and after replays of a CUDA graph, which only count. (A captured path has a counter
+    of its own, which its calls look at.)
     """
     state = _counters.get(device)
     if state is not None:
-        state.host_copy.copy_(state.device_copy)
-        state.pending = False
-        _report(state)
-
-
-def _raise_if_arrived(state: _Counter) -> None:
-    if state.pending and (state.arrival is None or state.arrival.query()):
-        state.pending = False
-        _report(state)
-
-
-def _report(state: _Counter) -> None:
-    count, feature, position, value = state.host_copy.tolist()
-    if count:
-        state.device_copy.zero_()
-        raise IdOutOfRangeError(
-            f"indices: {count} IDs out of range in an earlier call on {state.device_copy.device} were left "
-            f"out; one of them is {value}, of table {feature}, at position {position}"
-        )
+        state.check()
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import capturing
 from .tuning import multiprocessors
 
 _CAPACITY = 256
@@ -38,6 +39,8 @@ def device_table(rows: Sequence[Sequence[torch.Tensor | int]], device: torch.dev
             _tables.popitem(last=False)
     else:
         _tables.move_to_end(key)
+    if (capture := capturing.current()) is not None:
+        capture.tables.append(table)
     return table
 
 

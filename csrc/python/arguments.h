@@ -93,7 +93,7 @@ class List {
       throw pybind11::value_error(message(name, ": expected one for each of ", size, ", got ", this->size()));
   }
   explicit operator bool() const { return static_cast<bool>(items_); }
-  Py_ssize_t size() const { return PyTuple_GET_SIZE(items_.ptr()); }
+  Py_ssize_t size() const { return items_ ? PyTuple_GET_SIZE(items_.ptr()) : 0; }
   // Borrowed; of null, None.
   PyObject* operator[](Py_ssize_t t) const { return items_ ? PyTuple_GET_ITEM(items_.ptr(), t) : Py_None; }
   // Item t, an int in [0, most].

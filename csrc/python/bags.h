@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "bags/bags.h"
@@ -60,15 +61,22 @@ inline void set_weights(Bags& b, PyObject* per_sample_weights) {
   b.per_sample_weights = t.ptr<float>();
 }
 
-// `padding_idx`: None where several features are pooled, which have none.
-inline void set_pooling(Bags& b, PyObject* mode, PyObject* per_sample_weights, PyObject* padding_idx) {
-  const long long number = integer(mode, "mode");
+inline Mode pooling_mode(long long number) {
   if (number < 0 || number > 2)
     throw pybind11::value_error(message("mode: expected 0, 1 or 2, got ", number));
-  b.mode = static_cast<Mode>(number);
+  return static_cast<Mode>(number);
+}
+
+inline void set_pooling(Bags& b, Mode mode, PyObject* per_sample_weights) {
+  b.mode = mode;
   set_weights(b, per_sample_weights);
   if (b.mode == Mode::max && b.per_sample_weights)
     throw NotTaken(NotTaken::value, "per_sample_weights: mode max does not take any");
+}
+
+// `padding_idx`: None where several features are pooled, which have none.
+inline void set_pooling(Bags& b, PyObject* mode, PyObject* per_sample_weights, PyObject* padding_idx) {
+  set_pooling(b, pooling_mode(integer(mode, "mode")), per_sample_weights);
   if (padding_idx != Py_None) b.padding_idx = integer(padding_idx, "padding_idx");
 }
 
@@ -80,10 +88,15 @@ inline int64_t largest_id(PyObject* bound) {
   return value - 1;
 }
 
-// Those that a list names, one for each table or decoder; of null none.
-inline std::vector<int64_t> named_features(const List& named, int64_t num_features) {
+// Which of a batch's features tables or decoders serve, one for each; empty: all, in order.
+inline std::vector<int64_t> features_of(const List& named, int64_t num_features) {
   std::vector<int64_t> features;
-  for (Py_ssize_t t = 0; named && t < named.size(); ++t) features.push_back(named.up_to(num_features - 1, t));
+  bool as_they_are = named.size() == num_features;
+  for (Py_ssize_t t = 0; t < named.size(); ++t) {
+    features.push_back(named.up_to(num_features - 1, t));
+    as_they_are &= features.back() == t;
+  }
+  if (as_they_are) features.clear();
   return features;
 }
 

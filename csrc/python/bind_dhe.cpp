@@ -139,7 +139,7 @@ py::object dhe_bag_multi(const Arguments<12>& a) {
   Bags whole = read_bags(a[1], a[2]);
   set_features(whole, named ? integer(a[11], "num_features") : count);
   set_pooling(whole, a[4], a[3], count == 1 ? a[5] : Py_None);
-  const ServedBags bags(whole, named_features(named, whole.num_features));
+  const ServedBags bags(whole, features_of(named, whole.num_features));
 
   std::vector<DheFeature> features;
   int64_t width = 0;

@@ -38,11 +38,6 @@ using TableArguments =
                std::optional<ProjectionArguments>>;
 using DecoderArguments = std::tuple<py::object, int64_t, int64_t, int>;
 
-Mode mode_of(int mode) {
-  if (mode < 0 || mode > 2) throw py::value_error(message("mode: expected 0, 1 or 2, got ", mode));
-  return static_cast<Mode>(mode);
-}
-
 std::vector<float> floats(const py::object& tensor, const char* name, int dims) {
   const Tensor t = view(tensor.ptr(), name, DType::f32, dims);
   return {t.ptr<float>(), t.ptr<float>() + t.numel()};
@@ -92,7 +87,7 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
     if (begin < 0 || begin > end || end > f.num_rows)
       throw py::value_error(message("tables: rows ", begin, " to ", end, " are none of ", f.num_rows));
     TableStage stage{
-        f.rows + begin * f.row_bytes, end - begin, f.row_bytes, f.format, feature, part, mode_of(mode)};
+        f.rows + begin * f.row_bytes, end - begin, f.row_bytes, f.format, feature, part, pooling_mode(mode)};
     if (projection) {
       if (f.dim < 1 || f.dim > 4096) throw py::value_error(message("projections: rank ", f.dim));
       stage.projection = projection_of(*projection, f.dim);
@@ -107,7 +102,7 @@ std::unique_ptr<PathProgram> make_program(int64_t num_features, int num_dense, i
   std::vector<py::object> owned;
   for (const auto& [decoder, feature, part, mode] : decoders) {
     owned.push_back(decoder);
-    parts.decoders.push_back({decoder.cast<const Decoder&>().view(), feature, part, mode_of(mode)});
+    parts.decoders.push_back({decoder.cast<const Decoder&>().view(), feature, part, pooling_mode(mode)});
   }
   if (bottom) parts.bottom.emplace(make_mlp(*bottom, precision));
   if (!constant.is_none()) parts.constant = floats(constant, "constant", 1);

@@ -50,13 +50,14 @@ inline std::optional<Format> plain_format(DType dtype) {
 }
 
 inline const FormatTraits& quantised_format(long long code) {
-  std::string codes;
   for (int i = 0; i < num_formats; ++i) {
     const FormatTraits& format = traits(static_cast<Format>(i));
-    if (!format.quantised) continue;
-    if (format.code == code) return format;
-    codes += (codes.empty() ? "" : " or ") + std::to_string(format.code);
+    if (format.quantised && format.code == code) return format;
   }
+  std::string codes;
+  for (int i = 0; i < num_formats; ++i)
+    if (const FormatTraits& format = traits(static_cast<Format>(i)); format.quantised)
+      codes += (codes.empty() ? "" : " or ") + std::to_string(format.code);
   throw pybind11::value_error(message("bits: expected ", codes, ", got ", code));
 }
 

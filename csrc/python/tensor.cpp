@@ -1,5 +1,6 @@
 #include "python/tensor.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <utility>
 
@@ -67,6 +68,19 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   known_apis[next] = api;
   next ^= 1;
   return api;
+}
+
+dlpack::Tensor described(const dlpack::ExchangeApi& api, PyObject* tensor, const char* name,
+                         const char* expected) {
+  dlpack::Tensor d;
+  try {  // torch throws through this C function what it cannot describe: meta or sparse tensors
+    if (api.tensor_from_object(tensor, &d) != 0) throw py::error_already_set();
+  } catch (const std::exception& error) {
+    const std::string why = error.what();
+    throw NotTaken(NotTaken::value, message(name, ": expected ", expected, " with plain storage (",
+                                            why.substr(0, why.find('\n')), ")"));
+  }
+  return d;
 }
 
 void check_ndim(int ndim, const char* name) {
@@ -161,17 +175,29 @@ const char* dtype_name(DType dtype) {
   return names[static_cast<int>(dtype)];
 }
 
+std::optional<Layout> layout(PyObject* object) {
+  const auto* api = exchange_api(Py_TYPE(object));
+  if (!api) return std::nullopt;
+  const dlpack::Tensor d = described(*api, object, "places", "a tensor");
+  if (d.ndim > Layout::max_ndim)
+    throw NotTaken(NotTaken::value,
+                   message("places: expected at most ", Layout::max_ndim, " dimensions, got ", d.ndim));
+  Layout found{};
+  found.data = static_cast<const char*>(d.data) + d.byte_offset;
+  found.device_type = d.device.type;
+  found.device_id = d.device.id;
+  found.dtype =
+      static_cast<uint32_t>(d.dtype.code) << 24 | static_cast<uint32_t>(d.dtype.bits) << 16 | d.dtype.lanes;
+  found.ndim = d.ndim;
+  std::copy_n(d.shape, d.ndim, found.shape.begin());
+  if (d.strides) std::copy_n(d.strides, d.ndim, found.strides.begin());
+  return found;
+}
+
 Tensor view(PyObject* object, const char* name, Sign sign) {
   Tensor t;
   if (const auto* api = exchange_api(Py_TYPE(object))) {
-    dlpack::Tensor d;
-    try {  // torch throws through this C function what it cannot describe: meta or sparse tensors
-      if (api->tensor_from_object(object, &d) != 0) throw py::error_already_set();
-    } catch (const std::exception& error) {
-      const std::string why = error.what();
-      throw NotTaken(NotTaken::value, message(name, ": expected a CPU tensor with plain storage (",
-                                              why.substr(0, why.find('\n')), ")"));
-    }
+    const dlpack::Tensor d = described(*api, object, name, "a CPU tensor");
     if (d.device.type != dlpack::cpu_device && d.device.type != dlpack::cuda_host_device)
       throw NotTaken(NotTaken::value,
                      message(name, ": expected a CPU tensor, got one on DLPack device type ", d.device.type));

@@ -2,8 +2,10 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -52,6 +54,24 @@ struct Extent {
   Extent(const void* data, int64_t bytes) : begin(reinterpret_cast<uintptr_t>(data)), end(begin + bytes) {}
   bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
 };
+
+// Where a torch tensor's elements lie, on whatever device, and of what type they are.
+struct Layout {
+  static constexpr int max_ndim = 8;
+  const void* data;
+  int32_t device_type, device_id;
+  uint32_t dtype;  // DLPack's code, bits and lanes
+  int32_t ndim;
+  std::array<int64_t, max_ndim> shape, strides;  // zeros beyond ndim
+  bool operator==(const Layout& other) const {
+    return data == other.data && device_type == other.device_type && device_id == other.device_id &&
+           dtype == other.dtype && ndim == other.ndim && shape == other.shape && strides == other.strides;
+  }
+};
+
+// Of no torch tensor, null. NotTaken: a tensor without plain storage (on the meta device, sparse), or of more
+// than 8 dimensions.
+std::optional<Layout> layout(PyObject* object);
 
 // As view(), and: exactly this dtype and number of dimensions, contiguous.
 Tensor view(PyObject* object, const char* name, DType dtype, int ndim);

@@ -178,7 +178,8 @@ def matrix() -> str:
         "## Precisions of decoders",
         as_table(["precision", "hash family", "operator", *DEVICES], decoders),
         "## Whole paths",
-        f"`mprec.compile_path` runs on CPUs. Dense layers: {', '.join(PRECISIONS)}.",
+        f"`mprec.compile_path` makes native calls of models on CPUs (dense layers: {', '.join(PRECISIONS)}) "
+        "and CUDA graphs of models on GPUs (dense layers: float32).",
         "## Instruction sets",
         f"Kernels for {', '.join(mprec._C.isas)}. The best one that the CPU has is chosen at load.",
     ])  # fmt: skip

@@ -30,7 +30,7 @@ from mprec.ops.pooling import run_program
 from mprec.representations import DHE, TABLE
 from mprec.representations.low_rank import LOW_RANK
 
-__all__ = ["PRECISIONS", "CompiledPath", "compile_path"]
+__all__ = ["PRECISIONS", "CompiledPath", "check_model", "check_precision"]
 
 #: Of dense layers.
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -52,32 +52,9 @@ class _Table(NamedTuple):
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
 
 
-def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath:
-    """The model's whole path as one native call, ``(dense, bags) -> click probabilities [B]``.
-
-    Takes a :class:`mprec.models.DLRM`, a path of a multi-path model (``model.path(name)``) or a multi-path
-    model itself (its hybrid path), in float32 on the CPU, whose embeddings are tables of any precision, also
-    of low rank, deep hash embeddings of any precision but float8, or hybrids of both (decoded into longer
-    rows, too). Tables are read where they lie; other weights are packed once, and again when they changed (as
-    packed decoders are: see :func:`mprec.ops.clear_decoders`; a call of n samples counts as n / 4 IDs).
-
-    Args:
-        model: evaluated as it is at each call; without gradients.
-        precision: of the dense layers. ``"bfloat16"`` rounds weights and inputs of every layer but the last,
-            and adds up in float32. ``"int8"`` rounds them to integers, weights to -127 to 127 by a step of
-            each output, inputs to 0 to 127 by a range of each sample, and adds up exactly; layers of fewer
-            than 32 inputs or of one output stay float32. There an input that is not finite makes its
-            sample's score NaN.
-
-    Raises:
-        PathCompileError: what is not compiled, and why; ``model(...).sigmoid()`` still serves.
-        ValueError: unknown precision.
-    """
-    return CompiledPath(model, precision)
-
-
 class CompiledPath:
-    """What :func:`compile_path` returns. Safe for concurrent calls, which release the interpreter lock.
+    """What :func:`mprec.compile_path` returns for a model on the CPU. Safe for concurrent calls, which
+    release the interpreter lock.
 
     Scores differ from the model's by the rounding of ``precision``. Forward hooks that are registered later
     are not run. A call that the native code does not take goes to the model: it serves that call (IDs of
@@ -88,8 +65,7 @@ class CompiledPath:
     """
 
     def __init__(self, model: nn.Module, precision: str = "float32") -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+        check_precision(precision)
         self.model, self.precision = model, precision
         self._lock = threading.Lock()
         self._native = _pack(model, precision)
@@ -156,7 +132,7 @@ class CompiledPath:
 
 @torch.no_grad()
 def _pack(model: nn.Module, precision: str) -> PathProgram:
-    _check_model(model)
+    check_model(model)
     places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
     places += [(model._buffers, "_mixing"), (model.__dict__, "interaction")]
     bottom = constant = None
@@ -196,7 +172,14 @@ def _pack(model: nn.Module, precision: str) -> PathProgram:
         raise PathCompileError(str(error)) from error
 
 
-def _check_model(model: nn.Module) -> None:
+def check_precision(precision: str) -> None:
+    """``ValueError`` unless dense layers can be of it."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def check_model(model: nn.Module) -> None:
+    """``PathCompileError`` unless the model computes as a DLRM does, and nobody listens meanwhile."""
     if not isinstance(model, DLRM):
         raise PathCompileError(f"model: expected a DLRM, got {type(model).__name__}")
     for name in ("forward", "mix", "score"):

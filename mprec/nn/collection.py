@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mprec import ops
+from mprec._native import TableGroup
 from mprec.bags import Bags, new
 from mprec.errors import IdOutOfRangeError
 from mprec.names import MODES
@@ -35,6 +36,7 @@ class _Group(NamedTuple):
     mode: str
     mode_code: int
     options: Hashable  # of a deep hash embedding: family, activation, last_activation
+    tables: TableGroup | None  # of tables: their places
 
     def bags(self, batch: Bags) -> Bags:
         """Those of the batch that the group pools, in its mode."""
@@ -71,7 +73,8 @@ class EmbeddingBagCollection(nn.Module):
     """
 
     has_cache = False  # of rows before the decoders
-    _table_at = "_parameters", "weight", nn.Parameter  # where a table's are, and what
+    # Where a module has its table, of what type it is, and which attribute says of what format its rows are.
+    _table_at = "_parameters", "weight", nn.Parameter, None
 
     def __init__(
         self,
@@ -139,8 +142,12 @@ class EmbeddingBagCollection(nn.Module):
             positions, columns = [i for i, _ in members], [column for _, column in members]
             names = tuple(self.features[i].name for i in positions)
             served = None if len(members) == len(self.features) else positions
-            alone = len(found) == 1
-            made.append(_Group(part, names, positions, columns, served, alone, mode, MODES[mode], kind))
+            alone, code = len(found) == 1, MODES[mode]
+            tables = None
+            if part is TABLE:
+                at = None if alone else columns
+                tables = TableGroup(names, *self._table_at, code, at, served, len(self.features))
+            made.append(_Group(part, names, positions, columns, served, alone, mode, code, kind, tables))
         return made
 
     def forward(
@@ -192,6 +199,9 @@ class EmbeddingBagCollection(nn.Module):
     def _forward_direct(self, batch: Bags, out: Tensor | None = None) -> Tensor | None:
         """Kernels straight into one output: no dispatcher, no concatenation, checks left to native code.
         None for what that does not take."""
+        groups = self._table_groups
+        if out is None and self.options is None and groups and groups[0].alone:  # native code does all
+            return self._run_tables(groups[0], batch, None, DEFAULT_OPTIONS)
         offsets, count = batch.offsets, batch.num_features
         if offsets.dim() != 1:
             return None  # the operators say what is wrong
@@ -200,8 +210,8 @@ class EmbeddingBagCollection(nn.Module):
         if ends < 0 or samples * count != ends:
             return None
         options = DEFAULT_OPTIONS if self.options is None else options_for(self, samples)
-        if out is None and self._table_groups and self._table_groups[0].alone:  # native code makes it
-            return self._run_tables(self._table_groups[0], batch, None, options)
+        if out is None and groups and groups[0].alone:
+            return self._run_tables(groups[0], batch, None, options)
         dtype = self._dtype()
         if out is None:
             if dtype not in NATIVE_TABLES:
@@ -209,7 +219,7 @@ class EmbeddingBagCollection(nn.Module):
             out = torch.empty(samples, self._width, dtype=dtype)
         elif out.dtype is not dtype or out.shape != (samples, self._width):
             return None
-        for group in self._table_groups:
+        for group in groups:
             if self._run_tables(group, batch, out, options) is None:
                 return None
         for group in self._dhe_groups:
@@ -229,15 +239,10 @@ class EmbeddingBagCollection(nn.Module):
             return group.part.dtype(self._members(group.part)[group.names[0]])
         return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0].dtype
 
-    def _run_tables(self, group: _Group, batch: Bags, out, options, bits=None) -> Tensor | None:
+    def _run_tables(self, group: _Group, batch: Bags, out, options) -> Tensor | None:
         """One group's pooled rows into its columns of ``out``; None if native code does not take them."""
-        where, name, kind = self._table_at
-        tables = pooling.tensors_of(self._modules["tables"]._modules, group.names, where, name, kind)
-        if tables is None:
-            return None
-        if group.alone:
-            return pooling.try_tables(tables, batch, out, None, options.threads, bits)
-        return pooling.try_tables(tables, group.bags(batch), out, group.columns, options.threads, bits)
+        modules = self._modules["tables"]._modules
+        return pooling.try_table_group(group.tables, modules, batch, out, options.threads)
 
     def _run_decoders(self, group: _Group, batch: Bags, out, options) -> Tensor | None:
         """One group's vectors into its columns of ``out``; None if native code does not take them."""

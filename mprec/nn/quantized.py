@@ -131,7 +131,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             numbers beyond the range of float16 or of int4's scales).
     """
 
-    _table_at = "_buffers", "rows", Tensor
+    _table_at = "_buffers", "rows", Tensor, "bits"
 
     def __init__(
         self,
@@ -200,10 +200,6 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
 
     def _dtype(self) -> torch.dtype:
         return torch.float32
-
-    def _run_tables(self, group, batch: Bags, out, options) -> Tensor | None:
-        modules = self._modules["tables"]._modules
-        return super()._run_tables(group, batch, out, options, [modules[name].bits for name in group.names])
 
     def _in_float8(self, name: str) -> bool:
         return self.decoder_precision[name] == "float8"

@@ -16,8 +16,6 @@ from mprec._native import _C
 from mprec.bags import Bags
 from mprec.ops._checks import check_same_device
 
-tensors_of = _C.tensors_of
-
 
 def try_tables(
     tables: Sequence[Tensor],
@@ -25,7 +23,6 @@ def try_tables(
     out: Tensor | None,
     columns: Sequence[int] | None,
     threads: int | None,
-    bits: Sequence[int] | None = None,
 ) -> Tensor | None:
     """Pooled rows, of table t from column ``columns[t]`` of ``out`` on.
 
@@ -34,8 +31,21 @@ def try_tables(
     indices, offsets, mode, weights, features, num_features, _, padding_idx = bags
     return _C.try_embedding_bag_multi(
         tables, indices, offsets, weights, mode, padding_idx, out, columns,
-        threads or torch.get_num_threads(), bits, None, features, num_features,
+        threads or torch.get_num_threads(), None, None, features, num_features,
     )  # fmt: skip
+
+
+def try_table_group(
+    group: "_C.TableGroup", modules: dict, bags: Bags, out: Tensor | None, threads: int | None
+) -> Tensor | None:
+    """The same of tables where modules keep them, by the features, mode and columns of the group.
+
+    ``bags`` are of all features. What was replaced, moved or changed since the last call is seen.
+    """
+    indices, offsets, _, weights, _, _, _, _ = bags
+    return _C.try_pool_tables(
+        group, modules, indices, offsets, weights, out, threads or torch.get_num_threads()
+    )
 
 
 def try_decoders(

@@ -18,7 +18,7 @@ from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch, ClickDataset, RawValues, Vocabulary
 from mprec.dispatch.paths import ScoringPath, shape_digest
 from mprec.errors import CheckpointError, PathCompileError
-from mprec.models import compile_path
+from mprec.models import CapturedPath, compile_path
 from mprec.nn import EmbeddingBagCollection
 from mprec.paths import bundle
 from mprec.paths.forms import form_of
@@ -55,6 +55,11 @@ class Scorer:
         with torch.inference_mode():
             return self.model(batch.dense, batch.bags).sigmoid()
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether it replays CUDA graphs: it then takes batches on the CPU too, and copies them itself."""
+        return isinstance(self.compiled, CapturedPath)
+
     def program(self) -> PathProgram | None:
         """The compiled path's native call, its weights packed as they are now."""
         return None if self.compiled is None else self.compiled.program()
@@ -62,7 +67,8 @@ class Scorer:
     def path(self, name: str, representation: str, quality: float, description: Any) -> ScoringPath:
         """The path that scores so; ``description`` says what is measured, beside how it runs."""
         features, num_dense = self.model.embeddings.features, self.model.num_dense
-        how = "model" if self.compiled is None else f"compiled {self.compiled.precision}"
+        how = "captured" if self.is_captured else "compiled"
+        how = "model" if self.compiled is None else f"{how} {self.compiled.precision}"
         note = f"not compiled: {self.reason}" if self.reason else ""
         shape, inputs = shape_digest([description, how]), (len(features), num_dense)
         return ScoringPath(name, representation, quality, self, shape, inputs=inputs, note=note)

@@ -55,7 +55,7 @@ class LocalExecutor(Executor):
 
 class CudaExecutor(Executor):
     """Paths whose models are on a CUDA device: batches are copied on a stream of the executor's own, so that
-    other executors work on meanwhile.
+    other executors work on meanwhile. Captured paths (:func:`mprec.compile_path`) replay their graphs there.
     """
 
     def __init__(
@@ -70,8 +70,10 @@ class CudaExecutor(Executor):
 
     def run(self, path: str, batch: Batch) -> torch.Tensor:
         with torch.cuda.stream(self._stream):
-            there = batch.pin_memory().to(self.device, non_blocking=True)
-            return super().run(path, there).cpu()  # the copy back waits for this stream alone
+            batch = batch.pin_memory()
+            if not getattr(self._models[path], "is_captured", False):  # that copies to where its graph reads
+                batch = batch.to(self.device, non_blocking=True)
+            return super().run(path, batch).cpu()  # the copy back waits for this stream alone
 
 
 class SimulatedExecutor(Executor):

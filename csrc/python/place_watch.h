@@ -1,0 +1,59 @@
+// Notices when modules or tensors are replaced, or tensors moved, on any device.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "common/error.h"
+#include "python/tensor.h"
+
+namespace mprec::python {
+
+// Remembers what stood at some places in modules' dicts and, of tensors, where their elements lay and of what
+// type they were. Elements themselves are not looked at. A place is also taken for changed when its dict has
+// grown or shrunk. Storages are kept: no other tensor can take their address meanwhile.
+class PlaceWatch {
+ public:
+  explicit PlaceWatch(const std::vector<std::pair<pybind11::dict, pybind11::str>>& places) {
+    for (const auto& [dict, key] : places) {
+      PyObject* const object = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+      if (!object) throw pybind11::key_error(message("places: no '", std::string(key), "'"));
+      Place place{dict,           key,        pybind11::reinterpret_borrow<pybind11::object>(object), {},
+                  layout(object), dict.size()};
+      if (place.layout) place.storage = place.object.attr("detach")();
+      places_.push_back(std::move(place));
+    }
+  }
+
+  bool changed() const {
+    for (const Place& p : places_) {
+      PyObject* const object = PyDict_GetItemWithError(p.dict.ptr(), p.key.ptr());
+      if (object != p.object.ptr() || static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size)
+        return true;
+      if (p.layout && moved(object, *p.layout)) return true;
+    }
+    return false;
+  }
+
+ private:
+  static bool moved(PyObject* tensor, const Layout& before) {
+    try {
+      const auto now = layout(tensor);
+      return !now || !(*now == before);
+    } catch (const NotTaken&) {  // it has no storage of its own any more
+      return true;
+    }
+  }
+  struct Place {
+    pybind11::dict dict;
+    pybind11::str key;
+    pybind11::object object, storage;
+    std::optional<Layout> layout;  // of a tensor
+    size_t size;
+  };
+  std::vector<Place> places_;
+};
+
+}  // namespace mprec::python
