@@ -17,8 +17,8 @@ namespace mprec::stable {
 // was packed is kept beside a copy of the bytes that it was made of, and a call compares all of them.
 // Addresses, shapes and options only say where to look.
 //
-// This costs memory for the copy and a read of both a call: of half a megabyte, a decoder of 1024-128-16, some
-// 20 microseconds. At most `most` are kept; then the one that was used the longest ago goes.
+// This costs memory for the copy and a read of both a call: of half a megabyte, a decoder of 1024-128-16,
+// some 20 microseconds. At most `most` are kept; then the one that was used the longest ago goes.
 template <class Packed>
 class Kept {
  public:
