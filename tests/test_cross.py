@@ -59,7 +59,7 @@ def test_too_many_pairs_are_hashed(dataset):
         ("cross=f0", "expected two features joined by a colon, got 'f0'"),
         ("cross=f0:f0", "expected two features"),
         ("cross=f0:f9", "cross 'f0:f9': no feature 'f9' in synthetic"),
-        ("cross=f0:f1+f0:f1", "feature names must be unique"),
+        ("cross=f0:f1+f0:f1", "feature names: expected each once"),
         ("cross=f0:f1,cross_size=0", "cross_size: expected an integer from 1"),
         ("cross=f0:f1,cross_size=many", "cross_size: expected an integer from 1"),
         ("cross_size=5", "cross_size goes with cross"),

@@ -133,3 +133,16 @@ def test_a_backward_pass_compares_all_bytes():
     other(ROWS).square().sum().backward()
     for p, q in zip(module.parameters(), other.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+@torch.no_grad()
+def test_one_number_of_a_collections_decoder_is_seen_within_2048_ids_of_its_feature():
+    torch.manual_seed(0)
+    module = EmbeddingBagCollection([FeatureConfig(name, 99, 16, "dhe") for name in "abc"])
+    call = (torch.arange(3 * 50) % 99, torch.arange(3 * 50 + 1))
+    before = module(*call)
+    module.dhe["b"].decoder[0].weight.data[77, 777] = 9.0
+    calls = 1
+    while torch.equal(module(*call), before):
+        calls += 1
+        assert calls * (1 + 50) <= 2048 + 1 + 50

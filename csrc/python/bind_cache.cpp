@@ -197,7 +197,7 @@ py::object cached_dhe_bag(const Arguments<11>& a) {
   auto& decoders = instance<CachedDecoders>(a[0], "decoders", "CachedDecoders");
   Bags bags = read_bags(a[1], a[2]);
   set_features(bags, decoders.num_features(), flag(a[5]));
-  if (decoders.stale(bags.indices.size)) return py::bool_(false);
+  if (decoders.stale(bags.indices.size / bags.num_features)) return py::bool_(false);
   set_pooling(bags, a[4], a[3], bags.num_features == 1 ? a[6] : Py_None);
   const int64_t largest = largest_id(a[7]);
   const bool admit = flag(a[9]);

@@ -248,10 +248,8 @@ class EmbeddingBagCollection(nn.Module):
         """One group's vectors into its columns of ``out``; None if native code does not take them."""
         modules = self._modules["dhe"]._modules
         members = [modules[name] for name in group.names]
-        count = batch.indices.numel()
-        decoders = group_decoders(
-            self, group.names[0], members, group.options, self._precisions(group), count
-        )
+        each = batch.indices.numel() // len(self.features)  # IDs of a decoder, about
+        decoders = group_decoders(self, group.names[0], members, group.options, self._precisions(group), each)
         if decoders is None:
             return None
         return pooling.try_decoders(
@@ -264,7 +262,7 @@ class EmbeddingBagCollection(nn.Module):
 
     def invalidate(self) -> None:
         """See writes to decoders through ``.data``, NumPy or DLPack at the next call: such writes raise no
-        version counter and may else go unnoticed until some 2048 IDs have been decoded."""
+        version counter and may else go unnoticed until some 2048 IDs of each feature have been decoded."""
         ops.clear_decoders()
 
     def _forward_ops(self, batch: Bags) -> Tensor:

@@ -163,7 +163,7 @@ def group_decoders(
     ids: int = 0,
 ) -> list["_C.Decoder"] | None:
     """The decoders of several modules (with ``stack()`` and ``decoder`` layers), for one kernel call of so
-    many IDs; ``None`` if kernels do not take them.
+    many IDs of each; ``None`` if kernels do not take them.
 
     As :func:`decoder` for each, but one native check of all weights, which is kept with ``owner``, replaces
     one per decoder. Only with grad mode off.
