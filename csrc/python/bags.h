@@ -91,12 +91,7 @@ inline int64_t largest_id(PyObject* bound) {
 // Which of a batch's features tables or decoders serve, one for each; empty: all, in order.
 inline std::vector<int64_t> features_of(const List& named, int64_t num_features) {
   std::vector<int64_t> features;
-  bool as_they_are = named.size() == num_features;
-  for (Py_ssize_t t = 0; t < named.size(); ++t) {
-    features.push_back(named.up_to(num_features - 1, t));
-    as_they_are &= features.back() == t;
-  }
-  if (as_they_are) features.clear();
+  for (Py_ssize_t t = 0; t < named.size(); ++t) features.push_back(named.up_to(num_features - 1, t));
   return features;
 }
 
