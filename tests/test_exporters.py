@@ -75,6 +75,20 @@ SERVING = {
 }
 
 
+def test_inductor_calls_kernels_where_it_refuses_what_it_might_decompose(monkeypatch):
+    """It does wherever the environment names ``CI``."""
+    import torch._inductor.lowering as lowering
+
+    monkeypatch.setenv("CI", "true")
+    for op in (torch.ops.mprec.embedding_bag_multi.default, torch.ops.mprec.dhe_bag_multi.default):
+        monkeypatch.delitem(lowering.lowerings, op, raising=False)
+    module = multi_path("all").embeddings.eval()
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(module, fullgraph=True, dynamic=True)
+        torch.testing.assert_close(compiled(*batch(8)[1:]), module(*batch(8)[1:]))
+
+
 @pytest.mark.parametrize("name", SERVING)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_serving_modules_compile_whole_and_are_exported(name, weighted):

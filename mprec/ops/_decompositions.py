@@ -2,13 +2,17 @@
 
 They compute in the weights' precision and check neither IDs nor offsets. torch also asks the table of
 decompositions for the shapes of results; those are the fakes' business, here and now as without this file.
+Inductor is to call the kernels instead. Where the environment names ``CI`` it refuses to call an operator
+that has a decomposition, unless it was told to: so it is told.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
+from torch._library.utils import get_layout_constraint_tag
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mprec import reference
@@ -29,6 +33,20 @@ def _decompose(name: str, formula: Callable) -> None:
         return (op.shape if get_proxy_mode() is None else formula)(call)
 
     register_decomposition(op.overload)(decomposition)
+
+    def fake(call, of_op=op.fake):
+        _call_from_inductor(op.overload)
+        return of_op(call)
+
+    op.fake = fake
+
+
+def _call_from_inductor(overload) -> None:
+    """Inductor is told to call the kernel, as soon as it has been imported (it takes seconds) and traces."""
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None and overload not in lowering.lowerings:
+        layout = lowering.tag_to_layout_constraint(get_layout_constraint_tag(overload))
+        lowering.make_fallback(overload, layout_constraint=layout, warn=False)
 
 
 def _bag_of_each(starts: Tensor, count: int) -> Tensor:
