@@ -417,6 +417,7 @@ def update_tables(
     beta1: Any,
     beta2: Any,
     keep: Any,
+    noise: Any,
     threads: Any,
 ) -> None: ...
 def use_isa(name: Any) -> None: ...

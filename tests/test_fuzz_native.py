@@ -348,6 +348,7 @@ def update_tables(draw, guard: Guard):
         "beta1": 0.9,
         "beta2": 0.99,
         "keep": draw(st.sampled_from([1.0, 0.9])),
+        "noise": draw(st.sampled_from([None, list(range(tables))])),
         "threads": draw(st.integers(1, 4)),
     }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "bags/bags.h"
+#include "rows/formats.h"
 
 namespace mprec {
 
@@ -25,8 +26,13 @@ struct Update {
 
 // The rows that an update writes. `first` and `second` may be null if the rule has no such state.
 struct TableRows {
-  float *weight, *first, *second;
-  int64_t weight_stride, state_stride;  // floats from one row to the next
+  void* weight;  // numbers of `format`: f32, f16 or bf16 (assign: f32 only)
+  float *first, *second;
+  int64_t weight_stride, state_stride;  // numbers from one row to the next
+  Format format = Format::f32;
+  // How 16-bit rows are rounded: stochastically (rows/rounding.h) by noise of this key, or to nearest.
+  bool stochastic = false;
+  uint64_t noise = 0;
 };
 
 // A sorted share of one table's gradient: entry e adds scales[e] times the gradient of bag bags[e].
@@ -61,8 +67,9 @@ void update_tables(const Bags&, const PooledGradient* gradients, const TableRows
 int64_t sparse_gradient(const Bags&, const PooledGradient&, int64_t* rows, float* values, int threads);
 
 struct GradientKernels {
-  // Applies the update to each distinct row of the share. `compact`: the i-th distinct row of the share is
-  // written at weight + i * weight_stride, not at its own place (assign only). `scratch`: dim floats.
+  // Applies the update, in float32, to each distinct row of the share. `compact`: the i-th distinct row of
+  // the share is written at weight + i * weight_stride, not at its own place (assign only). `scratch`: dim
+  // floats.
   void (*apply)(const RowGradients&, const TableRows&, const Update&, bool compact, float* scratch);
 };
 

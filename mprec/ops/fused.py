@@ -197,8 +197,10 @@ def contribute(
         running = _passes[task] = _Pass()
         # The bound method is all that keeps the pass: if the backward pass fails, both are gone.
         torch.autograd.Variable._execution_engine.queue_callback(running.update)
-    bags = bags.of_kernels().with_float_weights() if grad.is_cpu else bags
-    running.parts.append(_Part(weights, owners, bags, grad.detach().contiguous()))
+    grad = grad.detach().contiguous()
+    if grad.is_cpu:
+        bags, grad = bags.of_kernels().with_float_weights(), grad.to(torch.float32)
+    running.parts.append(_Part(weights, owners, bags, grad))
 
 
 def _update(part: _Part, tables: Sequence[int]) -> None:
