@@ -332,7 +332,7 @@ def update_tables(draw, guard: Guard):
         return [guard.array((num_rows, 1 if rule == 3 else d)) for d in dims]
 
     return {
-        "weights": [guard.array((num_rows, d)) for d in dims],
+        "weights": [guard.array((num_rows, d), draw(st.sampled_from(["f4", "f2"]))) for d in dims],
         "first": states(),
         "second": states(),
         "indices": indices,
