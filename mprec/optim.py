@@ -163,12 +163,13 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _check(cls, weight: Tensor) -> None:
-        dtypes = {"cpu": NATIVE_TABLES} | ({} if cls._on_device is None else {"cuda": NATIVE_TABLES[:1]})
+        dtypes = {"cpu": NATIVE_TABLES} | ({} if cls._on_device is None else {"cuda": (torch.float32,)})
         if weight.dim() != 2 or weight.dtype not in dtypes.get(weight.device.type, ()):
+            on_cuda = " or of float32 on cuda" if "cuda" in dtypes else ""
             raise ValueError(
-                f"params: {cls.__name__} expects float32 tables [rows, dim] on {' or '.join(dtypes)}, or "
-                f"float16 or bfloat16 tables on cpu, got {tuple(weight.shape)} {weight.dtype} on "
-                f"{weight.device}; mprec.optim.split_parameters(model) tells tables from other parameters"
+                f"params: {cls.__name__} expects tables [rows, dim] of float32, float16 or bfloat16 on cpu"
+                f"{on_cuda}, got {tuple(weight.shape)} {weight.dtype} on {weight.device}; "
+                "mprec.optim.split_parameters(model) tells tables from other parameters"
             )
         if not weight.is_contiguous():
             raise ValueError(f"params: expected contiguous tables, got strides {weight.stride()}")
