@@ -23,15 +23,16 @@ FBGEMM: to let them, every step would have to write every row. For tables on the
 
 Tables of float16 and bfloat16, on the CPU, are updated in float32: the row is read, its gradient is summed
 and the step is taken in float32, states are float32, and the row is rounded once, when it is written.
-``rounding="stochastic"``, the default, takes one of the two neighbours, the nearer one the more often, so that
-the mean is the float32 number: of updates far below a weight's last place as many arrive as should.
-``rounding="nearest"`` is torch's cast, which loses all of those. Where float16 or bfloat16 ends, an update
-becomes infinite, as with torch's cast, and not the largest finite number: a table that has outgrown its type
-is seen. NaN stays NaN. The noise is a function of ``seed``, the table's place among the optimizer's, its step,
-row and column, and of nothing else: results do not depend on the number of threads, replicas round alike, and
-a training that goes on from a state_dict, which holds seed and steps, equals one that was not cut off. Below
-2⁻¹⁴ the mean in float16 is right to 2⁻³⁸. A gradient that goes to ``.grad`` is rounded to the table's type
-there, as any parameter's; ``torch.amp.GradScaler`` refuses those of float16, as torch's models have them.
+``rounding="stochastic"``, the default, takes one of the two neighbours, the nearer one the more often, so
+that the mean is the float32 number: of updates far below a weight's last place as much arrives as should.
+``rounding="nearest"`` is torch's cast, which loses all of those. An update past the largest finite number
+makes the weight infinite, as torch's cast does, so that a table that has outgrown its type is seen; NaN stays
+NaN. Below 2⁻¹⁴ the mean in float16 is right to 2⁻³⁸. A gradient that goes to ``.grad`` is rounded to the
+table's type there, as any parameter's; ``torch.amp.GradScaler`` refuses those of float16.
+
+The noise is a function of ``seed``, the table's place among the optimizer's, its step, row and column, and of
+nothing else: results do not depend on the number of threads, replicas round alike, and a training that goes
+on from a state_dict, which holds seeds and steps, equals one that was not cut off.
 
 Gradients that backward passes apply are not exchanged between processes. Where ``torch.distributed`` runs
 with more than one, such a pass raises ``RuntimeError`` rather than let replicas drift apart;

@@ -1,9 +1,9 @@
 """``torch.ops.mprec.table_sgd_`` and ``table_rowwise_adagrad_``: gradients applied as they are computed.
 
 Both take the gradient ``grad`` ``[B, total]`` of pooled tables, table t's at ``columns[t]`` and on, with the
-arguments of the forward pass, and update in place the rows that occur; those of 16-bit tables, on the CPU, are
-rounded to nearest (:mod:`mprec.optim` rounds stochastically). (``pooling`` is their mode: torch's
-functionalisation of operators that change arguments has no place for one of that name.)
+arguments of the forward pass, and update in place the rows that occur. Rows of 16-bit tables are rounded to
+nearest (:mod:`mprec.optim` rounds stochastically). (``pooling`` is their mode: torch's functionalisation of
+operators that change arguments has no place for one of that name.)
 """
 
 from collections.abc import Sequence
