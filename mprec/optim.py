@@ -298,8 +298,9 @@ class _TableOptimizer(torch.optim.Optimizer):
         on it, have taken equally many steps; ``mprec.ops.fused`` sees to that.
         """
         group = self._group_of(weights[0])
-        for weight in weights:
-            _check_device(weight, group)
+        if weights[0].is_cuda:
+            for weight in weights:
+                _check_device(weight, group)
         states = [self.state[weight] for weight in weights]
         torch._foreach_add_([state["step"] for state in states], 1)
         step = int(states[0]["step"].item())
@@ -321,17 +322,18 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     def _noise(self, weights: Sequence[Tensor], group: dict, step: int) -> list[int] | None:
         """A key for each table; None where nothing is rounded stochastically."""
-        if group["rounding"] != "stochastic" or not any(map(_is_narrow, weights)):
+        if group["rounding"] != "stochastic" or {weight.dtype for weight in weights} == {torch.float32}:
             return None
         places = {id(weight): place for place, weight in enumerate(self._tables())}
         first = _noise_key(group["seed"], step)
         return [first + places[id(weight)] for weight in weights]
 
-    def group_key(self, weight: Tensor) -> tuple[int, bool, int]:
+    def group_key(self, weight: Tensor) -> tuple[int, torch.dtype, int]:
         """Tables of equal keys can be updated by one call."""
-        narrow = _is_narrow(weight)
-        step = int(self.state[weight]["step"].item()) if self._counts_steps or narrow else 0
-        return id(self._group_of(weight)), narrow, step
+        dtype = weight.dtype
+        counts = self._counts_steps or dtype is not torch.float32
+        step = int(self.state[weight]["step"].item()) if counts else 0
+        return id(self._group_of(weight)), dtype, step
 
     def _group_of(self, weight: Tensor) -> dict:
         if len(self.param_groups) == 1:

@@ -359,6 +359,22 @@ def test_tables_in_one_call_or_one_by_one(name, dtype):
 
 @each
 @in_both
+def test_a_table_of_several_features_takes_one_step(name, dtype):
+    """Of the sum of both gradients, which is taken in float32."""
+    start = tables(dtype, (16,))[0].detach()
+    weight, wide = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
+    owners = [MAKERS[name]([w], rounding="nearest") for w in (weight, wide)]
+    ids = torch.randint(0, 40, (60,), generator=torch.Generator().manual_seed(0))
+    grad = torch.randn(15, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for table in (weight, wide):
+        out = ops.embedding_bag_multi([table, table], ids, torch.arange(0, 61, 2))
+        out.backward(grad.to(table.dtype))
+    assert torch.equal(bits(weight), bits(wide.to(dtype)))
+    assert [owner.state_dict()["state"][0]["step"] for owner in owners] == [1, 1]
+
+
+@each
+@in_both
 def test_steps_of_accumulated_gradients_are_those_of_the_gradients_sum(name, dtype):
     (weight,), (twin,) = tables(dtype, (16,)), tables(dtype, (16,))
     optimizer, other = MAKERS[name]([weight], in_backward=False), MAKERS[name]([twin])
