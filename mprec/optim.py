@@ -292,10 +292,10 @@ class _TableOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Update ``weights`` with the gradient ``grad`` ``[B, total]`` of their pooled output.
 
-        ``bags`` are those of the forward pass; on CUDA they may hold other features too. Table t's gradient,
-        float32, stands at columns ``columns[t]`` and on (side by side if None). Called by the backward pass
-        of ``mprec.ops``. All tables must belong to one parameter group and, if a step's size or noise depends
-        on it, have taken equally many steps; ``mprec.ops.fused`` sees to that.
+        ``bags`` are those of the forward pass; on CUDA they may hold other features too. Table t's gradient
+        stands at columns ``columns[t]`` and on (side by side if None), in float32 or the tables' type. Called
+        by the backward pass of ``mprec.ops``. All tables must belong to one parameter group and, if a step's
+        size or noise depends on it, have taken equally many steps; ``mprec.ops.fused`` sees to that.
         """
         group = self._group_of(weights[0])
         if weights[0].is_cuda:
@@ -364,7 +364,7 @@ class _TableOptimizer(torch.optim.Optimizer):
                     rows, values = torch.arange(len(weight), device=weight.device), weight.grad
                 each = torch.arange(len(rows), device=weight.device)
                 bags = Bags(rows.contiguous(), each, include_last_offset=False)
-                self.apply_bags([weight], bags, values.to(torch.float32).contiguous())
+                self.apply_bags([weight], bags, values.contiguous())
         return loss
 
 

@@ -460,6 +460,29 @@ def test_bad_options_are_named(name, options, message):
 
 
 @in_both
+def test_gradients_of_another_type_are_refused(dtype):
+    other = torch.bfloat16 if dtype is torch.float16 else torch.float16
+    for table, of_grad in ((dtype, other), (torch.float32, dtype), (dtype, torch.float64)):
+        weight = torch.nn.Parameter(torch.zeros(3, 4, dtype=table))
+        with pytest.raises(TypeError, match=r"grad: expected float32 or the type of weights\[0\]"):
+            update(optim.SGD([weight]), torch.arange(3), torch.ones(3, 4, dtype=of_grad))
+        assert not weight.any()
+
+
+@in_both
+def test_gradients_of_the_tables_type_are_read_as_they_are(dtype):
+    for dim in (1, 8, 16, 19, 32, 64, 70):
+        grad = torch.randn(30, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
+        for make in MAKERS.values():
+            results = []
+            for given in (grad, grad.float()):
+                weight = torch.nn.Parameter(torch.ones(9, dim, dtype=dtype))
+                update(make([weight]), torch.arange(30) % 9, given)
+                results.append(bits(weight))
+            assert torch.equal(*results)
+
+
+@in_both
 def test_a_table_has_one_owner_and_a_device(dtype):
     (weight,) = tables(dtype, (4,))
     owner = optim.SGD([weight])

@@ -133,7 +133,7 @@ RowGradients sorted(const Bags& b, const PooledGradient& g, const Share& share, 
   else
     (share.parts > 1 ? collect<int32_t, true> : collect<int32_t, false>)(b, g, share, s);
   return {s.keys.data(), s.count,       s.bags.data(), scaled(b) ? s.scales.data() : nullptr,
-          g.grad,        g.grad_stride, g.dim};
+          g.grad,        g.grad_stride, g.dim,         g.narrow};
 }
 
 template <class Index>

@@ -41,16 +41,18 @@ struct RowGradients {
   int64_t count;
   const int32_t* bags;
   const float* scales;  // null: all 1
-  const float* grad;    // bag b's gradient: grad + b * grad_stride, dim floats
+  const void* grad;     // bag b's gradient: grad + b * grad_stride, dim numbers
   int64_t grad_stride, dim;
+  bool narrow = false;  // numbers of the table's 16 bits; else float32
 };
 
-// The gradient of what a table's bags were pooled to: of the feature's bag b, dim floats at
+// The gradient of what a table's bags were pooled to: of the feature's bag b, dim numbers at
 // grad + b * grad_stride.
 struct PooledGradient {
-  const float* grad;
+  const void* grad;
   int64_t grad_stride, dim;
-  int64_t num_rows;  // of the table
+  int64_t num_rows;     // of the table
+  bool narrow = false;  // as in RowGradients
 };
 
 // Applies `update` to the rows of every table that its feature's bags use: gradients[f] is that of feature f

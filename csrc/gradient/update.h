@@ -15,12 +15,22 @@ namespace mprec::MPREC_ISA {
 
 constexpr int64_t entries_ahead = 16;
 
-inline void prefetch_lines(const float* p, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += 16) prefetch(p + i);
+template <class T>
+constexpr int64_t in_a_line = 64 / static_cast<int64_t>(sizeof(T));
+template <class T>
+inline void prefetch_lines(const T* p, int64_t numbers) {
+  for (int64_t i = 0; i < numbers; i += in_a_line<T>) prefetch(p + i);
+}
+template <class T>
+inline void prefetch_lines(Gradient16<T> g, int64_t numbers) {
+  if (g.narrow)
+    prefetch_lines(static_cast<const T*>(g.values), numbers);
+  else
+    prefetch_lines(static_cast<const float*>(g.values), numbers);
 }
 template <class T>
 inline void prefetch_lines_to_write(const T* p, int64_t numbers) {
-  for (int64_t i = 0; i < numbers; i += 64 / static_cast<int64_t>(sizeof(T))) prefetch_to_write(p + i);
+  for (int64_t i = 0; i < numbers; i += in_a_line<T>) prefetch_to_write(p + i);
 }
 
 inline uint32_t row_of(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
@@ -30,6 +40,7 @@ inline uint32_t entry_of(uint64_t key) { return static_cast<uint32_t>(key); }
 // for a burst, as before a row of many entries, would fill the queue to memory and drop out of the cache.
 template <Rule rule, class T>
 struct Ahead {
+  using Number = T;  // of the table
   const RowGradients& g;
   const TableRows& t;
   bool compact;
@@ -37,7 +48,7 @@ struct Ahead {
   void operator()(int64_t i) const {
     i += entries_ahead;
     if (i >= g.count) return;
-    prefetch_lines(g.grad + g.bags[entry_of(g.keys[i])] * g.grad_stride, g.dim);
+    prefetch_lines(gradients_of(g, T{}) + g.bags[entry_of(g.keys[i])] * g.grad_stride, g.dim);
     const int64_t row = row_of(g.keys[i]);
     if (compact || row == row_of(g.keys[i - 1])) return;
     prefetch_lines_to_write(static_cast<T*>(t.weight) + row * t.weight_stride, g.dim);
@@ -46,7 +57,9 @@ struct Ahead {
     if (t.second) prefetch_lines_to_write(t.second + row * t.state_stride, g.dim);
   }
 };
+template <class T>
 struct NothingAhead {
+  using Number = T;
   void operator()(int64_t) const {}
 };
 
@@ -59,12 +72,12 @@ inline void accumulate(const RowGradients& g, int64_t begin, int64_t end, int64_
   for (int64_t i = begin; i < end; ++i) {
     ahead(i);
     const uint32_t entry = entry_of(g.keys[i]);
-    const float* grad = g.grad + g.bags[entry] * g.grad_stride + column;
+    const auto grad = gradients_of(g, typename Ahead::Number{}) + g.bags[entry] * g.grad_stride + column;
     const Vec scale = broadcast(scaled ? g.scales[entry] : 1.0f);
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       const bool masked = tail && v == vectors - 1;
-      const Vec x = masked ? load(grad + v * Vec::width, mask) : load(grad + v * Vec::width);
+      const Vec x = masked ? get<true>(grad + v * Vec::width, mask) : get<false>(grad + v * Vec::width, mask);
       acc[v] = acc[v] + (scaled ? x * scale : x);
     }
   }
@@ -127,7 +140,7 @@ template <Rule rule, class Ahead, class W>
 inline void update_row(const RowGradients& g, int64_t begin, int64_t end, const Constants& c,
                        const Ahead& ahead, W weight, float* first, float* second) {
   constexpr int64_t block = 4 * Vec::width;
-  constexpr NothingAhead nothing{};
+  constexpr NothingAhead<typename Ahead::Number> nothing{};
   const Mask all(Vec::width);
   int64_t column = 0;
   if (block <= g.dim)

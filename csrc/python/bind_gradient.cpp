@@ -56,7 +56,8 @@ void update_tables(py::handle weights, py::handle first, py::handle second, py::
       places(columns.ptr(), "columns", count), keys(noise.ptr(), "noise", count);
   if (needs_first > static_cast<bool>(firsts) || needs_second > static_cast<bool>(seconds))
     throw py::type_error(message(firsts ? "second" : "first", ": expected the rule's state, got None"));
-  const Tensor g = float_matrix(grad.ptr(), "grad");
+  const Tensor g = matrix(grad.ptr(), "grad");
+  const bool narrow = g.dtype == DType::f16 || g.dtype == DType::bf16;
   const Bags bags = pooled_bags(indices, offsets, per_sample_weights, mode, padding_idx, count, g);
 
   std::vector<PooledGradient> gradients(count);
@@ -65,8 +66,11 @@ void update_tables(py::handle weights, py::handle first, py::handle second, py::
   for (Py_ssize_t t = 0; t < count; ++t) {
     const Tensor w = updated(tables[t], rule);
     if (places) column = integer(places[t], "columns");
+    if (g.dtype != DType::f32 && (!narrow || g.dtype != w.dtype))
+      throw NotTaken(NotTaken::type, message("grad: expected float32 or the type of weights[", t, "], ",
+                                             dtype_name(w.dtype), ", got ", dtype_name(g.dtype)));
     columns_within(column, w.shape[1], g.shape[1], "grad");
-    gradients[t] = {g.ptr<float>() + column, g.strides[0], w.shape[1], w.shape[0]};
+    gradients[t] = {g.ptr<char>() + column * g.item_bytes(), g.strides[0], w.shape[1], w.shape[0], narrow};
     column += w.shape[1];
     rows[t] = {w.data, nullptr, nullptr, w.strides[0], 0, *plain_format(w.dtype)};
     if (keys) {

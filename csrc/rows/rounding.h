@@ -16,7 +16,8 @@ inline uint64_t mixed(uint64_t x) {
 // Random bits of a row's columns: a function of the table's key, the row and the column, and so the same in
 // whatever order, by however many threads and of whatever width rows are updated.
 struct Noise {
-  Int first, second;
+  Int first = broadcast_int(0), second = broadcast_int(0);
+  Noise() = default;
   Noise(uint64_t key, int64_t row) {
     static constexpr uint32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const uint64_t of_row = mixed(key + (static_cast<uint64_t>(row) + 1) * 0x9E3779B97F4A7C15);

@@ -58,7 +58,8 @@ def update_tables(
     keep: float = 1.0,
     noise: Sequence[int] | None = None,
 ) -> None:
-    """Update tables in place on the CPU, with the gradient ``grad`` ``[B, total]`` of their pooled output.
+    """Update tables in place on the CPU, with the gradient ``grad`` ``[B, total]`` of their pooled output, in
+    float32 or the tables' type.
 
     ``bags`` of the tables' features alone, as native kernels take them; ``columns`` None: side by side. Rows
     that have a gradient are multiplied by ``keep`` first. 16-bit tables are rounded to nearest, or

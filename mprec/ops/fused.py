@@ -199,7 +199,8 @@ def contribute(
         torch.autograd.Variable._execution_engine.queue_callback(running.update)
     grad = grad.detach().contiguous()
     if grad.is_cpu:
-        bags, grad = bags.of_kernels().with_float_weights(), grad.to(torch.float32)
+        bags = bags.of_kernels().with_float_weights()
+        grad = grad if grad.dtype is weights[0].dtype else grad.to(torch.float32)
     running.parts.append(_Part(weights, owners, bags, grad))
 
 

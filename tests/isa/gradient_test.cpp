@@ -234,6 +234,13 @@ void test_rules16(const std::string& isa) {
         std::copy_n(table.second.data(), table.second.size(), same.second.data());
         Guarded<float> grad(count * dim), scratch(dim);
         fill(grad, random, false);
+        const bool narrow_grad = dim % 2;
+        Guarded<uint16_t> grad16(narrow_grad ? grad.size() : 0);
+        for (int64_t i = 0; i < grad16.size(); ++i) {
+          grad16[i] =
+              static_cast<uint16_t>((type.format == Format::f16 ? 0x2E00 : 0x3D00) + random.below(0x600));
+          grad[i] = static_cast<float>(type.value(grad16[i]));
+        }
         Guarded<int32_t> bags(count);
         Guarded<uint64_t> keys(count);
         for (int64_t e = 0; e < count; ++e) {
@@ -250,7 +257,9 @@ void test_rules16(const std::string& isa) {
         narrow.noise = key;
         const std::vector<uint16_t> before(weight.data(), weight.data() + weight.size());
         kernels().gradient->apply(g, table.rows(), update_of(rule), false, scratch.data());
-        kernels().gradient->apply(g, narrow, update_of(rule), false, scratch.data());
+        RowGradients given = g;
+        if (narrow_grad) given.grad = grad16.data(), given.narrow = true;
+        kernels().gradient->apply(given, narrow, update_of(rule), false, scratch.data());
         for (int64_t i = 0; i < weight.size(); ++i)
           c.close(type.value(weight[i]), type.rounded(table.weight[i], noise(key, i / dim, i % dim)), 0,
                   rule_name(rule), " ", traits(type.format).name, " dim ", dim, " row ", i / dim, " column ",
