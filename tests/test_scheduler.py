@@ -139,6 +139,13 @@ def test_where_there_is_time_the_better_device_gets_the_query():
     assert result.samples["best", "gpu"] / sizes.sum() > 0.99
 
 
+def test_full_load_is_seen_after_a_few_queries():
+    """Else the first batches take the best path, and what they cost is missed for the rest of the run."""
+    times, sizes = load("far", 2.0, 1.0)
+    chosen, static = contest("far", times, sizes, sla_s=0.2)
+    assert chosen.correct_per_s > 0.985 * static.correct_per_s
+
+
 def test_an_executor_does_not_wait_for_its_twin():
     made = paths("three")
     lanes = [Lane(n, [Option(p.name, p.quality, p.curve) for p in made]) for n in "ab"]
@@ -149,25 +156,29 @@ def test_an_executor_does_not_wait_for_its_twin():
     assert {first.index, second.index} == {0, 1}
 
 
-@pytest.mark.parametrize("noise", [0.15, 0.4])
+@pytest.mark.parametrize(("noise", "least"), [(0.15, 0.99), (0.4, 0.93)])
 @pytest.mark.parametrize("share", [0.6, 0.9])
-def test_no_executor_idles_beside_a_backlog(noise, share):
+def test_no_executor_idles_beside_a_backlog(noise, least, share):
     """Under the first query's deadline alone, a twin that is soon free always looked better."""
     curve = 1.2e-4 + 6.8e-6 * np.arange(MAX_BATCH + 1)
     path = SimulatedPath("table", 0.79, curve.tolist())
-    rng = np.random.default_rng(1)
-    sizes = np.clip(rng.lognormal(math.log(128) - 0.5, 1.0, 6000), 1, 1024).astype(int)
-    times = np.cumsum(rng.exponential((6.8e-6 * sizes.mean() + 1e-4) / (2 * share), len(sizes)))
-    result = simulate(
-        [SimulatedExecutor(name, [path]) for name in "ab"],
-        times,
-        sizes,
-        sla_s=0.05,
-        query_s=5e-5,
-        noise=noise,
-    )
-    assert result.correct_per_s > 0.95 * 0.79 * sizes.sum() / times[-1]
-    assert result.late < 0.02
+    ratios, late = [], []
+    for seed in range(8):  # one run alone varies by 0.03
+        rng = np.random.default_rng(seed)
+        sizes = np.clip(rng.lognormal(math.log(128) - 0.5, 1.0, 6000), 1, 1024).astype(int)
+        times = np.cumsum(rng.exponential((6.8e-6 * sizes.mean() + 1e-4) / (2 * share), len(sizes)))
+        result = simulate(
+            [SimulatedExecutor(name, [path]) for name in "ab"],
+            times,
+            sizes,
+            sla_s=0.05,
+            query_s=5e-5,
+            noise=noise,
+        )
+        ratios.append(result.correct_per_s / (0.79 * sizes.sum() / times[-1]))
+        late.append(result.late)
+    assert np.mean(ratios) > least
+    assert np.mean(late) < 0.02
 
 
 def test_a_large_query_is_shared_where_one_executor_would_be_late():

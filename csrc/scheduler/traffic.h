@@ -6,7 +6,8 @@
 
 namespace mprec::scheduler {
 
-// Samples per second, with weights that fall by e in memory() seconds.
+// Samples per second, with weights that fall by e in memory() seconds. What came before the first query counts
+// as a silence, the less the more queries have come: a start under full load is seen after a few of them.
 class Rate {
  public:
   void count(double now, double samples, double memory_s);
@@ -17,7 +18,8 @@ class Rate {
   void fade(double now);
 
   bool started_ = false;
-  double memory_s_ = 0, sum_ = 0, weight_ = 0, at_ = 0;
+  double memory_s_ = 0, sum_ = 0, weight_ = 0, silence_ = 0, at_ = 0;
+  int64_t queries_ = 0;
 };
 
 // Variance over mean of the samples in a window.
