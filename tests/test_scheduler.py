@@ -139,11 +139,18 @@ def test_where_there_is_time_the_better_device_gets_the_query():
     assert result.samples["best", "gpu"] / sizes.sum() > 0.99
 
 
-def test_full_load_is_seen_after_a_few_queries():
+@pytest.mark.parametrize("pause", [0.0, 10.0])
+@pytest.mark.parametrize("sla_s", [0.05, 0.2, 0.5])
+def test_full_load_that_sets_in_is_seen_after_a_few_queries(sla_s, pause):
     """Else the first batches take the best path, and what they cost is missed for the rest of the run."""
-    times, sizes = load("far", 2.0, 1.0)
-    chosen, static = contest("far", times, sizes, sla_s=0.2)
-    assert chosen.correct_per_s > 0.985 * static.correct_per_s
+    few = np.arange(0.0, pause, 0.5)
+    ratios = []
+    for seed in range(3):
+        times, sizes = load("far", 3.0, 1.0, seed=seed)
+        times, sizes = np.concatenate([few, pause + times]), np.concatenate([np.full(len(few), 100), sizes])
+        chosen, static = contest("far", times, sizes, sla_s=sla_s)
+        ratios.append(chosen.correct_per_s / static.correct_per_s)
+    assert np.mean(ratios) > 0.985
 
 
 def test_an_executor_does_not_wait_for_its_twin():
@@ -156,9 +163,9 @@ def test_an_executor_does_not_wait_for_its_twin():
     assert {first.index, second.index} == {0, 1}
 
 
-@pytest.mark.parametrize(("noise", "least"), [(0.15, 0.99), (0.4, 0.93)])
+@pytest.mark.parametrize(("noise", "least", "most_late"), [(0.15, 0.99, 0.01), (0.4, 0.93, 0.05)])
 @pytest.mark.parametrize("share", [0.6, 0.9])
-def test_no_executor_idles_beside_a_backlog(noise, least, share):
+def test_no_executor_idles_beside_a_backlog(noise, least, most_late, share):
     """Under the first query's deadline alone, a twin that is soon free always looked better."""
     curve = 1.2e-4 + 6.8e-6 * np.arange(MAX_BATCH + 1)
     path = SimulatedPath("table", 0.79, curve.tolist())
@@ -178,7 +185,7 @@ def test_no_executor_idles_beside_a_backlog(noise, least, share):
         ratios.append(result.correct_per_s / (0.79 * sizes.sum() / times[-1]))
         late.append(result.late)
     assert np.mean(ratios) > least
-    assert np.mean(late) < 0.02
+    assert np.mean(late) < most_late
 
 
 def test_a_large_query_is_shared_where_one_executor_would_be_late():

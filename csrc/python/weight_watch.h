@@ -164,13 +164,13 @@ class TensorMark {
 };
 
 // Remembers what stood at some places in modules' dicts: tensors, with their contents, or modules. A place is
-// also taken for changed when its dict has grown or shrunk. A place whose key is None is its dict's size alone.
+// also taken for changed when its dict has grown or shrunk. A place whose key is None is its dict's size
+// alone.
 class WeightWatch {
  public:
   using Places = std::vector<std::pair<pybind11::dict, std::optional<pybind11::str>>>;
 
-  WeightWatch(const Places& places, int64_t blocks)
-      : epoch_(epoch()) {
+  WeightWatch(const Places& places, int64_t blocks) : epoch_(epoch()) {
     for (const auto& [dict, key] : places) {
       if (!key) {
         sizes_.emplace_back(dict, dict.size());

@@ -16,12 +16,14 @@ constexpr double least_s = 1e-6;
 }  // namespace
 
 void Rate::count(double now, double samples, double memory_s) {
-  if (!started_) {
-    started_ = true;
+  if (!queries_ || now - latest_ > memory_s / 2) {  // nothing is known of what begins now
     at_ = now;
+    sum_ = weight_ = 0;
     silence_ = memory_s / 4;
+    queries_ = 0;
   }
   memory_s_ = memory_s;
+  latest_ = now;
   fade(now);
   sum_ += samples;
   ++queries_;
