@@ -25,10 +25,11 @@ Tables of float16 and bfloat16, on the CPU, are updated in float32: the row is r
 and the step is taken in float32, states are float32, and the row is rounded once, when it is written.
 ``rounding="stochastic"``, the default, takes one of the two neighbours, the nearer one the more often, so
 that the mean is the float32 number: of updates far below a weight's last place as much arrives as should.
-``rounding="nearest"`` is torch's cast, which loses all of those. An update past the largest finite number
-makes the weight infinite, as torch's cast does, so that a table that has outgrown its type is seen; NaN stays
-NaN. Below 2⁻¹⁴ the mean in float16 is right to 2⁻³⁸. A gradient that goes to ``.grad`` is rounded to the
-table's type there, as any parameter's; ``torch.amp.GradScaler`` refuses those of float16.
+``rounding="nearest"`` is torch's cast, which loses all of those. As in that, infinity stands where the number
+after the largest finite one would: what is further out becomes infinite, so that a table that has outgrown
+its type is seen. NaN stays NaN. Below 2⁻¹⁴ the mean in float16 is right to 2⁻³⁸. A gradient that goes to
+``.grad`` is rounded to the table's type there, as any parameter's; ``torch.amp.GradScaler`` refuses those of
+float16.
 
 The noise is a function of ``seed``, the table's place among the optimizer's, its step, row and column, and of
 nothing else: results do not depend on the number of threads, replicas round alike, and a training that goes
@@ -197,8 +198,8 @@ class _TableOptimizer(torch.optim.Optimizer):
                 has been loaded then.
         """
         before = super().state_dict()
+        self._load(state_dict)
         try:
-            self._load(state_dict)
             for group in self.param_groups:
                 self._adopt_options(group)
                 for weight in group["params"]:

@@ -494,5 +494,10 @@ def test_a_table_has_one_owner_and_a_device(dtype):
         for make in (optim.SGD, optim.RowWiseAdagrad):
             with pytest.raises(ValueError, match=r"of float32 on cuda, got .* on cuda"):
                 make([on_device])
+        moved = torch.nn.Parameter(torch.empty(3, 2, device="cuda"))
+        optimizer = optim.SGD([moved])
+        moved.data = moved.data.to(dtype)  # as a module's own cast
+        with pytest.raises(ValueError, match="expected a float32 table on cuda"):
+            update(optimizer, torch.arange(3), torch.ones(3, 2, dtype=dtype))
     with pytest.raises(ValueError, match=r"of float32, float16 or bfloat16 on cpu .*float64"):
         optim.SGD([torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))])

@@ -45,6 +45,7 @@ inline Row16<T> row_at(const TableRows& t, int64_t row, T) {
   return {static_cast<T*>(t.weight) + row * t.weight_stride, 0, t.stochastic,
           t.stochastic ? Noise(t.noise, row) : Noise()};
 }
+
 // Gradients of a table of 16 bits: its numbers, or float32.
 template <class T>
 struct Gradient16 {
