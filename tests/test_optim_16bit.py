@@ -475,9 +475,9 @@ def test_gradients_of_the_tables_type_are_read_as_they_are(dtype):
         grad = torch.randn(30, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
         for make in MAKERS.values():
             results = []
-            for given in (grad, grad.float()):
+            for passed in (grad, grad.float()):
                 weight = torch.nn.Parameter(torch.ones(9, dim, dtype=dtype))
-                update(make([weight]), torch.arange(30) % 9, given)
+                update(make([weight]), torch.arange(30) % 9, passed)
                 results.append(bits(weight))
             assert torch.equal(*results)
 
