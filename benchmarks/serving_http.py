@@ -8,7 +8,9 @@ The contestants serve the same DLRM of the Criteo Kaggle shape (random weights, 
 rows, MLPs of the sizes that ``mprec train`` has by default) and take turns; FastAPI with a pydantic model of
 the query is one where it is installed. An answer is late if it is whole at the client after the latency
 target, counted from before the request was sent. Refused requests are counted apart, and the client asks
-again at once. Rows go to ``benchmarks/results/serving_http.csv``.
+again at once. ``--client h2load`` takes the client of that name (nghttp2), which is written in C++ and takes
+less of the server's cores; it sends one query again and again. Rows go to
+``benchmarks/results/serving_http.csv``.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -142,6 +145,45 @@ def wait_until_ready(url: str, child: subprocess.Popen) -> None:
             time.sleep(0.2)
 
 
+def by_python(about: dict) -> dict:
+    """What ``serving_http_client.py`` finds."""
+    done = subprocess.run(
+        [sys.executable, HERE / "serving_http_client.py"],
+        input=json.dumps(about),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the client failed at {about['address']}")
+    return json.loads(done.stdout)
+
+
+def by_h2load(about: dict) -> dict:
+    """The same, from h2load's log: when each request was sent, its status, and how long it took, in us."""
+    host, port = about["address"]
+    with tempfile.TemporaryDirectory() as name:
+        log = Path(name) / "log"
+        ms = round(1e3 * (about["seconds"] + about["warm"]))
+        command = ["h2load", "--h1", "-c", about["connections"], "-D", f"{ms}ms"]
+        command += ["-d", about["bodies"][0], "-H", f"content-type: {about['content_type']}"]
+        command += ["--log-file", log, f"http://{host}:{port}/score"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([str(word) for word in command], stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        sent, status, took = np.loadtxt(log, dtype=np.int64, delimiter="\t", unpack=True, ndmin=2)
+    counted = sent + took >= sent.min() + about["warm"] * 1e6
+    statuses, counts = np.unique(status[counted & (status != 200)], return_counts=True)
+    return {
+        "latencies": took[counted & (status == 200)] / 1e6,
+        "others": {str(s): int(n) for s, n in zip(statuses, counts, strict=True)},
+        "seconds": about["seconds"],
+        "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    }
+
+
+CLIENTS = {"python": by_python, "h2load": by_h2load}
+
+
 def measure(address, form: str, files: list[str], connections: int, args) -> dict:
     about = {
         "address": address,
@@ -151,15 +193,7 @@ def measure(address, form: str, files: list[str], connections: int, args) -> dic
         "seconds": args.seconds,
         "warm": args.warm_seconds,
     }
-    done = subprocess.run(
-        [sys.executable, HERE / "serving_http_client.py"],
-        input=json.dumps(about),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the client failed at {address}")
-    found = json.loads(done.stdout)
+    found = CLIENTS[args.client](about)
     latencies = np.array(found["latencies"]) * 1e3
     refused = sum(n for status, n in found["others"].items() if status in ("429", "503", "504"))
     late = latencies > args.sla_ms
@@ -210,6 +244,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[128, 1])
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--bodies", nargs="+", choices=list(BODIES), default=list(BODIES))
+    parser.add_argument("--client", choices=list(CLIENTS), default="python")
     parser.add_argument("--server", action="append", default=[], metavar="NAME=URL", help="takes our JSON")
     parser.add_argument(
         "--serve", action="append", metavar="NAME=OPTIONS", help="of mprec serve (mprec=, several in turn)"

@@ -6,6 +6,8 @@ import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
@@ -189,3 +191,16 @@ def test_the_return_trip_covers_what_is_usual():
     for i, value in enumerate(values):
         trip.observe(float(i), value)
     assert 0.002 <= trip.expected_s(399.0) < 0.004
+
+
+@pytest.mark.parametrize("shape", [0.5, 1.0, 1.5])
+def test_one_answer_in_a_hundred_comes_back_later_than_expected(shape):
+    """Where each query has waited for as long as it may, as in a queue that is always full."""
+    rng, trip, late = np.random.default_rng(0), ReturnTrip(), []
+    for i, seconds in enumerate(1e-3 * rng.lognormal(0, shape, 20_000)):
+        late.append(seconds > trip.expected_s(i / 4000))
+        trip.observe(i / 4000, seconds, late[-1])
+    assert np.mean(late[2000:]) <= 0.012
+    for i in range(20_000):  # none are late any more
+        trip.observe(5 + i / 4000, 1e-3)
+    assert trip.expected_s(10.0) < 2e-3

@@ -241,6 +241,24 @@ Tensor view(PyObject* object, const char* name, Sign sign) {
   return t;
 }
 
+bool is_at(PyObject* tensor, const Tensor& before) {
+  const auto* api = exchange_api(Py_TYPE(tensor));
+  if (!api) return false;
+  dlpack::Tensor d;
+  try {
+    d = described(*api, tensor, "weights", "a CPU tensor");
+  } catch (const NotTaken&) {  // it has no plain storage any more
+    return false;
+  }
+  if (static_cast<char*>(d.data) + d.byte_offset != before.data || d.ndim != before.ndim ||
+      (d.device.type != dlpack::cpu_device && d.device.type != dlpack::cuda_host_device) ||
+      from_dlpack(d.dtype) != before.dtype)
+    return false;
+  for (int i = 0; i < d.ndim; ++i)
+    if (d.shape[i] != before.shape[i] || (d.strides && d.strides[i] != before.strides[i])) return false;
+  return true;
+}
+
 Tensor view(PyObject* object, const char* name, DType dtype, int ndim) {
   Tensor t = view(object, name);
   if (t.dtype != dtype)

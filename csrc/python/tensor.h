@@ -47,6 +47,9 @@ enum class Sign { ask, remember, ignore };
 // elements that are not aligned, a lazy negation. `remember`: of a tensor that is passed again and again.
 Tensor view(PyObject* object, const char* name, Sign sign = Sign::ask);
 
+// Whether a torch tensor's elements still lie where `before` says, which view() gave of it.
+bool is_at(PyObject* tensor, const Tensor& before);
+
 // A tensor's memory, gaps between rows included.
 struct Extent {
   uintptr_t begin, end;

@@ -23,14 +23,17 @@ class Checksums {
 
   // Of a tensor of more than `most` blocks, so many spread over it.
   Checksums(const Tensor& t, int64_t most)
-      : tensor_(t), elements_(block_bytes / t.item_bytes()), all_((t.numel() + elements_ - 1) / elements_) {
+      : tensor_(t),
+        contiguous_(t.contiguous()),
+        elements_(block_bytes / t.item_bytes()),
+        all_((t.numel() + elements_ - 1) / elements_) {
     const int64_t blocks = std::min(most, all_);
     sums_.resize(blocks);
     for (int64_t b = 0; b < blocks; ++b) sums_[b] = sum(b);
-    spots_ = spots();
+    if (contiguous_ && all_ > 1) spots_ = spots();
   }
-  // A few elements, spread: a write to the whole tensor shows in them at once.
-  bool same_spots() const { return spots() == spots_; }
+  // A few elements of a long tensor, spread: a write to all of it shows in them at once.
+  bool same_spots() const { return !contiguous_ || spots() == spots_; }
   int64_t blocks() const { return static_cast<int64_t>(sums_.size()); }
   bool same(int64_t block) const { return sum(block) == sums_[block]; }
 
@@ -47,12 +50,11 @@ class Checksums {
     bool operator==(const Sum& other) const { return std::memcmp(this, &other, sizeof(Sum)) == 0; }
   };
   uint64_t spots() const {
+    const int64_t last = tensor_.numel() * tensor_.item_bytes() - 8;
     uint64_t mixed = 0;
-    const int64_t n = tensor_.numel(), item = tensor_.item_bytes();
-    if (n == 0 || !tensor_.contiguous()) return 0;
     for (int64_t i = 0; i < 4; ++i) {
-      uint64_t bits = 0;
-      std::memcpy(&bits, tensor_.ptr<char>() + (n - 1) * i / 3 * item, item);
+      uint64_t bits;
+      std::memcpy(&bits, tensor_.ptr<char>() + last * i / 3, sizeof bits);
       mixed = (mixed ^ bits) * 0x9E3779B97F4A7C15u;
     }
     return mixed;
@@ -62,7 +64,7 @@ class Checksums {
     const int64_t begin = block * elements_, count = std::min(elements_, tensor_.numel() - begin);
     Sum s;
     const int64_t item = tensor_.item_bytes();
-    if (!tensor_.contiguous()) {  // rare: element by element
+    if (!contiguous_) {  // rare: element by element
       for (int64_t i = begin; i < begin + count; ++i) {
         int64_t element = i, offset = 0;
         for (int d = tensor_.ndim - 1; d >= 0; --d) {
@@ -81,12 +83,15 @@ class Checksums {
       std::memcpy(w, p, 32);
       s.add(w);
     }
-    uint64_t w[4] = {};
-    std::memcpy(w, p, bytes);
-    s.add(w);
+    if (bytes > 0) {
+      uint64_t w[4] = {};
+      std::memcpy(w, p, bytes);
+      s.add(w);
+    }
     return s;
   }
   Tensor tensor_;
+  bool contiguous_;
   int64_t elements_, all_;  // in a block; blocks that there are
   std::vector<Sum> sums_;
   uint64_t spots_ = 0;
@@ -116,12 +121,7 @@ class TensorMark {
   static bool is_torch(PyObject* object) { return pybind11::hasattr(object, "__dlpack_c_exchange_api__"); }
   // The counters of torch's own tensors only rise, so the object may be compared by address.
   bool matches(PyObject* tensor, Share share) const {
-    if (tensor != tensor_) return false;
-    const Tensor now = view(tensor, "weights", Sign::ignore);
-    if (now.data != view_.data || now.ndim != view_.ndim) return false;
-    for (int i = 0; i < now.ndim; ++i)
-      if (now.shape[i] != view_.shape[i] || now.strides[i] != view_.strides[i]) return false;
-    return version(tensor) == version_ && same_elements(share);
+    return tensor == tensor_ && is_at(tensor, view_) && version(tensor) == version_ && same_elements(share);
   }
 
  private:

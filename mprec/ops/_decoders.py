@@ -141,11 +141,7 @@ class ModuleDecoder:
         self.config = self.kept = None
         if not packable(*module.stack()):
             return None
-        layers = module._modules["decoder"]._modules
-        places = [(module._buffers, "coefficients"), (module._modules, "decoder")]
-        places += [(layers, name) for name in layers]
-        places += [(layer._parameters, name) for layer in layers.values() for name in _LINEAR]
-        watch = _C.WeightWatch.of(places)
+        watch = _C.WeightWatch.of(_places(module))
         if watch is None:  # tensors made in inference mode, parametrised layers
             return None
         c = module.config
@@ -168,29 +164,34 @@ def group_decoders(
     As :func:`decoder` for each, but one native check of all weights, which is kept with ``owner``, replaces
     one per decoder. Only with grad mode off.
     """
-    parts: list[nn.Module] = []  # each module with its layers
-    for module in modules:
-        parts.append(module)
-        parts += module._modules["decoder"]._modules.values()
     kept = _groups.get(owner)
     found = None if kept is None else kept.get(group)
-    if found is not None and found[0] == parts and not found[1].changed(ids):
+    if found is not None and found[0] == modules and not found[1].changed(ids):
         return found[2]
-    places = [(module._buffers, "coefficients") for module in modules]
-    layers = [layer for module in modules for layer in module._modules["decoder"]._modules.values()]
-    places += [(layer._parameters, name) for layer in layers for name in _LINEAR]
     precisions = ["float32"] * len(modules) if precisions is None else precisions
     stacks = [module.stack() for module in modules]
     if not all(packable(*stack) for stack in stacks):
         return None
+    places = [place for module in modules for place in _places(module)]
     watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     handles = [
         packed_decoder(*stack, *options, p, thorough=True)
         for stack, p in zip(stacks, precisions, strict=True)
     ]
     if watch is not None:
-        _groups.setdefault(owner, {})[group] = parts, watch, handles
+        _groups.setdefault(owner, {})[group] = list(modules), watch, handles
     return handles
+
+
+def _places(module: nn.Module) -> list[tuple[dict, str]]:
+    """Where a module keeps its coefficients, its decoder, the decoder's layers, and their weights."""
+    layers = module._modules["decoder"]._modules
+    return [
+        (module._buffers, "coefficients"),
+        (module._modules, "decoder"),
+        *((layers, name) for name in layers),
+        *((layer._parameters, name) for layer in layers.values() for name in _LINEAR),
+    ]
 
 
 def check_float16(tensors: Sequence[Tensor], name: str) -> None:

@@ -34,6 +34,7 @@ REFUSALS = {
     "expired": HTTPStatus.GATEWAY_TIMEOUT,
     "closed": HTTPStatus.SERVICE_UNAVAILABLE,
 }
+_MOST_BACK = 0.75  # of the time that a query has, for its answer's way back
 FOR_LOAD = ("full", "overload", "expired")
 _BINARY = wire.CONTENT_TYPE.encode()
 _RETRY = [(b"retry-after", b"1")]
@@ -52,6 +53,7 @@ class Asked(NamedTuple):
 
     future: Future[Answer]
     arrived: float
+    due: float
     is_binary: bool
     submitted: float
     tells: bool  # of the server's health: it does not if it asks for less time than others have
@@ -75,7 +77,7 @@ class Scoring:
         if engine is None:
             raise RequestError(503, "starting", service.detail)
         now = service.clock()
-        back_s = min(self._return.expected_s(now), engine.sla_s / 2)
+        back_s = min(self._return.expected_s(now), engine.sla_s * _MOST_BACK)
         if now + back_s - arrived >= engine.sla_s and (is_binary or b'"sla_ms"' not in body):
             raise RequestError(504, "expired", "the query waited for too long before it could be read")
         try:
@@ -83,7 +85,7 @@ class Scoring:
             batch, sla_s = parse(body, service.inputs, service.limits)
             # Whoever waits has the answer when it has come back to them, not when the engine has it.
             sla_s = engine.sla_s if sla_s is None else sla_s
-            left_s = sla_s - min(back_s, sla_s / 2)
+            left_s = sla_s - min(back_s, sla_s * _MOST_BACK)
             future = engine.submit(batch, left_s, arrived)
         except QueryTooLargeError as error:
             raise RequestError(413, "too large", str(error)) from None
@@ -92,7 +94,7 @@ class Scoring:
         tells = sla_s >= engine.sla_s
         if tells:
             service.pulse.asked(now)
-        return Asked(future, arrived, is_binary, service.clock(), tells)
+        return Asked(future, arrived, arrived + sla_s, is_binary, service.clock(), tells)
 
     def reply(self, asked: Asked) -> Reply:
         """What to send, once the future is done. ``RequestError`` for a refusal or an error;
@@ -120,7 +122,7 @@ class Scoring:
         metrics.reply(status)
         answer = asked.future.result() if status == 200 else None
         if answer is not None:
-            self._return.observe(now, now - answer.finished_s)
+            self._return.observe(now, now - answer.finished_s, now > asked.due)
             metrics.answered(now, now - arrived)
         if self._tracing is not None:
             times = [("POST /score", arrived, now)]
