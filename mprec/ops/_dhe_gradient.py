@@ -68,19 +68,34 @@ def _of_one(grad: Tensor, stack: _dhe.Stack, options, bags: Bags, need_psw: bool
     """Each distinct ID is decoded once, and takes the summed gradient of its occurrences."""
     need_rows = need_psw or bags.mode == MODES["max"]
     if kept is not None:
-        distinct, occurrence = kept.distinct, kept.row_of_entry.clamp(min=0)  # gradients of padding are zeros
-        rows, backward = _native_chain(distinct, stack, options, need_rows, kept.activations)
-    else:
-        distinct, occurrence = torch.unique(bags.indices, return_inverse=True)
-        _, weights, biases = stack
-        chain = _native_chain if bags.indices.is_cpu and all_float32(*weights, *biases) else _plain_chain
-        rows, backward = chain(distinct, stack, options, need_rows)
+        return _of_kept(grad, stack, options, bags, need_psw, need_rows, kept)
+    distinct, occurrence = torch.unique(bags.indices, return_inverse=True)
+    _, weights, biases = stack
+    chain = _native_chain if bags.indices.is_cpu and all_float32(*weights, *biases) else _plain_chain
+    rows, backward = chain(distinct, stack, options, need_rows)
     rows = None if rows is None else rows[occurrence]
-    if rows is not None and kept is not None:
-        rows = rows.masked_fill((kept.row_of_entry < 0)[:, None], 0.0)
     grad_rows, grad_psw = _backward.pool_backward(grad, rows, bags)
     grad_x = grad_rows.new_zeros(len(distinct), grad.shape[1]).index_add_(0, occurrence, grad_rows)
     return *backward(grad_x.to(grad.dtype)), grad_psw if need_psw else None
+
+
+def _of_kept(grad: Tensor, stack: _dhe.Stack, options, bags: Bags, need_psw: bool, need_rows: bool, kept):
+    """The same with what the forward pass has kept."""
+    distinct, place = kept.distinct, kept.row_of_entry
+    count = len(distinct)
+    rows, backward = _native_chain(distinct, stack, options, need_rows, kept.activations)
+    if bags.padding_idx >= 0:  # goes to one row more
+        place = torch.where(place < 0, count, place)
+    if rows is None:
+        of_rows = bags.with_last_offset()._replace(indices=place)
+        if bags.padding_idx >= 0:
+            of_rows = of_rows._replace(padding_idx=count)
+        _, grad_x = _backward.row_gradients(grad, count + 1, of_rows)
+        return *backward(grad_x), None
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))[place]
+    grad_rows, grad_psw = _backward.pool_backward(grad, rows, bags)
+    grad_x = grad_rows.new_zeros(count + 1, grad.shape[1]).index_add_(0, place, grad_rows)[:count]
+    return *backward(grad_x), grad_psw if need_psw else None
 
 
 def _native_chain(ids: Tensor, stack: _dhe.Stack, options, need_rows: bool, kept: Tensor | None = None):
