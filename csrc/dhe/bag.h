@@ -34,8 +34,8 @@ struct KeptActivations {
 };
 
 // `features`: as many as the request has. OffsetsError or IdError (an ID that is negative or too large)
-// before anything is written. Results do not depend on the number of threads. `kept`: one for each feature, in
-// training.
+// before anything is written. Results do not depend on the number of threads. `kept`: one for each feature,
+// in training.
 void dhe_bag_forward(const DheRequest&, const DheFeature* features, Dedupe, int threads,
                      KeptActivations* kept = nullptr);
 

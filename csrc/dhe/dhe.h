@@ -132,9 +132,10 @@ struct DheKernels {
   // The activations of n IDs into `kept`, whose blocks are `block_stride` apart. Scratch as for `forward`.
   void (*keep)(const DecoderView&, const int64_t* ids, int n, float* kept, int64_t block_stride,
                float* scratch);
-  // Sums the gradients that the vectors of n <= backward_ids IDs pass on in `to[l]`, for every layer l; `kept`
-  // as `keep` gave it. Row i of the vectors' gradient is grad[i * stride]. float32 weights; transposed[l]
-  // (l > 0) has the layer's weights packed as outputs to inputs, with a zero bias and no activation.
+  // Sums the gradients that the vectors of n <= backward_ids IDs pass on in `to[l]`, for every layer l;
+  // `kept` as `keep` gave it. Row i of the vectors' gradient is grad[i * stride]. float32 weights;
+  // transposed[l] (l > 0) has the layer's weights packed as outputs to inputs, with a zero bias and no
+  // activation.
   void (*backward)(const DecoderView&, const LayerView* transposed, const int64_t* ids, int n,
                    const float* kept, int64_t block_stride, const float* grad, int64_t stride,
                    const WeightGradient* to, float* scratch);
