@@ -141,7 +141,7 @@ class _Part(NamedTuple):
         column, weight = self.columns()[t], self.weights[t]
         feature = self.bags.served(len(self.weights))[t]
         ((_, _, bags),) = self.bags._replace(features=[feature]).parts(1)
-        return _backward.row_gradients(self.grad[:, column : column + weight.shape[1]], weight, bags)
+        return _backward.row_gradients(self.grad[:, column : column + weight.shape[1]], len(weight), bags)
 
 
 class _Pass:
