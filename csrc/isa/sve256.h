@@ -1,8 +1,8 @@
 // SVE with registers of 256 bits, and its products of bfloat16 numbers: 32 registers, masks in predicates.
 //
-// The length is the compiler's to know (list.cmake): only then can a register be a member of a struct, and a
-// tile's accumulators an array. Operators on such registers are the compiler's own; intrinsics have a name for
-// the rest, most with a predicate, here that of all lanes.
+// The compiler knows their length (list.cmake): only then can a register be a member of a struct, and the
+// accumulators of a tile an array. Operators on such registers are the compiler's own. Intrinsics do the rest,
+// most of them with a predicate: that of all lanes, where no mask is asked for.
 #pragma once
 #define MPREC_ISA sve256
 #include <arm_sve.h>
@@ -25,7 +25,7 @@ typedef svuint32_t IntRegister MPREC_REGISTER;
 typedef svbool_t Predicate MPREC_REGISTER;
 #undef MPREC_REGISTER
 
-inline Predicate all_lanes() { return svptrue_b32(); }
+inline Predicate lanes() { return svptrue_b32(); }
 
 struct Vec {
   static constexpr int width = 8;
@@ -39,31 +39,32 @@ struct Mask {
 
 inline Vec zero() { return {svdup_n_f32(0.0f)}; }
 inline Vec broadcast(float x) { return {svdup_n_f32(x)}; }
-inline Vec load(const float* p) { return {svld1_f32(all_lanes(), p)}; }
+inline Vec load(const float* p) { return {svld1_f32(lanes(), p)}; }
 inline Vec load(const float* p, Mask k) { return {svld1_f32(k.m, p)}; }
-inline void store(float* p, Vec a) { svst1_f32(all_lanes(), p, a.v); }
+inline void store(float* p, Vec a) { svst1_f32(lanes(), p, a.v); }
 inline void store(float* p, Vec a, Mask k) { svst1_f32(k.m, p, a.v); }
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
-inline Vec sqrt(Vec a) { return {svsqrt_f32_x(all_lanes(), a.v)}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {svmla_f32_x(all_lanes(), c.v, a.v, b.v)}; }
+inline Vec sqrt(Vec a) { return {svsqrt_f32_x(lanes(), a.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {svmla_f32_x(lanes(), c.v, a.v, b.v)}; }
 // The instructions for minimum and maximum prefer a NaN, wherever it stands, or the other number.
-inline Vec greater(Vec a, Vec b) { return {svsel_f32(svcmpgt_f32(all_lanes(), a.v, b.v), a.v, b.v)}; }
-inline Vec lesser(Vec a, Vec b) { return {svsel_f32(svcmplt_f32(all_lanes(), a.v, b.v), a.v, b.v)}; }
-inline float sum(Vec a) { return svaddv_f32(all_lanes(), a.v); }
+inline Vec greater(Vec a, Vec b) { return {svsel_f32(svcmpgt_f32(lanes(), a.v, b.v), a.v, b.v)}; }
+inline Vec lesser(Vec a, Vec b) { return {svsel_f32(svcmplt_f32(lanes(), a.v, b.v), a.v, b.v)}; }
+inline float sum(Vec a) { return svaddv_f32(lanes(), a.v); }
 
-// ---- float16 and bfloat16: loads and stores widen and narrow integers, so a number of 16 bits is the low half
-// of its lane
+// ---- float16 and bfloat16. Loads and stores widen and narrow integers: 16 bits are the low half of a lane
 
-inline Vec widen(svuint32_t bits, Half) { return {svcvt_f32_f16_x(all_lanes(), svreinterpret_f16_u32(bits))}; }
-inline Vec widen(svuint32_t bits, BFloat) { return {svreinterpret_f32_u32(svlsl_n_u32_x(all_lanes(), bits, 16))}; }
-inline svuint32_t narrow(Vec a, Half) { return svreinterpret_u32_f16(svcvt_f16_f32_x(all_lanes(), a.v)); }
-inline svuint32_t narrow(Vec a, BFloat) { return svreinterpret_u32_bf16(svcvt_bf16_f32_x(all_lanes(), a.v)); }
+inline Vec widen(svuint32_t bits, Half) { return {svcvt_f32_f16_x(lanes(), svreinterpret_f16_u32(bits))}; }
+inline Vec widen(svuint32_t bits, BFloat) {
+  return {svreinterpret_f32_u32(svlsl_n_u32_x(lanes(), bits, 16))};
+}
+inline svuint32_t narrow(Vec a, Half) { return svreinterpret_u32_f16(svcvt_f16_f32_x(lanes(), a.v)); }
+inline svuint32_t narrow(Vec a, BFloat) { return svreinterpret_u32_bf16(svcvt_bf16_f32_x(lanes(), a.v)); }
 template <class T>
 Vec load16(const T* p) {
-  return widen(svld1uh_u32(all_lanes(), &p->bits), T{});
+  return widen(svld1uh_u32(lanes(), &p->bits), T{});
 }
 template <class T>
 Vec load16(const T* p, Mask k) {
@@ -71,7 +72,7 @@ Vec load16(const T* p, Mask k) {
 }
 template <class T>
 void store16(T* p, Vec a) {
-  svst1h_u32(all_lanes(), &p->bits, narrow(a, T{}));
+  svst1h_u32(lanes(), &p->bits, narrow(a, T{}));
 }
 template <class T>
 void store16(T* p, Vec a, Mask k) {
@@ -98,13 +99,13 @@ inline SignedRegister as_signed(Int a) { return svreinterpret_s32_u32(a.v); }
 inline Int as_int(svint32_t a) { return {svreinterpret_u32_s32(a)}; }
 
 inline Int broadcast_int(uint32_t x) { return {svdup_n_u32(x)}; }
-inline Int load(const uint32_t* p) { return {svld1_u32(all_lanes(), p)}; }
+inline Int load(const uint32_t* p) { return {svld1_u32(lanes(), p)}; }
 // In the order of the hashes (slots.h): nothing here changes that of lanes.
 inline Int load_slots(const uint32_t* row, int k) {
   static constexpr uint32_t slots[8] = {0, 2, 1, 3, 4, 6, 5, 7};
   return {svtbl_u32(load(row + k).v, load(slots).v)};
 }
-inline void store(int32_t* p, Int a) { svst1_s32(all_lanes(), p, as_signed(a)); }
+inline void store(int32_t* p, Int a) { svst1_s32(lanes(), p, as_signed(a)); }
 inline Int operator+(Int a, Int b) { return {a.v + b.v}; }
 inline Int operator-(Int a, Int b) { return {a.v - b.v}; }
 inline Int operator*(Int a, Int b) { return {a.v * b.v}; }
@@ -113,18 +114,18 @@ inline Int operator^(Int a, Int b) { return {a.v ^ b.v}; }
 inline Int operator<<(Int a, int n) { return {a.v << static_cast<uint32_t>(n)}; }
 inline Int operator>>(Int a, int n) { return {a.v >> static_cast<uint32_t>(n)}; }
 inline Int shift_right_signed(Int a, int n) { return as_int(as_signed(a) >> n); }
-inline Int lesser_unsigned(Int a, Int b) { return {svmin_u32_x(all_lanes(), a.v, b.v)}; }
-inline Int round_to_int(Vec a) { return as_int(svcvt_s32_f32_x(all_lanes(), svrintn_f32_x(all_lanes(), a.v))); }
-inline Vec to_float(Int a) { return {svcvt_f32_s32_x(all_lanes(), as_signed(a))}; }
+inline Int lesser_unsigned(Int a, Int b) { return {svmin_u32_x(lanes(), a.v, b.v)}; }
+inline Int round_to_int(Vec a) { return as_int(svcvt_s32_f32_x(lanes(), svrintn_f32_x(lanes(), a.v))); }
+inline Vec to_float(Int a) { return {svcvt_f32_s32_x(lanes(), as_signed(a))}; }
 inline Int bits(Vec a) { return {svreinterpret_u32_f32(a.v)}; }
 inline Vec from_bits(Int a) { return {svreinterpret_f32_u32(a.v)}; }
 
 inline Wide widen(Int a) { return {a, {}}; }
 inline Wide factors(Int a) { return widen(a); }
-inline Wide operator*(Wide a, Int x) { return {a.low * x, {svmulh_u32_x(all_lanes(), a.low.v, x.v)}}; }
+inline Wide operator*(Wide a, Int x) { return {a.low * x, {svmulh_u32_x(lanes(), a.low.v, x.v)}}; }
 inline Wide operator+(Wide a, Wide b) {
   const Int low = a.low + b.low, high = a.high + b.high;
-  const svbool_t carry = svcmplt_u32(all_lanes(), low.v, a.low.v);
+  const svbool_t carry = svcmplt_u32(lanes(), low.v, a.low.v);
   return {low, {svadd_n_u32_m(carry, high.v, 1)}};
 }
 inline Int low(Wide a) { return a.low; }
@@ -147,7 +148,7 @@ inline void join_columns(Vec& even, Vec& odd) {
   odd.v = svzip2_f32(even.v, odd.v);
   even = low;
 }
-inline Int load_bytes(const uint8_t* p) { return {svld1ub_u32(all_lanes(), p)}; }
+inline Int load_bytes(const uint8_t* p) { return {svld1ub_u32(lanes(), p)}; }
 inline Int load_bytes(const uint8_t* p, Mask k) { return {svld1ub_u32(k.m, p)}; }
 inline Int load_bytes_past(const uint8_t* p, Mask k) { return load_bytes(p, k); }
 inline Vec load_nibbles(const uint8_t* row, int64_t column) {
@@ -168,10 +169,10 @@ inline Pair load_nibble_pairs_past(const uint8_t* row, int64_t column, Mask) {
 // 24 accumulators, and registers for 4 of weights and some of inputs: 10 loads for 24 FMAs.
 constexpr int tile_rows = 6, tile_vectors = 4;
 
-inline Vec load_half(const uint16_t* p) { return widen(svld1uh_u32(all_lanes(), p), Half{}); }
+inline Vec load_half(const uint16_t* p) { return widen(svld1uh_u32(lanes(), p), Half{}); }
 // No intrinsics for what a tile does with its accumulators: they would let the compiler move those about.
 inline Vec accumulate(Vec a, Vec b, Vec sum) {
-  asm("fmla %0.s, %1/m, %2.s, %3.s" : "+w"(sum.v) : "Upl"(all_lanes()), "w"(a.v), "w"(b.v));
+  asm("fmla %0.s, %1/m, %2.s, %3.s" : "+w"(sum.v) : "Upl"(lanes()), "w"(a.v), "w"(b.v));
   return sum;
 }
 // Levels are below 128, so that they are signed bytes too.
@@ -185,7 +186,7 @@ inline Vec dot2(Vec sum, Vec a, Vec b) {
   asm("bfdot %0.s, %1.h, %2.h" : "+w"(sum.v) : "w"(a.v), "w"(b.v));
   return sum;
 }
-inline void store_bytes(uint8_t* p, Int a) { svst1b_u32(all_lanes(), p, a.v); }
+inline void store_bytes(uint8_t* p, Int a) { svst1b_u32(lanes(), p, a.v); }
 // The signs of four hashes, as 16-bit numbers of 0 or 1, times 64, 128, 256 and 512 in one product.
 inline void store_sign_codes(uint16_t* codes, int j, Int h) {
   const svuint16_t signs = svreinterpret_u16_u32((h >> 30).v);
@@ -195,8 +196,8 @@ inline void store_sign_codes(uint16_t* codes, int j, Int h) {
 }
 
 constexpr int group_rows = 4, group_vectors = 4;
-// Each round of zips moves the highest bit of a number's row, behind its column, and the highest of its column
-// to the row; three rounds exchange both.
+// A round of zips takes the highest bit of each number's row to the end of its column's bits, and the highest
+// of its column to the end of its row's: after three, rows are columns.
 inline void transpose_tile(const float* rows, int64_t stride, int count, int columns, float* out,
                            int64_t pitch) {
   const Mask mask(columns);
