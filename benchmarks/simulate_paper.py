@@ -33,7 +33,7 @@ SYSTEMS = {
 }
 SLAS_MS = (5.0, 10.0, 50.0, 200.0)
 LOADS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the reference's capacity
-MOST_QUERIES = 20_000  # a case that needs more to last long enough is left out
+MOST_QUERIES = 40_000  # a case that needs more to last long enough is left out
 SENSITIVITY = {
     f"{field} {sign}1.5": {field: factor}
     for field in ("launch_overhead_s", "memory_bandwidth", "link_bandwidth", "compute_efficiency")
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=("kaggle", "terabyte"), default=["kaggle", "terabyte"])
     parser.add_argument("--sla-ms", nargs="+", type=float, default=SLAS_MS)
     parser.add_argument("--loads", nargs="+", type=float, default=LOADS)
-    parser.add_argument("--queries", type=int, default=3000, help="of each run (3000)")
+    parser.add_argument("--queries", type=int, default=20_000, help="of each run (20000)")
     parser.add_argument("--sensitivity", action="store_true", help="vary the GPU instead")
     parser.add_argument("--dry", action="store_true", help="write neither rows nor pictures")
     args = parser.parse_args()

@@ -292,3 +292,14 @@ def test_every_collection_takes_keyed_batches():
         TypeError, match="expected a KeyedJaggedTensor, Bags, or indices with offsets, got Tensor alone"
     ):
         plain(torch.tensor([1]))
+
+
+def test_decoders_with_hooks_are_called():
+    module = EmbeddingBagCollection([Config("t", 50, 4, ["a"])], representation="dhe")
+    batch, bag = Batch(["a"], {"a": [[1, 2], [], [3]]}), module.embedding_bags["t"]
+    before = module(batch).values()
+    bag.decoder[0].register_forward_hook(lambda layer, inputs, output: 2 * output)
+    rows = bag.materialize(50)
+    expected = torch.stack([rows[1] + rows[2], torch.zeros(4), rows[3]])
+    torch.testing.assert_close(module(batch).values(), expected)
+    assert not torch.allclose(before, expected)

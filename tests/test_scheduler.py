@@ -139,6 +139,20 @@ def test_where_there_is_time_the_better_device_gets_the_query():
     assert result.samples["best", "gpu"] / sizes.sum() > 0.99
 
 
+@pytest.mark.parametrize("pause", [0.0, 10.0])
+@pytest.mark.parametrize("sla_s", [0.05, 0.2, 0.5])
+def test_full_load_that_sets_in_is_seen_after_a_few_queries(sla_s, pause):
+    """Else the first batches take the best path, and what they cost is missed for the rest of the run."""
+    few = np.arange(0.0, pause, 0.5)
+    ratios = []
+    for seed in range(3):
+        times, sizes = load("far", 3.0, 1.0, seed=seed)
+        times, sizes = np.concatenate([few, pause + times]), np.concatenate([np.full(len(few), 100), sizes])
+        chosen, static = contest("far", times, sizes, sla_s=sla_s)
+        ratios.append(chosen.correct_per_s / static.correct_per_s)
+    assert np.mean(ratios) > 0.985
+
+
 def test_an_executor_does_not_wait_for_its_twin():
     made = paths("three")
     lanes = [Lane(n, [Option(p.name, p.quality, p.curve) for p in made]) for n in "ab"]
@@ -149,25 +163,29 @@ def test_an_executor_does_not_wait_for_its_twin():
     assert {first.index, second.index} == {0, 1}
 
 
-@pytest.mark.parametrize("noise", [0.15, 0.4])
+@pytest.mark.parametrize(("noise", "least", "most_late"), [(0.15, 0.99, 0.01), (0.4, 0.93, 0.05)])
 @pytest.mark.parametrize("share", [0.6, 0.9])
-def test_no_executor_idles_beside_a_backlog(noise, share):
+def test_no_executor_idles_beside_a_backlog(noise, least, most_late, share):
     """Under the first query's deadline alone, a twin that is soon free always looked better."""
     curve = 1.2e-4 + 6.8e-6 * np.arange(MAX_BATCH + 1)
     path = SimulatedPath("table", 0.79, curve.tolist())
-    rng = np.random.default_rng(1)
-    sizes = np.clip(rng.lognormal(math.log(128) - 0.5, 1.0, 6000), 1, 1024).astype(int)
-    times = np.cumsum(rng.exponential((6.8e-6 * sizes.mean() + 1e-4) / (2 * share), len(sizes)))
-    result = simulate(
-        [SimulatedExecutor(name, [path]) for name in "ab"],
-        times,
-        sizes,
-        sla_s=0.05,
-        query_s=5e-5,
-        noise=noise,
-    )
-    assert result.correct_per_s > 0.95 * 0.79 * sizes.sum() / times[-1]
-    assert result.late < 0.02
+    ratios, late = [], []
+    for seed in range(8):  # one run alone varies by 0.03
+        rng = np.random.default_rng(seed)
+        sizes = np.clip(rng.lognormal(math.log(128) - 0.5, 1.0, 6000), 1, 1024).astype(int)
+        times = np.cumsum(rng.exponential((6.8e-6 * sizes.mean() + 1e-4) / (2 * share), len(sizes)))
+        result = simulate(
+            [SimulatedExecutor(name, [path]) for name in "ab"],
+            times,
+            sizes,
+            sla_s=0.05,
+            query_s=5e-5,
+            noise=noise,
+        )
+        ratios.append(result.correct_per_s / (0.79 * sizes.sum() / times[-1]))
+        late.append(result.late)
+    assert np.mean(ratios) > least
+    assert np.mean(late) < most_late
 
 
 def test_a_large_query_is_shared_where_one_executor_would_be_late():

@@ -269,8 +269,9 @@ void bind_dhe(py::module_& m) {
       .def_static(
           "of", &WeightWatch::of, py::arg("places"), py::arg("blocks") = INT64_MAX,
           "Watches the tensors at places (dict, key); None if one cannot be watched: it is not there, "
-          "not on the CPU, or was made in inference mode and so has no version counter. blocks: so "
-          "many blocks of each tensor's bytes are looked at, besides its counter.")
+          "not on the CPU, or was made in inference mode and so has no version counter. A key of None "
+          "watches the size of the dict. blocks: so many blocks of each tensor's bytes are looked at, "
+          "besides its counter.")
       .def(
           "changed", [](const WeightWatch& w, int64_t ids) { return w.changed(Share::before(ids)); },
           py::arg("ids") = 0, "Before so many IDs are decoded: the more, the more bytes are compared.")

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -163,22 +164,27 @@ class TensorMark {
 };
 
 // Remembers what stood at some places in modules' dicts: tensors, with their contents, or modules. A place is
-// also taken for changed when its dict has grown or shrunk.
+// also taken for changed when its dict has grown or shrunk. A place whose key is None is its dict's size
+// alone.
 class WeightWatch {
  public:
-  WeightWatch(const std::vector<std::pair<pybind11::dict, pybind11::str>>& places, int64_t blocks)
-      : epoch_(epoch()) {
+  using Places = std::vector<std::pair<pybind11::dict, std::optional<pybind11::str>>>;
+
+  WeightWatch(const Places& places, int64_t blocks) : epoch_(epoch()) {
     for (const auto& [dict, key] : places) {
-      PyObject* object = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-      if (!object) throw NotTaken(NotTaken::value, message("places: no '", std::string(key), "'"));
-      Place place{dict, key, pybind11::reinterpret_borrow<pybind11::object>(object), dict.size(), {}};
+      if (!key) {
+        sizes_.emplace_back(dict, dict.size());
+        continue;
+      }
+      PyObject* object = PyDict_GetItemWithError(dict.ptr(), key->ptr());
+      if (!object) throw NotTaken(NotTaken::value, message("places: no '", std::string(*key), "'"));
+      Place place{dict, *key, pybind11::reinterpret_borrow<pybind11::object>(object), dict.size(), {}};
       if (TensorMark::is_torch(object)) place.mark.emplace_back(object, blocks);
       places_.push_back(std::move(place));
     }
   }
 
-  static std::unique_ptr<WeightWatch> of(const std::vector<std::pair<pybind11::dict, pybind11::str>>& places,
-                                         int64_t blocks) {
+  static std::unique_ptr<WeightWatch> of(const Places& places, int64_t blocks) {
     try {
       return std::make_unique<WeightWatch>(places, blocks);
     } catch (const NotTaken&) {
@@ -188,6 +194,8 @@ class WeightWatch {
 
   bool changed(Share share) const {
     if (epoch_ != epoch()) return true;
+    for (const auto& [dict, size] : sizes_)
+      if (static_cast<size_t>(PyDict_GET_SIZE(dict.ptr())) != size) return true;
     for (const Place& p : places_) {
       PyObject* object = PyDict_GetItemWithError(p.dict.ptr(), p.key.ptr());
       if (object != p.object.ptr() || static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size)
@@ -214,6 +222,7 @@ class WeightWatch {
   }
   long epoch_;
   std::vector<Place> places_;
+  std::vector<std::pair<pybind11::dict, size_t>> sizes_;
 };
 
 // Remembers the tensors of an encoder and a decoder that a caller passes again and again. Does not keep the

@@ -16,25 +16,29 @@ constexpr double least_s = 1e-6;
 }  // namespace
 
 void Rate::count(double now, double samples, double memory_s) {
-  if (!started_) {
-    started_ = true;
+  if (!queries_ || now - latest_ > memory_s / 2) {  // nothing is known of what begins now
     at_ = now;
-    weight_ = memory_s / 4;  // what came before counts as so long a silence
+    sum_ = weight_ = 0;
+    silence_ = memory_s / 4;
+    queries_ = 0;
   }
   memory_s_ = memory_s;
+  latest_ = now;
   fade(now);
   sum_ += samples;
+  ++queries_;
 }
 
 double Rate::at(double now) {
   fade(now);
-  return sum_ / weight_;
+  return sum_ / (weight_ + silence_ / static_cast<double>(queries_));
 }
 
 void Rate::fade(double now) {
   if (now <= at_) return;
   const double kept = std::exp((at_ - now) / memory_s_);
   sum_ *= kept;
+  silence_ *= kept;
   weight_ = weight_ * kept + memory_s_ * (1 - kept);  // the time that the sum stands for
   at_ = now;
 }

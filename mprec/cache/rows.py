@@ -12,7 +12,7 @@ from mprec.bags import Bags
 from mprec.cache.budget import Counts, hottest
 from mprec.cache.codebook import Codebook
 from mprec.nn import DeepHashEmbeddingBag
-from mprec.ops._decoders import Decoder, clear_decoders, packable, packed_decoder
+from mprec.ops._decoders import Decoder, clear_decoders, packable, packed_decoder, places_of
 from mprec.ops.pooling import decode, try_cached
 
 __all__ = ["CacheStats", "Cached", "RowStats", "Rows"]
@@ -130,7 +130,8 @@ class Rows:
             if self._native is not stale:
                 return self._native  # another thread did
             # The watch first: a change while the decoders are packed must not be missed.
-            watch = WeightWatch.of(_places(self.modules.values())) if self._watches else None
+            places = [place for module in self.modules.values() for place in places_of(module)]
+            watch = WeightWatch.of(places) if self._watches else None
             stacks = [module.stack() for module in self.modules.values()]
             if stale is not None:
                 for key, value in stale.stats().items():
@@ -203,16 +204,6 @@ class Rows:
     def times(self) -> dict[str, int]:
         now = {} if self._native is None else self._native.stats()
         return {key: past + now.get(key, 0) for key, past in self._past.items()}
-
-
-def _places(modules) -> list[tuple[dict, str]]:
-    """Where modules keep what their decoders are made of."""
-    places = []
-    for module in modules:
-        places.append((module._buffers, "coefficients"))
-        for layer in module.decoder:
-            places += [(layer._parameters, "weight"), (layer._parameters, "bias")]
-    return places
 
 
 class Cached:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mprec._native import PathProgram, WeightWatch
 from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError, PathCompileError
+from mprec.layers import size_places
 from mprec.models.dlrm import DLRM
 from mprec.names import ACTIVATIONS, MODES
 from mprec.nn import (
@@ -212,7 +213,9 @@ def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list
         places.append((mlp._modules, position))
         kind = type(layer)
         if kind is nn.Linear:
-            places += [(layer._parameters, key) for key in ("weight", "bias")]
+            places += [(layer._parameters, key) for key in ("weight", "bias")] + size_places(layer)
+            if "forward" in layer.__dict__:
+                raise PathCompileError(f"{name}[{position}]: has a forward pass of its own")
             weights.append(_dense(layer.weight, f"{name}[{position}].weight"))
             if layer.bias is None:
                 biases.append(torch.zeros(layer.out_features))
@@ -305,8 +308,13 @@ def _stack(module: nn.Module, name: str, precision: str, places: list) -> tuple[
     if precision == "float8":
         raise PathCompileError(f"embeddings.dhe.{name}: float8 decoders are for CUDA")
     places += [(module.__dict__, "config"), (module._buffers, "coefficients"), (module._modules, "decoder")]
+    if module.runs_layers():
+        raise PathCompileError(
+            f"embeddings.dhe.{name}: a layer of its decoder does more than read its weights"
+        )
     for layer, linear in module.decoder._modules.items():
         places.append((module.decoder._modules, layer))
+        places += size_places(linear)
         for key in ("weight", "bias"):
             if key not in linear._parameters:
                 raise PathCompileError(f"embeddings.dhe.{name}: layer {layer} is parametrised")

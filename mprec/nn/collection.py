@@ -237,7 +237,7 @@ class EmbeddingBagCollection(nn.Module):
         if not self._dhe_groups:
             group = self._other_groups[0]
             return group.part.dtype(self._members(group.part)[group.names[0]])
-        return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].stack()[1][0].dtype
+        return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].weight_dtype
 
     def _run_tables(self, group: _Group, batch: Bags, out, options) -> Tensor | None:
         """One group's pooled rows into its columns of ``out``; None if native code does not take them."""
@@ -293,7 +293,7 @@ class EmbeddingBagCollection(nn.Module):
 
     def _embed_decoders(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled vectors by its operator."""
-        return pooling.pool_decoders(*self._stacks(group), group.options, group.bags(batch))
+        return DHE.pool([self.dhe._modules[name] for name in group.names], group.bags(batch), self.sparse)
 
     def _embed_others(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled vectors as its part pools them."""

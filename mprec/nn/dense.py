@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mprec.layers import run_as_modules
 from mprec.names import ACTIVATIONS, code
 from mprec.ops import dot_interaction, mlp
+from mprec.reference import activate
 
 __all__ = ["MLP", "DotInteraction"]
 
@@ -27,7 +29,8 @@ class MLP(nn.Module):
     Shape: ``[..., sizes[0]]`` to ``[..., sizes[-1]]``.
 
     Attributes:
-        layers: ``nn.Linear`` modules, with torch's initialisation.
+        layers: ``nn.Linear`` modules, with torch's initialisation. They are called only where one of them has
+            hooks or a forward pass of its own; else kernels read their weights.
     """
 
     def __init__(
@@ -50,6 +53,11 @@ class MLP(nn.Module):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        if run_as_modules(self.layers):
+            x, last = input, len(self.layers) - 1
+            for i, layer in enumerate(self.layers):
+                x = activate(layer(x), self.last_activation if i == last else self.activation)
+            return x
         weights, biases = [x.weight for x in self.layers], [x.bias for x in self.layers]
         rows = input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input
         out = mlp(rows, weights, biases, self.activation, self.last_activation)

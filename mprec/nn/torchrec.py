@@ -24,7 +24,7 @@ from mprec.bags import Bags
 from mprec.names import MODES
 from mprec.nn.embedding import DeepHashEmbedding, Embedding, LowRankEmbedding
 from mprec.nn.keyed import Jagged, KeyedTensor, positions, sibling
-from mprec.representations import DHE, TABLE, DheConfig, FeatureConfig, Part
+from mprec.representations import TABLE, DheConfig, FeatureConfig, Part
 
 __all__ = ["EmbeddingBagCollection", "EmbeddingCollection"]
 
@@ -199,24 +199,6 @@ class EmbeddingBagCollection(_Collection):
                     features=features,
                     num_features=count,
                     sparse=self.sparse,
-                )
-            elif group.part is DHE:
-                stacks = [m.stack() for m in modules]
-                config = modules[0].config
-                pooled = ops.dhe_bag_multi(
-                    indices,
-                    offsets,
-                    [hashes for hashes, _, _ in stacks],
-                    [w for _, ws, _ in stacks for w in ws],
-                    [b for _, _, bs in stacks for b in bs],
-                    [len(ws) for _, ws, _ in stacks],
-                    config.family,
-                    config.activation,
-                    config.last_activation,
-                    group.mode,
-                    weights,
-                    features=features,
-                    num_features=count,
                 )
             else:
                 bags = Bags(indices, offsets, MODES[group.mode], weights, features, count)

@@ -29,6 +29,7 @@ from mprec import reference
 from mprec._native import _C
 from mprec.bags import Bags
 from mprec.hashing import coefficient_rows
+from mprec.layers import size_places
 from mprec.names import ACTIVATIONS, FAMILIES, code
 from mprec.ops._checks import check_weights
 from mprec.tensors import plain
@@ -139,9 +140,9 @@ class ModuleDecoder:
         """``kept``, made anew; ``None`` if the module's tensors cannot be watched, or kernels do not take
         them. Only with grad mode off."""
         self.config = self.kept = None
-        if not packable(*module.stack()):
+        if module.runs_layers() or not packable(*module.stack()):
             return None
-        watch = _C.WeightWatch.of(_places(module))
+        watch = _C.WeightWatch.of(places_of(module))
         if watch is None:  # tensors made in inference mode, parametrised layers
             return None
         c = module.config
@@ -169,10 +170,12 @@ def group_decoders(
     if found is not None and found[0] == modules and not found[1].changed(ids):
         return found[2]
     precisions = ["float32"] * len(modules) if precisions is None else precisions
+    if any(module.runs_layers() for module in modules):
+        return None
     stacks = [module.stack() for module in modules]
     if not all(packable(*stack) for stack in stacks):
         return None
-    places = [place for module in modules for place in _places(module)]
+    places = [place for module in modules for place in places_of(module)]
     watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     handles = [
         packed_decoder(*stack, *options, p, thorough=True)
@@ -183,14 +186,15 @@ def group_decoders(
     return handles
 
 
-def _places(module: nn.Module) -> list[tuple[dict, str]]:
-    """Where a module keeps its coefficients, its decoder, the decoder's layers, and their weights."""
+def places_of(module: nn.Module) -> list[tuple[dict, str | None]]:
+    """Where a module keeps its coefficients, its decoder, the decoder's layers, their weights and hooks."""
     layers = module._modules["decoder"]._modules
     return [
         (module._buffers, "coefficients"),
         (module._modules, "decoder"),
         *((layers, name) for name in layers),
         *((layer._parameters, name) for layer in layers.values() for name in _LINEAR),
+        *(place for layer in layers.values() for place in size_places(layer)),
     ]
 
 

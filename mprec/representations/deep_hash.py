@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from mprec import ops
 from mprec.bags import Bags, new
 from mprec.hashing import coefficients
+from mprec.layers import recompute, run_as_modules
 from mprec.names import MODES, code
 from mprec.ops._autograd import is_batched
 from mprec.ops._common import eager, rows_as_bags
 from mprec.ops._decoders import ModuleDecoder, clear_decoders
 from mprec.options import DEFAULT_OPTIONS, Options, TuningTraits, check_options
+from mprec.reference import activate
 from mprec.representations.dhe_config import DheConfig
 from mprec.tuning import options_for
 
@@ -38,6 +40,8 @@ class DeepHashEmbeddingBag(nn.Module):
     Attributes:
         coefficients: int32 ``[rows, k]``, the hash functions: a buffer, saved with the model.
         decoder: ``nn.Linear`` layers. Weights start from N(0, 2 / (in + out)), biases from N(0, 1 / out).
+            Kernels read their weights. Where a layer has hooks, or was replaced by a module with a forward
+            pass of its own (an adapter, a quantised layer), the layers are called instead, which is slower.
     """
 
     coefficients: Tensor
@@ -105,15 +109,57 @@ class DeepHashEmbeddingBag(nn.Module):
         return [layer.bias for layer in self.decoder]
 
     def stack(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Coefficients, weights, biases: what operators take."""
+        """Coefficients, weights, biases: what operators take.
+
+        Raises:
+            TypeError: weights alone do not say what the layers do (:meth:`runs_layers`).
+        """
+        if self.runs_layers():
+            raise TypeError(
+                "decoder: expected nn.Linear layers with biases and without hooks, to be read, got "
+                f"{self.decoder}"
+            )
         layers = self._modules["decoder"]._modules.values()
         try:  # past nn.Module.__getattr__, which would cost a microsecond
             weights = [layer._parameters["weight"] for layer in layers]
             return self._buffers["coefficients"], weights, [layer._parameters["bias"] for layer in layers]
         except KeyError:  # parametrised or pruned layers
             for layer in layers:
-                _recompute(layer)
+                recompute(layer)
             return self.coefficients, self.weights, self.biases
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the decoder's parameters; float32 where it has none (layers quantised by torch)."""
+        return next((parameter.dtype for parameter in self.decoder.parameters()), torch.float32)
+
+    def runs_layers(self) -> bool:
+        """Whether the decoder's layers must be called, because kernels that read their weights would leave
+        something out."""
+        return run_as_modules(self._modules["decoder"]._modules.values())
+
+    def pool_by_layers(self, bags: Bags) -> Tensor:
+        """The pooled vectors of bags of one feature, by calling the layers."""
+        bags.check_offsets()
+        x = ops.hash_encode(self.coefficients, bags.indices, self.config.family)
+        x = x.to(self.weight_dtype)
+        for i, layer in enumerate(self.decoder, 1):
+            last = i == len(self.decoder)
+            x = activate(layer(x), self.config.last_activation if last else self.config.activation)
+        # Entries of padding are positions of one more vector, which torch leaves out.
+        where, padding = torch.arange(len(x), device=x.device), len(x)
+        if (kept := bags.positions_kept()) is not None:
+            where = torch.where(kept, where, padding)
+        weights = bags.per_sample_weights
+        return nn.functional.embedding_bag(
+            where,
+            nn.functional.pad(x, (0, 0, 0, 1)),
+            bags.offsets.to(where.dtype),
+            mode=list(MODES)[bags.mode],
+            per_sample_weights=weights if weights is None else weights.to(x.dtype),
+            include_last_offset=bags.include_last_offset,
+            padding_idx=padding,
+        )
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
@@ -140,6 +186,19 @@ class DeepHashEmbeddingBag(nn.Module):
             raise ValueError("if input is 2D, then offsets has to be None: each row of input is a bag")
         if self.num_embeddings is not None:
             check_bound(input, offsets, include_last_offset, self.num_embeddings)
+        if self.runs_layers():
+            padding = -1 if self.padding_idx is None else self.padding_idx
+            bags = (
+                input,
+                offsets,
+                MODES[self.mode],
+                per_sample_weights,
+                None,
+                1,
+                include_last_offset,
+                padding,
+            )
+            return self.pool_by_layers(Bags(*bags).checked(1, self.weight_dtype))
         return ops.dhe_bag(
             input,
             offsets,
@@ -171,12 +230,16 @@ class DeepHashEmbeddingBag(nn.Module):
         if count is None:
             raise ValueError("num_embeddings: this module has no bound of its own, so give one")
         device = self.coefficients.device
-        table = torch.empty(count, self.embedding_dim, device=device, dtype=self.decoder[0].weight.dtype)
+        table = torch.empty(count, self.embedding_dim, device=device, dtype=self.weight_dtype)
         for begin in range(0, count, chunk):
             ids = torch.arange(begin, min(begin + chunk, count), device=device)
+            ends = torch.arange(len(ids) + 1, device=device)
+            if self.runs_layers():
+                table[begin : begin + chunk] = self.pool_by_layers(Bags(ids, ends))
+                continue
             table[begin : begin + chunk] = ops.dhe_bag(
                 ids,
-                torch.arange(len(ids) + 1, device=device),
+                ends,
                 *self.stack(),
                 self.config.family,
                 self.config.activation,
@@ -203,14 +266,6 @@ class DeepHashEmbeddingBag(nn.Module):
 def _hashes(config: DheConfig) -> Tensor:
     with torch.device("cpu"):
         return coefficients(config.k, config.family, config.seed)
-
-
-def _recompute(layer: nn.Module) -> None:
-    """What torch's pruning and weight norm do before a layer's own forward pass: make its weight anew from
-    the parameters that stand for it."""
-    for hook in layer._forward_pre_hooks.values():
-        if type(hook).__module__.startswith("torch.nn.utils."):
-            hook(layer, ())
 
 
 def check_bound(indices: Tensor, offsets: Tensor, include_last_offset: bool, bound: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 
+import torch
 from torch import Tensor
 
 from mprec.hashing import coefficient_rows
@@ -37,7 +38,9 @@ class Dhe(Part):
         return feature.dhe.family, feature.dhe.activation, feature.dhe.last_activation
 
     def pool(self, modules, bags, sparse) -> Tensor:
-        """Where another part has decoders in it; those of collections are pooled by them."""
+        if any(module.runs_layers() for module in modules):
+            parts = zip(modules, bags.parts(len(modules)), strict=True)
+            return torch.cat([module.pool_by_layers(own) for module, (_, _, own) in parts], dim=1)
         config = modules[0].config
         options = config.family, config.activation, config.last_activation
         return pooling.pool_decoders(*stacks_of(modules), options, bags)
