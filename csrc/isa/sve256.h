@@ -120,7 +120,7 @@ inline Vec to_float(Int a) { return {svcvt_f32_s32_x(lanes(), as_signed(a))}; }
 inline Int bits(Vec a) { return {svreinterpret_u32_f32(a.v)}; }
 inline Vec from_bits(Int a) { return {svreinterpret_f32_u32(a.v)}; }
 
-inline Wide widen(Int a) { return {a, {}}; }
+inline Wide widen(Int a) { return {a, broadcast_int(0)}; }
 inline Wide factors(Int a) { return widen(a); }
 inline Wide operator*(Wide a, Int x) { return {a.low * x, {svmulh_u32_x(lanes(), a.low.v, x.v)}}; }
 inline Wide operator+(Wide a, Wide b) {
