@@ -1,8 +1,8 @@
 // SVE with registers of 256 bits, and its products of bfloat16 numbers: 32 registers, masks in predicates.
 //
 // The compiler knows their length (list.cmake): only then can a register be a member of a struct, and the
-// accumulators of a tile an array. Operators on such registers are the compiler's own. Intrinsics do the rest,
-// most of them with a predicate: that of all lanes, where no mask is asked for.
+// accumulators of a tile an array. Operators on such registers are the compiler's own. Intrinsics do the
+// rest, most of them with a predicate: that of all lanes, where no mask is asked for.
 #pragma once
 #define MPREC_ISA sve256
 #include <arm_sve.h>
@@ -190,8 +190,8 @@ inline void store_bytes(uint8_t* p, Int a) { svst1b_u32(lanes(), p, a.v); }
 // The signs of four hashes, as 16-bit numbers of 0 or 1, times 64, 128, 256 and 512 in one product.
 inline void store_sign_codes(uint16_t* codes, int j, Int h) {
   const svuint16_t signs = svreinterpret_u16_u32((h >> 30).v);
-  const svuint64_t two = svdot_u64(svdup_n_u64(0), svuzp1_u16(signs, signs),
-                                   svdupq_n_u16(64, 128, 256, 512, 64, 128, 256, 512));
+  const svuint64_t two =
+      svdot_u64(svdup_n_u64(0), svuzp1_u16(signs, signs), svdupq_n_u16(64, 128, 256, 512, 64, 128, 256, 512));
   svst1h_u64(svptrue_pat_b64(SV_VL2), codes + j / 4, two);
 }
 

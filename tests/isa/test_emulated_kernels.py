@@ -37,8 +37,8 @@ def test_on_emulated_cpu(kernel_build, emulate, cpu):
         assert f"{MODELS[cpu]} {family}" in done.stdout
 
 
-# CPUs of qemu's user mode, which runs threads, and the ISAs that they can run, of which some are tested. SVE's
-# vectors are as long as the CPU's, or as those that programs are given there, in bytes, if those are shorter.
+# CPUs of qemu's user mode, which runs threads, the ISAs that they can run, and those of these that are tested.
+# Vectors of SVE are as long as the CPU's, or as those that programs are given there, in bytes, if shorter.
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # compiles all kernels
 @pytest.mark.parametrize(
