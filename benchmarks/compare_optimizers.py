@@ -13,10 +13,11 @@ from mprec.optim import SGD, RowWiseAdagrad
 SGD_WORK = "sparse backward + SGD 10000 x 64 batch 2048 x 20"
 ADAGRAD_WORK = "row-wise Adagrad step 26 tables kaggle d16 batch 2048 x 1"
 THREADS_WORK = f"{ADAGRAD_WORK}, 2 threads"
+NARROW = {f"{ADAGRAD_WORK}, {name}": name for name in ("bfloat16", "float16")}
 
 
 def names() -> list[str]:
-    return [SGD_WORK, ADAGRAD_WORK, THREADS_WORK]
+    return [SGD_WORK, ADAGRAD_WORK, THREADS_WORK, *NARROW]
 
 
 def rows(seconds: float, only: str) -> Iterator[Row]:
@@ -25,6 +26,8 @@ def rows(seconds: float, only: str) -> Iterator[Row]:
             yield _sgd(seconds)
         if only in ADAGRAD_WORK or only in THREADS_WORK:
             yield from _adagrad(seconds)
+        if any(only in work for work in NARROW):
+            yield from _narrow(seconds)
 
 
 def _sgd(seconds: float, num_rows: int = 10_000, dim: int = 64, batch: int = 2048, pooling: int = 20) -> Row:
@@ -75,3 +78,23 @@ def _adagrad(seconds: float, batch: int = 2048, dim: int = 16, most_rows: int = 
     if fbgemm is not None:
         yield Row(ADAGRAD_WORK, "FBGEMM training TBE", us["ours"], us["FBGEMM"], 1.8, note)
     yield Row(THREADS_WORK, "itself with 1", us["2 threads"], us["ours"], 1.5)
+
+
+def _narrow(seconds: float, batch: int = 2048, dim: int = 16, most_rows: int = 1_000_000) -> Iterator[Row]:
+    """The same step on tables of 16 bits, rounded stochastically, beside that on tables of float32."""
+    sizes, offsets, optimizers = capped(KAGGLE, most_rows), torch.arange(len(KAGGLE) * batch + 1), []
+    features = [FeatureConfig(f"f{t}", n, dim) for t, n in enumerate(sizes)]
+
+    def step_of(dtype):
+        tables = EmbeddingBagCollection(features, dtype=dtype)
+        optimizers.append(RowWiseAdagrad(tables.parameters(), lr=0.01))
+        grad = torch.ones(batch, len(sizes) * dim, dtype=dtype)
+        return lambda b: tables(b.ids, offsets).backward(grad)
+
+    candidates = {name: step_of(getattr(torch, name)) for name in ("float32", *NARROW.values())}
+    t = harness.interleaved(candidates, lambda: Batch(sizes, batch, 1), seconds=seconds * 2, own_inputs=True)
+    us = {name: timing.p50 * 1e6 for name, timing in t.items()}
+    wide, state = sum(sizes) * dim * 4 / 1e6, sum(sizes) * 4 / 1e6
+    note = f"tables of {wide / 2:.0f} MB in place of {wide:.0f}, states of {state:.0f} MB"
+    for work, name in NARROW.items():
+        yield Row(work, "itself in float32", us[name], us["float32"], 0.8, note)

@@ -24,6 +24,7 @@ class Decoder:
     def dims(self) -> Any: ...
     @property
     def k(self) -> Any: ...
+    def kept_shape(self, n: Any) -> Any: ...
     @property
     def nbytes(self) -> Any: ...
 
@@ -284,11 +285,19 @@ def check_offsets(
 ) -> None: ...
 def codebook_rows(codes: Any, centroids: Any, ids: Any, out: Any) -> None: ...
 
+block_columns: int
 compiler: str
 
 def cpu_model() -> str: ...
 def dhe_backward(
-    decoder: Any, weights: Any, indices: Any, grad: Any, grad_weights: Any, grad_biases: Any, threads: Any
+    decoder: Any,
+    weights: Any,
+    indices: Any,
+    grad: Any,
+    grad_weights: Any,
+    grad_biases: Any,
+    threads: Any,
+    kept: Any = ...,
 ) -> None: ...
 def dhe_bag(
     decoder: Any,
@@ -301,6 +310,19 @@ def dhe_bag(
     out: Any,
     threads: Any,
     dedupe: Any = ...,
+) -> Any: ...
+def dhe_bag_keeping(
+    decoder: Any,
+    indices: Any,
+    offsets: Any,
+    per_sample_weights: Any,
+    mode: Any,
+    include_last_offset: Any,
+    padding_idx: Any,
+    kept: Any,
+    distinct: Any,
+    row_of_entry: Any,
+    threads: Any,
 ) -> Any: ...
 def dhe_bag_kept(
     kept: Any,
@@ -417,6 +439,7 @@ def update_tables(
     beta1: Any,
     beta2: Any,
     keep: Any,
+    noise: Any,
     threads: Any,
 ) -> None: ...
 def use_isa(name: Any) -> None: ...

@@ -21,6 +21,20 @@ replicas whose gradients ``DistributedDataParallel`` exchanges. A sparse gradien
 that has a gradient for it, and its gradient is as without. Rows that no batch meets do not decay, as in
 FBGEMM: to let them, every step would have to write every row. For tables on the CPU.
 
+Tables of float16 and bfloat16, on the CPU, are updated in float32: the row is read, its gradient is summed
+and the step is taken in float32, states are float32, and the row is rounded once, when it is written.
+``rounding="stochastic"``, the default, takes one of the two neighbours, the nearer one the more often, so
+that the mean is the float32 number: of updates far below a weight's last place as much arrives as should.
+``rounding="nearest"`` is torch's cast, which loses all of those. As in that, infinity stands where the number
+after the largest finite one would: what is further out becomes infinite, so that a table that has outgrown
+its type is seen. NaN stays NaN. Below 2⁻¹⁴ the mean in float16 is right to 2⁻³⁸. A gradient that goes to
+``.grad`` is rounded to the table's type there, as any parameter's; ``torch.amp.GradScaler`` refuses those of
+float16.
+
+The noise is a function of ``seed``, the table's place among the optimizer's, its step, row and column, and of
+nothing else: results do not depend on the number of threads, replicas round alike, and a training that goes
+on from a state_dict, which holds seeds and steps, equals one that was not cut off.
+
 Gradients that backward passes apply are not exchanged between processes. Where ``torch.distributed`` runs
 with more than one, such a pass raises ``RuntimeError`` rather than let replicas drift apart;
 ``sharded=True`` says that each process holds tables of its own.
@@ -31,6 +45,7 @@ with more than one, such a pass raises ``RuntimeError`` rather than let replicas
 """
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 
@@ -40,7 +55,7 @@ from torch import Tensor, nn
 from mprec import huge_pages
 from mprec.bags import Bags
 from mprec.ops import fused
-from mprec.ops._common import mutated
+from mprec.ops._common import NATIVE_TABLES, mutated
 from mprec.ops._updates import update_tables
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "split_parameters"]
@@ -50,6 +65,8 @@ __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "split_parameters"]
 _UNSUPPORTED = {"weight_decay", "maximize", "momentum", "nesterov", "amsgrad", "dampening"}
 #: Options that have no meaning here.
 _IGNORED = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
+#: How rows of 16 bits are rounded.
+ROUNDINGS = ("stochastic", "nearest")
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -71,7 +88,28 @@ def _zeros(weight: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=weight.device)
 
 
-def _check_decay(weight: Tensor, group: dict) -> None:
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.dtype != torch.float32
+
+
+def _check_rounding(group: dict) -> None:
+    if group["rounding"] not in ROUNDINGS:
+        raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, got {group['rounding']!r}")
+    seed = group["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an int in [0, 2^63), got {seed!r}")
+
+
+def _noise_key(seed: int, step: int) -> int:
+    """The first of as many keys as there are tables; far from those of other steps and seeds."""
+    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _check_device(weight: Tensor, group: dict) -> None:
+    """A module, and its tables with it, can be moved after the optimizer was made."""
+    if weight.is_cuda and _is_narrow(weight):
+        raise ValueError(f"params: expected a float32 table on {weight.device}, got {weight.dtype}")
     if group["weight_decay"] and weight.is_cuda:
         raise ValueError(
             f"weight_decay: expected 0 for a table on {weight.device}, got {group['weight_decay']}: decay is "
@@ -105,9 +143,10 @@ class _TableOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            _check_rounding(group)
             for weight in group["params"]:
                 self._check(weight)
-                _check_decay(weight, group)
+                _check_device(weight, group)
             for weight in group["params"]:
                 fused.attach(weight, self)
         except ValueError:
@@ -126,23 +165,29 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _check(cls, weight: Tensor) -> None:
-        devices = ("cpu",) if cls._on_device is None else ("cpu", "cuda")
-        if weight.dim() != 2 or weight.dtype != torch.float32 or weight.device.type not in devices:
+        dtypes = {"cpu": NATIVE_TABLES} | ({} if cls._on_device is None else {"cuda": (torch.float32,)})
+        if weight.dim() != 2 or weight.dtype not in dtypes.get(weight.device.type, ()):
+            on_cuda = " or of float32 on cuda" if "cuda" in dtypes else ""
             raise ValueError(
-                f"params: {cls.__name__} expects float32 tables [rows, dim] on {' or '.join(devices)}, got "
-                f"{tuple(weight.shape)} {weight.dtype} on {weight.device}; "
+                f"params: {cls.__name__} expects tables [rows, dim] of float32, float16 or bfloat16 on cpu"
+                f"{on_cuda}, got {tuple(weight.shape)} {weight.dtype} on {weight.device}; "
                 "mprec.optim.split_parameters(model) tells tables from other parameters"
             )
         if not weight.is_contiguous():
             raise ValueError(f"params: expected contiguous tables, got strides {weight.stride()}")
 
     def _init_state(self, weight: Tensor, group: dict) -> None:
-        self.state[weight]["step"] = torch.zeros((), dtype=torch.float32)
+        self.state[weight]["step"] = torch.zeros((), dtype=self._step_dtype(weight))
         for name in self._states:
             self.state[weight][name] = _zeros(weight, self._state_shape(weight))
 
     def _state_shape(self, weight: Tensor) -> tuple[int, int]:
         return tuple(weight.shape)
+
+    @staticmethod
+    def _step_dtype(weight: Tensor) -> torch.dtype:
+        """torch's float32 ends at 2^24 steps; from there on every step would round by the same noise."""
+        return torch.int64 if _is_narrow(weight) else torch.float32
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's. Takes the state of torch's optimizer of the same name too, and a table without state
@@ -153,15 +198,33 @@ class _TableOptimizer(torch.optim.Optimizer):
                 has been loaded then.
         """
         before = super().state_dict()
-        super().load_state_dict(state_dict)
+        self._load(state_dict)
         try:
             for group in self.param_groups:
                 self._adopt_options(group)
                 for weight in group["params"]:
                     self._adopt_state(weight, group)
         except ValueError:
-            super().load_state_dict(before)
+            self._load(before)
             raise
+
+    def _load(self, state_dict: dict) -> None:
+        """torch's, which casts states to the table's dtype; those of 16-bit tables are taken as they came."""
+        taken: list[dict] = []  # what hooks have made of it
+        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: taken.append(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        saved = [key for group in taken[0]["param_groups"] for key in group["params"]]
+        for weight, key in zip(self._tables(), saved, strict=True):
+            if _is_narrow(weight):
+                of_table = taken[0]["state"].get(key, {})
+                self.state[weight].update({name: of_table[name] for name in self._states if name in of_table})
+
+    def _tables(self) -> list[Tensor]:
+        """In the order of the groups, as a state_dict counts them."""
+        return [weight for group in self.param_groups for weight in group["params"]]
 
     def _adopt_options(self, group: dict) -> None:
         """A loaded group's options, ours or those of torch's optimizer of the same name."""
@@ -172,8 +235,9 @@ class _TableOptimizer(torch.optim.Optimizer):
         for name in (_UNSUPPORTED | _IGNORED) - self.defaults.keys():
             group.pop(name, None)
         group.update({name: value for name, value in self.defaults.items() if name not in group})
+        _check_rounding(group)
         for weight in group["params"]:
-            _check_decay(weight, group)
+            _check_device(weight, group)
 
     def _adopt_state(self, weight: Tensor, group: dict) -> None:
         state = self.state[weight]
@@ -187,7 +251,8 @@ class _TableOptimizer(torch.optim.Optimizer):
                     f"state_dict: no {name!r} for the table {tuple(weight.shape)}; "
                     f"{type(self).__name__} needs {', '.join(shapes)}"
                 )
-            value = torch.as_tensor(state[name], dtype=torch.float32)
+            dtype = self._step_dtype(weight) if name == "step" else torch.float32
+            value = torch.as_tensor(state[name], dtype=dtype)
             if value.shape != shape:
                 raise ValueError(
                     f"state_dict: {name!r} of the table {tuple(weight.shape)}: expected shape {shape}, got "
@@ -229,13 +294,14 @@ class _TableOptimizer(torch.optim.Optimizer):
         """Update ``weights`` with the gradient ``grad`` ``[B, total]`` of their pooled output.
 
         ``bags`` are those of the forward pass; on CUDA they may hold other features too. Table t's gradient
-        stands at columns ``columns[t]`` and on (side by side if None). Called by the backward pass of
-        ``mprec.ops``. All tables must belong to one parameter group and, if a step's size depends on it, have
-        taken equally many steps; ``mprec.ops.fused`` sees to that.
+        stands at columns ``columns[t]`` and on (side by side if None), in float32 or the tables' type. Called
+        by the backward pass of ``mprec.ops``. All tables must belong to one parameter group and, if a step's
+        size or noise depends on it, have taken equally many steps; ``mprec.ops.fused`` sees to that.
         """
         group = self._group_of(weights[0])
-        for weight in weights:
-            _check_decay(weight, group)
+        if weights[0].is_cuda:
+            for weight in weights:
+                _check_device(weight, group)
         states = [self.state[weight] for weight in weights]
         torch._foreach_add_([state["step"] for state in states], 1)
         step = int(states[0]["step"].item())
@@ -251,13 +317,24 @@ class _TableOptimizer(torch.optim.Optimizer):
             )  # fmt: skip
             return
         keep = 1 - self._rate(group, step) * group["weight_decay"]
-        update_tables(self._rule, weights, kinds, bags, grad, columns, lr, eps, tuple(betas), keep)
+        noise = self._noise(weights, group, step)
+        update_tables(self._rule, weights, kinds, bags, grad, columns, lr, eps, tuple(betas), keep, noise)
         mutated(*weights)
 
-    def group_key(self, weight: Tensor) -> tuple[int, int]:
+    def _noise(self, weights: Sequence[Tensor], group: dict, step: int) -> list[int] | None:
+        """A key for each table; None where nothing is rounded stochastically."""
+        if group["rounding"] != "stochastic" or {weight.dtype for weight in weights} == {torch.float32}:
+            return None
+        places = {id(weight): place for place, weight in enumerate(self._tables())}
+        first = _noise_key(group["seed"], step)
+        return [first + places[id(weight)] for weight in weights]
+
+    def group_key(self, weight: Tensor) -> tuple[int, torch.dtype, int]:
         """Tables of equal keys can be updated by one call."""
-        step = int(self.state[weight]["step"].item()) if self._counts_steps else 0
-        return id(self._group_of(weight)), step
+        dtype = weight.dtype
+        counts = self._counts_steps or dtype is not torch.float32
+        step = int(self.state[weight]["step"].item()) if counts else 0
+        return id(self._group_of(weight)), dtype, step
 
     def _group_of(self, weight: Tensor) -> dict:
         if len(self.param_groups) == 1:
@@ -305,10 +382,13 @@ class SGD(_TableOptimizer):
         lr: float = 1e-3,
         *,
         weight_decay: float = 0.0,
+        rounding: str = "stochastic",
+        seed: int = 0,
         sharded: bool = False,
         in_backward: bool = True,
     ):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, sharded, in_backward)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding, "seed": seed}
+        super().__init__(params, defaults, sharded, in_backward)
 
 
 class Adagrad(_TableOptimizer):
@@ -329,6 +409,8 @@ class Adagrad(_TableOptimizer):
         eps: float = 1e-10,
         *,
         weight_decay: float = 0.0,
+        rounding: str = "stochastic",
+        seed: int = 0,
         sharded: bool = False,
         in_backward: bool = True,
     ):
@@ -339,6 +421,8 @@ class Adagrad(_TableOptimizer):
             "lr_decay": lr_decay,
             "eps": eps,
             "weight_decay": weight_decay,
+            "rounding": rounding,
+            "seed": seed,
             "initial_accumulator_value": initial_accumulator_value,
         }
         super().__init__(params, defaults, sharded, in_backward)
@@ -370,10 +454,14 @@ class RowWiseAdagrad(_TableOptimizer):
         eps: float = 1e-8,
         *,
         weight_decay: float = 0.0,
+        rounding: str = "stochastic",
+        seed: int = 0,
         sharded: bool = False,
         in_backward: bool = True,
     ):
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding, "seed": seed,
+        }  # fmt: skip
         super().__init__(params, defaults, sharded, in_backward)
 
     def _state_shape(self, weight: Tensor) -> tuple[int, int]:
@@ -398,13 +486,18 @@ class Adam(_TableOptimizer):
         eps: float = 1e-8,
         *,
         weight_decay: float = 0.0,
+        rounding: str = "stochastic",
+        seed: int = 0,
         sharded: bool = False,
         in_backward: bool = True,
     ):
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas[{i}]: expected 0 <= beta < 1, got {beta}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rounding": rounding,
+            "seed": seed,
+        }  # fmt: skip
         super().__init__(params, defaults, sharded, in_backward)
 
     def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:

@@ -332,7 +332,7 @@ def update_tables(draw, guard: Guard):
         return [guard.array((num_rows, 1 if rule == 3 else d)) for d in dims]
 
     return {
-        "weights": [guard.array((num_rows, d)) for d in dims],
+        "weights": [guard.array((num_rows, d), draw(st.sampled_from(["f4", "f2"]))) for d in dims],
         "first": states(),
         "second": states(),
         "indices": indices,
@@ -348,6 +348,7 @@ def update_tables(draw, guard: Guard):
         "beta1": 0.9,
         "beta2": 0.99,
         "keep": draw(st.sampled_from([1.0, 0.9])),
+        "noise": draw(st.sampled_from([None, list(range(tables))])),
         "threads": draw(st.integers(1, 4)),
     }
 
@@ -449,14 +450,36 @@ def dhe_backward(draw, guard: Guard):
     arguments = decoder_arguments([16, 5, 3], draw(st.integers(0, 4)))
     weights, biases = arguments["weights"], arguments["biases"]
     n = draw(st.integers(0, 6))
+    handle = _C.Decoder(**arguments)
     return {
-        "decoder": _C.Decoder(**arguments),
+        "decoder": handle,
         "weights": weights,
         "indices": torch.randint(0, 1000, (n,)),
         "grad": torch.randn(n, 3),
         "grad_weights": [guard.array(tuple(w.shape)) for w in weights],
         "grad_biases": [guard.array(tuple(b.shape)) for b in biases],
         "threads": draw(st.integers(1, 4)),
+        "kept": draw(st.sampled_from([None, torch.randn(handle.kept_shape(n))])),
+    }
+
+
+@st.composite
+def dhe_bag_keeping(draw, guard: Guard):
+    handle = _C.Decoder(**decoder_arguments([16, 5, draw(st.sampled_from([1, 8, 17]))]))
+    indices, offsets = draw(bags(1, draw(st.integers(0, 5)), 1000))
+    n = len(indices)
+    return {
+        "decoder": handle,
+        "indices": indices,
+        "offsets": offsets,
+        "per_sample_weights": draw(st.sampled_from([None, torch.ones(n)])),
+        "mode": draw(st.sampled_from([0, 1])),
+        "include_last_offset": True,
+        "padding_idx": draw(st.sampled_from([-1, 3])),
+        "kept": guard.array(handle.kept_shape(n)),
+        "distinct": guard.array((n,), "i8"),
+        "row_of_entry": guard.array((n,), "i4"),
+        "threads": draw(st.integers(1, 3)),
     }
 
 
@@ -815,6 +838,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "cached_dhe_bag": (_C.cached_dhe_bag, cached_forward),
     "codebook_rows": (_C.codebook_rows, codebook_rows),
     "dhe_backward": (_C.dhe_backward, dhe_backward),
+    "dhe_bag_keeping": (_C.dhe_bag_keeping, dhe_bag_keeping),
     "select_features": (_C.select_features, select_features),
     "unique_share": (_C.unique_share, unique_share),
     "join_bags": (_C.join_bags, join_bags),

@@ -90,6 +90,7 @@ def test_result_does_not_depend_on_threads(name, rule):
                 0.9,
                 0.99,
                 0.9,
+                None,
                 threads,
             )
         results.append((weight, first, second))

@@ -186,6 +186,25 @@ for representation in ("table", "dhe", "hybrid", "low_rank", "select"):
             name = representation, make.__name__, sparse
             assert torch.equal(*both), name
             torch.testing.assert_close(results[0], results[1], msg=lambda m: f"{name}: {m}")
+
+# 16-bit tables: replicas round by the same noise.
+for dtype in (torch.float16, torch.bfloat16):
+    for make in makers:
+        torch.manual_seed(0)
+        collection = mprec.nn.EmbeddingBagCollection(features, dtype=dtype)
+        before = torch.cat([p.detach().flatten() for p in collection.parameters()])
+        owner = make(collection.parameters(), lr=0.1, in_backward=False)
+        replica = DistributedDataParallel(collection)
+        for step in range(3):
+            owner.zero_grad()
+            replica(*batch(rank, step)[1:]).float().square().mean().backward()
+            owner.step()
+        after = torch.cat([p.detach().flatten() for p in collection.parameters()])
+        both = [torch.empty_like(after) for _ in range(2)]
+        dist.all_gather(both, after)
+        assert torch.equal(*both), (dtype, make.__name__)
+        assert not torch.equal(before, after)
+        owner.release()
 dist.destroy_process_group()
 print("done")
 """

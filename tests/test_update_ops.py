@@ -80,9 +80,9 @@ def test_optimizers_are_those_of_the_module():
 
 
 def test_optimizers_say_what_they_take():
-    with pytest.raises(ValueError, match=r"SGD expects float32 tables .* on cpu or cuda, got .* meta"):
+    with pytest.raises(ValueError, match=r"SGD expects tables .* on cpu or .* on cuda, got .* meta"):
         optim.SGD([torch.nn.Parameter(torch.empty(3, 2, device="meta"))])
-    with pytest.raises(ValueError, match=r"Adam expects float32 tables .* on cpu, got"):
+    with pytest.raises(ValueError, match=r"Adam expects tables .* on cpu, got"):
         optim.Adam([torch.nn.Parameter(torch.empty(3, 2, device="meta"))])
 
 

@@ -31,11 +31,11 @@ thread_local Workspace own_workspace;
 
 // Which IDs of each feature are computed, and where to.
 void plan_features(const DheRequest& r, const DheFeature* features, Dedupe dedupe, const int64_t* ids,
-                   Workspace& w) {
+                   KeptActivations* kept, Workspace& w) {
   const Bags& b = r.bags;
   const int64_t n = b.indices.size;
-  const bool maps = dedupe == Dedupe::always || (dedupe == Dedupe::automatic && n >= fewest_to_dedupe) ||
-                    b.padding_idx >= 0;
+  const bool maps = kept || dedupe == Dedupe::always ||
+                    (dedupe == Dedupe::automatic && n >= fewest_to_dedupe) || b.padding_idx >= 0;
   w.features.resize(b.num_features);
   w.pools.resize(b.num_features);
   if (maps) {
@@ -47,7 +47,7 @@ void plan_features(const DheRequest& r, const DheFeature* features, Dedupe dedup
     DecodeWork& f = w.features[t];
     PoolArguments& pool = w.pools[t];
     const int64_t dim = features[t].decoder.dim, begin = b.feature_begin(t), end = b.feature_begin(t + 1);
-    f = {features[t].decoder, ids + begin, end - begin, nullptr, dim};
+    f = {features[t].decoder, ids + begin, end - begin, nullptr, dim, nullptr, 0};
     pool = {nullptr, dim, nullptr, nullptr, b.mode};
     if (maps) {
       int64_t* distinct = w.distinct.data() + begin;
@@ -58,6 +58,14 @@ void plan_features(const DheRequest& r, const DheFeature* features, Dedupe dedup
         f.ids = distinct;
         f.count = count;
         pool.row_of_entry = rows;
+      }
+      if (kept) {
+        KeptActivations& k = kept[t];
+        f.kept = k.floats;
+        f.kept_stride = (end - begin) * block_pitch;
+        k.count = count;
+        std::copy_n(distinct, count, k.ids);
+        std::copy_n(rows, end - begin, k.row_of_entry);
       }
     }
     if (b.per_sample_weights) pool.weights = b.per_sample_weights + begin;
@@ -115,8 +123,18 @@ void plan_decode_blocks(const std::vector<DecodeWork>& features, int threads,
 
 void decode_block(const std::vector<DecodeWork>& features, const DecodeBlock& b, float* scratch) {
   const DecodeWork& f = features[b.feature];
-  kernels().dhe->forward(f.decoder, f.ids + b.begin, static_cast<int>(b.count),
-                         f.vectors + b.begin * f.stride, f.stride, scratch);
+  const int64_t* ids = f.ids + b.begin;
+  float* vectors = f.vectors + b.begin * f.stride;
+  const int count = static_cast<int>(b.count);
+  if (!f.kept) return kernels().dhe->forward(f.decoder, ids, count, vectors, f.stride, scratch);
+  float* kept = f.kept + b.begin * block_pitch;
+  kernels().dhe->keep(f.decoder, ids, count, kept, f.kept_stride, scratch);
+  const int dim = f.decoder.dim;
+  const float* last = kept + (kept_blocks(f.decoder) - blocks_of(dim)) * f.kept_stride;  // values
+  for (int64_t i = 0; i < count; ++i)
+    for (int c = 0; c < dim; c += block_columns)
+      std::copy_n(last + c / block_columns * f.kept_stride + i * block_pitch,
+                  std::min(dim - c, block_columns), vectors + i * f.stride + c);
 }
 
 bool one_id_per_bag(const Bags& b, int64_t feature) {
@@ -134,11 +152,12 @@ void dhe_decode(const std::vector<DecodeWork>& features, int threads) {
   });
 }
 
-void dhe_bag_forward(const DheRequest& r, const DheFeature* features, Dedupe dedupe, int threads) {
+void dhe_bag_forward(const DheRequest& r, const DheFeature* features, Dedupe dedupe, int threads,
+                     KeptActivations* kept) {
   Workspace& w = own_workspace;  // the same object in every thread
   const Bags& b = r.bags;
   check_offsets(b);
-  plan_features(r, features, dedupe, checked_ids(b, r.largest_id, w.ids), w);
+  plan_features(r, features, dedupe, checked_ids(b, r.largest_id, w.ids), kept, w);
   const Team team = plan_team(w.features, threads, w);
 
   const auto pool = [&](int64_t bag) {

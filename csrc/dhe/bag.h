@@ -25,9 +25,19 @@ struct DheFeature {
   int64_t column;  // of `out`
 };
 
+// What a forward pass of training keeps of one feature of n entries for its backward pass; the caller's.
+struct KeptActivations {
+  float* floats;          // of the distinct IDs (dhe.h), block_stride n * block_pitch
+  int64_t* ids;           // [n], of which `count` are given: the distinct IDs
+  int32_t* row_of_entry;  // [n]: which of `ids` an entry has; -1: padding
+  int64_t count = 0;
+};
+
 // `features`: as many as the request has. OffsetsError or IdError (an ID that is negative or too large)
-// before anything is written. Results do not depend on the number of threads.
-void dhe_bag_forward(const DheRequest&, const DheFeature* features, Dedupe, int threads);
+// before anything is written. Results do not depend on the number of threads. `kept`: one for each feature,
+// in training.
+void dhe_bag_forward(const DheRequest&, const DheFeature* features, Dedupe, int threads,
+                     KeptActivations* kept = nullptr);
 
 // Whether each bag of the feature holds one ID: its vector then needs no pooling.
 bool one_id_per_bag(const Bags&, int64_t feature);
@@ -39,6 +49,8 @@ struct DecodeWork {
   int64_t count;
   float* vectors;
   int64_t stride;
+  float* kept = nullptr;  // where activations go as well (dhe.h)
+  int64_t kept_stride = 0;
 };
 // IDs of one feature that a thread decodes at once.
 struct DecodeBlock {

@@ -92,12 +92,25 @@ struct WeightGradient {
   bool fresh;  // the sums are what this call gives; else it adds to them
 };
 
-// Floats of scratch for the gradients: a block of hashes, two layers' gradients, every layer's sums and
-// values.
+// The activations of every layer, as training keeps them: blocks [kept_blocks][ids][block_pitch], of layer
+// after layer. Of a layer's sums z and values y there is y alone where that tells the activation's slope.
+[[gnu::always_inline]] inline bool keeps_sums(const LayerView& layer) {
+  return layer.activation == Activation::mish;
+}
+inline int64_t kept_blocks(const DecoderView& d) {
+  int64_t blocks = 0;
+  for (int l = 0; l < d.num_layers; ++l)
+    blocks += (keeps_sums(d.layers[l]) ? 2 : 1) * blocks_of(d.layers[l].outputs);
+  return blocks;
+}
+
+// IDs that one call of `backward` takes. Each call reads and writes all sums of the gradients, which are as
+// large as the weights: the more IDs the better, while a layer's gradients stay in the L2 cache.
+constexpr int backward_ids = 2 * max_ids;
+
+// Floats of scratch for the gradients: a block of hashes and two layers' gradients.
 inline int64_t backward_scratch_floats(const DecoderView& d) {
-  int64_t blocks = 1 + 2 * blocks_of(d.widest);
-  for (int l = 0; l < d.num_layers; ++l) blocks += 2 * blocks_of(d.layers[l].outputs);
-  return int64_t{max_ids} * block_pitch * blocks + 64;
+  return int64_t{backward_ids} * block_pitch * (1 + 2 * blocks_of(d.widest)) + 64;
 }
 
 struct PoolArguments {
@@ -116,11 +129,16 @@ struct DheKernels {
   void (*hash)(const EncoderView&, const int64_t* ids, int64_t n, int64_t* out);
   // The vectors of n <= max_ids IDs into out[i * stride + j], j < dim.
   void (*forward)(const DecoderView&, const int64_t* ids, int n, float* out, int64_t stride, float* scratch);
-  // Sums the gradients that the vectors of n <= max_ids IDs pass on in `to[l]`, for every layer l. Row i of
-  // the vectors' gradient is grad[i * stride]. float32 weights; transposed[l] (l > 0) has the layer's weights
-  // packed as outputs to inputs, with a zero bias and no activation.
+  // The activations of n IDs into `kept`, whose blocks are `block_stride` apart. Scratch as for `forward`.
+  void (*keep)(const DecoderView&, const int64_t* ids, int n, float* kept, int64_t block_stride,
+               float* scratch);
+  // Sums the gradients that the vectors of n <= backward_ids IDs pass on in `to[l]`, for every layer l;
+  // `kept` as `keep` gave it. Row i of the vectors' gradient is grad[i * stride]. float32 weights;
+  // transposed[l] (l > 0) has the layer's weights packed as outputs to inputs, with a zero bias and no
+  // activation.
   void (*backward)(const DecoderView&, const LayerView* transposed, const int64_t* ids, int n,
-                   const float* grad, int64_t stride, const WeightGradient* to, float* scratch);
+                   const float* kept, int64_t block_stride, const float* grad, int64_t stride,
+                   const WeightGradient* to, float* scratch);
   // One bag: entries [begin, end) into out[0, dim).
   void (*pool)(const PoolArguments&, int64_t begin, int64_t end, float* out);
 };

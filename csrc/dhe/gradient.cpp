@@ -53,7 +53,8 @@ void check_weights(const DecoderView& view, const std::vector<LinearWeights>& li
 }  // namespace
 
 void dhe_backward(const DecoderView& view, const std::vector<LinearWeights>& linear, const int64_t* ids,
-                  int64_t n, const float* grad, const std::vector<LayerGradient>& to, int threads) {
+                  int64_t n, const float* kept, int64_t kept_stride, const float* grad,
+                  const std::vector<LayerGradient>& to, int threads) {
   check_weights(view, linear);
   const Transposed transposed(linear);
   check_ids({ids, n, true}, -1, "indices");
@@ -65,7 +66,7 @@ void dhe_backward(const DecoderView& view, const std::vector<LinearWeights>& lin
     return;
   }
 
-  const int64_t blocks = (n + max_ids - 1) / max_ids;
+  const int64_t blocks = (n + backward_ids - 1) / backward_ids;
   threads = static_cast<int>(
       std::max<int64_t>(1, std::min<int64_t>({int64_t{threads}, blocks,
                                               3 * n * view.multiply_adds() / multiply_adds_per_thread})));
@@ -79,7 +80,10 @@ void dhe_backward(const DecoderView& view, const std::vector<LinearWeights>& lin
     bias_at.push_back(sums += w.outputs * pitch.back());
     sums += round_up(w.outputs, panel_columns);
   }
-  const int64_t scratch = backward_scratch_floats(view);
+  // Activations that were not kept are made again, of as many IDs as a call takes.
+  const int64_t stride = kept ? kept_stride : int64_t{backward_ids} * block_pitch;
+  const int64_t again = kept ? 0 : kept_blocks(view) * stride;
+  const int64_t scratch = std::max(backward_scratch_floats(view), scratch_floats(view)) + again;
   thread_local AlignedBuffer<float> own_memory;
   float* const memory = own_memory.reserve(threads * (sums + scratch));
   std::vector<WeightGradient> gradients;
@@ -99,8 +103,13 @@ void dhe_backward(const DecoderView& view, const std::vector<LinearWeights>& lin
       float* own_scratch = memory + threads * sums + part * scratch;
       for (int64_t b = blocks * part / threads; b < blocks * (part + 1) / threads; ++b) {
         const int64_t begin = n * b / blocks, count = n * (b + 1) / blocks - begin;
-        kernel->backward(view, transposed.layers.data(), ids + begin, static_cast<int>(count),
-                         grad + begin * view.dim, view.dim, own, own_scratch);
+        const float* activations = own_scratch;
+        if (kept)
+          activations = kept + begin * block_pitch;
+        else
+          kernel->keep(view, ids + begin, static_cast<int>(count), own_scratch, stride, own_scratch + again);
+        kernel->backward(view, transposed.layers.data(), ids + begin, static_cast<int>(count), activations,
+                         stride, grad + begin * view.dim, view.dim, own, own_scratch + again);
         for (size_t l = 0; l < linear.size(); ++l) own[l].fresh = false;
       }
     }

@@ -126,6 +126,37 @@ static inline void forward(const DecoderView& d, const int64_t* ids, int n, floa
     }
 }
 
+// The activations of `layer` from blocks that are `block_stride` apart to such blocks: its values `y`, and
+// the sums that they are of where these are kept.
+inline void keep_activation(const LayerView& layer, int n, LayerBlocks<float> to, int64_t block_stride) {
+  if (to.z == to.y) return;
+  for (int b = 0; b < blocks_of(layer.outputs); ++b)
+    for (int i = 0; i < n * block_pitch; ++i) to.y[b * block_stride + i] = to.z[b * block_stride + i];
+  activate_layer(layer, n, to.y, block_stride);
+}
+
+static inline void keep(const DecoderView& d, const int64_t* ids, int n, float* kept, int64_t block_stride,
+                        float* scratch) {
+  using Product = FloatProduct<float>;
+  for (int begin = 0; begin < n; begin += max_ids) {
+    const int rows = n - begin < max_ids ? n - begin : max_ids;
+    const float* in = nullptr;
+    for (int l = 0; l < d.num_layers; ++l) {
+      const LayerBlocks<float> to = layer_blocks(d, l, kept + int64_t{begin} * block_pitch, block_stride);
+      LayerView layer = d.layers[l];
+      if (to.z != to.y) layer.activation = Activation::none;
+      for (int k0 = 0; k0 < layer.inputs; k0 += block_columns) {
+        const int count = layer.inputs - k0 < block_columns ? layer.inputs - k0 : block_columns;
+        if (l == 0) encode_block(d.encoder, ids + begin, rows, k0, count, scratch, block_pitch);
+        multiply_block<Product>(layer, k0, count, l == 0 ? scratch : in + k0 / block_columns * block_stride,
+                                rows, to.z, block_stride, l + 1 < d.num_layers ? &d.layers[l + 1] : nullptr);
+      }
+      keep_activation(d.layers[l], rows, to, block_stride);
+      in = to.y;
+    }
+  }
+}
+
 static inline void pool(const PoolArguments& p, int64_t begin, int64_t end, float* out) {
   for (int64_t j = 0; j < p.dim; ++j) out[j] = 0.0f;
   int64_t count = 0;
@@ -146,6 +177,6 @@ static inline void pool(const PoolArguments& p, int64_t begin, int64_t end, floa
     for (int64_t j = 0; j < p.dim; ++j) out[j] /= static_cast<float>(count);
 }
 
-extern const DheKernels dhe_kernels = {encode, hash, forward, backward, pool};
+extern const DheKernels dhe_kernels = {encode, hash, forward, keep, backward, pool};
 
 }  // namespace mprec::MPREC_ISA

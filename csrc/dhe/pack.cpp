@@ -23,6 +23,13 @@ AlignedBuffer<char> pack_panels(const LinearWeights& w, const Convert& convert) 
   for (int64_t o0 = 0; o0 < w.outputs; o0 += panel_columns) {
     T* panel = panels + o0 * inputs;
     const int64_t columns = std::min<int64_t>(panel_columns, w.outputs - o0);
+    if (w.output_stride == 1 && group == 1) {  // transposed weights: whole lines
+      for (int64_t i = 0; i < w.inputs; ++i) {
+        const float* line = w.weight + o0 + i * w.input_stride;
+        for (int64_t c = 0; c < columns; ++c) panel[i * panel_columns + c] = convert(line[c]);
+      }
+      continue;
+    }
     for (int64_t i0 = 0; i0 < w.inputs; i0 += strip)
       for (int64_t c = 0; c < columns; ++c) {
         const float* row = w.weight + (o0 + c) * w.output_stride;

@@ -133,7 +133,7 @@ RowGradients sorted(const Bags& b, const PooledGradient& g, const Share& share, 
   else
     (share.parts > 1 ? collect<int32_t, true> : collect<int32_t, false>)(b, g, share, s);
   return {s.keys.data(), s.count,       s.bags.data(), scaled(b) ? s.scales.data() : nullptr,
-          g.grad,        g.grad_stride, g.dim};
+          g.grad,        g.grad_stride, g.dim,         g.narrow};
 }
 
 template <class Index>
@@ -188,9 +188,12 @@ std::vector<Share> plan(const Bags& b, int threads) {
 
 // Whether two of the tables have memory in common: then they are updated one after the other.
 bool overlap(const Bags& b, const PooledGradient* gradients, const TableRows* tables) {
-  std::vector<std::pair<const float*, const float*>> spans;
-  for (int64_t f = 0; f < b.num_features; ++f)
-    spans.emplace_back(tables[f].weight, tables[f].weight + gradients[f].num_rows * tables[f].weight_stride);
+  std::vector<std::pair<const char*, const char*>> spans;
+  for (int64_t f = 0; f < b.num_features; ++f) {
+    const auto weight = static_cast<const char*>(tables[f].weight);
+    const int64_t row_bytes = tables[f].weight_stride * traits(tables[f].format).bits / 8;
+    spans.emplace_back(weight, weight + gradients[f].num_rows * row_bytes);
+  }
   std::sort(spans.begin(), spans.end());
   for (size_t i = 1; i < spans.size(); ++i)
     if (spans[i].first < spans[i - 1].second) return true;

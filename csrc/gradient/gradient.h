@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "bags/bags.h"
+#include "rows/formats.h"
 
 namespace mprec {
 
@@ -25,8 +26,13 @@ struct Update {
 
 // The rows that an update writes. `first` and `second` may be null if the rule has no such state.
 struct TableRows {
-  float *weight, *first, *second;
-  int64_t weight_stride, state_stride;  // floats from one row to the next
+  void* weight;  // numbers of `format`: f32, f16 or bf16 (assign: f32 only)
+  float *first, *second;
+  int64_t weight_stride, state_stride;  // numbers from one row to the next
+  Format format = Format::f32;
+  // How 16-bit rows are rounded: stochastically (rows/rounding.h) by noise of this key, or to nearest.
+  bool stochastic = false;
+  uint64_t noise = 0;
 };
 
 // A sorted share of one table's gradient: entry e adds scales[e] times the gradient of bag bags[e].
@@ -35,16 +41,18 @@ struct RowGradients {
   int64_t count;
   const int32_t* bags;
   const float* scales;  // null: all 1
-  const float* grad;    // bag b's gradient: grad + b * grad_stride, dim floats
+  const void* grad;     // bag b's gradient: grad + b * grad_stride, dim numbers
   int64_t grad_stride, dim;
+  bool narrow = false;  // numbers of the table's 16 bits; else float32
 };
 
-// The gradient of what a table's bags were pooled to: of the feature's bag b, dim floats at
+// The gradient of what a table's bags were pooled to: of the feature's bag b, dim numbers at
 // grad + b * grad_stride.
 struct PooledGradient {
-  const float* grad;
+  const void* grad;
   int64_t grad_stride, dim;
-  int64_t num_rows;  // of the table
+  int64_t num_rows;     // of the table
+  bool narrow = false;  // as in RowGradients
 };
 
 // Applies `update` to the rows of every table that its feature's bags use: gradients[f] is that of feature f
@@ -61,8 +69,9 @@ void update_tables(const Bags&, const PooledGradient* gradients, const TableRows
 int64_t sparse_gradient(const Bags&, const PooledGradient&, int64_t* rows, float* values, int threads);
 
 struct GradientKernels {
-  // Applies the update to each distinct row of the share. `compact`: the i-th distinct row of the share is
-  // written at weight + i * weight_stride, not at its own place (assign only). `scratch`: dim floats.
+  // Applies the update, in float32, to each distinct row of the share. `compact`: the i-th distinct row of
+  // the share is written at weight + i * weight_stride, not at its own place (assign only). `scratch`: dim
+  // floats.
   void (*apply)(const RowGradients&, const TableRows&, const Update&, bool compact, float* scratch);
 };
 

@@ -1,6 +1,6 @@
-# From list.cmake: a source file for each ISA and family of kernels, which includes isa/ISA.h and then
-# FAMILY/kernel.h, and the header isa/list.h for the registry. The families are those of MPREC_FAMILIES, the
-# architecture is MPREC_ARCH.
+# From list.cmake: for each ISA and family of kernels a source file that includes isa/ISA.h and then FAMILY/kernel.h,
+# one more for each FAMILY/kernel*.h beside it (what is better compiled by itself), and the header isa/list.h for the
+# registry. The families are those of MPREC_FAMILIES, the architecture is MPREC_ARCH.
 set(MPREC_GENERATED ${CMAKE_BINARY_DIR}/generated)
 set(MPREC_ISA_SOURCES)
 set(isas)
@@ -20,10 +20,14 @@ function(mprec_isa name)
     set(from ${${family}_of_${isa_BASE}})
     if(isa_FOR STREQUAL "all" OR family IN_LIST isa_FOR)
       set(from ${name})
-      set(source ${MPREC_GENERATED}/kernels/${family}_${name}.cpp)
-      file(CONFIGURE OUTPUT ${source} CONTENT "#include \"isa/${name}.h\"\n//\n#include \"${family}/kernel.h\"\n")
-      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
-      list(APPEND MPREC_ISA_SOURCES ${source})
+      file(GLOB headers CONFIGURE_DEPENDS RELATIVE ${CMAKE_SOURCE_DIR}/csrc csrc/${family}/kernel*.h)
+      foreach(header IN LISTS headers)
+        string(REGEX REPLACE "/kernel(.*)\\.h$" "\\1" part ${header})
+        set(source ${MPREC_GENERATED}/kernels/${part}_${name}.cpp)
+        file(CONFIGURE OUTPUT ${source} CONTENT "#include \"isa/${name}.h\"\n//\n#include \"${header}\"\n")
+        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
+        list(APPEND MPREC_ISA_SOURCES ${source})
+      endforeach()
     endif()
     set(${family}_of_${name} ${from} PARENT_SCOPE)
     string(APPEND kernels ", ${from}")

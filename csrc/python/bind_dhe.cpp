@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -193,9 +194,37 @@ PyMethodDef methods[] = {
         "tensors, unchanged. thorough: all of their bytes are compared, else a share of them."),
     {}};
 
+// A forward pass of training: the pooled vectors, and the number of distinct IDs, whose activations are kept.
+py::tuple dhe_bag_keeping(const Decoder& decoder, py::handle indices, py::handle offsets,
+                          py::handle per_sample_weights, py::handle mode, py::handle include_last_offset,
+                          py::handle padding_idx, py::handle kept, py::handle distinct,
+                          py::handle row_of_entry, int threads) {
+  if (decoder.view().precision != Precision::float32)
+    throw py::value_error("decoder: expected one of precision float32");
+  Bags bags = bags_of_one(indices.ptr(), offsets.ptr(), include_last_offset.ptr());
+  set_pooling(bags, mode.ptr(), per_sample_weights.ptr(), padding_idx.ptr());
+  const DheFeature feature{decoder.view(), 0};
+  const int64_t n = bags.indices.size;
+  const Tensor floats = view(kept.ptr(), "kept", DType::f32, 3);
+  const Tensor ids = view(distinct.ptr(), "distinct", DType::i64, 1);
+  const Tensor rows = view(row_of_entry.ptr(), "row_of_entry", DType::i32, 1);
+  check_shape(floats, "kept", {kept_blocks(feature.decoder), n, block_pitch});
+  check_shape(ids, "distinct", {n});
+  check_shape(rows, "row_of_entry", {n});
+  check_output(floats, "kept");
+  check_output(ids, "distinct");
+  check_output(rows, "row_of_entry");
+  const Output out(Py_None, bags.batch, feature.decoder.dim, DType::f32);
+  const DheRequest request{bags, out.float32(), out.stride()};
+  KeptActivations keeping{floats.ptr<float>(), ids.ptr<int64_t>(), rows.ptr<int32_t>()};
+  checked_threads(threads);
+  without_gil(true, [&] { dhe_bag_forward(request, &feature, Dedupe::always, threads, &keeping); });
+  return py::make_tuple(out.written(), keeping.count);
+}
+
 void backward(const Decoder& decoder, const std::vector<py::object>& weights, py::handle indices,
               py::handle grad, const std::vector<py::object>& grad_weights,
-              const std::vector<py::object>& grad_biases, int threads) {
+              const std::vector<py::object>& grad_biases, int threads, py::handle kept) {
   const std::vector<LinearWeights> layers = matrices(weights);
   if (layers.empty()) throw py::value_error("weights: expected at least one layer");
   checked_threads(threads);
@@ -217,8 +246,17 @@ void backward(const Decoder& decoder, const std::vector<py::object>& weights, py
     check_output(b, bias_name.c_str());
     to.push_back({w.ptr<float>(), b.ptr<float>()});
   }
+  const float* activations = nullptr;
+  int64_t stride = 0;
+  if (!kept.is_none()) {
+    const Tensor k = view(kept.ptr(), "kept", DType::f32, 3);
+    check_shape(k, "kept", {kept_blocks(decoder.view()), std::max(k.shape[1], ids.shape[0]), block_pitch});
+    activations = k.ptr<float>();
+    stride = k.shape[1] * block_pitch;
+  }
   py::gil_scoped_release release;
-  dhe_backward(decoder.view(), layers, ids.ptr<int64_t>(), ids.shape[0], g.ptr<float>(), to, threads);
+  dhe_backward(decoder.view(), layers, ids.ptr<int64_t>(), ids.shape[0], activations, stride, g.ptr<float>(),
+               to, threads);
 }
 
 // Runs `kernel(encoder, ids, n, out)` on IDs, none negative, and an output [n, k].
@@ -264,6 +302,10 @@ void bind_dhe(py::module_& m) {
                                for (const LayerView& layer : d.layers()) dims.push_back(layer.outputs);
                                return dims;
                              })
+      .def(
+          "kept_shape",
+          [](const Decoder& d, int64_t n) { return py::make_tuple(kept_blocks(d.view()), n, block_pitch); },
+          py::arg("n"), "Of the activations, in float32, that a training step keeps of n IDs.")
       .def_property_readonly("nbytes", &Decoder::nbytes);
   py::class_<WeightWatch>(m, "WeightWatch", "Notices when tensors in modules' dicts change.")
       .def_static(
@@ -283,9 +325,19 @@ void bind_dhe(py::module_& m) {
   py::class_<KeptDecoder>(m, "KeptDecoder", "A packed decoder and the watch of its weights.")
       .def(py::init<const py::object&, const py::object&>(), py::arg("watch"), py::arg("decoder"));
   add_methods(m, methods);
+  m.attr("block_columns") = block_columns;  // of activations that dhe_bag_keeping gives
   m.def("dhe_backward", &backward, py::arg("decoder"), py::arg("weights"), py::arg("indices"),
         py::arg("grad"), py::arg("grad_weights"), py::arg("grad_biases"), py::arg("threads"),
-        "Gradients of the weights and biases, overwritten, from that of the IDs' vectors, grad [n, dim].");
+        py::arg("kept") = py::none(),
+        "Gradients of the weights and biases, overwritten, from that of the IDs' vectors, grad [n, dim]. "
+        "kept: the IDs' activations, by dhe_bag_keeping; None: they are made again.");
+  m.def("dhe_bag_keeping", &dhe_bag_keeping, py::arg("decoder"), py::arg("indices"), py::arg("offsets"),
+        py::arg("per_sample_weights"), py::arg("mode"), py::arg("include_last_offset"),
+        py::arg("padding_idx"), py::arg("kept"), py::arg("distinct"), py::arg("row_of_entry"),
+        py::arg("threads"),
+        "As dhe_bag, for n entries: (out, count). Their distinct IDs go to distinct [n], of which count are "
+        "written; which of them each entry has (-1: padding) to row_of_entry [n], int32; and the activations "
+        "that a backward pass needs to kept, of the shape decoder.kept_shape(n).");
   m.def("hash_encode", &hash_encode, py::arg("coefficients"), py::arg("indices"), py::arg("family"),
         py::arg("out"), "The encodings u of n IDs into out [n, k], float32.");
   m.def("hash_values", &hash_values, py::arg("coefficients"), py::arg("indices"), py::arg("family"),

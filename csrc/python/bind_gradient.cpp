@@ -1,3 +1,4 @@
+#include <limits>
 #include <vector>
 
 #include "gradient/gradient.h"
@@ -9,6 +10,17 @@ namespace py = pybind11;
 
 namespace mprec::python {
 namespace {
+
+// A table to be updated.
+Tensor updated(PyObject* object, Rule rule) {
+  const Tensor w = matrix(object, "weights");
+  if (rule == Rule::assign ? w.dtype != DType::f32 : !plain_format(w.dtype))
+    throw NotTaken(NotTaken::type,
+                   message("weights: expected float32", rule == Rule::assign ? "" : ", float16 or bfloat16",
+                           ", got ", dtype_name(w.dtype)));
+  check_output(w, "weights");
+  return w;
+}
 
 // The optimizer's state of table t, [rows, dim] or [rows, 1].
 Tensor state(const List& states, Py_ssize_t t, const char* name, const Tensor& weight, Rule rule) {
@@ -32,7 +44,7 @@ Bags pooled_bags(py::handle indices, py::handle offsets, py::handle per_sample_w
 void update_tables(py::handle weights, py::handle first, py::handle second, py::handle indices,
                    py::handle offsets, py::handle per_sample_weights, py::handle mode, int64_t padding_idx,
                    py::handle grad, py::handle columns, int rule_number, float lr, float eps, float beta1,
-                   float beta2, float keep, int threads) {
+                   float beta2, float keep, py::handle noise, int threads) {
   if (rule_number < 0 || rule_number > 4)
     throw py::value_error(message("rule: expected 0 to 4, got ", rule_number));
   const Rule rule = static_cast<Rule>(rule_number);
@@ -41,23 +53,30 @@ void update_tables(py::handle weights, py::handle first, py::handle second, py::
   const Py_ssize_t count = tables.size();
   const List firsts(needs_first ? first.ptr() : Py_None, "first", count),
       seconds(needs_second ? second.ptr() : Py_None, "second", count),
-      places(columns.ptr(), "columns", count);
+      places(columns.ptr(), "columns", count), keys(noise.ptr(), "noise", count);
   if (needs_first > static_cast<bool>(firsts) || needs_second > static_cast<bool>(seconds))
     throw py::type_error(message(firsts ? "second" : "first", ": expected the rule's state, got None"));
-  const Tensor g = float_matrix(grad.ptr(), "grad");
+  const Tensor g = matrix(grad.ptr(), "grad");
+  const bool narrow = g.dtype == DType::f16 || g.dtype == DType::bf16;
   const Bags bags = pooled_bags(indices, offsets, per_sample_weights, mode, padding_idx, count, g);
 
   std::vector<PooledGradient> gradients(count);
   std::vector<TableRows> rows(count);
   int64_t column = 0;
   for (Py_ssize_t t = 0; t < count; ++t) {
-    const Tensor w = float_matrix(tables[t], "weights");
+    const Tensor w = updated(tables[t], rule);
     if (places) column = integer(places[t], "columns");
+    if (g.dtype != DType::f32 && (!narrow || g.dtype != w.dtype))
+      throw NotTaken(NotTaken::type, message("grad: expected float32 or the type of weights[", t, "], ",
+                                             dtype_name(w.dtype), ", got ", dtype_name(g.dtype)));
     columns_within(column, w.shape[1], g.shape[1], "grad");
-    check_output(w, "weights");
-    gradients[t] = {g.ptr<float>() + column, g.strides[0], w.shape[1], w.shape[0]};
+    gradients[t] = {g.ptr<char>() + column * g.item_bytes(), g.strides[0], w.shape[1], w.shape[0], narrow};
     column += w.shape[1];
-    rows[t] = {w.ptr<float>(), nullptr, nullptr, w.strides[0], 0};
+    rows[t] = {w.data, nullptr, nullptr, w.strides[0], 0, *plain_format(w.dtype)};
+    if (keys) {
+      rows[t].stochastic = true;
+      rows[t].noise = static_cast<uint64_t>(keys.up_to(std::numeric_limits<int64_t>::max(), t));
+    }
     if (firsts) {
       const Tensor s = state(firsts, t, "first", w, rule);
       rows[t].first = s.ptr<float>();
@@ -100,7 +119,8 @@ void bind_gradient(py::module_& m) {
   m.def("update_tables", &update_tables, py::arg("weights"), py::arg("first"), py::arg("second"),
         py::arg("indices"), py::arg("offsets"), py::arg("per_sample_weights"), py::arg("mode"),
         py::arg("padding_idx"), py::arg("grad"), py::arg("columns"), py::arg("rule"), py::arg("lr"),
-        py::arg("eps"), py::arg("beta1"), py::arg("beta2"), py::arg("keep"), py::arg("threads"),
+        py::arg("eps"), py::arg("beta1"), py::arg("beta2"), py::arg("keep"), py::arg("noise"),
+        py::arg("threads"),
         "Applies an optimizer to the rows that the bags use, given the gradient of their pooled output.");
   m.def("sparse_gradient", &sparse_gradient, py::arg("indices"), py::arg("offsets"),
         py::arg("per_sample_weights"), py::arg("mode"), py::arg("padding_idx"), py::arg("num_rows"),

@@ -95,14 +95,15 @@ def native_sparse_gradient(grad: Tensor, weight: Tensor, bags: Bags) -> Tensor:
 
     ``bags`` of one feature, as native kernels take them; ``grad`` ``[B, D]``.
     """
-    rows, values = row_gradients(grad, weight, bags)
+    rows, values = row_gradients(grad, len(weight), bags)
     return torch.sparse_coo_tensor(
         rows[None], values.to(weight.dtype), weight.shape, check_invariants=False, is_coalesced=True
     )
 
 
-def row_gradients(grad: Tensor, weight: Tensor, bags: Bags) -> tuple[Tensor, Tensor]:
-    """IDs ``[m]`` and float32 gradients ``[m, D]`` of their rows, to be added where an ID occurs twice.
+def row_gradients(grad: Tensor, num_rows: int, bags: Bags) -> tuple[Tensor, Tensor]:
+    """IDs ``[m]``, below ``num_rows``, and float32 gradients ``[m, D]`` of their rows, to be added where an
+    ID occurs twice.
 
     On the CPU IDs rise and occur once; ``bags`` are as native kernels take them.
     """
@@ -111,9 +112,9 @@ def row_gradients(grad: Tensor, weight: Tensor, bags: Bags) -> tuple[Tensor, Ten
         rows, _ = pool_backward(grad, None, bags)
         return (bags.indices, rows) if keep is None else (bags.indices[keep], rows[keep])
     rows = torch.empty(len(bags.indices), dtype=torch.int64)
-    values = torch.empty(len(bags.indices), weight.shape[1], dtype=torch.float32)
+    values = torch.empty(len(bags.indices), grad.shape[1], dtype=torch.float32)
     count = _C.sparse_gradient(
-        bags.indices, bags.offsets, bags.per_sample_weights, bags.mode, bags.padding_idx, len(weight),
+        bags.indices, bags.offsets, bags.per_sample_weights, bags.mode, bags.padding_idx, num_rows,
         _adjacent(grad), rows, values, torch.get_num_threads(),
     )  # fmt: skip
     return rows[:count], values[:count]

@@ -10,7 +10,8 @@ turn: (1 + n) / 2048 of them before n IDs are decoded; and a few elements of eac
 seen at once by calls of 2048 IDs, in small decoders, and where it changes a whole tensor; else by the time
 that some 2048 IDs more have been decoded (n IDs in a call: after 2048 / (1 + n) calls); or at once if
 :func:`clear_decoders` is called (modules' ``invalidate()``). Packing again compares all bytes, and so do
-forward and backward passes of training. Nothing is kept for tensors made under ``inference_mode``, which
+forward passes of training, and backward passes for which no activations were kept. Nothing is kept of
+tensors made under ``inference_mode``, which
 carry no counter.
 
 Three ways to keep one, by who calls: :func:`decoder` knows a caller's tensors again, :class:`ModuleDecoder`

@@ -3,6 +3,7 @@
 in few bytes; and ``cached_dhe_bag``, behind a fixed table of hot IDs' vectors.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,13 +17,30 @@ from mprec.kernels import kernel
 from mprec.ops import _autograd
 from mprec.ops._checks import check_same_device
 from mprec.ops._common import all_float32
-from mprec.ops._decoders import check_decoder, drop_changed, packed_decoder
-from mprec.ops._table import Op, by_kernels
+from mprec.ops._decoders import check_decoder, drop_changed, packable, packed_decoder
+from mprec.ops._table import OPS, Op, by_kernels, flatten
 from mprec.tracing import traced
 
 #: Coefficients, weights and biases of one decoder. Where weights are in float8: affines ``[2, out]`` of each
 #: layer in place of biases, the scales of its outputs and their biases.
 Stack = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
+
+
+#: Bytes of activations that a forward pass of training keeps, at most: of more the backward pass makes them
+#: again.
+MOST_KEPT = 64 << 20
+
+
+class Kept(NamedTuple):
+    """What a forward pass on the CPU keeps of one decoder, until its backward pass has run.
+
+    ``activations`` float32, as ``_C.dhe_bag_keeping`` gives them, of the ``distinct`` IDs int64 ``[m]``;
+    ``row_of_entry`` int32 ``[n]``: which of these an entry has, -1 for padding.
+    """
+
+    activations: Tensor
+    distinct: Tensor
+    row_of_entry: Tensor
 
 
 class Cache(NamedTuple):
@@ -198,9 +216,35 @@ def _formula(call: Decoders) -> Tensor:
 # -------------------------------------------------------------------------------------------- the operators
 
 
-def _gradient(op: Op, arguments, grad: Tensor, wanted) -> dict:
+def _keep(op: Op, arguments) -> tuple[Tensor, list[Tensor]] | None:
+    """The result, and as tensors a :class:`Kept`."""
+    call = op.call(*arguments)
+    bags, (stack,) = call.bags, call.stacks
+    coefficients, weights, biases = stack
+    seen = bags.indices, bags.offsets, bags.per_sample_weights, coefficients, *weights, *biases
+    if not packable(*stack) or not op.is_unseen(call, *seen):
+        return None
+    call = op.check(call)
+    bags, n = call.bags, len(call.bags.indices)
+    handle = packed_decoder(*stack, *call.options)
+    shape = handle.kept_shape(n)
+    if 4 * math.prod(shape) > MOST_KEPT:
+        return None
+    kept = torch.empty(shape, dtype=torch.float32)
+    distinct, row_of_entry = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
+    out, count = _C.dhe_bag_keeping(
+        handle, bags.indices, bags.offsets, bags.per_sample_weights, bags.mode, bags.include_last_offset,
+        bags.padding_idx, kept, distinct, row_of_entry, torch.get_num_threads(),
+    )  # fmt: skip
+    return out, [kept, distinct[:count], row_of_entry] if count else []
+
+
+def _gradient(op: Op, arguments, grad: Tensor, wanted, *kept: Tensor) -> dict:
     need_psw = "per_sample_weights" in wanted
-    if op is DHE_BAG:
+    backward = OPS[f"{op.name}_backward"]
+    if kept and backward.is_unseen(op.call(*arguments), grad, *flatten(arguments)[1]):
+        found = backward.serve(backward.call(grad, *arguments, need_psw)._replace(kept=Kept(*kept)))
+    elif op is DHE_BAG:
         found = torch.ops.mprec.dhe_bag_backward(grad, *arguments, need_psw)
     else:
         *others, _, _ = arguments
@@ -228,6 +272,7 @@ DHE_BAG = Op(
     formula=_formula,
     gradient=_gradient,
     differentiate=_differentiate,
+    keep=_keep,
     see_through=True,
 )
 DHE_BAG_MULTI = Op(

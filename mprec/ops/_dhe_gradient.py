@@ -24,6 +24,7 @@ class Gradients(NamedTuple):
     grad: Tensor
     of: _dhe.Decoders
     need_weights: bool
+    kept: _dhe.Kept | None = None  # by the forward pass, of one decoder
 
     @property
     def device(self) -> str:
@@ -55,7 +56,7 @@ def _reference(call: Gradients) -> tuple[list[Tensor], list[Tensor], Tensor]:
     grad_psw = call.like().new_zeros(bags.indices.shape if call.need_weights else 0)
     columns = call.grad.split(of.dims, dim=1)
     for stack, grad, (begin, end, part) in zip(of.stacks, columns, bags.parts(len(columns)), strict=True):
-        weights, biases, part_psw = _of_one(grad, stack, of.options, part, call.need_weights)
+        weights, biases, part_psw = _of_one(grad, stack, of.options, part, call.need_weights, call.kept)
         grad_weights += weights
         grad_biases += biases
         if part_psw is not None:
@@ -63,24 +64,51 @@ def _reference(call: Gradients) -> tuple[list[Tensor], list[Tensor], Tensor]:
     return grad_weights, grad_biases, grad_psw
 
 
-def _of_one(grad: Tensor, stack: _dhe.Stack, options, bags: Bags, need_psw: bool):
+def _of_one(grad: Tensor, stack: _dhe.Stack, options, bags: Bags, need_psw: bool, kept: _dhe.Kept | None):
     """Each distinct ID is decoded once, and takes the summed gradient of its occurrences."""
+    need_rows = need_psw or bags.mode == MODES["max"]
+    if kept is not None:
+        return _of_kept(grad, stack, options, bags, need_psw, need_rows, kept)
     distinct, occurrence = torch.unique(bags.indices, return_inverse=True)
     _, weights, biases = stack
     chain = _native_chain if bags.indices.is_cpu and all_float32(*weights, *biases) else _plain_chain
-    rows, backward = chain(distinct, stack, options, need_rows=need_psw or bags.mode == MODES["max"])
+    rows, backward = chain(distinct, stack, options, need_rows)
     rows = None if rows is None else rows[occurrence]
     grad_rows, grad_psw = _backward.pool_backward(grad, rows, bags)
     grad_x = grad_rows.new_zeros(len(distinct), grad.shape[1]).index_add_(0, occurrence, grad_rows)
     return *backward(grad_x.to(grad.dtype)), grad_psw if need_psw else None
 
 
-def _native_chain(ids: Tensor, stack: _dhe.Stack, options, need_rows: bool):
-    """The IDs' vectors, if needed, and a function from their gradient to the parameters'. In the kernel:
-    encodings and activations are made again block by block, never stored."""
+def _of_kept(grad: Tensor, stack: _dhe.Stack, options, bags: Bags, need_psw: bool, need_rows: bool, kept):
+    """The same with what the forward pass has kept."""
+    distinct, place = kept.distinct, kept.row_of_entry
+    count = len(distinct)
+    rows, backward = _native_chain(distinct, stack, options, need_rows, kept.activations)
+    if bags.padding_idx >= 0:  # goes to one row more
+        place = torch.where(place < 0, count, place)
+    if rows is None:
+        of_rows = bags.with_last_offset()._replace(indices=place)
+        if bags.padding_idx >= 0:
+            of_rows = of_rows._replace(padding_idx=count)
+        _, grad_x = _backward.row_gradients(grad, count + 1, of_rows)
+        return *backward(grad_x), None
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))[place]
+    grad_rows, grad_psw = _backward.pool_backward(grad, rows, bags)
+    grad_x = grad_rows.new_zeros(count + 1, grad.shape[1]).index_add_(0, place, grad_rows)[:count]
+    return *backward(grad_x), grad_psw if need_psw else None
+
+
+def _native_chain(ids: Tensor, stack: _dhe.Stack, options, need_rows: bool, kept: Tensor | None = None):
+    """The IDs' vectors, if needed, and a function from their gradient to the parameters'.
+
+    ``kept``: the activations; without them the kernel makes them again, block by block.
+    """
     _, weights, biases = stack
-    handle = packed_decoder(*stack, *options, thorough=True)
-    rows = decode(handle, ids) if need_rows else None
+    # Beside kept activations only its coefficients are read.
+    handle = packed_decoder(*stack, *options, thorough=kept is None)
+    rows = None
+    if need_rows:
+        rows = decode(handle, ids) if kept is None else _last_values(kept, len(ids), handle.dim)
 
     def backward(grad_rows):
         grads = [
@@ -88,10 +116,17 @@ def _native_chain(ids: Tensor, stack: _dhe.Stack, options, need_rows: bool):
             for tensors in (weights, biases)
         ]
         detached = [w.detach() for w in weights]
-        _C.dhe_backward(handle, detached, ids.long(), plain(grad_rows), *grads, torch.get_num_threads())
+        _C.dhe_backward(handle, detached, ids.long(), plain(grad_rows), *grads, torch.get_num_threads(), kept)
         return grads
 
     return rows, backward
+
+
+def _last_values(kept: Tensor, count: int, dim: int) -> Tensor:
+    """The vectors ``[count, dim]`` among kept activations: the last blocks hold them."""
+    blocks = -(-dim // _C.block_columns)
+    values = kept[-blocks:, :count, : _C.block_columns]
+    return values.transpose(0, 1).reshape(count, -1)[:, :dim]
 
 
 def _plain_chain(ids: Tensor, stack: _dhe.Stack, options, need_rows: bool):

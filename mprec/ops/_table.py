@@ -43,6 +43,8 @@ class Op:
         fake: from a call to an empty result of the right shape, for compilers.
         reference: from a checked call to the result, in plain torch: where no kernel supports the call.
         result: from what kernels, ``fake`` and ``reference`` give to what the schema says.
+        keep: from the operator and its arguments to the result and what its backward pass reads beside the
+            arguments; None where nobody may know of that. ``gradient`` is given it by position, last.
         formula: from a checked call to the result in plain torch that can be differentiated in every way.
         gradient: ``gradient(op, arguments, grad, wanted)`` gives gradients of tensor arguments by name, of
             those at least that ``wanted`` has; with ``formula``.
@@ -63,12 +65,13 @@ class Op:
         result: Callable[[Any], Any] = lambda result: result,
         formula: Callable[[Any], Any] | None = None,
         gradient: Callable[..., dict[str, Any]] | None = None,
+        keep: Callable[..., tuple[Tensor, list[Tensor]] | None] = lambda op, arguments: None,
         differentiate: Callable[..., Any] | None = None,
         see_through: bool = False,
     ) -> None:
         self.name = library.define(schema)
         self.make_call, self.check, self.reference, self.result = call, check, reference, result
-        self.fake, self.formula, self.gradient = fake, formula, gradient
+        self.fake, self.formula, self.gradient, self.keep = fake, formula, gradient, keep
         self.overload = getattr(torch.ops.mprec, self.name).default
         declared = self.overload._schema.arguments
         self.arguments = [a.name for a in declared]
@@ -179,13 +182,16 @@ class _ByKernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, keyset, shape, *tensors):
-        ctx.op, ctx.shape = op, shape
-        ctx.save_for_backward(*tensors)
-        return op.below(keyset, unflatten(shape, tensors))
+        arguments = unflatten(shape, tensors)
+        out, kept = op.keep(op, arguments) or (op.below(keyset, arguments), [])
+        ctx.op, ctx.shape, ctx.given = op, shape, len(tensors)
+        ctx.save_for_backward(*tensors, *kept)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        op, shape, tensors = ctx.op, ctx.shape, ctx.saved_tensors
+        op, shape, saved = ctx.op, ctx.shape, ctx.saved_tensors
+        tensors, kept = saved[: ctx.given], saved[ctx.given :]
         if _autograd.differentiate_again(grad, *tensors):
             with torch.enable_grad():
                 out = op.by_formula(*unflatten(shape, tensors))
@@ -197,7 +203,7 @@ class _ByKernels(torch.autograd.Function):
             )
             if isinstance(place, slice) and (any(needs) if isinstance(needs, list) else needs)
         }
-        found = op.gradient(op, unflatten(shape, tensors), grad, wanted)
+        found = op.gradient(op, unflatten(shape, tensors), grad, wanted, *kept)
         grads: list[Tensor | None] = [None] * len(tensors)
         for name, place in zip(op.arguments, shape, strict=True):
             if name in wanted and isinstance(place, slice):

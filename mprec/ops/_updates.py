@@ -1,8 +1,9 @@
 """``torch.ops.mprec.table_sgd_`` and ``table_rowwise_adagrad_``: gradients applied as they are computed.
 
 Both take the gradient ``grad`` ``[B, total]`` of pooled tables, table t's at ``columns[t]`` and on, with the
-arguments of the forward pass, and update in place the rows that occur. (``pooling`` is their mode: torch's
-functionalisation of operators that change arguments has no place for one of that name.)
+arguments of the forward pass, and update in place the rows that occur. Rows of 16-bit tables are rounded to
+nearest (:mod:`mprec.optim` rounds stochastically). (``pooling`` is their mode: torch's functionalisation of
+operators that change arguments has no place for one of that name.)
 """
 
 from collections.abc import Sequence
@@ -55,17 +56,20 @@ def update_tables(
     eps: float = 0.0,
     betas: tuple[float, float] = (0.0, 0.0),
     keep: float = 1.0,
+    noise: Sequence[int] | None = None,
 ) -> None:
-    """Update tables in place on the CPU, with the gradient ``grad`` ``[B, total]`` of their pooled output.
+    """Update tables in place on the CPU, with the gradient ``grad`` ``[B, total]`` of their pooled output, in
+    float32 or the tables' type.
 
     ``bags`` of the tables' features alone, as native kernels take them; ``columns`` None: side by side. Rows
-    that have a gradient are multiplied by ``keep`` first.
+    that have a gradient are multiplied by ``keep`` first. 16-bit tables are rounded to nearest, or
+    stochastically by noise of a key in [0, 2^63) for each table.
     Autograd is not told: :func:`mprec.ops._common.mutated` does, of tables that it knows.
     """
     first, second = [*states, None, None][:2]
     _C.update_tables(
         list(tables), first, second, bags.indices, bags.offsets, bags.per_sample_weights, bags.mode,
-        bags.padding_idx, grad, columns, RULES[rule], lr, eps, *betas, keep, torch.get_num_threads(),
+        bags.padding_idx, grad, columns, RULES[rule], lr, eps, *betas, keep, noise, torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -141,7 +141,7 @@ class _Part(NamedTuple):
         column, weight = self.columns()[t], self.weights[t]
         feature = self.bags.served(len(self.weights))[t]
         ((_, _, bags),) = self.bags._replace(features=[feature]).parts(1)
-        return _backward.row_gradients(self.grad[:, column : column + weight.shape[1]], weight, bags)
+        return _backward.row_gradients(self.grad[:, column : column + weight.shape[1]], len(weight), bags)
 
 
 class _Pass:
@@ -197,8 +197,11 @@ def contribute(
         running = _passes[task] = _Pass()
         # The bound method is all that keeps the pass: if the backward pass fails, both are gone.
         torch.autograd.Variable._execution_engine.queue_callback(running.update)
-    bags = bags.of_kernels().with_float_weights() if grad.is_cpu else bags
-    running.parts.append(_Part(weights, owners, bags, grad.detach().contiguous()))
+    grad = grad.detach().contiguous()
+    if grad.is_cpu:
+        bags = bags.of_kernels().with_float_weights()
+        grad = grad if grad.dtype is weights[0].dtype else grad.to(torch.float32)
+    running.parts.append(_Part(weights, owners, bags, grad))
 
 
 def _update(part: _Part, tables: Sequence[int]) -> None:

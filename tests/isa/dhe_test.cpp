@@ -297,7 +297,8 @@ void test_backward(const std::string& isa, int threads) {
       biases.push_back(std::make_unique<Guarded<float>>(sizes[l + 1]));
       to.push_back({weights[l]->data(), biases[l]->data()});
     }
-    dhe_backward(network.decoder().view(), network.layers(), ids.data(), n, grad.data(), to, threads);
+    dhe_backward(network.decoder().view(), network.layers(), ids.data(), n, nullptr, 0, grad.data(), to,
+                 threads);
     for (int64_t i = 0; i < n; ++i) network.add_gradients(ids[i], grad.data() + i * network.dim(), want);
     for (size_t l = 0; l < want.size(); ++l) {
       for (size_t i = 0; i < want[l].weight.size(); ++i)

@@ -2,6 +2,7 @@
 #include "gradient/gradient.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "check.h"
 #include "guarded.h"
 #include "registry.h"
+#include "rounding.h"
 #include "suites.h"
 
 namespace mprec::test {
@@ -170,6 +172,106 @@ void test_apply(const std::string& isa) {
     }
 }
 
+// A step of SGD that moves a row of zeros, or of what does not move, to numbers of every size.
+void test_rounding(const std::string& isa) {
+  Case c(isa + " gradient rounding to 16 bits");
+  Random random(17);
+  for (const Type16& type : types16)
+    for (int64_t dim = 1; dim <= 70; dim += dim < 36 ? 1 : 17)
+      for (bool stochastic : {false, true}) {
+        constexpr int64_t count = 12;
+        Guarded<uint16_t> weight(count * dim);
+        Guarded<float> grad(count * dim), scratch(dim);
+        Guarded<int32_t> bags(count);
+        Guarded<uint64_t> keys(count);
+        for (int64_t r = 0; r < count; ++r) {
+          bags[r] = static_cast<int32_t>(r);
+          keys[r] = static_cast<uint64_t>(r) << 32 | static_cast<uint64_t>(r);
+        }
+        for (int64_t i = 0; i < count * dim; ++i) {
+          const uint64_t bits = random.bits();
+          const bool moves = random.below(4) > 0;
+          weight[i] = moves ? 0 : static_cast<uint16_t>(bits >> 32);
+          uint32_t target = static_cast<uint32_t>(bits);
+          if (type.format == Format::f16 && i % 2)  // from 2^-30 to 2^18
+            target = (target & 0x807FFFFF) | static_cast<uint32_t>(97 + random.below(48)) << 23;
+          if (!moves) target = 0;
+          std::memcpy(&grad[i], &target, sizeof target);
+        }
+        std::vector<float> sums(count * dim);  // row - lr * gradient, as float32 has it
+        for (int64_t i = 0; i < count * dim; ++i)
+          sums[i] = 1.0f * static_cast<float>(type.value(weight[i])) - 1.0f * grad[i];
+        const RowGradients g{keys.data(), count, bags.data(), nullptr, grad.data(), dim, dim};
+        const uint64_t key = random.bits() >> 1;
+        const TableRows rows{weight.data(), nullptr, nullptr, dim, 0, type.format, stochastic, key};
+        kernels().gradient->apply(g, rows, {Rule::sgd, 1.0f, 0, 0, 0}, false, scratch.data());
+        for (int64_t i = 0; i < count * dim; ++i) {
+          const double want =
+              stochastic ? type.rounded(sums[i], noise(key, i / dim, i % dim)) : type.nearest(sums[i]);
+          c.close(type.value(weight[i]), want, 0, traits(type.format).name, stochastic ? " noise" : "",
+                  " dim ", dim, " column ", i % dim, " of ", sums[i]);
+        }
+      }
+}
+
+// Every rule on 16-bit rows: states as those of the float32 rows, to the bit, and weights as their rounding.
+void test_rules16(const std::string& isa) {
+  Case c(isa + " gradient apply to 16 bits, every rule");
+  Random random(18);
+  for (const Type16& type : types16)
+    for (int64_t dim = 1; dim <= 130; dim += dim < 36 ? 1 : 31)
+      for (Rule rule : all_rules) {
+        if (rule == Rule::assign) continue;
+        constexpr int64_t num_rows = 5, count = 9;
+        Table table(rule, num_rows, dim, random), same(rule, num_rows, dim, random);
+        Guarded<uint16_t> weight(num_rows * dim);
+        for (int64_t i = 0; i < weight.size(); ++i) {
+          weight[i] = static_cast<uint16_t>(type.format == Format::f16 ? 0x3000 + random.below(0x0C00)
+                                                                       : 0x3E00 + random.below(0x180));
+          table.weight[i] = static_cast<float>(type.value(weight[i]));
+        }
+        std::copy_n(table.first.data(), table.first.size(), same.first.data());
+        std::copy_n(table.second.data(), table.second.size(), same.second.data());
+        Guarded<float> grad(count * dim), scratch(dim);
+        fill(grad, random, false);
+        const bool narrow_grad = dim % 2;
+        Guarded<uint16_t> grad16(narrow_grad ? grad.size() : 0);
+        for (int64_t i = 0; i < grad16.size(); ++i) {
+          grad16[i] =
+              static_cast<uint16_t>((type.format == Format::f16 ? 0x2E00 : 0x3D00) + random.below(0x600));
+          grad[i] = static_cast<float>(type.value(grad16[i]));
+        }
+        Guarded<int32_t> bags(count);
+        Guarded<uint64_t> keys(count);
+        for (int64_t e = 0; e < count; ++e) {
+          bags[e] = static_cast<int32_t>(e);
+          keys[e] = static_cast<uint64_t>(random.below(num_rows)) << 32 | static_cast<uint64_t>(e);
+        }
+        std::sort(keys.data(), keys.data() + count);
+        const RowGradients g{keys.data(), count, bags.data(), nullptr, grad.data(), dim, dim};
+        const uint64_t key = random.bits() >> 1;
+        TableRows narrow = same.rows();
+        narrow.weight = weight.data();
+        narrow.format = type.format;
+        narrow.stochastic = true;
+        narrow.noise = key;
+        const std::vector<uint16_t> before(weight.data(), weight.data() + weight.size());
+        kernels().gradient->apply(g, table.rows(), update_of(rule), false, scratch.data());
+        RowGradients given = g;
+        if (narrow_grad) given.grad = grad16.data(), given.narrow = true;
+        kernels().gradient->apply(given, narrow, update_of(rule), false, scratch.data());
+        for (int64_t i = 0; i < weight.size(); ++i)
+          c.close(type.value(weight[i]), type.rounded(table.weight[i], noise(key, i / dim, i % dim)), 0,
+                  rule_name(rule), " ", traits(type.format).name, " dim ", dim, " row ", i / dim, " column ",
+                  i % dim);
+        for (int64_t i = 0; i < same.first.size(); ++i)
+          c.close(same.first[i], table.first[i], 0, rule_name(rule), "'s first state");
+        for (int64_t i = 0; i < same.second.size(); ++i)
+          c.close(same.second[i], table.second[i], 0, rule_name(rule), "'s second state");
+        c.expect(!std::equal(before.begin(), before.end(), weight.data()), "nothing was written");
+      }
+}
+
 // The operator: bags of IDs in, two tables updated.
 void test_update_tables(const std::string& isa, int threads) {
   Case c(isa + " gradient update_tables, " + std::to_string(threads) + " thread(s)");
@@ -266,6 +368,8 @@ void test_sparse_gradient(const std::string& isa, int threads) {
 
 void gradient_suite(const std::string& isa, int threads) {
   test_apply(isa);
+  test_rounding(isa);
+  test_rules16(isa);
   test_update_tables(isa, threads);
   test_sparse_gradient(isa, threads);
 }
