@@ -37,7 +37,7 @@ def test_on_emulated_cpu(kernel_build, emulate, cpu):
         assert f"{MODELS[cpu]} {family}" in done.stdout
 
 
-# CPUs of qemu's user mode, which runs threads, the ISAs that they can run, and those of these that are tested.
+# CPUs of qemu's user mode, which runs threads, the ISAs that they can run, and those of them that are tested.
 # Vectors of SVE are as long as the CPU's, or as those that programs are given there, in bytes, if shorter.
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # compiles all kernels
