@@ -10,7 +10,7 @@ __all__ = ["isa", "runnable_isas"]
 
 def runnable_isas() -> list[str]:
     """The ISAs that this CPU can run, slowest first: of ``scalar``, ``avx2``, ``avx512``, ``avx512vnni``,
-    ``avx512bf16``, ``amx``; on aarch64 ``scalar``, ``neon``."""
+    ``avx512bf16``, ``amx``; on aarch64 ``scalar``, ``neon``, ``sve256``."""
     return _native.runnable_isas()
 
 

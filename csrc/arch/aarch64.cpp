@@ -3,6 +3,7 @@
 #if defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#include <sys/prctl.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -35,6 +36,16 @@ std::string read_model() {
 const std::string& cpu_model() {
   static const std::string model = read_model();
   return model;
+}
+
+bool has_sve256() {
+#if defined(__linux__)
+  if (!(getauxval(AT_HWCAP) & HWCAP_SVE) || !(getauxval(AT_HWCAP2) & HWCAP2_SVEBF16)) return false;
+  const int length = prctl(PR_SVE_GET_VL);
+  return length >= 0 && (length & PR_SVE_VL_LEN_MASK) == 256 / 8;
+#else
+  return false;
+#endif
 }
 
 }  // namespace mprec

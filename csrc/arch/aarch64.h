@@ -19,4 +19,9 @@ __attribute__((always_inline)) static inline unsigned equal_pair(const void* pai
          static_cast<unsigned>(__atomic_load_n(keys + 1, __ATOMIC_RELAXED) == wanted) << 1;
 }
 
+// Whether the CPU has SVE with its products of bfloat16 numbers, and the calling thread's vectors are of 256
+// bits. Their length is the CPU's, or a shorter one that Linux was told to use (prctl, or a default for all
+// programs); threads inherit it.
+bool has_sve256();
+
 }  // namespace mprec

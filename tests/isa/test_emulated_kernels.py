@@ -37,18 +37,45 @@ def test_on_emulated_cpu(kernel_build, emulate, cpu):
         assert f"{MODELS[cpu]} {family}" in done.stdout
 
 
+# CPUs of qemu's user mode, which runs threads, the ISAs that they can run, and those of them that are tested.
+# Vectors of SVE are as long as the CPU's, or as those that programs are given there, in bytes, if shorter.
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # compiles all kernels
-@pytest.mark.parametrize(("architecture", "isa"), [("aarch64", "neon")])
-def test_on_another_architecture(cross_build, architecture, isa):
-    """By qemu's user mode, which runs threads."""
+@pytest.mark.parametrize(
+    ("architecture", "cpu", "runnable", "tested"),
+    [
+        ("aarch64", "cortex-a72", ("scalar", "neon"), ("scalar", "neon")),
+        ("aarch64", "max,sve-default-vector-length=32", ("scalar", "neon", "sve256"), ("sve256",)),
+    ],
+)
+def test_on_another_architecture(cross_build, architecture, cpu, runnable, tested):
     qemu, build = cross_build(architecture)
     for threads in ("1", "3"):
-        done = run_command([qemu, build / "kernel_test", "--threads", threads])
+        done = run_command([qemu, "-cpu", cpu, build / "kernel_test", "--threads", threads, *tested])
         assert report(done) > 10
-        assert re.search(rf"^# {architecture} CPU, .*: scalar {isa}; {threads} thread", done.stdout, re.M)
-        for family in FAMILIES:
-            assert f"{isa} {family}" in done.stdout
+        heading = rf"^# {architecture} CPU, .*: {' '.join(runnable)}; {threads} thread"
+        assert re.search(heading, done.stdout, re.M), done.stdout
+        for isa in tested:
+            for family in FAMILIES:
+                assert f"{isa} {family}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("architecture", "cpu", "isa"),
+    [
+        ("aarch64", "max,sve=off", "sve256"),
+        ("aarch64", "max,sve-default-vector-length=16", "sve256"),
+        ("aarch64", "max,sve-default-vector-length=64", "sve256"),
+        ("aarch64", "a64fx,sve-default-vector-length=32", "sve256"),  # has no products of bfloat16 numbers
+    ],
+)
+def test_an_isa_of_another_architecture_is_not_reached_without_it(cross_build, architecture, cpu, isa):
+    qemu, build = cross_build(architecture)
+    done = run_command([qemu, "-cpu", cpu, build / "kernel_test", isa])
+    assert report(done) == OF_NO_ISA
+    assert f"{isa}: this CPU cannot run it" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x8
 ISAS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
-def objects(build: Path) -> dict[str, Path]:
+def objects(build: Path, isa: str = "avx512") -> dict[str, Path]:
     found = {path.name: path for path in build.glob("CMakeFiles/mprec_kernels.dir/**/*.cpp.o")}
-    assert any("avx512" in name for name in found), "no objects"
+    assert any(isa in name for name in found), "no objects"
     return found
 
 
-def isa_of(name: str) -> str:
+def isa_of(name: str, isas: tuple[str, ...] = ISAS) -> str:
     suffix = name.removesuffix(".cpp.o").rpartition("_")[2]
-    return suffix if suffix in ISAS else "baseline"
+    return suffix if suffix in isas else "baseline"
 
 
 _PREFIXES = {"26", "2e", "36", "3e", "64", "65", "66", "67", "f0", "f2", "f3"}
@@ -65,16 +65,32 @@ def test_kernels_use_whole_registers(kernel_build, isa):
             assert any(register in text for _, text in instructions(path)), name
 
 
-def test_no_function_of_an_isa_can_stand_in_for_another(kernel_build):
+def check_symbols(path: Path, isa: str, nm: str = "nm") -> int:
     """A weak symbol (an inline function, a template) of an ISA's object must be named after the ISA: else the
-    linker may keep this copy for callers that run on any CPU."""
-    checked_symbols = 0
-    for name, path in objects(kernel_build).items():
-        if (isa := isa_of(name)) == "baseline":
-            continue
-        for line in checked(["nm", "-C", "--defined-only", path]).splitlines():
-            _, kind, symbol = line.split(maxsplit=2)
-            if kind in "WVu" and not symbol.startswith("DW.ref."):
-                assert f"mprec::{isa}::" in symbol, f"{name} defines {symbol}"
-            checked_symbols += 1
-    assert checked_symbols
+    linker may keep this copy for callers that run on any CPU. The number of symbols."""
+    lines = checked([nm, "-C", "--defined-only", path]).splitlines()
+    for line in lines:
+        _, kind, symbol = line.split(maxsplit=2)
+        if kind in "WVu" and not symbol.startswith("DW.ref."):
+            assert f"mprec::{isa}::" in symbol, f"{path.name} defines {symbol}"
+    return len(lines)
+
+
+def test_no_function_of_an_isa_can_stand_in_for_another(kernel_build):
+    found = {path: isa_of(name) for name, path in objects(kernel_build).items()}
+    assert sum(check_symbols(path, isa) for path, isa in found.items() if isa != "baseline")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiles all kernels
+@pytest.mark.parametrize(
+    ("architecture", "isa", "register"), [("aarch64", "sve256", r"\bz\d+\.[bhsd]\b|\bp\d+(/[mz]|\.[bhsd])")]
+)
+def test_code_of_another_architecture(cross_build, architecture, isa, register):
+    """An ISA's registers occur in its own objects, all of them, and in no others."""
+    _, build = cross_build(architecture)
+    for name, path in objects(build, isa).items():
+        code = checked([f"{architecture}-linux-gnu-objdump", "-d", "--no-show-raw-insn", path])
+        its_own = isa_of(name, (isa,)) == isa
+        assert bool(re.search(register, code)) == its_own, name
+        assert not its_own or check_symbols(path, isa, f"{architecture}-linux-gnu-nm")
