@@ -16,22 +16,23 @@ constexpr double least_s = 1e-6;
 }  // namespace
 
 void Rate::count(double now, double samples, double memory_s) {
-  if (!queries_ || now - latest_ > memory_s / 2) {  // nothing is known of what begins now
+  if (!arrivals_ || now - latest_ > memory_s / 2) {  // nothing is known of what begins now
     at_ = now;
     sum_ = weight_ = 0;
     silence_ = memory_s / 4;
-    queries_ = 0;
+    arrivals_ = 1;
+  } else if (now > latest_) {  // a batch of queries is one arrival: it does not tell when the next one comes
+    ++arrivals_;
   }
   memory_s_ = memory_s;
   latest_ = now;
   fade(now);
   sum_ += samples;
-  ++queries_;
 }
 
 double Rate::at(double now) {
   fade(now);
-  return sum_ / (weight_ + silence_ / static_cast<double>(queries_));
+  return sum_ / (weight_ + silence_ / static_cast<double>(arrivals_));
 }
 
 void Rate::fade(double now) {

@@ -7,8 +7,8 @@
 namespace mprec::scheduler {
 
 // Samples per second, with weights that fall by e in memory() seconds. Before the first query, and the first
-// one after a pause, there was a silence. It counts the less the more queries have come since: full load that
-// sets in is seen after a few of them.
+// one after a pause, there was a silence. It counts the less the more often queries have come since: full
+// load that sets in is seen after a few of them.
 class Rate {
  public:
   void count(double now, double samples, double memory_s);
@@ -19,7 +19,7 @@ class Rate {
   void fade(double now);
 
   double memory_s_ = 0, sum_ = 0, weight_ = 0, silence_ = 0, at_ = 0, latest_ = 0;
-  int64_t queries_ = 0;
+  int64_t arrivals_ = 0;
 };
 
 // Variance over mean of the samples in a window.
