@@ -173,7 +173,7 @@ class WeightWatch {
   WeightWatch(const Places& places, int64_t blocks) : epoch_(epoch()) {
     for (const auto& [dict, key] : places) {
       if (!key) {
-        sizes_.emplace_back(dict, dict.size());
+        (PyDict_CheckExact(dict.ptr()) ? sizes_ : hooks_).emplace_back(dict, dict.size());
         continue;
       }
       PyObject* object = PyDict_GetItemWithError(dict.ptr(), key->ptr());
@@ -194,8 +194,11 @@ class WeightWatch {
 
   bool changed(Share share) const {
     if (epoch_ != epoch()) return true;
-    for (const auto& [dict, size] : sizes_)
-      if (static_cast<size_t>(PyDict_GET_SIZE(dict.ptr())) != size) return true;
+    if (grown(sizes_)) return true;
+    if (PyObject* latest = latest_hook(); latest != seen_.ptr()) {
+      if (grown(hooks_)) return true;
+      seen_ = pybind11::reinterpret_borrow<pybind11::object>(latest);
+    }
     for (const Place& p : places_) {
       PyObject* object = PyDict_GetItemWithError(p.dict.ptr(), p.key.ptr());
       if (object != p.object.ptr() || static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size)
@@ -216,13 +219,30 @@ class WeightWatch {
     size_t size;
     std::vector<TensorMark> mark;  // one, of a tensor
   };
+  using Sizes = std::vector<std::pair<pybind11::dict, size_t>>;
+  static bool grown(const Sizes& sizes) {
+    for (const auto& [dict, size] : sizes)
+      if (static_cast<size_t>(PyDict_GET_SIZE(dict.ptr())) != size) return true;
+    return false;
+  }
+  // The number that torch gives to the next hook, of whatever object: while it is the same, no dict of hooks
+  // has grown. Each number is an object of its own, which `seen_` keeps. Borrowed.
+  static PyObject* latest_hook() {
+    static PyObject* const handle =
+        pybind11::object(pybind11::module_::import("torch.utils.hooks").attr("RemovableHandle"))
+            .release()
+            .ptr();
+    static PyObject* const key = PyUnicode_InternFromString("next_id");
+    return PyDict_GetItemWithError(reinterpret_cast<PyTypeObject*>(handle)->tp_dict, key);
+  }
   static long& epoch() {  // guarded by the GIL
     static long count = 0;
     return count;
   }
   long epoch_;
   std::vector<Place> places_;
-  std::vector<std::pair<pybind11::dict, size_t>> sizes_;
+  Sizes sizes_, hooks_;            // of plain dicts; of nn.Module's hooks, which are OrderedDicts
+  mutable pybind11::object seen_;  // the latest hook when hooks_ were last looked at. Under the GIL
 };
 
 // Remembers the tensors of an encoder and a decoder that a caller passes again and again. Does not keep the
