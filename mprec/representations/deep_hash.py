@@ -131,7 +131,11 @@ class DeepHashEmbeddingBag(nn.Module):
     @property
     def weight_dtype(self) -> torch.dtype:
         """Of the decoder's parameters; float32 where it has none (layers quantised by torch)."""
-        return next((parameter.dtype for parameter in self.decoder.parameters()), torch.float32)
+        decoder = self._modules["decoder"]
+        for layer in decoder._modules.values():  # walking through all parameters would cost microseconds
+            if (weight := layer._parameters.get("weight")) is not None:
+                return weight.dtype
+        return next((parameter.dtype for parameter in decoder.parameters()), torch.float32)
 
     def runs_layers(self) -> bool:
         """Whether the decoder's layers must be called, because kernels that read their weights would leave
