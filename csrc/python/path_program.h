@@ -31,6 +31,7 @@ class TablePlace {
   bool changed() const {
     PyObject* const found = PyDict_GetItemWithError(dict_.ptr(), key_.ptr());
     if (found != tensor_.ptr()) return true;
+    if (storage_) return !is_at(found, view_);
     const Tensor now = view(found, "tables");
     return now.data != view_.data || now.ndim != view_.ndim || now.shape[0] != view_.shape[0] ||
            now.shape[1] != view_.shape[1] || now.strides[0] != view_.strides[0];
