@@ -1,16 +1,15 @@
 """Rows of ``compare.py``: whole paths of a DLRM as one native call, against the same model in torch and
-compiled by torch and by zentorch, the MLPs alone in ONNX Runtime, and the machine.
+compiled by torch, by zentorch and in ONNX Runtime, and the machine.
 
 zentorch and ONNX Runtime are compared where they are installed: zentorch==2.13.0.1 is for torch 2.13.
 """
 
 import importlib
-import importlib.util
-import io
 from collections.abc import Callable, Iterator
 
 import ceilings
 import harness
+import onnx_peers
 import torch
 from compare import Row
 from torch import Tensor, nn
@@ -48,6 +47,7 @@ SHAPES = {
     "Kaggle d16": ((*KAGGLE, 286181, *[10**6] * 5), 16, (512, 256, 64), (512, 256)),
     "Terabyte d64": ((*TERABYTE, 313829, 415421, *[10**6] * 6), 64, (512, 256), (512, 512, 256)),
 }
+PEERS = {"inductor": "torch.compile, frozen", "zentorch": "zentorch, compiled", "onnx": "ONNX Runtime"}
 VS_EAGER = (8, 4, 1.8, 1.5)
 VS_COMPILED = (3, 2, 1.2, 1.12)
 PEAK_SHARE, READ_SHARE, TWO_THREADS = 0.88, 1 / 1.4, 1.85
@@ -130,38 +130,18 @@ def _example(plain: Plain, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(batch, plain.bottom[0].in_features), indices, torch.arange(batch + 1)
 
 
-def onnx_mlps(model: DLRM) -> Callable[[Tensor, Tensor], object] | None:
-    """Both MLPs in ONNX Runtime, on one thread; None where it is not installed."""
-    if not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
-        print("not compared, ONNX Runtime: not installed", flush=True)
-        return None
-    import onnx
-    import onnxruntime
+def mlps(model: DLRM) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Both MLPs by mprec's operator: (bottom's inputs, top's inputs) -> their outputs."""
 
-    def session(mlp: nn.Sequential) -> "onnxruntime.InferenceSession":
-        nodes, weights, name = [], [], "x"
-        for i, layer in enumerate(mlp):
-            out = f"y{i}"
-            if isinstance(layer, nn.Linear):
-                for key, tensor in (("w", layer.weight), ("b", layer.bias)):
-                    weights.append(onnx.numpy_helper.from_array(tensor.detach().numpy(), f"{key}{i}"))
-                nodes.append(onnx.helper.make_node("Gemm", [name, f"w{i}", f"b{i}"], [out], transB=1))
-            else:
-                nodes.append(onnx.helper.make_node("Relu", [name], [out]))
-            name = out
-        value = onnx.helper.make_tensor_value_info
-        ends = [value(n, onnx.TensorProto.FLOAT, ["batch", None]) for n in ("x", name)]
-        graph = onnx.helper.make_graph(nodes, "mlp", ends[:1], ends[1:], weights)
-        made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-        file, options = io.BytesIO(), onnxruntime.SessionOptions()
-        onnx.save(made, file)
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        return onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    def stack(layers: nn.Sequential) -> tuple[list[Tensor], list[Tensor]]:
+        linear = [m for m in layers if isinstance(m, nn.Linear)]
+        return [m.weight for m in linear], [m.bias for m in linear]
 
-    bottom, top = session(model.bottom), session(model.top)
+    bottom, top = stack(model.bottom), stack(model.top)
+    last = "relu" if isinstance(model.bottom[-1], nn.ReLU) else "none"
     return lambda dense, products: (
-        bottom.run(None, {"x": dense.numpy()}),
-        top.run(None, {"x": products.numpy()}),
+        mprec.ops.mlp(dense, *bottom, "relu", last),
+        mprec.ops.mlp(products, *top, "relu", "none"),
     )
 
 
@@ -175,18 +155,17 @@ def rows(seconds: float, only: str) -> Iterator[Row]:
         if not wanted:
             continue
         model = make_model(shape)
-        path, plain, mlps = mprec.compile_path(model), Plain(model).eval(), onnx_mlps(model)
+        path, plain = mprec.compile_path(model), Plain(model).eval()
         for i in wanted:
-            yield from _rows_of_batch(
-                f"whole path, {shape}, batch {BATCHES[i]}", i, path, plain, mlps, seconds
-            )
+            yield from _rows_of_batch(f"whole path, {shape}, batch {BATCHES[i]}", i, path, plain, seconds)
 
 
-def _rows_of_batch(work, i, path, plain, mlps, seconds) -> Iterator[Row]:
+def _rows_of_batch(work, i, path, plain, seconds) -> Iterator[Row]:
     batch, model = BATCHES[i], path.model
     offsets, bags = torch.arange(len(model.features) * batch + 1), torch.arange(batch + 1)
     flops = 2 * multiply_adds(model) * batch
     products = torch.randn(batch, model.top[0].in_features)
+    ours_alone = mlps(model)
     candidates = {
         "ours": lambda x: path(x[0], x[1].view(-1), offsets),
         "eager": lambda x: plain(x[0], x[1], bags),
@@ -195,6 +174,13 @@ def _rows_of_batch(work, i, path, plain, mlps, seconds) -> Iterator[Row]:
     for backend in ("inductor", "zentorch"):
         if (call := compiled(plain, batch, backend)) is not None:
             candidates[backend] = lambda x, call=call: call(x, bags)
+    if onnx_peers.available():
+        whole, their_mlps = onnx_peers.whole(model), onnx_peers.mlps(model)
+        candidates["onnx"] = lambda x: whole(*x)
+        pair = products[:, : model.num_dense], products
+        torch.testing.assert_close(ours_alone(*pair), their_mlps(*pair), rtol=1e-4, atol=1e-5)
+    else:
+        print("not compared, ONNX Runtime: not installed", flush=True)
     item = draws(model, batch)()
     for name in candidates:
         torch.testing.assert_close(candidates[name](item), candidates["ours"](item), rtol=1e-4, atol=1e-5)
@@ -202,18 +188,19 @@ def _rows_of_batch(work, i, path, plain, mlps, seconds) -> Iterator[Row]:
     for precision in ("bfloat16", "int8"):
         low = mprec.compile_path(model, precision)
         candidates[precision] = lambda x, low=low: low(x[0], x[1].view(-1), offsets)
-    if mlps is not None:
-        candidates["mlps"] = lambda x: mlps(x[0], products)
+    candidates["mlps"] = lambda x: ours_alone(x[0], products)
+    if "onnx" in candidates:
+        candidates["onnx mlps"] = lambda x: their_mlps(x[0], products)
     t = harness.interleaved(candidates, draws(model, batch), seconds=seconds)
     us = {name: timing.p50 * 1e6 for name, timing in t.items()}
     ours, note = us["ours"], f"{us['peak'] / us['ours']:.0%} of the FMA peak of its products"
     yield Row(work, "torch, nn.EmbeddingBag", ours, us["eager"], VS_EAGER[i], note)
     yield Row(work, "mprec's DLRM module", ours, us["module"], 1)
-    for backend, name in (("inductor", "torch.compile, frozen"), ("zentorch", "zentorch, compiled")):
+    for backend, name in PEERS.items():
         if backend in us:
             yield Row(work, name, ours, us[backend], VS_COMPILED[i])
-    if "mlps" in us:
-        yield Row(work, "ONNX Runtime, MLPs alone", ours, us["mlps"], VS_COMPILED[i])
+    if "onnx mlps" in us:
+        yield Row(f"{work}, its two MLPs alone", "ONNX Runtime", us["mlps"], us["onnx mlps"], 1)
     if batch == 1:
         read = path.nbytes / ceilings.read_bandwidth(path.nbytes) * 1e6
         yield Row(work, "reading its weights once", ours, read, READ_SHARE)

@@ -92,6 +92,50 @@ def test_interaction_against_float64(name, samples, count, dim, self_interaction
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-5, atol=1e-4)
 
 
+def _by_torch(x, weights, biases, activation="relu"):
+    return mprec.reference.mlp(x, weights, biases, activation, "none", dtype=torch.float64).float()
+
+
+CHANGES = {
+    "in place": lambda w, b: w[0].mul_(2),
+    "through .data": lambda w, b: w[1].data.mul_(2),
+    "through NumPy": lambda w, b: b[0].numpy().fill(3.0),
+    "another tensor": lambda w, b: w.__setitem__(1, w[1] * 2),
+    "another bias": lambda w, b: b.__setitem__(1, b[1] + 1),
+    "moved": lambda w, b: w[0].set_((w[0] * 2).clone()),
+    "a layer less": lambda w, b: (w.pop(), b.pop()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_mlp_that_was_called_before_sees_what_has_changed(change):
+    weights, biases = layers([5, 7, 4, 3])
+    x = torch.randn(6, 5)
+    for _ in range(2):  # packs, then finds what it has packed
+        torch.testing.assert_close(ops.mlp(x, weights, biases), _by_torch(x, weights, biases))
+    change(weights, biases)
+    for _ in range(2):
+        torch.testing.assert_close(ops.mlp(x, weights, biases), _by_torch(x, weights, biases))
+    other = ops.mlp(x, weights, biases, "sigmoid")
+    torch.testing.assert_close(other, _by_torch(x, weights, biases, "sigmoid"))
+
+
+def test_an_mlp_that_was_called_before_still_says_what_is_wrong():
+    weights, biases = layers([5, 7, 3])
+    x = torch.randn(6, 5)
+    for _ in range(2):
+        ops.mlp(x, weights, biases)
+    with pytest.raises(ValueError, match=r"layer 0: expected weight \[out, 4\]"):
+        ops.mlp(x[:, :4], weights, biases)
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        ops.mlp(x, weights, biases[:1])
+    with pytest.raises(TypeError, match=r"layer 0: expected torch.float64"):
+        ops.mlp(x.double(), weights, biases)
+    torch.testing.assert_close(ops.mlp(x[::2], weights, biases), _by_torch(x[::2], weights, biases))
+    columns = torch.randn(5, 6).T
+    torch.testing.assert_close(ops.mlp(columns, weights, biases), _by_torch(columns, weights, biases))
+
+
 @pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "mish"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mlp_gradients_are_those_of_torch(activation, dtype):

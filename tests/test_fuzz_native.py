@@ -595,6 +595,20 @@ def mlp_run(draw, guard: Guard):
 
 
 @st.composite
+def mlp_kept(draw, guard: Guard):
+    made = mlp_arguments(7, 20, 3)
+    weights, biases = made["weights"], made["biases"]
+    return {
+        "mlp": _C.Mlp(**made),
+        "watch": _C.StackWatch.of(weights[0], weights, biases),
+        "input": torch.randn(draw(st.sampled_from([0, 1, 5, 140])), 7),
+        "weights": weights,
+        "biases": biases,
+        "threads": draw(st.sampled_from([1, 2])),
+    }
+
+
+@st.composite
 def interaction(draw, guard: Guard):
     batch, vectors, own = draw(st.integers(0, 9)), draw(st.integers(1, 9)), draw(st.booleans())
     return {
@@ -851,6 +865,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "try_run_program": (_C.try_run_program, program_run),
     "Mlp": (_C.Mlp, mlp),
     "mlp": (_C.mlp, mlp_run),
+    "try_mlp_kept": (_C.try_mlp_kept, mlp_kept),
     "dot_interaction": (_C.dot_interaction, interaction),
     "dot_interaction_backward": (_C.dot_interaction_backward, interaction_backward),
     "Scheduler": (serve, scheduler),

@@ -10,6 +10,7 @@
 #include "python/layers.h"
 #include "python/tables.h"
 #include "python/tensor.h"
+#include "python/weight_watch.h"
 
 namespace py = pybind11;
 
@@ -32,6 +33,35 @@ void mlp(const Mlp& mlp, py::handle input, py::handle out_object, int threads) {
   mlp_forward(mlp.view(), {in.ptr<float>(), in.strides[0]}, in.shape[0], {out.ptr<float>(), out.strides[0]},
               threads);
 }
+
+constexpr Signature<6> kept{"mlp_kept", {"mlp", "watch", "input", "weights", "biases", "threads"}};
+
+py::object mlp_kept(const Arguments<6>& a) {
+  const auto& packed = instance<const Mlp>(a[0], "mlp", "Mlp");
+  const auto& watch = instance<const StackWatch>(a[1], "watch", "StackWatch");
+  const List weights(a[3], "weights");
+  const Tensor in = float_matrix(a[2], "input");
+  const int threads = checked_threads(a[5]);
+  if (!watch.matches(weights[0], a[3], a[4], Share::before(in.shape[0]))) return py::bool_(false);
+  if (in.shape[1] != packed.inputs())
+    throw NotTaken(NotTaken::value,
+                   message("input: expected ", packed.inputs(), " columns, got ", in.shape[1]));
+  const py::object result = new_tensor({in.shape[0], packed.outputs()}, DType::f32);
+  const Tensor out = view(result.ptr(), "out", DType::f32, 2);
+  without_gil(true, [&] {
+    mlp_forward(packed.view(), {in.ptr<float>(), in.strides[0]}, in.shape[0],
+                {out.ptr<float>(), out.strides[0]}, threads);
+  });
+  return result;
+}
+
+PyMethodDef methods[] = {
+    method<kept, mlp_kept, false>(
+        "try_mlp_kept",
+        "try_mlp_kept(mlp, watch, input, weights, biases, threads)\n\nThe MLP of input [B, inputs], a new "
+        "tensor; False, with nothing done, if these are not the weights and biases that are watched, "
+        "unchanged; None for an input in a form that this does not take."),
+    {}};
 
 InteractionView interaction(const Tensor& vectors, bool self) {
   if (vectors.shape[1] > 4096 || vectors.shape[2] > 1 << 20)
@@ -74,6 +104,7 @@ void bind_dense(py::module_& m) {
       .def_property_readonly("inputs", &Mlp::inputs)
       .def_property_readonly("outputs", &Mlp::outputs)
       .def_property_readonly("nbytes", &Mlp::nbytes);
+  add_methods(m, methods);
   m.def("mlp", &mlp, py::arg("mlp"), py::arg("input"), py::arg("out"), py::arg("threads"),
         "The MLP of input [B, inputs] into out [B, outputs], float32.");
   m.def("dot_interaction", &dot_interaction, py::arg("vectors"), py::arg("self_interaction"), py::arg("out"),

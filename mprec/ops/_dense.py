@@ -41,20 +41,24 @@ class Mlp(NamedTuple):
         return self.input.device.type
 
 
-def _packed(weights: Sequence[Tensor], biases: Sequence[Tensor], activations: tuple[int, ...]) -> "_C.Mlp":
+def _kept(first: Tensor, activations: tuple[str, str]) -> "tuple[_C.StackWatch, _C.Mlp] | None":
+    """The native MLP of an earlier call whose first weight was ``first``, and what watches its weights."""
+    found = _handles.get((id(first), "mlp"))
+    return found[2:] if found is not None and found[0]() is first and found[1] == activations else None
+
+
+def _packed(call: Mlp) -> "_C.Mlp":
     """The native MLP: kept from an earlier call while its tensors stay as they are, as decoders are."""
-    first = weights[0]
+    _, weights, biases, *names = call
+    activations, first = tuple(names), weights[0]
+    found = _kept(first, activations)
+    thorough = torch.is_grad_enabled() and first.requires_grad
+    if found is not None and _C.same_stack(found[0], first, weights, biases, thorough):
+        return found[1]
     key = id(first), "mlp"
-    found = _handles.get(key)
-    if (
-        found is not None
-        and found[0]() is first
-        and found[1] == activations
-        and _C.same_stack(found[2], first, weights, biases, torch.is_grad_enabled() and first.requires_grad)
-    ):
-        return found[3]
     watch = _C.StackWatch.of(first, weights, biases)  # before packing: no change may go unnoticed
-    handle = _C.Mlp([w.detach() for w in weights], [b.detach() for b in biases], list(activations))
+    codes = [ACTIVATIONS[call.activation]] * (len(weights) - 1) + [ACTIVATIONS[call.last_activation]]
+    handle = _C.Mlp([w.detach() for w in weights], [b.detach() for b in biases], codes)
     if watch is not None:
         _handles[key] = weakref.ref(first, lambda _: _handles.pop(key, None)), activations, watch, handle
     return handle
@@ -96,11 +100,8 @@ def _check_mlp(call: Mlp) -> Mlp:
     supports=lambda call: all_float32(call.input) and all(min(w.shape) > 0 for w in call.weights),
 )
 def _native_mlp(call: Mlp) -> Tensor:
-    names = [call.activation] * (len(call.weights) - 1) + [call.last_activation]
-    activations = tuple(ACTIVATIONS[name] for name in names)
     out = torch.empty(len(call.input), len(call.weights[-1]))
-    handle = _packed(call.weights, call.biases, activations)
-    _C.mlp(handle, plain(call.input), out, torch.get_num_threads())
+    _C.mlp(_packed(call), plain(call.input), out, torch.get_num_threads())
     return out
 
 
@@ -171,6 +172,11 @@ def mlp(
         ValueError, DtypeError, DeviceError: arguments that do not fit together.
     """
     if can_skip_dispatcher(input, *weights, *biases):
+        if weights and (found := _kept(weights[0], (activation, last_activation))) is not None:
+            watch, handle = found
+            out = _C.try_mlp_kept(handle, watch, input, weights, biases, torch.get_num_threads())
+            if isinstance(out, Tensor):
+                return out
         return MLP.run(input, weights, biases, activation, last_activation)
     return torch.ops.mprec.mlp(input, weights, biases, activation, last_activation)
 
