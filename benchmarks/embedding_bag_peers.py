@@ -145,8 +145,9 @@ class FbgemmTraining:
 
 
 def or_none(peer, *arguments):
-    """The peer, or ``None`` where its package is not installed."""
+    """The peer, or ``None`` where its package is not installed or does not fit this torch."""
     try:
         return peer(*arguments)
-    except ImportError:
+    except (ImportError, OSError) as error:
+        print(f"not compared, {peer.__name__}: {str(error)[:120]}", flush=True)
         return None
