@@ -51,7 +51,7 @@ __attribute__((always_inline)) inline Progress pool_columns(const Source& source
                                                             float* out, Progress before, bool last) {
   constexpr int64_t width = Vec::width;
   const Source s = source;
-  const auto [shift, next_rows, next_num_rows, next_row_bytes, last_byte] = next;
+  const auto [shift, next_rows, next_num_rows, next_row_bytes, last_byte, next_in_l2] = next;
   const Index* const ids = static_cast<const Index*>(s.ids);
   out += column;
   Vec acc[vectors];
@@ -70,9 +70,15 @@ __attribute__((always_inline)) inline Progress pool_columns(const Source& source
     const int64_t id = ids[i], next_id = ids[i + shift];
     if (__builtin_expect(static_cast<uint64_t>(next_id) >= next_num_rows, 0)) return {0, 0, false};
     const char* const next_row = next_rows + next_id * next_row_bytes + column * Row::bits / 8;
+    constexpr int64_t bytes = vectors * width * Row::bits / 8;
+    if (bytes > 64 && next_in_l2) {
 #pragma GCC unroll 8
-    for (int64_t line = 0; line < vectors * width * Row::bits / 8; line += 64) prefetch(next_row + line);
-    if (last_byte) prefetch(next_row + last_byte);
+      for (int64_t line = 0; line < bytes; line += 64) prefetch(next_row + line);
+    } else {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < bytes; line += 64) prefetch_l2(next_row + line);
+    }
+    if (last_byte) prefetch_l2(next_row + last_byte);
     if (pool != Pool::sum && id == s.padding_idx) continue;
     const Row row(s.rows + id * s.row_bytes, s.dim);
     const float weight = pool == Pool::weighted && s.weights ? s.weights[i] : 1.0f;
@@ -233,7 +239,7 @@ bool pool_singles(const void* indices, int64_t from, int64_t count, const Pooled
                   const Prefetch& next, char* result, int64_t out_bytes, int64_t results_ahead) {
   constexpr int64_t width = Vec::width, row_bytes = vectors * width * Row::bits / 8;
   const Index* id = static_cast<const Index*>(indices) + from;
-  const auto [shift, next_rows, next_num_rows, next_row_bytes, last_byte] = next;
+  const auto [shift, next_rows, next_num_rows, next_row_bytes, last_byte, next_in_l2] = next;
   const char* const rows = t.rows;
   const int64_t stride = t.row_bytes;
   for (const Index* const end = id + count; id != end; ++id, result += out_bytes) {
@@ -242,10 +248,10 @@ bool pool_singles(const void* indices, int64_t from, int64_t count, const Pooled
     const char* const next_row = next_rows + next_id * next_row_bytes;
 #pragma GCC unroll 8
     for (int64_t byte = 0; byte < row_bytes; byte += 64) {
-      prefetch(next_row + byte);
+      prefetch_l2(next_row + byte);
       prefetch_to_write(result + results_ahead + byte * 32 / Row::bits);
     }
-    if (last_byte) prefetch(next_row + last_byte);
+    if (last_byte) prefetch_l2(next_row + last_byte);
     const Row row(rows + *id * stride, 0);
     float* const out = reinterpret_cast<float*>(result);
 #pragma GCC unroll 8

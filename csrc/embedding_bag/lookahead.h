@@ -56,6 +56,9 @@ struct Prefetch {
   uint64_t num_rows;
   int64_t row_bytes;
   int64_t last_byte;  // of a row, if it may lie in a cache line of its own; else 0
+  // Whether the table stays in the L2 cache: wide rows then go on to L1. All others go to L2, to which more
+  // lines can be on their way at once: on Zen 4 rows in memory come in half the time.
+  bool in_l2;
 };
 
 class Lookahead {
@@ -70,13 +73,13 @@ class Lookahead {
   bool next(int64_t begin, int64_t count, Prefetch& prefetch) {
     if (lead_ < distance_ && !burst(distance_)) return false;
     if (cursor_ + count > end_) {  // the rows of several segments, or the last of all
-      prefetch = {0, rows_, UINT64_MAX, 0, 0};
+      prefetch = {0, rows_, UINT64_MAX, 0, 0, false};
       if (!burst(count + distance_) || lead_ < count) return false;
       lead_ -= count;
       return true;
     }
     prefetch = {cursor_ - begin, rows_, static_cast<uint64_t>(num_rows_), row_bytes_,
-                straddles_ ? size_ - 1 : 0};
+                straddles_ ? size_ - 1 : 0, in_l2_};
     cursor_ += count;
     return true;
   }
@@ -92,6 +95,7 @@ class Lookahead {
   // Rows lie in pages of their own: twice as many are more than the first level of address translations
   // holds (64 to 96 pages), and took a fifth longer.
   static constexpr int64_t most_ahead = 32;
+  static constexpr int64_t l2_bytes = 1 << 19;
 
   // The next segment with any indices, if there is one.
   void enter() {
@@ -104,6 +108,7 @@ class Lookahead {
       row_bytes_ = t.row_bytes;
       size_ = row_size(t.format, t.dim);
       straddles_ = row_bytes_ % 64 != 0 || reinterpret_cast<uintptr_t>(rows_) % 64 != 0;
+      in_l2_ = num_rows_ <= l2_bytes / (row_bytes_ + 1);
       distance_ = most(8, least(most_ahead, 8192 / (size_ + 1)));
     }
   }
@@ -118,8 +123,8 @@ class Lookahead {
         const int64_t id = request_.bags.indices[cursor_];
         if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(num_rows_)) return false;
         const char* row = rows_ + id * row_bytes_;
-        for (int64_t i = 0; i < size_; i += 64) prefetch(row + i);
-        if (straddles_) prefetch(row + size_ - 1);
+        for (int64_t i = 0; i < size_; i += 64) prefetch_l2(row + i);
+        if (straddles_) prefetch_l2(row + size_ - 1);
       }
     }
     return true;
@@ -131,7 +136,7 @@ class Lookahead {
   int64_t lead_ = 0;              // rows validated and not yet pooled
   const char* rows_ = nullptr;
   int64_t num_rows_ = 0, row_bytes_ = 0, size_ = 0, distance_ = 8;
-  bool straddles_ = false;
+  bool straddles_ = false, in_l2_ = false;
 };
 
 }  // namespace mprec::MPREC_ISA

@@ -20,7 +20,8 @@ constexpr int64_t indices_per_thread = 2048;
 struct Scratch {
   std::vector<uint64_t> keys, sorted;
   std::vector<int32_t> bags;
-  std::vector<float> scales, row;
+  std::vector<char> used;
+  std::vector<float> scales, row, sums;
   std::vector<uint32_t> histograms;
   int64_t count = 0;
 
@@ -72,11 +73,19 @@ struct Share {
   }
 };
 
+template <class Offset>
+bool counts_up(const Offset* offsets, int64_t count) {
+  Offset off = 0;  // no early exit, for a vector loop
+  for (int64_t i = 0; i < count; ++i) off |= offsets[i] ^ (offsets[0] + static_cast<Offset>(i));
+  return off == 0;
+}
+
+// Whether all of a feature's bags hold one ID.
 bool one_each(const Bags& b, int64_t feature) {
-  const int64_t first = b.first_bag(feature), last = b.first_bag(feature + 1);
-  bool each = b.bag_begin(last) - b.bag_begin(first) == last - first;
-  for (int64_t bag = first; bag < last; ++bag) each &= b.bag_begin(bag + 1) - b.bag_begin(bag) == 1;
-  return each;
+  const int64_t first = b.first_bag(feature), bags = b.first_bag(feature + 1) - first;
+  if (b.bag_begin(first + bags) - b.bag_begin(first) != bags) return false;
+  return b.offsets.wide ? counts_up(static_cast<const int64_t*>(b.offsets.data) + first, bags)
+                        : counts_up(static_cast<const int32_t*>(b.offsets.data) + first, bags);
 }
 
 template <class Index>
@@ -105,7 +114,6 @@ void collect(const Bags& b, const PooledGradient& g, const Share& share, Scratch
       bags[i] = static_cast<int32_t>(i);
     }
     if (has_scales) std::fill_n(s.scales.data(), s.count, 1.0f);
-    sort_by_row(s, g.num_rows);
     return;
   }
   for (int64_t bag = first_bag, begin = b.bag_begin(bag), end; bag < last_bag; ++bag, begin = end) {
@@ -124,16 +132,47 @@ void collect(const Bags& b, const PooledGradient& g, const Share& share, Scratch
     }
   }
   s.count = static_cast<int64_t>(n);
-  sort_by_row(s, g.num_rows);
 }
 
-RowGradients sorted(const Bags& b, const PooledGradient& g, const Share& share, Scratch& s) {
+// The entries of the share's rows, in the order of the indices.
+RowGradients collected(const Bags& b, const PooledGradient& g, const Share& share, Scratch& s) {
   if (b.indices.wide)
     (share.parts > 1 ? collect<int64_t, true> : collect<int64_t, false>)(b, g, share, s);
   else
     (share.parts > 1 ? collect<int32_t, true> : collect<int32_t, false>)(b, g, share, s);
   return {s.keys.data(), s.count,       s.bags.data(), scaled(b) ? s.scales.data() : nullptr,
           g.grad,        g.grad_stride, g.dim,         g.narrow};
+}
+
+RowGradients sorted(const Bags& b, const PooledGradient& g, const Share& share, Scratch& s) {
+  RowGradients of = collected(b, g, share, s);
+  sort_by_row(s, g.num_rows);
+  of.keys = s.keys.data();
+  return of;
+}
+
+// Rows so few that their sums stay in the L2 cache, and that most have a gradient.
+bool sums_fit(const PooledGradient& g, int64_t entries) {
+  return g.num_rows <= 2 * entries && g.num_rows * g.dim <= int64_t{1} << 16;
+}
+
+// One entry for each row that has any: its sum, which is added up in the order of the indices, as `sorted`
+// would have it. Gradients are then read sample after sample, and nothing is sorted.
+RowGradients summed(const Bags& b, const PooledGradient& g, const Share& share, Format format, Scratch& s) {
+  const RowGradients terms = collected(b, g, share, s);
+  s.sums.assign(g.num_rows * g.dim, 0.0f);
+  s.used.assign(g.num_rows, false);
+  kernels().gradient->add(terms, format, s.sums.data());
+  for (int64_t i = 0; i < terms.count; ++i) s.used[terms.keys[i] >> 32] = true;
+  if (s.bags.size() < static_cast<size_t>(g.num_rows)) s.bags.resize(g.num_rows);
+  if (s.sorted.size() < static_cast<size_t>(g.num_rows)) s.sorted.resize(g.num_rows);
+  int64_t distinct = 0;
+  for (int64_t row = 0; row < g.num_rows; ++row) {
+    s.sorted[distinct] = static_cast<uint64_t>(row) << 32 | static_cast<uint64_t>(distinct);
+    s.bags[distinct] = static_cast<int32_t>(row);
+    distinct += s.used[row];
+  }
+  return {s.sorted.data(), distinct, s.bags.data(), nullptr, s.sums.data(), g.dim, g.dim};
 }
 
 template <class Index>
@@ -211,7 +250,11 @@ void update_tables(const Bags& b, const PooledGradient* gradients, const TableRo
   parallel_parts(static_cast<int64_t>(shares.size()), threads, [&](int64_t i, int) {
     static thread_local Scratch scratch;
     const int64_t feature = shares[i].feature;
-    const RowGradients g = sorted(b, gradients[feature], shares[i], scratch);
+    const PooledGradient& of = gradients[feature];
+    const int64_t entries = b.feature_begin(feature + 1) - b.feature_begin(feature);
+    const RowGradients g = shares[i].parts == 1 && sums_fit(of, entries)
+                               ? summed(b, of, shares[i], tables[feature].format, scratch)
+                               : sorted(b, of, shares[i], scratch);
     apply(g, tables[feature], update, false, scratch.row.data());
   });
 }

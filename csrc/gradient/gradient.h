@@ -35,7 +35,7 @@ struct TableRows {
   uint64_t noise = 0;
 };
 
-// A sorted share of one table's gradient: entry e adds scales[e] times the gradient of bag bags[e].
+// A share of one table's gradient, sorted: entry e adds scales[e] times the gradient of bag bags[e].
 struct RowGradients {
   const uint64_t* keys;  // row << 32 | entry, ascending: so a row's entries are added in the indices' order
   int64_t count;
@@ -73,6 +73,9 @@ struct GradientKernels {
   // the share is written at weight + i * weight_stride, not at its own place (assign only). `scratch`: dim
   // floats.
   void (*apply)(const RowGradients&, const TableRows&, const Update&, bool compact, float* scratch);
+  // Adds each entry's term to sums[row * dim], in the order of the keys, which need not be sorted. `narrow`
+  // gradients are numbers of `format`.
+  void (*add)(const RowGradients&, Format format, float* sums);
 };
 
 }  // namespace mprec

@@ -9,6 +9,11 @@ inline void apply(const RowGradients& g, const TableRows& t, const Update& u, bo
   apply_to<float>(g, t, u, compact, scratch);
 }
 
-extern const GradientKernels gradient_kernels = {apply};
+inline void add(const RowGradients& g, Format format, float* sums) {
+  if (g.narrow) return add16(g, format, sums);
+  add_to<float>(g, sums);
+}
+
+extern const GradientKernels gradient_kernels = {apply, add};
 
 }  // namespace mprec::MPREC_ISA

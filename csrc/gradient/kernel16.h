@@ -11,4 +11,11 @@ void apply16(const RowGradients& g, const TableRows& t, const Update& u, float* 
     apply_to<BFloat>(g, t, u, false, scratch);
 }
 
+void add16(const RowGradients& g, Format format, float* sums) {
+  if (format == Format::f16)
+    add_to<Half>(g, sums);
+  else
+    add_to<BFloat>(g, sums);
+}
+
 }  // namespace mprec::MPREC_ISA

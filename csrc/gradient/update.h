@@ -13,13 +13,13 @@
 
 namespace mprec::MPREC_ISA {
 
-constexpr int64_t entries_ahead = 16;
+constexpr int64_t entries_ahead = 32;
 
 template <class T>
 constexpr int64_t in_a_line = 64 / static_cast<int64_t>(sizeof(T));
 template <class T>
 inline void prefetch_lines(const T* p, int64_t numbers) {
-  for (int64_t i = 0; i < numbers; i += in_a_line<T>) prefetch(p + i);
+  for (int64_t i = 0; i < numbers; i += in_a_line<T>) prefetch_l2(p + i);
 }
 template <class T>
 inline void prefetch_lines(Gradient16<T> g, int64_t numbers) {
@@ -28,10 +28,13 @@ inline void prefetch_lines(Gradient16<T> g, int64_t numbers) {
   else
     prefetch_lines(static_cast<const float*>(g.values), numbers);
 }
-template <class T>
-inline void prefetch_lines_to_write(const T* p, int64_t numbers) {
-  for (int64_t i = 0; i < numbers; i += in_a_line<T>) prefetch_to_write(p + i);
-}
+
+struct Yes {
+  constexpr operator bool() const { return true; }
+};
+struct No {
+  constexpr operator bool() const { return false; }
+};
 
 inline uint32_t row_of(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
 inline uint32_t entry_of(uint64_t key) { return static_cast<uint32_t>(key); }
@@ -51,10 +54,10 @@ struct Ahead {
     prefetch_lines(gradients_of(g, T{}) + g.bags[entry_of(g.keys[i])] * g.grad_stride, g.dim);
     const int64_t row = row_of(g.keys[i]);
     if (compact || row == row_of(g.keys[i - 1])) return;
-    prefetch_lines_to_write(static_cast<T*>(t.weight) + row * t.weight_stride, g.dim);
+    prefetch_lines(static_cast<T*>(t.weight) + row * t.weight_stride, g.dim);
     if (t.first)
-      prefetch_lines_to_write(t.first + row * t.state_stride, rule == Rule::rowwise_adagrad ? 1 : g.dim);
-    if (t.second) prefetch_lines_to_write(t.second + row * t.state_stride, g.dim);
+      prefetch_lines(t.first + row * t.state_stride, rule == Rule::rowwise_adagrad ? 1 : g.dim);
+    if (t.second) prefetch_lines(t.second + row * t.state_stride, g.dim);
   }
 };
 template <class T>
@@ -89,6 +92,34 @@ inline void accumulate(const RowGradients& g, int64_t begin, int64_t end, int64_
     accumulate<vectors, tail, true>(g, begin, end, column, mask, ahead, acc);
   else
     accumulate<vectors, tail, false>(g, begin, end, column, mask, ahead, acc);
+}
+
+template <class T, bool scaled>
+inline void add_terms(const RowGradients& g, float* sums) {
+  const auto grad = gradients_of(g, T{});
+  for (int64_t i = 0; i < g.count; ++i) {
+    if (i + entries_ahead < g.count)
+      prefetch_lines(grad + g.bags[entry_of(g.keys[i + entries_ahead])] * g.grad_stride, g.dim);
+    const uint32_t entry = entry_of(g.keys[i]);
+    const auto term = grad + g.bags[entry] * g.grad_stride;
+    float* const sum = sums + row_of(g.keys[i]) * g.dim;
+    const Vec scale = broadcast(scaled ? g.scales[entry] : 1.0f);
+    const auto add = [&](int64_t column, auto tail, Mask mask) __attribute__((always_inline)) {
+      const Vec x = get<tail>(term + column, mask);
+      put<tail>(sum + column, get<tail>(sum + column, mask) + (scaled ? x * scale : x), mask);
+    };
+    int64_t column = 0;
+    for (; column + Vec::width <= g.dim; column += Vec::width) add(column, No{}, Mask(Vec::width));
+    if (column < g.dim) add(column, Yes{}, Mask(g.dim - column));
+  }
+}
+// Gradients of a table of T, summed row by row where the rows' sums stay in a cache.
+template <class T>
+inline void add_to(const RowGradients& g, float* sums) {
+  if (g.scales)
+    add_terms<T, true>(g, sums);
+  else
+    add_terms<T, false>(g, sums);
 }
 
 struct Constants {
@@ -275,5 +306,6 @@ inline void apply_to(const RowGradients& g, const TableRows& t, const Update& u,
 
 // Of tables of float16 or bfloat16: kernel16.h.
 void apply16(const RowGradients&, const TableRows&, const Update&, float* scratch);
+void add16(const RowGradients&, Format, float* sums);
 
 }  // namespace mprec::MPREC_ISA
