@@ -402,6 +402,7 @@ def same_stack(watch: Any, coefficients: Any, weights: Any, biases: Any, thoroug
 def select_features(
     indices: Any, offsets: Any, per_sample_weights: Any, features: Any, num_features: Any
 ) -> tuple: ...
+def count_steps(steps: Any) -> None: ...
 def sparse_gradient(
     indices: Any,
     offsets: Any,

@@ -56,7 +56,7 @@ from mprec import huge_pages
 from mprec.bags import Bags
 from mprec.ops import fused
 from mprec.ops._common import NATIVE_TABLES, mutated
-from mprec.ops._updates import update_tables
+from mprec.ops._updates import count_steps, update_tables
 
 __all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "split_parameters"]
 
@@ -252,7 +252,8 @@ class _TableOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} needs {', '.join(shapes)}"
                 )
             dtype = self._step_dtype(weight) if name == "step" else torch.float32
-            value = torch.as_tensor(state[name], dtype=dtype)
+            device = "cpu" if name == "step" else None
+            value = torch.as_tensor(state[name], dtype=dtype, device=device)
             if value.shape != shape:
                 raise ValueError(
                     f"state_dict: {name!r} of the table {tuple(weight.shape)}: expected shape {shape}, got "
@@ -303,7 +304,7 @@ class _TableOptimizer(torch.optim.Optimizer):
             for weight in weights:
                 _check_device(weight, group)
         states = [self.state[weight] for weight in weights]
-        torch._foreach_add_([state["step"] for state in states], 1)
+        count_steps([state["step"] for state in states])
         step = int(states[0]["step"].item())
         lr, eps, *betas = self._hyperparameters(group, step)
         kinds = [[state[key] for state in states] for key in self._states]

@@ -823,6 +823,14 @@ def pooled_group(draw, guard: Guard):
     }
 
 
+@st.composite
+def steps(draw, guard: Guard):
+    one = st.sampled_from(
+        [torch.zeros(()), torch.zeros((), dtype=torch.int64), torch.zeros(1), torch.zeros(2)]
+    )
+    return {"steps": [each.clone() for each in draw(st.lists(one, max_size=4))]}
+
+
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "embedding_bag_multi": (_C.embedding_bag_multi, embedding_bag_multi),
     "embedding_bag": (_C.embedding_bag, embedding_bag),
@@ -833,6 +841,7 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
     "check_offsets": (_C.check_offsets, check_offsets),
     "check_ids": (_C.check_ids, check_ids),
     "update_tables": (_C.update_tables, update_tables),
+    "count_steps": (_C.count_steps, steps),
     "sparse_gradient": (_C.sparse_gradient, sparse_gradient),
     "Decoder": (_C.Decoder, decoder),
     "dhe_bag_multi": (_C.dhe_bag_multi, dhe_bag_multi),

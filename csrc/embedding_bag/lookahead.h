@@ -78,8 +78,9 @@ class Lookahead {
       lead_ -= count;
       return true;
     }
-    prefetch = {cursor_ - begin, rows_, static_cast<uint64_t>(num_rows_), row_bytes_,
-                straddles_ ? size_ - 1 : 0, in_l2_};
+    prefetch = {
+        cursor_ - begin, rows_, static_cast<uint64_t>(num_rows_), row_bytes_, straddles_ ? size_ - 1 : 0,
+        in_l2_};
     cursor_ += count;
     return true;
   }

@@ -55,8 +55,7 @@ struct Ahead {
     const int64_t row = row_of(g.keys[i]);
     if (compact || row == row_of(g.keys[i - 1])) return;
     prefetch_lines(static_cast<T*>(t.weight) + row * t.weight_stride, g.dim);
-    if (t.first)
-      prefetch_lines(t.first + row * t.state_stride, rule == Rule::rowwise_adagrad ? 1 : g.dim);
+    if (t.first) prefetch_lines(t.first + row * t.state_stride, rule == Rule::rowwise_adagrad ? 1 : g.dim);
     if (t.second) prefetch_lines(t.second + row * t.state_stride, g.dim);
   }
 };

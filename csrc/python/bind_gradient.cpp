@@ -113,9 +113,39 @@ int64_t sparse_gradient(py::handle indices, py::handle offsets, py::handle per_s
                                 found.ptr<int64_t>(), out.ptr<float>(), threads);
 }
 
+constexpr Signature<1> counted{"count_steps", {"steps"}};
+
+py::object count_steps(const Arguments<1>& a) {
+  const List steps(a[0], "steps");
+  std::vector<Tensor> views;
+  for (Py_ssize_t i = 0; i < steps.size(); ++i) {
+    views.push_back(view(steps[i], "steps"));
+    const Tensor& t = views.back();
+    if (t.numel() != 1 || (t.dtype != DType::f32 && t.dtype != DType::i64))
+      throw NotTaken(NotTaken::value, message("steps[", i, "]: expected one float32 or int64, got ",
+                                              t.numel(), " of ", dtype_name(t.dtype)));
+    check_output(t, "steps");
+  }
+  for (Py_ssize_t i = 0; i < steps.size(); ++i) {
+    if (views[i].dtype == DType::f32)
+      *views[i].ptr<float>() += 1.0f;
+    else
+      *views[i].ptr<int64_t>() += 1;
+    count_write(steps[i]);
+  }
+  return py::none();
+}
+
+PyMethodDef methods[] = {
+    method<counted, count_steps>("count_steps",
+                                 "count_steps(steps)\n\nAdds 1 to each of some tensors of one number, "
+                                 "float32 or int64."),
+    {}};
+
 }  // namespace
 
 void bind_gradient(py::module_& m) {
+  add_methods(m, methods);
   m.def("update_tables", &update_tables, py::arg("weights"), py::arg("first"), py::arg("second"),
         py::arg("indices"), py::arg("offsets"), py::arg("per_sample_weights"), py::arg("mode"),
         py::arg("padding_idx"), py::arg("grad"), py::arg("columns"), py::arg("rule"), py::arg("lr"),

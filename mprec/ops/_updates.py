@@ -73,6 +73,11 @@ def update_tables(
     )  # fmt: skip
 
 
+def count_steps(steps: Sequence[Tensor]) -> None:
+    """Add 1 to each of some tensors of one number, float32 or int64, on the CPU."""
+    _C.count_steps(steps)
+
+
 def _call(grad, indices, offsets, mode, psw, padding_idx, features, num_features, columns) -> dict:
     bags = Bags(indices, offsets, mode, psw, features, num_features, padding_idx=padding_idx)
     return {"grad": grad, "bags": bags, "columns": columns}

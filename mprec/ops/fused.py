@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mprec.bags import Bags
 from mprec.names import MODES
@@ -59,8 +58,9 @@ class Owner(Protocol):
         or is on CUDA and holds others too."""
 
 
-# Weak on both sides: an optimizer that is gone gives its tables back.
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# By id of the table. Weak on both sides: an optimizer that is gone gives its tables back. torch's
+# WeakIdKeyDictionary takes 4 us for a look-up, and each backward pass makes one for each table.
+_owners: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Owner]]] = {}
 
 
 def attach(weight: Tensor, owner: Owner) -> None:
@@ -76,25 +76,29 @@ def attach(weight: Tensor, owner: Owner) -> None:
                 f"params: the table {tuple(weight.shape)} belongs to another optimizer of mprec.optim, "
                 f"{type(other).__name__}; delete that one first, or call its release()"
             )
-    _owners[weight] = weakref.ref(owner)
+    key = id(weight)
+
+    def forget(gone: weakref.ref) -> None:
+        if _owners.get(key, (None,))[0] is gone:
+            del _owners[key]
+
+    _owners[key] = weakref.ref(weight, forget), weakref.ref(owner)
 
 
 def detach(weight: Tensor, owner: Owner) -> None:
     """Gradients of ``weight`` no longer go to ``owner``."""
     if owner_of(weight) is owner:
-        del _owners[weight]
+        del _owners[id(weight)]
 
 
 def owner_of(weight: Tensor) -> Owner | None:
     """The optimizer that has the table, if any."""
-    reference = _owners.get(weight)
-    return None if reference is None else reference()
+    found = _owners.get(id(weight))
+    return found[1]() if found is not None and found[0]() is weight else None
 
 
 def attached(weight: Tensor) -> Owner | None:
     """The optimizer that backward passes are to update the table for, if any."""
-    if not _owners:
-        return None
     owner = owner_of(weight)
     return owner if owner is not None and owner.in_backward else None
 
@@ -182,11 +186,10 @@ def contribute(
         raise NotImplementedError("mode: max is not for tables that an optimizer of mprec owns")
     if scale_grad_by_freq:
         raise NotImplementedError("scale_grad_by_freq: not for tables that an optimizer of mprec owns")
+    for owner in {id(owned.owner): owned.owner for owned in owners if owned is not None}.values():
+        owner.check_ranks()
     for weight, owned in zip(weights, owners, strict=True):
-        if owned is None:
-            continue
-        owned.owner.check_ranks()
-        if weight._backward_hooks:
+        if owned is not None and weight._backward_hooks:
             raise RuntimeError(
                 f"the table {tuple(weight.shape)} has hooks on its gradient, and a backward pass that "
                 "updates it makes none: give its optimizer of mprec.optim in_backward=False"
