@@ -30,6 +30,7 @@ MODULES = (
     "compare_cache",
     "compare_threads",
     "compare_whole_path",
+    "compare_training",
 )
 
 

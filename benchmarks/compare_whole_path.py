@@ -72,11 +72,14 @@ class Plain(nn.Module):
 
     def forward(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
         """``indices`` [T, B], one ID a bag; ``offsets`` [B + 1]."""
+        return self.logits(dense, indices, offsets).sigmoid()
+
+    def logits(self, dense: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
         first = self.bottom(dense)
         vectors = [first] + [table(ids, offsets) for table, ids in zip(self.tables, indices, strict=True)]
         stacked = torch.stack(vectors, dim=1)
         products = torch.bmm(stacked, stacked.transpose(1, 2)).flatten(1)[:, self.pairs]
-        return self.top(torch.cat([first, products], dim=1)).squeeze(1).sigmoid()
+        return self.top(torch.cat([first, products], dim=1)).squeeze(1)
 
 
 def make_model(shape: str) -> DLRM:
@@ -89,7 +92,8 @@ def make_model(shape: str) -> DLRM:
 def multiply_adds(model: DLRM) -> int:
     """Products of one sample: weights, and pairs of vectors."""
     weights = sum(m.weight.numel() for m in (*model.bottom, *model.top) if isinstance(m, nn.Linear))
-    return weights + len(model._pairs) * model.embedding_dim
+    tables = len(model.features)
+    return weights + tables * (tables + 1) // 2 * model.embedding_dim
 
 
 def draws(model: DLRM, batch: int) -> Callable[[], tuple[Tensor, Tensor]]:

@@ -43,8 +43,10 @@ struct InteractionView {
   [[gnu::always_inline]] int64_t transposed_floats() const {
     return int64_t{(vectors + 15) / 16 * 16} * (dim + 1);
   }
+  // Two squares of gradients, with room for whole tiles.
   [[gnu::always_inline]] int64_t symmetric_floats() const {
-    return int64_t{(vectors + 15) / 16 * 16} * (vectors + 1);
+    const int64_t pitch = (vectors + 15) / 16 * 16;
+    return 2 * pitch * pitch + 16;
   }
 };
 
@@ -74,10 +76,10 @@ struct DenseKernels {
   // has room for one sample's vectors.
   void (*interact)(const InteractionView&, const float* vectors, int64_t stride, int samples,
                    float* transposed, float* blocks, int64_t block_stride, int first_column);
-  // The vectors' gradients from those of their products, samples one after another; `symmetric` has room for
+  // The vectors' gradients from those of their products, samples one after another; `scratch` has room for
   // symmetric_floats().
   void (*interact_backward)(const InteractionView&, const float* vectors, const float* grad, int64_t samples,
-                            float* symmetric, float* out);
+                            float* scratch, float* out);
   // Vector v of a sample: the sum of its terms, which follow each other. Every vector has a term.
   void (*mix)(const MixTerm* terms, int64_t num_terms, int dim, const float* parts, int64_t parts_stride,
               int samples, float* vectors, int64_t stride);

@@ -129,16 +129,35 @@ inline void some_sums(int wanted, const float* weights, int64_t pitch, const flo
   weighted_sums<rows>(weights, pitch, vectors, n, dim, row, column, out);
 }
 
+// G + G^T of a sample's triangle of gradients G, [n][pitch]: rows are copied with zeros behind them, and
+// tiles of the whole are transposed. On the diagonal of `self` stands twice the gradient, as it should.
+inline void symmetric_gradient(const InteractionView& view, const float* grad, float* lower, float* out,
+                               int64_t pitch) {
+  const int n = view.vectors;
+  for (int i = 0; i < n; ++i) {
+    const int length = i + view.self;
+    for (int c = 0; c < pitch; c += Vec::width) {
+      const int left = length - c < 0 ? 0 : length - c < Vec::width ? length - c : Vec::width;
+      store(lower + i * pitch + c, left == 0 ? zero() : load(grad + c, Mask(left)));
+    }
+    grad += length;
+  }
+  transpose(lower, pitch, n, static_cast<int>(pitch), out, pitch);
+  for (int i = 0; i < n; ++i)
+    for (int c = 0; c < pitch; c += Vec::width) {
+      float* const to = out + i * pitch + c;
+      store(to, load(to) + load(lower + i * pitch + c));
+    }
+}
+
 // Product (i, j) passes its gradient, times one vector, on to the other: (G + G^T) V with G the triangle.
 static inline void interact_backward(const InteractionView& view, const float* vectors, const float* grad,
-                                     int64_t samples, float* symmetric, float* out) {
+                                     int64_t samples, float* scratch, float* out) {
   const int n = view.vectors, dim = view.dim;
   const int64_t pitch = (n + 15) / 16 * 16, stride = int64_t{n} * dim;
-  for (int64_t s = 0; s < samples; ++s, vectors += stride, out += stride) {
-    for (int i = 0; i < n; ++i) {
-      for (int j = 0; j < i; ++j) symmetric[i * pitch + j] = symmetric[j * pitch + i] = *grad++;
-      symmetric[i * (pitch + 1)] = view.self ? 2 * *grad++ : 0.0f;
-    }
+  float* const symmetric = scratch + pitch * pitch;
+  for (int64_t s = 0; s < samples; ++s, vectors += stride, out += stride, grad += view.products()) {
+    symmetric_gradient(view, grad, scratch, symmetric, pitch);
     for (int column = 0; column < dim; column += Vec::width)
       for (int row = 0; row < n; row += group_rows)
         some_sums<group_rows>(n - row < group_rows ? n - row : group_rows, symmetric, pitch, vectors, n, dim,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mprec import checkpoint, data, report
+from mprec import checkpoint, data, freed_memory, report
 from mprec.arrivals import Steps
 from mprec.cli import info
 from mprec.cli._progress import training_progress
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    freed_memory.keep()
     if not args.sla_ms > 0:
         raise ValueError(f"--sla-ms: expected a positive number, got {args.sla_ms}")
     setting = _SMALLEST if args.smallest else _NORMAL

@@ -11,7 +11,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from mprec import checkpoint, data
+from mprec import checkpoint, data, freed_memory
 from mprec.cli._choices import read_features, read_plan
 from mprec.cli._logs import csv_log, tensorboard_log
 from mprec.cli._progress import training_progress
@@ -131,6 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    freed_memory.keep()
     for name, file in (("--output", args.output), ("--log", args.log)):
         if file is not None and not file.parent.is_dir():
             raise ValueError(f"{name}: there is no folder {file.parent}")

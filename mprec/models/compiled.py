@@ -147,9 +147,8 @@ def _pack(model: nn.Module, precision: str) -> PathProgram:
     if activations[-1] != ACTIVATIONS["none"]:
         raise PathCompileError("top: expected no activation after the last layer, which gives logits")
     activations[-1] = ACTIVATIONS["sigmoid"]
-    tables, decoders, parts = _embeddings(model.embeddings, model.embedding_dim, places)
+    tables, decoders, _ = _embeddings(model.embeddings, model.embedding_dim, places)
     mixing = _mixing(model._mixing)
-    _check_pairs(model, parts if model._mixing is None else len(model._mixing))
     watch = WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     if watch is None:
         raise PathCompileError("weights: made in inference mode, so that their changes cannot be noticed")
@@ -335,11 +334,3 @@ def _terms(matrix: Tensor) -> Iterator[tuple[int, int, float]]:
     for vector, row in enumerate(matrix.tolist(), 1):
         terms = [(vector, part, weight) for part, weight in enumerate(row) if weight != 0]
         yield from terms or [(vector, 0, 0.0)]
-
-
-def _check_pairs(model: DLRM, embedded: int) -> None:
-    if model.interaction == "cat":
-        return
-    rows, columns = torch.tril_indices(1 + embedded, 1 + embedded, offset=-1)
-    if not torch.equal(model._pairs, rows * (1 + embedded) + columns):
-        raise PathCompileError("model: its pairs are not those below the diagonal, row by row")

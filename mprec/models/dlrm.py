@@ -16,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from mprec.bags import Bags
 from mprec.data import Batch
 from mprec.nn import EmbeddingBagCollection, FeatureConfig
+from mprec.ops import dot_interaction
 
 __all__ = ["DLRM"]
 
@@ -78,10 +79,10 @@ class DLRM(nn.Module):
         for name, value in self._constants().items():
             device_of = torch.empty(0, device=device).device
             self.register_buffer(name, None if value is None else value.to(device_of), persistent=False)
-        if self._pairs is None:
-            inputs = self._num_vectors() * embedding_dim
-        else:
-            inputs = embedding_dim + len(self._pairs)
+        vectors = self._num_vectors()
+        inputs = vectors * embedding_dim
+        if interaction == "dot":
+            inputs = embedding_dim + vectors * (vectors - 1) // 2
         self.top = mlp([inputs, *top, 1], last_relu=False, device=device)
 
     def _parts(self) -> list[int]:
@@ -95,15 +96,11 @@ class DLRM(nn.Module):
 
     def _constants(self) -> dict[str, Tensor | None]:
         """Buffers that no training makes, on the CPU."""
-        parts, vectors = self._parts(), self._num_vectors()
-        mixing = pairs = None
-        with torch.device("cpu"):
-            if self.hybrid == "mean" and max(parts) > 1:  # [T, all parts]: row t averages those of feature t
+        parts, mixing = self._parts(), None
+        if self.hybrid == "mean" and max(parts) > 1:  # [T, all parts]: row t averages those of feature t
+            with torch.device("cpu"):
                 mixing = torch.block_diag(*(torch.full((1, count), 1 / count) for count in parts))
-            if self.interaction == "dot":
-                rows, columns = torch.tril_indices(vectors, vectors, offset=-1)
-                pairs = rows * vectors + columns
-        return {"_mixing": mixing, "_pairs": pairs}
+        return {"_mixing": mixing}
 
     def reset_parameters(self) -> None:
         """What is this module's own, as it starts; parts have methods of this name."""
@@ -157,8 +154,7 @@ class DLRM(nn.Module):
         vectors = torch.cat([first, embedded], dim=1)
         if self.interaction == "cat":
             return self.top(vectors).squeeze(1)
-        vectors = vectors.unflatten(1, (-1, self.embedding_dim))
-        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self._pairs)
+        products = dot_interaction(vectors.unflatten(1, (-1, self.embedding_dim)))
         return self.top(torch.cat([first, products], dim=1)).squeeze(1)
 
     def loss(self, batch: Batch) -> Tensor:

@@ -81,7 +81,6 @@ class MultiPathDLRM(DLRM):
         model.bottom, model.top = self.bottom, self.top
         if not self.num_dense:
             model.constant = self.constant
-        model._pairs = self._pairs
         model._mixing = self._mixing if name == "hybrid" else None
         return model.train(self.training)
 

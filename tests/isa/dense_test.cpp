@@ -261,11 +261,11 @@ void test_interaction_backward(const std::string& isa) {
       for (bool self : {false, true}) {
         const InteractionView view{n, dim, self};
         const int64_t products = view.products();
-        Guarded<float> vectors(2 * n * dim), grad(2 * products), symmetric(view.symmetric_floats()),
+        Guarded<float> vectors(2 * n * dim), grad(2 * products), scratch(view.symmetric_floats()),
             out(2 * n * dim);
         for (int64_t i = 0; i < vectors.size(); ++i) vectors[i] = random.normal_ish();
         for (int64_t i = 0; i < grad.size(); ++i) grad[i] = random.normal_ish();
-        kernels().dense->interact_backward(view, vectors.data(), grad.data(), 2, symmetric.data(),
+        kernels().dense->interact_backward(view, vectors.data(), grad.data(), 2, scratch.data(),
                                            out.data());
         for (int s = 0; s < 2; ++s) {
           std::vector<double> want(n * dim), magnitude(n * dim);
