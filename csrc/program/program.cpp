@@ -58,6 +58,9 @@ struct Program::Block {
 // What a call needs beside its arguments; kept by each calling thread.
 struct Program::Workspace {
   Bags bags[kinds_of_bags];
+  const Bags& of(BagsOf kind) const { return bags[static_cast<int>(kind)]; }
+  Bags& of(BagsOf kind) { return bags[static_cast<int>(kind)]; }
+
   Halves halves;
   AlignedBuffer<float> scratch, decoded, cached;
   std::vector<PooledTable> tables;  // of all threads
@@ -95,24 +98,26 @@ void Program::plan_decoding(int64_t samples, int threads, Workspace& w) const {
   w.work.resize(stages.size());
   w.pools.resize(stages.size());
   const auto begin_of = [&](const DecoderStage& s) {
-    const Bags& b = w.bags[static_cast<int>(s.bags)];
+    const Bags& b = w.of(s.bags);
     return b.bag_begin(b.first_bag(s.feature));
   };
   const auto count_of = [&](const DecoderStage& s) {
-    const Bags& b = w.bags[static_cast<int>(s.bags)];
+    const Bags& b = w.of(s.bags);
     return b.bag_begin(b.first_bag(s.feature) + samples) - begin_of(s);
   };
   int64_t entries = 0;
   for (const DecoderStage& s : stages) entries += count_of(s);
   w.distinct.resize(entries);
   w.row_of_entry.resize(entries);
-  const int64_t* ids[kinds_of_bags];
-  for (int i = 0; i < kinds_of_bags; ++i) ids[i] = static_cast<const int64_t*>(w.bags[i].indices.data);
-  ids[0] = checked_ids(w.bags[0], INT64_MAX, w.ids);
+  const bool whole = stages.front().bags == BagsOf::batch;  // these come first
+  const int64_t* const checked = whole ? checked_ids(w.of(BagsOf::batch), INT64_MAX, w.ids) : nullptr;
   int64_t place = 0, floats = 0;
   for (size_t t = 0; t < stages.size(); ++t) {
     const int64_t count = count_of(stages[t]);
-    const int64_t* const own = ids[static_cast<int>(stages[t].bags)] + begin_of(stages[t]);
+    const int64_t* const ids = stages[t].bags == BagsOf::batch
+                                   ? checked
+                                   : static_cast<const int64_t*>(w.of(stages[t].bags).indices.data);
+    const int64_t* const own = ids + begin_of(stages[t]);
     int64_t* const distinct = w.distinct.data() + place;
     int32_t* const rows = w.row_of_entry.data() + place;
     const int64_t found = find_distinct(count, -1, [&](int64_t i) { return own[i]; }, distinct, rows);
@@ -131,7 +136,7 @@ void Program::plan_decoding(int64_t samples, int threads, Workspace& w) const {
 
 // The pooled vectors of all decoders behind caches, of the whole batch.
 void Program::run_cached(const Bags& b, int threads, Workspace& w) const {
-  float* const out = w.cached.reserve(b.batch * cached_floats_);
+  float* const out = w.cached.reserve(b.batch * cached_floats_ + 1);
   for (const CachedStage& stage : parts_.cached) {
     DheRequest request{b, out, cached_floats_};
     request.bags.mode = stage.mode;
@@ -144,7 +149,7 @@ bool Program::pool_tables(const Block& block, Workspace& w) const {
   PooledTable* table = w.tables.data() + block.thread * (parts_.tables.size() + runs_.size());
   int64_t code = 0;
   for (const TableRun& run : runs_) {
-    const Bags& b = w.bags[static_cast<int>(run.bags)];
+    const Bags& b = w.of(run.bags);
     PoolingRequest r{b, table, block.samples};
     r.bags.num_features = static_cast<int64_t>(run.count);
     r.bags.mode = run.mode;
@@ -174,7 +179,7 @@ void Program::project(const Block& block, const Workspace& w) const {
   for (const TableStage& t : parts_.tables) {
     if (!t.projection) continue;
     const Projection& p = *t.projection;
-    const Bags& b = w.bags[static_cast<int>(t.bags)];
+    const Bags& b = w.of(t.bags);
     const int64_t first = b.first_bag(t.feature) + block.begin;
     for (int s = 0; s < block.samples && !p.bias.empty(); ++s) {
       const int64_t rows = b.bag_begin(first + s + 1) - b.bag_begin(first + s);
@@ -193,7 +198,7 @@ void Program::pool_vectors(const Block& block, const Workspace& w) const {
   const auto pool = kernels().dhe->pool;
   for (size_t t = 0; t < p.decoders.size(); ++t) {
     const DecoderStage& stage = p.decoders[t];
-    const Bags& b = w.bags[static_cast<int>(stage.bags)];
+    const Bags& b = w.of(stage.bags);
     const int64_t first = b.first_bag(stage.feature), start = b.bag_begin(first);
     for (int s = 0; s < block.samples; ++s)
       pool(w.pools[t], b.bag_begin(first + block.begin + s) - start,
@@ -206,7 +211,7 @@ void Program::pool_vectors(const Block& block, const Workspace& w) const {
         std::copy_n(w.cached.data() + (block.begin + s) * cached_floats_ + stage.features[i].column, p.dim,
                     block.parts + s * block.parts_stride + stage.parts[i] * p.dim);
   for (size_t h = 0; h < p.hot.size(); ++h)
-    add_halves(p.hot[h], w.bags[0], block.begin, block.samples, p.dim,
+    add_halves(p.hot[h], w.of(BagsOf::batch), block.begin, block.samples, p.dim,
                block.rests + static_cast<int64_t>(h) * p.dim, block.rests_stride,
                block.parts + p.hot[h].part * p.dim, block.parts_stride);
 }
@@ -267,19 +272,19 @@ void Program::run(const Batch& batch, float* scores, int threads) const {
   const Bags& b = batch.bags;
   const int64_t samples = b.batch;
   check_bags(b, parts_.num_features);
-  if (samples == 0) return;
   static thread_local Workspace own_workspace;
   Workspace& w = own_workspace;  // the same object in every thread
+  w.of(BagsOf::batch) = b;
+  if (!parts_.hot.empty()) {
+    if (!w.halves.divide(parts_.hot, b, threads)) throw_first_bad_id(b);
+    w.of(BagsOf::hot) = w.halves.hot();
+    w.of(BagsOf::rest) = w.halves.rest();
+  }
+  if (!parts_.cached.empty()) run_cached(b, threads, w);
+  if (samples == 0) return;
   static thread_local bool forwards;
   const bool backwards = forwards = !forwards;
 
-  w.bags[static_cast<int>(BagsOf::batch)] = b;
-  if (!parts_.hot.empty()) {
-    if (!w.halves.divide(parts_.hot, b, threads)) throw_first_bad_id(b);
-    w.bags[static_cast<int>(BagsOf::hot)] = w.halves.hot();
-    w.bags[static_cast<int>(BagsOf::rest)] = w.halves.rest();
-  }
-  if (!parts_.cached.empty()) run_cached(b, threads, w);
   int64_t multiply_adds = multiply_adds_ * samples;
   if (!parts_.decoders.empty()) {
     plan_decoding(samples, threads, w);

@@ -185,7 +185,7 @@ class Rows:
             return self._native
 
     def invalidate(self) -> None:
-        clear_decoders()
+        """After :func:`clear_decoders`."""
         self._bind(self._native)
 
     def fill(self, name: str, ids: Tensor) -> int:
@@ -229,6 +229,7 @@ class Cached:
         """Forget all rows, in constant time. Changed weights do this by themselves, unless ``watch=False``;
         but writes through ``.data``, NumPy or DLPack, which raise no version counter, may go unnoticed until
         some 2048 IDs have been looked up: call this after such."""
+        clear_decoders()  # once: what is bound after that is current
         for rows in self._rows:
             rows.invalidate()
 
