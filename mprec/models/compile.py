@@ -21,8 +21,8 @@ def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath |
     both (decoded into longer rows, too), or hot rows over a rest. Tables are read where they lie; other
     weights are packed once, and again when they changed (as packed decoders are: see
     :func:`mprec.ops.clear_decoders`; a call of n samples counts as n / 4 IDs). Row caches and codebooks of a
-    :class:`mprec.cache.CachedEmbeddingBagCollection` are asked and filled as in its own calls, which may run at
-    the same time; only its ``options`` are not read.
+    :class:`mprec.cache.CachedEmbeddingBagCollection` are asked and filled as in its own calls, which may run
+    at the same time; only its ``options`` are not read.
 
     *On CUDA* the call replays a graph that was captured for the batch's size (:class:`CapturedPath`). Dense
     layers are float32, embeddings any whose operators do not wait for the device.
