@@ -7,20 +7,17 @@ import threading
 
 import pytest
 import torch
+from cached_dlrm import DIM, batch, books, counts, make, plain
 from float64_dlrm import UNIT, check, check_weights, embedded, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mprec
-from mprec.cache import CachedEmbeddingBagCollection, Codebook
+from mprec.cache import CachedEmbeddingBagCollection
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError
 from mprec.models import DLRM
 from mprec.nn import DheConfig, FeatureConfig
-from mprec.options import RunOptions
 from mprec.testing import isa, runnable_isas
-
-DHE, SIGN = DheConfig(k=24, hidden=(16,)), DheConfig(k=16, hidden=(), family="sign")
-DIM = 16
 
 
 @pytest.fixture(autouse=True)
@@ -29,54 +26,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def plain(hybrid="both", **options):
-    torch.manual_seed(0)
-    features = [
-        FeatureConfig("city", 500, DIM, "dhe", DHE),
-        FeatureConfig("tag", 50, DIM, mode="max"),
-        FeatureConfig("item", 3000, DIM, "hybrid", DHE),
-        FeatureConfig("words", 800, DIM, "dhe", DHE, mode="mean"),
-        FeatureConfig("user", 3000, DIM, "dhe", SIGN, mode="max"),
-    ]
-    return DLRM(features, 5, DIM, (24,), (32,), hybrid, **options).eval()
-
-
-def make(nbytes=60_000, hybrid="both", **options):
-    model = plain(hybrid)
-    model.embeddings = CachedEmbeddingBagCollection(model.embeddings, nbytes, **options)
-    return model
-
-
-def books(model, stages=4, share=0.5, names=("city", "item")):
-    """Of the first IDs of these features."""
-    found = {}
-    for f in model.embeddings.features:
-        if f.name in names:
-            rows = model.embeddings.dhe[f.name].materialize(int(f.num_embeddings * share))
-            found[f.name] = Codebook.fit(rows, stages, max_error=None)
-    return found
-
-
-def batch(model, samples, longest=3, seed=0, dtype=torch.int64):
-    """Skewed, so that some IDs come again and again."""
-    g = torch.Generator().manual_seed(seed + samples)
-    found = model.embeddings.features
-    lengths = torch.randint(0, longest + 1, (len(found), samples), generator=g)
-    if longest == 1:
-        lengths.fill_(1)
-    ids = [
-        (torch.rand(n, generator=g) ** 4 * f.num_embeddings).long()
-        for f, n in zip(found, lengths.sum(1).tolist(), strict=True)
-    ]
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
-    return torch.randn(samples, model.num_dense, generator=g), torch.cat(ids).to(dtype), offsets.to(dtype)
-
-
-def counts(stats):
-    """All that is counted, without the times."""
-    return stats.features, stats.calls, stats.coded, stats.decoded
 
 
 # ------------------------------------------------------------------------------------------ what it computes
@@ -221,176 +170,6 @@ def test_a_path_and_its_model_share_a_cache():
     after = model.embeddings.stats()
     assert after.decoded == before.decoded  # all rows were there
     assert all(f.misses == before.features[name].misses for name, f in after.features.items())
-
-
-# ------------------------------------------------------------------------------------------ what it watches
-
-
-def changes():
-    def in_place(model):
-        model.embeddings.dhe["city"].decoder[0].weight.mul_(1.5)
-
-    def bias(model):
-        model.embeddings.dhe["user"].decoder[0].bias.add_(1)
-
-    def through_data(model):
-        layer = model.embeddings.dhe["item"].decoder[1]
-        layer.weight.data = layer.weight.data + 0.3
-
-    def replaced(model):
-        model.embeddings.dhe["words"].decoder[0].bias = torch.nn.Parameter(torch.ones(16))
-
-    def coefficients(model):
-        own = model.embeddings.dhe["city"].coefficients
-        own.copy_(own.flip(1))
-
-    def table(model):
-        model.embeddings.tables["tag"].weight.neg_()
-
-    def state(model):
-        other = plain()
-        for p in other.parameters():
-            p.mul_(1.3)
-        model.load_state_dict(other.state_dict())
-
-    return {f.__name__: f for f in list(locals().values()) if callable(f)}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("change", list(changes()))
-@pytest.mark.parametrize("filled", [False, True])
-def test_no_row_outlives_its_weights(change, filled):
-    model = make(1 << 20)
-    path = mprec.compile_path(model)
-    inputs = batch(model, 40)
-    if filled:
-        path(*inputs)
-    before = path(*inputs)
-    program = path.program()
-    changes()[change](model)
-    assert change == "table" or program.changed(8000)
-    after = path(*inputs)
-    assert not torch.allclose(before, after, atol=1e-7, rtol=0)
-    check_weights(model, after, *inputs)
-    native = path._native
-    torch.testing.assert_close(path(*inputs), after, rtol=1e-5, atol=1e-6)
-    assert path._native is native, "packed again although nothing changed"
-    check(model, path(*inputs), *inputs)
-
-
-@torch.no_grad()
-def test_a_cleared_cache():
-    model = make(1 << 20)
-    path = mprec.compile_path(model)
-    inputs = batch(model, 60)
-    first = path(*inputs)
-    assert all(f.rows for f in model.embeddings.stats().features.values())
-    model.embeddings.invalidate()
-    assert path.program() is path._native
-    assert not any(f.rows for f in model.embeddings.stats().features.values())
-    before = model.embeddings.stats().decoded
-    assert torch.equal(path(*inputs), first)
-    assert model.embeddings.stats().decoded == 2 * before
-    assert all(f.rows for f in model.embeddings.stats().features.values())
-
-
-@torch.no_grad()
-def test_filled_and_refreshed_rows_are_found():
-    model = make(1 << 20, admit=False)
-    path = mprec.compile_path(model)
-    inputs = batch(model, 60)
-    path(*inputs)
-    assert not any(f.rows for f in model.embeddings.stats().features.values())
-    native = path._native
-    assert model.embeddings.fill({"city": torch.ones(500)})["city"] > 450
-    model.embeddings.reset_stats()
-    path(*inputs)
-    assert path._native is native
-    assert model.embeddings.stats().features["city"].hit_rate > 0.9
-    model.embeddings.dhe["city"].decoder[0].weight.mul_(2)
-    assert model.embeddings.refresh() > 450
-    model.embeddings.reset_stats()
-    got = path(*inputs)
-    assert path._native is not native
-    assert model.embeddings.stats().features["city"].hit_rate > 0.9
-    check_weights(model, got, *inputs)
-
-
-@torch.no_grad()
-def test_an_unwatched_cache_changes_when_told():
-    """As the model itself."""
-    model = make(1 << 20, watch=False)
-    path = mprec.compile_path(model)
-    inputs = batch(model, 40)
-    before = path(*inputs)
-    model.embeddings.dhe["city"].decoder[0].weight.mul_(2)
-    assert torch.equal(path(*inputs), before)
-    torch.testing.assert_close(model(*inputs).sigmoid(), before)
-    model.embeddings.invalidate()
-    after = path(*inputs)
-    assert not torch.allclose(before, after, atol=1e-6)
-    check_weights(model, after, *inputs)
-
-
-@torch.no_grad()
-def test_changed_weights_drop_codebooks():
-    model = make({"words": 20_000}, codebooks=books(plain(), 1))
-    path = mprec.compile_path(model)
-    inputs = batch(model, 40)
-    path(*inputs)
-    assert (coded := model.embeddings.stats().coded) > 0
-    model.embeddings.dhe["city"].decoder[0].weight.mul_(1.1)
-    check_weights(model, path(*inputs), *inputs)
-    assert model.embeddings.stats().coded == coded
-
-
-@torch.no_grad()
-def test_other_caches_and_none():
-    model = make()
-    path = mprec.compile_path(model)
-    inputs = batch(model, 40)
-    path(*inputs)
-    old, model.embeddings = model.embeddings, CachedEmbeddingBagCollection(model.embeddings, 30_000)
-    calls = old.stats().calls
-    check_weights(model, path(*inputs), *inputs)
-    assert old.stats().calls == calls
-    assert model.embeddings.stats().calls > 0
-    model.embeddings = plain().embeddings
-    check_weights(model, path(*inputs), *inputs)
-    assert old.stats().calls == calls
-
-
-@torch.no_grad()
-def test_whether_rows_enter_is_read_at_each_call():
-    model = make(1 << 20)
-    path = mprec.compile_path(model)
-    for rows in model.embeddings._rows:
-        rows.admit = False
-    path(*batch(model, 40))
-    assert not any(f.rows for f in model.embeddings.stats().features.values())
-
-
-@torch.no_grad()
-def test_a_model_that_is_no_longer_compiled_runs_as_before():
-    model = make()
-    path = mprec.compile_path(model)
-    inputs = batch(model, 12)
-    path(*inputs)
-    torch.nn.utils.parametrizations.weight_norm(model.embeddings.dhe["city"].decoder[0])
-    model.embeddings.dhe["city"].decoder[0].parametrizations.weight.original0.mul_(2)
-    torch.testing.assert_close(path(*inputs), model(*inputs).sigmoid())
-
-
-@torch.no_grad()
-def test_a_choice_of_options_to_pass_the_cache_by_is_not_read():
-    """A compiled path chooses by itself how it runs; it never changes a result."""
-    model = make()
-    model.embeddings.options = lambda samples: RunOptions(cache=False)
-    inputs = batch(model, 40)
-    got = mprec.compile_path(model)(*inputs)
-    assert model.embeddings.stats().calls == 3
-    torch.testing.assert_close(got, model(*inputs).sigmoid(), rtol=1e-5, atol=1e-6)
-    assert model.embeddings.stats().calls == 3
 
 
 # ------------------------------------------------------------------------------------------ what it takes

@@ -642,6 +642,7 @@ def refusals():
 
     def unseen(model):
         model.embeddings = MeanForUnseen(model.embeddings, {"f0": torch.tensor([1])})
+        model.embeddings = MeanForUnseen(model.embeddings, {"f1": torch.tensor([1])})
         return model, "got MeanForUnseen"
 
     def float8(model):

@@ -545,6 +545,7 @@ def program_arguments(modes, interaction="dot", precision="float32", before=""):
     elif before == "hot":
         rows = {"weight": torch.randn(3, 8)}, "weight", 0, 3, 0, 8, None, None
         hot = [(torch.tensor([1, 4, 9]), 10, 0, 3, 0, rows, (decoder, 0, 3, 0))]
+    unseen = [(1, 1, torch.tensor([1, 0, 1], dtype=torch.uint8), 2, modes[1] == 1, torch.randn(16))]
     vectors = 4 + bool(before)
     return {
         "num_features": 2,
@@ -564,6 +565,7 @@ def program_arguments(modes, interaction="dot", precision="float32", before=""):
         "precision": precision,
         "cached": cached,
         "hot": hot,
+        "unseen": unseen if before else [],
     }
 
 

@@ -43,6 +43,7 @@ Program::Program(Parts parts) : parts_(std::move(parts)) {
   if (parts_.dim < 1) throw std::invalid_argument(message("dim: expected at least 1, got ", parts_.dim));
   count_parts();
   check_parts();
+  check_unseen();
   add_stages_of_halves();
   plan_runs();
 
@@ -109,6 +110,23 @@ void Program::check_parts() const {
     if (term.vector < 1 || term.part < 0 || term.part >= num_parts_)
       throw std::invalid_argument(message("mixing: vector ", term.vector, " of part ", term.part));
     last = term.vector;
+  }
+}
+
+void Program::check_unseen() const {
+  std::vector<bool> met(parts_.num_features);
+  for (const UnseenStage& stage : parts_.unseen) {
+    if (stage.feature < 0 || stage.feature >= parts_.num_features || met[stage.feature])
+      throw std::invalid_argument(message("unseen: expected each feature below ", parts_.num_features,
+                                          " at most once, got ", stage.feature));
+    met[stage.feature] = true;
+    if (stage.proxy < 0 || !stage.is_known(stage.proxy))
+      throw std::invalid_argument(
+          message("unseen: ID ", stage.proxy, ", which stands for others, is unknown"));
+    const auto numbers = static_cast<int64_t>(stage.correction.size());
+    if (stage.part < 0 || numbers % parts_.dim != 0 || stage.part > num_parts_ - numbers / parts_.dim)
+      throw std::invalid_argument(message("unseen: ", numbers, " numbers from part ", stage.part,
+                                          " on are none of ", num_parts_, " parts of ", parts_.dim));
   }
 }
 

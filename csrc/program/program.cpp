@@ -12,6 +12,7 @@
 #include "dhe/pack.h"
 #include "embedding_bag/embedding_bag.h"
 #include "program/halves.h"
+#include "program/unseen.h"
 #include "registry.h"
 
 namespace mprec {
@@ -61,6 +62,7 @@ struct Program::Workspace {
   const Bags& of(BagsOf kind) const { return bags[static_cast<int>(kind)]; }
   Bags& of(BagsOf kind) { return bags[static_cast<int>(kind)]; }
 
+  Unseen unseen;
   Halves halves;
   AlignedBuffer<float> scratch, decoded, cached;
   std::vector<PooledTable> tables;  // of all threads
@@ -192,7 +194,7 @@ void Program::project(const Block& block, const Workspace& w) const {
   }
 }
 
-// Vectors that were decoded, or pooled already; and the sums of halves.
+// Vectors that were decoded, or pooled already; the sums of halves; what unseen IDs give.
 void Program::pool_vectors(const Block& block, const Workspace& w) const {
   const auto& p = parts_;
   const auto pool = kernels().dhe->pool;
@@ -214,6 +216,8 @@ void Program::pool_vectors(const Block& block, const Workspace& w) const {
     add_halves(p.hot[h], w.of(BagsOf::batch), block.begin, block.samples, p.dim,
                block.rests + static_cast<int64_t>(h) * p.dim, block.rests_stride,
                block.parts + p.hot[h].part * p.dim, block.parts_stride);
+  for (size_t u = 0; u < p.unseen.size(); ++u)
+    w.unseen.add(p.unseen[u], u, block.begin, block.samples, p.dim, block.parts, block.parts_stride);
 }
 
 // Samples whose IDs are decoded; false if a table has no such ID.
@@ -269,11 +273,15 @@ void Program::throw_first_bad_id(const Bags& b) const {
 }
 
 void Program::run(const Batch& batch, float* scores, int threads) const {
-  const Bags& b = batch.bags;
+  Bags b = batch.bags;
   const int64_t samples = b.batch;
   check_bags(b, parts_.num_features);
   static thread_local Workspace own_workspace;
   Workspace& w = own_workspace;  // the same object in every thread
+  if (!parts_.unseen.empty()) {
+    w.unseen.replace(parts_.unseen, b, threads);
+    b = w.unseen.bags();
+  }
   w.of(BagsOf::batch) = b;
   if (!parts_.hot.empty()) {
     if (!w.halves.divide(parts_.hot, b, threads)) throw_first_bad_id(b);

@@ -31,8 +31,9 @@ class Program {
     std::vector<DecoderStage> decoders;
     std::vector<CachedStage> cached;
     std::vector<HotStage> hot;
-    std::optional<Mlp> bottom;    // num_dense -> dim; or, without dense numbers,
-    std::vector<float> constant;  // dim numbers in its output's place
+    std::vector<UnseenStage> unseen;  // make no parts
+    std::optional<Mlp> bottom;        // num_dense -> dim; or, without dense numbers,
+    std::vector<float> constant;      // dim numbers in its output's place
     // The vectors 1 ... that interact, 0 being the bottom's; none: the parts as they are.
     std::vector<MixTerm> mixing;
     Interaction interaction = Interaction::dot;
@@ -62,6 +63,7 @@ class Program {
   void add_stages_of_halves();
   void count_parts();
   void check_parts() const;
+  void check_unseen() const;
   void check_layers() const;
   void plan_runs();
 

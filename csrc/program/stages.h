@@ -49,10 +49,10 @@ struct DecoderStage {
 struct HotStage {
   HotIds ids;
   int64_t feature, part;
-  Mode mode;        // sum or mean
-  TableStage rows;  // one for each of `ids`, in their order
-  std::variant<TableStage, DecoderStage>
-      rest;  // of `rows` and `rest` the program sets feature, part and mode
+  Mode mode;  // sum or mean
+  // Of these the program sets feature, part and mode. A row for each of `ids`, in their order.
+  TableStage rows;
+  std::variant<TableStage, DecoderStage> rest;
 };
 
 // Decoders behind caches of rows, which one call serves: as cached_dhe_bag_forward, whose counters count on.
@@ -62,6 +62,18 @@ struct CachedStage {
   Mode mode;
   bool admit;
   CachedDheCounters* counters;
+};
+
+// Stands before the other stages of a feature (unseen.h).
+struct UnseenStage {
+  int64_t feature, part;    // the first part of the feature
+  std::vector<bool> known;  // of each ID; those beyond are unseen
+  int64_t proxy;            // looked up for an unseen ID
+  bool averaged;            // does the feature pool by the mean?
+  // Of all parts of the feature: the mean of the vectors of known IDs, less the proxy's.
+  std::vector<float> correction;
+
+  bool is_known(int64_t id) const { return id < static_cast<int64_t>(known.size()) && known[id]; }
 };
 
 }  // namespace mprec

@@ -46,6 +46,9 @@ using CachedArguments = std::tuple<py::object, std::vector<int64_t>, int, bool>;
 // whose feature, part and mode are not read.
 using HotArguments = std::tuple<py::object, int64_t, int64_t, int64_t, int, TableArguments,
                                 std::variant<TableArguments, DecoderArguments>>;
+// Feature, its first part, which IDs are known uint8 [n], the one for the others, whether it pools by the
+// mean, the correction [parts * dim].
+using UnseenArguments = std::tuple<int64_t, int64_t, py::object, int64_t, bool, py::object>;
 
 std::vector<float> floats(const py::object& tensor, const char* name, int dims) {
   const Tensor t = view(tensor.ptr(), name, DType::f32, dims);
@@ -125,13 +128,20 @@ HotStage hot_stage(const HotArguments& arguments, int dim, PathProgram& path) {
   return stage;
 }
 
+UnseenStage unseen_stage(const UnseenArguments& arguments) {
+  const auto& [feature, part, known, proxy, averaged, correction] = arguments;
+  const Tensor t = view(known.ptr(), "known", DType::u8, 1);
+  std::vector<bool> is_known(t.ptr<uint8_t>(), t.ptr<uint8_t>() + t.numel());
+  return {feature, part, std::move(is_known), proxy, averaged, floats(correction, "correction", 1)};
+}
+
 std::unique_ptr<PathProgram> make_program(
     int64_t num_features, int num_dense, int dim, const std::vector<TableArguments>& tables,
     const std::vector<DecoderArguments>& decoders, const std::optional<MlpArguments>& bottom,
     const py::object& constant, const MlpArguments& top,
     const std::vector<std::tuple<int, int, float>>& mixing, const std::string& interaction,
     const py::object& watch, const std::string& precision_name, const std::vector<CachedArguments>& cached,
-    const std::vector<HotArguments>& hot) {
+    const std::vector<HotArguments>& hot, const std::vector<UnseenArguments>& unseen) {
   if (precision_name != "float32" && precision_name != "bfloat16" && precision_name != "int8")
     throw py::value_error(message("precision: '", precision_name, "' is none of float32, bfloat16, int8"));
   const Precision precision = precision_name == "float32"    ? Precision::float32
@@ -150,6 +160,7 @@ std::unique_ptr<PathProgram> make_program(
   for (const auto& each : decoders) parts.decoders.push_back(decoder_stage(each, path->owned));
   for (const auto& each : cached) parts.cached.push_back(cached_stage(each, num_features, *path));
   for (const auto& each : hot) parts.hot.push_back(hot_stage(each, dim, *path));
+  for (const auto& each : unseen) parts.unseen.push_back(unseen_stage(each));
   if (bottom) parts.bottom.emplace(make_mlp(*bottom, precision));
   if (!constant.is_none()) parts.constant = floats(constant, "constant", 1);
   parts.top.emplace(make_mlp(top, precision));
@@ -199,7 +210,8 @@ void bind_program(py::module_& m) {
       .def(py::init(&make_program), py::arg("num_features"), py::arg("num_dense"), py::arg("dim"),
            py::arg("tables"), py::arg("decoders"), py::arg("bottom"), py::arg("constant"), py::arg("top"),
            py::arg("mixing"), py::arg("interaction"), py::arg("watch"), py::arg("precision"),
-           py::arg("cached") = std::vector<CachedArguments>(), py::arg("hot") = std::vector<HotArguments>())
+           py::arg("cached") = std::vector<CachedArguments>(), py::arg("hot") = std::vector<HotArguments>(),
+           py::arg("unseen") = std::vector<UnseenArguments>())
       .def_property_readonly("nbytes", [](const PathProgram& p) { return p.program->nbytes(); })
       .def("changed", &PathProgram::changed, py::arg("samples") = 0);
   add_methods(m, methods);

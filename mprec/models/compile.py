@@ -22,7 +22,8 @@ def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath |
     weights are packed once, and again when they changed (as packed decoders are: see
     :func:`mprec.ops.clear_decoders`; a call of n samples counts as n / 4 IDs). Row caches and codebooks of a
     :class:`mprec.cache.CachedEmbeddingBagCollection` are asked and filled as in its own calls, which may run
-    at the same time; only its ``options`` are not read.
+    at the same time; only its ``options`` are not read. Any of these may be
+    in a :class:`mprec.nn.MeanForUnseen`.
 
     *On CUDA* the call replays a graph that was captured for the batch's size (:class:`CapturedPath`). Dense
     layers are float32, embeddings any whose operators do not wait for the device.

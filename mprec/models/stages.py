@@ -19,6 +19,7 @@ from mprec.names import MODES
 from mprec.nn import (
     EmbeddingBagCollection,
     LowRankEmbeddingBagCollection,
+    MeanForUnseen,
     QuantizedEmbeddingBagCollection,
     QuantizedTable,
 )
@@ -88,6 +89,7 @@ class Stages:
         self._decoders: list[tuple[_Decoder, _At]] = []
         self._hot: list[tuple[_Hot, _At]] = []
         self._cached: list[tuple[Rows, list[int], int]] = []
+        self._unseen: MeanForUnseen | None = None
 
     def packed(self) -> dict[str, list]:
         """Arguments of ``PathProgram``."""
@@ -96,6 +98,7 @@ class Stages:
             "decoders": [decoder.packed(at) for decoder, at in self._decoders],
             "cached": [(rows.native, parts, mode, rows.admit) for rows, parts, mode in self._cached],
             "hot": [hot.packed(at) for hot, at in self._hot],
+            "unseen": [] if self._unseen is None else _unseen(self._unseen, self.dim),
         }
 
     def add_features(self, collection: EmbeddingBagCollection) -> None:
@@ -161,6 +164,13 @@ class Stages:
             start = stop
         self.parts = len(collection.features)
 
+    def add_unseen(self, module: MeanForUnseen) -> None:
+        """Before the stages of its collection."""
+        self.places += [(module._buffers, name) for name in module._buffers]
+        self.places.append((module._modules, "collection"))
+        dense_weights(module.corrections, "embeddings.corrections")
+        self._unseen = module
+
     def _rows(self, module: nn.Module, where: str) -> _Table:
         if isinstance(module, QuantizedTable):
             if not module.rows.is_cpu:
@@ -210,9 +220,30 @@ class Stages:
         )
 
 
+def _unseen(module: MeanForUnseen, dim: int) -> list[tuple]:
+    """Of each feature some IDs of which are unseen, as ``PathProgram`` takes it."""
+    stages, column = [], 0
+    for f, width in enumerate(module.output_dims):
+        begin, column = column, column + width
+        if not (size := int(module.sizes[f])):
+            continue
+        start, correction = int(module.starts[f]), module.corrections[f]
+        if torch.count_nonzero(correction) != torch.count_nonzero(correction[begin:column]):
+            raise PathCompileError(f"embeddings.corrections[{f}]: expected zeros in other features' columns")
+        known = module.known[start : start + size].to(torch.uint8)
+        proxy, averaged = int(module.proxies[f]), bool(module.averaged[f])
+        stages.append((f, begin // dim, known, proxy, averaged, correction[begin:column].contiguous()))
+    return stages
+
+
 def stages_of(collection: nn.Module, dim: int) -> Stages:
     """``PathCompileError``: what has no stage, and why."""
-    stages, kind = Stages(dim), type(collection)
+    kind = type(collection)
+    if kind is MeanForUnseen and type(collection.collection) is not MeanForUnseen:
+        stages = stages_of(collection.collection, dim)
+        stages.add_unseen(collection)
+        return stages
+    stages = Stages(dim)
     if kind is LowRankEmbeddingBagCollection:
         stages.add_codes(collection)
     elif kind in (EmbeddingBagCollection, QuantizedEmbeddingBagCollection):
@@ -222,8 +253,8 @@ def stages_of(collection: nn.Module, dim: int) -> Stages:
         stages.add_caches(collection)
     else:
         raise PathCompileError(
-            "embeddings: expected an EmbeddingBagCollection, cached, quantised or of low rank, got "
-            f"{kind.__name__}"
+            "embeddings: expected an EmbeddingBagCollection, cached, quantised, of low rank or with "
+            f"MeanForUnseen, got {kind.__name__}"
         )
     return stages
 
