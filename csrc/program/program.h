@@ -48,7 +48,7 @@ class Program {
 
   int64_t num_features() const { return parts_.num_features; }
   int num_dense() const { return parts_.num_dense; }
-  int64_t nbytes() const;  // of the packed MLPs
+  int64_t nbytes() const;  // of what is packed: MLPs, hot IDs
 
  private:
   struct TableRun {  // stages of adjacent features, pooled in one call

@@ -90,7 +90,7 @@ class CompiledPath:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed dense layers."""
+        """Bytes of the packed dense layers, and of lists of hot IDs."""
         return self._native.nbytes
 
     @torch.no_grad()
