@@ -8,6 +8,8 @@ terms bring with them add up as their squares do; twice that, for those that hav
 import torch
 from torch import nn
 
+from mprec import reference
+from mprec.names import MODES
 from mprec.nn import LowRankEmbeddingBagCollection
 
 UNIT = 2.0**-24  # float32's unit roundoff
@@ -89,17 +91,57 @@ def scores(model, dense, embedded, embedded_error=0.0, precision="float32") -> B
     return Bounded(out.value[:, 0], out.error[:, 0])
 
 
+def vectors(part: str, module, ids: torch.Tensor) -> torch.Tensor:
+    """Of each ID, by what the module of one part holds: rows, a decoder, a projection; hot rows over them."""
+    if part == "tables":
+        rows = module.weight if hasattr(module, "weight") else module.dequantize()
+        return rows.detach().double()[ids]
+    if part == "low_rank":
+        return vectors("tables", module.rows, ids) @ module.projection.weight.detach().double().T
+    if part == "dhe":
+        c = module.config
+        stack = [[w.detach() for w in weights] for weights in module.stack()[1:]]
+        return reference.dhe(ids, module.coefficients, *stack, c.family, c.activation, c.last_activation)
+    out = vectors(part.removeprefix("hot_"), module.rest, ids)
+    for row, own in enumerate(module.ids.tolist()):
+        out[ids == own] = vectors("tables", module.hot, torch.tensor([row]))
+    return out
+
+
+def embedded(collection, indices, offsets) -> torch.Tensor:
+    """A collection's output [B, P * D], from its weights alone."""
+    samples, out = (len(offsets) - 1) // len(collection.features), []
+    for i, feature in enumerate(collection.features):
+        own = offsets[i * samples : (i + 1) * samples + 1].long()
+        ids = indices[own[0] : own[-1]].long()
+        for part in feature.parts:
+            rows = vectors(part.container, collection._members(part)[feature.name], ids)
+            out.append(reference.pool(rows, own - own[0], MODES[feature.mode], include_last_offset=True))
+    return torch.cat(out, dim=1)
+
+
+def check_weights(model, got, dense, indices, offsets, precision="float32") -> None:
+    """As :func:`check`, with vectors in float64 as well: each is the sum of some products of the order of the
+    largest, so that float32 is off by some units of that."""
+    want = embedded(model.embeddings, indices, offsets)
+    largest = float(want.abs().max()) if want.numel() else 0.0
+    _hold(scores(model, dense, want, 64 * UNIT * largest, precision), got, dense)
+
+
 def check(model, got, dense, indices, offsets, precision="float32") -> None:
     """Holds scores against float64, within the bound. Decoders and projections add in another order for other
     numbers of IDs, so that vectors may differ by some units."""
     with torch.no_grad():
         embedded = model.embeddings(indices, offsets)
-    assert got.shape == (len(dense),)
-    assert got.dtype == torch.float32
     rows_alone = type(model.embeddings) is not LowRankEmbeddingBagCollection and all(
         f.representation == "table" for f in model.embeddings.features
     )
     largest = 0.0 if rows_alone or not embedded.numel() else float(embedded.abs().max())
-    want = scores(model, dense, embedded, 32 * UNIT * largest, precision)
+    _hold(scores(model, dense, embedded, 32 * UNIT * largest, precision), got, dense)
+
+
+def _hold(want: Bounded, got: torch.Tensor, dense: torch.Tensor) -> None:
+    assert got.shape == (len(dense),)
+    assert got.dtype == torch.float32
     over = (got.double() - want.value).abs() / want.error
     assert not len(got) or float(over.max()) <= 1, f"{float(over.max())} times the bound"

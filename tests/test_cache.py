@@ -158,6 +158,21 @@ def test_refresh_keeps_the_hot_set():
 
 
 @torch.no_grad()
+def test_refresh_keeps_the_hot_sets_of_all_groups():
+    """Features of several modes and hash families are several native calls."""
+    collection = small_collection()
+    cached = CachedEmbeddingBagCollection(collection, 1 << 20)
+    assert len(cached._rows) == 3
+    cached.fill({name: torch.ones(50) for name in cached.stats().features})
+    collection.dhe["city"].decoder[0].weight.mul_(2)
+    assert cached.refresh() == 200
+    cached.reset_stats()
+    indices, offsets = batch_of(collection, 50)
+    close(cached(indices % 50, offsets), collection(indices % 50, offsets))
+    assert all(feature.hit_rate == 1 for feature in cached.stats().features.values())
+
+
+@torch.no_grad()
 def test_unwatched_cache_changes_when_told():
     bag = small_bag()
     cached = CachedDeepHashEmbeddingBag(bag, 100_000, watch=False)

@@ -130,6 +130,7 @@ def test_a_cached_path_scores_the_same(checkpoints):
     dataset = data.load(DATA)
     counts = {name: dataset.counts(name) for name, _ in dataset.features}
     cached = with_cache(plain, 4096, counts)
+    assert cached.model.program() is not None
     batch = dataset.batch(slice(0, 100))
     torch.testing.assert_close(cached.model(batch), plain.model(batch), rtol=1e-5, atol=1e-6)
     assert (cached.name, cached.quality) == ("hybrid+cache", plain.quality)

@@ -20,6 +20,7 @@ from mprec.models import DLRM, PATHS, MultiPathDLRM
 from mprec.nn import (
     DheConfig,
     FeatureConfig,
+    MappedEmbeddingBagCollection,
     MeanForUnseen,
     QuantizedEmbeddingBagCollection,
     with_representation,
@@ -626,10 +627,22 @@ def refusals():
 
     def cache(model):
         model.embeddings = CachedEmbeddingBagCollection(make("dhe").embeddings, 1 << 14)
-        return model, "got CachedEmbeddingBagCollection"
+        nn.utils.parametrizations.weight_norm(model.embeddings.dhe["f1"].decoder[0])
+        return model, "a decoder behind a cache has layers that cannot be packed"
+
+    def mapped(model):
+        model.embeddings = MappedEmbeddingBagCollection(make(modes=("sum",)).embeddings)
+        return model, "got MappedEmbeddingBagCollection"
+
+    def parametrised_rows(model):
+        nn.utils.parametrize.register_parametrization(
+            model.embeddings.tables["f2"], "weight", nn.Identity(), unsafe=True
+        )
+        return model, r"embeddings.tables.f2: its rows are parametrised"
 
     def unseen(model):
         model.embeddings = MeanForUnseen(model.embeddings, {"f0": torch.tensor([1])})
+        model.embeddings = MeanForUnseen(model.embeddings, {"f1": torch.tensor([1])})
         return model, "got MeanForUnseen"
 
     def float8(model):

@@ -527,13 +527,26 @@ def layers(*widths):
     return weights, [torch.randn(o) for _, o in sizes], [1] * (len(sizes) - 1) + [0]
 
 
-def program_arguments(modes, interaction="dot", precision="float32"):
-    """A path of two features (a table, and one of low rank and a decoder) and three dense numbers."""
+def program_arguments(modes, interaction="dot", precision="float32", before=""):
+    """A path of two features (a table, and one of low rank and a decoder) and three dense numbers.
+
+    ``before`` the first feature's decoder, which it has as well, there may be a "cache" or "hot" rows."""
     tables = [{"weight": torch.randn(10, 8)}, {"weight": torch.randint(-128, 128, (14, 3), dtype=torch.int8)}]
     decoder = _C.Decoder(**decoder_arguments([16, 5, 8]))
     projection = None if modes[1] == 2 else (torch.randn(3, 8), torch.randn(8))
     if projection is None:
         tables[1] = {"weight": torch.randn(14, 8)}
+    cached, hot = [], []
+    if before == "cache":
+        caches = [_C.RowCache(8, _C.RowCache.bytes_for(8, 6))]
+        book = torch.randint(0, 256, (4, 1), dtype=torch.uint8), torch.randn(256, 8)
+        decoders = _C.CachedDecoders([decoder], caches, [0], [0], 2, None, [book])
+        cached = [(decoders, [3], modes[0], True)]
+    elif before == "hot":
+        rows = {"weight": torch.randn(3, 8)}, "weight", 0, 3, 0, 8, None, None
+        hot = [(torch.tensor([1, 4, 9]), 10, 0, 3, 0, rows, (decoder, 0, 3, 0))]
+    unseen = [(1, 1, torch.tensor([1, 0, 1], dtype=torch.uint8), 2, modes[1] == 1, torch.randn(16))]
+    vectors = 4 + bool(before)
     return {
         "num_features": 2,
         "num_dense": 3,
@@ -545,15 +558,22 @@ def program_arguments(modes, interaction="dot", precision="float32"):
         "decoders": [(decoder, 1, 2, modes[1])],
         "bottom": layers(3, 5, 8),
         "constant": None,
-        "top": layers(8 + 6 if interaction == "dot" else 4 * 8, 7, 1),
+        "top": layers(8 + vectors * (vectors - 1) // 2 if interaction == "dot" else vectors * 8, 7, 1),
         "mixing": [],
         "interaction": interaction,
         "watch": _C.WeightWatch.of([(table, "weight") for table in tables]),
         "precision": precision,
+        "cached": cached,
+        "hot": hot,
+        "unseen": unseen if before else [],
     }
 
 
-program_kinds = st.tuples(st.sampled_from(["dot", "cat"]), st.sampled_from(["float32", "bfloat16", "int8"]))
+program_kinds = st.tuples(
+    st.sampled_from(["dot", "cat"]),
+    st.sampled_from(["float32", "bfloat16", "int8"]),
+    st.sampled_from(["", "cache", "hot"]),
+)
 
 
 @st.composite

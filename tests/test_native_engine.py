@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mprec.bags import Bags
+from mprec.cache import CachedEmbeddingBagCollection
 from mprec.data import Batch
 from mprec.dispatch import Dispatcher, ScoringPath
 from mprec.errors import IdOutOfRangeError
@@ -184,6 +185,32 @@ def test_the_native_path_is_what_runs(models, monkeypatch):
         for future in [engine.submit(query(3, i)) for i in range(20)]:
             future.result(30)
     assert not calls
+
+
+def test_caches_and_hot_rows_are_served_natively(monkeypatch):
+    """The cache learns and counts by the engine's threads; changed weights empty it."""
+    cached = model("hybrid")
+    cached.embeddings = CachedEmbeddingBagCollection(cached.embeddings, 1 << 14)
+    for name, served in (("hybrid", cached), ("table", model("hot_dhe"))):
+        path, asked = Scorer(served).path(name, name, QUALITY[name], name), []
+        assert path.model.compiled is not None
+        with Engine(Dispatcher([path], fake_profile({name: COSTS[name]})), sla_s=10.0) as engine:
+            run = engine._run
+            monkeypatch.setattr(engine, "_run", lambda *a, run=run, asked=asked: (asked.append(a), run(*a)))
+            for change in (False, True):
+                if change:
+                    with torch.no_grad():
+                        for p in served.embeddings.parameters():
+                            p.mul_(1.5)
+                    threading.Event().wait(0.01)
+                batches = [query(n + 1, n) for n in range(20)]
+                for batch, future in [(batch, engine.submit(batch)) for batch in batches]:
+                    want = expected({name: served}, answer := future.result(30), batch)
+                    torch.testing.assert_close(answer.scores, want, rtol=1e-4, atol=1e-6)
+                assert change or not asked
+    features = cached.embeddings.stats().features
+    assert all(0 < feature.rows <= size for feature, size in zip(features.values(), SIZES, strict=True))
+    assert all(feature.hits for feature in features.values())
 
 
 def test_an_executor_that_runs_in_its_own_way_has_no_programs(models):

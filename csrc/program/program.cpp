@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <stdexcept>
 
 #include "bags/check.h"
 #include "common/aligned.h"
@@ -11,6 +10,9 @@
 #include "common/parallel.h"
 #include "dhe/bag.h"
 #include "dhe/pack.h"
+#include "embedding_bag/embedding_bag.h"
+#include "program/halves.h"
+#include "program/unseen.h"
 #include "registry.h"
 
 namespace mprec {
@@ -28,48 +30,41 @@ void check_bags(const Bags& b, int64_t num_features) {
 
 int64_t codes_of(const TableStage& stage) { return stage.projection ? stage.projection->rank : 0; }
 
-void check_projection(const TableStage& stage, int dim) {
-  if (!stage.projection) return;
-  const Projection& p = *stage.projection;
-  if (p.rank < 1 || p.rank > 4096) throw std::invalid_argument(message("projections: rank ", p.rank));
-  if (stage.vectors != 1 || stage.mode == Mode::max)
-    throw std::invalid_argument("projections: expected rows of one vector, pooled by sum or mean");
-  if (p.matrix.size() != static_cast<size_t>(p.rank) * dim ||
-      (!p.bias.empty() && p.bias.size() != static_cast<size_t>(dim)))
-    throw std::invalid_argument(
-        message("projections: expected a matrix [", p.rank, ", ", dim, "] and a bias [", dim, "]"));
-}
-
-int vectors_of(const TableStage& stage) { return stage.vectors; }
-int vectors_of(const DecoderStage&) { return 1; }
-
-template <class Stages>
-void check_stages(const Stages& stages, int64_t num_features, std::vector<bool>& filled) {
-  for (const auto& stage : stages) {
-    if (stage.feature < 0 || stage.feature >= num_features)
-      throw std::invalid_argument(
-          message("stages: feature ", stage.feature, " is none of the ", num_features));
-    for (int64_t part = stage.part; part < stage.part + vectors_of(stage); ++part) {
-      if (part < 0 || part >= static_cast<int64_t>(filled.size()) || filled[part])
-        throw std::invalid_argument(
-            message("stages: expected each part below ", filled.size(), " once, got ", part));
-      filled[part] = true;
-    }
-  }
-}
-
 }  // namespace
 
 // Offsets into one thread's scratch, in floats.
 struct Program::Layout {
   int64_t activations;  // of each of two
-  int64_t vectors, parts, codes, ones, transposed, decoding, total;
+  int64_t vectors, parts, rests, codes, ones, transposed, decoding, total;
   int64_t vectors_stride, parts_stride;  // from sample to sample
+};
+
+// Samples of a batch that a thread scores at once, and where it keeps what it pools for them.
+struct Program::Block {
+  int64_t begin;
+  int samples, thread;
+  float *parts, *rests, *codes, *ones;  // rests: vectors of the halves that have no hot rows
+  int64_t parts_stride, rests_stride;
+
+  template <class Stage>
+  float* vector(const Stage& stage, int dim) const {
+    return (stage.bags == BagsOf::rest ? rests : parts) + stage.part * dim;
+  }
+  template <class Stage>
+  int64_t stride(const Stage& stage) const {
+    return stage.bags == BagsOf::rest ? rests_stride : parts_stride;
+  }
 };
 
 // What a call needs beside its arguments; kept by each calling thread.
 struct Program::Workspace {
-  AlignedBuffer<float> scratch, decoded;
+  Bags bags[kinds_of_bags];
+  const Bags& of(BagsOf kind) const { return bags[static_cast<int>(kind)]; }
+  Bags& of(BagsOf kind) { return bags[static_cast<int>(kind)]; }
+
+  Unseen unseen;
+  Halves halves;
+  AlignedBuffer<float> scratch, decoded, cached;
   std::vector<PooledTable> tables;  // of all threads
   std::vector<int64_t> ids, distinct;
   std::vector<int32_t> row_of_entry;
@@ -77,68 +72,6 @@ struct Program::Workspace {
   std::vector<PoolArguments> pools;
   std::vector<DecodeBlock> blocks;
 };
-
-Program::Program(Parts parts) : parts_(std::move(parts)) {
-  const auto& p = parts_;
-  if (p.num_features < 1) throw std::invalid_argument("num_features: expected at least 1");
-  if (p.dim < 1) throw std::invalid_argument(message("dim: expected at least 1, got ", p.dim));
-  num_parts_ = static_cast<int64_t>(p.decoders.size());
-  for (const TableStage& stage : p.tables) {
-    if (stage.vectors < 1 || stage.vectors > 4096)
-      throw std::invalid_argument(message("tables: rows of ", stage.vectors, " vectors"));
-    num_parts_ += stage.vectors;
-    num_codes_ += codes_of(stage);
-    check_projection(stage, p.dim);
-  }
-  if (num_parts_ > 4096) throw std::invalid_argument(message("stages: at most 4096 parts, got ", num_parts_));
-  std::vector<bool> filled(num_parts_);
-  check_stages(p.tables, p.num_features, filled);
-  check_stages(p.decoders, p.num_features, filled);
-  for (const DecoderStage& stage : p.decoders)
-    if (stage.decoder.dim != p.dim)
-      throw std::invalid_argument(
-          message("decoders: expected vectors of ", p.dim, " numbers, got ", stage.decoder.dim));
-  if (p.bottom ? p.bottom->inputs() != p.num_dense || p.bottom->outputs() != p.dim
-               : p.num_dense != 0 || static_cast<int>(p.constant.size()) != p.dim)
-    throw std::invalid_argument(message("bottom: expected layers from ", p.num_dense, " numbers to ", p.dim));
-
-  int64_t vectors = 1 + num_parts_;
-  if (!p.mixing.empty()) {
-    int last = 0;
-    for (const MixTerm& term : p.mixing) {
-      if (term.vector != last && term.vector != last + 1)
-        throw std::invalid_argument("mixing: expected terms of vectors 1, 2, and so on, in order");
-      if (term.vector < 1 || term.part < 0 || term.part >= num_parts_)
-        throw std::invalid_argument(message("mixing: vector ", term.vector, " of part ", term.part));
-      last = term.vector;
-    }
-    vectors = 1 + last;
-  }
-  if (vectors > 4096)
-    throw std::invalid_argument(message("stages: at most 4096 vectors interact, got ", vectors));
-  interaction_ = {static_cast<int>(vectors), p.dim, false};
-  const bool dot = p.interaction == Interaction::dot;
-  const int64_t inputs = dot ? p.dim + interaction_.products() : vectors * p.dim;
-  if (!p.top || p.top->inputs() != inputs || p.top->outputs() != 1)
-    throw std::invalid_argument(message("top: expected layers from ", inputs, " numbers to 1"));
-
-  for (size_t i = 0; i < p.tables.size(); ++i) {
-    const TableStage& t = p.tables[i];
-    const bool follows = i > 0 && t.feature == p.tables[i - 1].feature + 1;
-    if (i > 0 && t.feature <= p.tables[i - 1].feature)
-      throw std::invalid_argument("tables: expected features in order");
-    if (follows && runs_.back().mode == t.mode)
-      ++runs_.back().count;
-    else
-      runs_.push_back({i, 1, t.mode});
-  }
-  multiply_adds_ = p.top->view().multiply_adds() + (p.bottom ? p.bottom->view().multiply_adds() : 0) +
-                   (dot ? interaction_.products() * p.dim : 0) + num_codes_ * p.dim;
-}
-
-int64_t Program::nbytes() const {
-  return parts_.top->nbytes() + (parts_.bottom ? parts_.bottom->nbytes() : 0);
-}
 
 Program::Layout Program::layout() const {
   const auto& p = parts_;
@@ -149,7 +82,9 @@ Program::Layout Program::layout() const {
   l.parts_stride = num_parts_ * p.dim;
   l.vectors = 2 * l.activations;
   l.parts = l.vectors + round_up(max_samples * l.vectors_stride + 16, 16);
-  l.codes = l.parts + (p.mixing.empty() ? 0 : round_up(max_samples * l.parts_stride + 16, 16));
+  l.rests = l.parts + (p.mixing.empty() ? 0 : round_up(max_samples * l.parts_stride + 16, 16));
+  const auto rests = static_cast<int64_t>(p.hot.size());
+  l.codes = l.rests + (rests ? round_up(max_samples * rests * p.dim + 16, 16) : 0);
   l.ones = l.codes + (num_codes_ ? round_up(max_samples * num_codes_ + 16, 16) : 0);
   l.transposed = l.ones + (num_codes_ ? round_up(max_samples, 16) : 0);
   l.decoding = l.transposed + round_up(interaction_.transposed_floats() + 16, 16);
@@ -160,22 +95,34 @@ Program::Layout Program::layout() const {
 }
 
 // Which IDs of the whole batch are decoded: equal ones of a feature once.
-void Program::plan_decoding(const Bags& b, int threads, Workspace& w) const {
+void Program::plan_decoding(int64_t samples, int threads, Workspace& w) const {
   const auto& stages = parts_.decoders;
   w.work.resize(stages.size());
   w.pools.resize(stages.size());
+  const auto begin_of = [&](const DecoderStage& s) {
+    const Bags& b = w.of(s.bags);
+    return b.bag_begin(b.first_bag(s.feature));
+  };
+  const auto count_of = [&](const DecoderStage& s) {
+    const Bags& b = w.of(s.bags);
+    return b.bag_begin(b.first_bag(s.feature) + samples) - begin_of(s);
+  };
   int64_t entries = 0;
-  for (const DecoderStage& s : stages) entries += b.feature_begin(s.feature + 1) - b.feature_begin(s.feature);
+  for (const DecoderStage& s : stages) entries += count_of(s);
   w.distinct.resize(entries);
   w.row_of_entry.resize(entries);
-  const int64_t* ids = checked_ids(b, INT64_MAX, w.ids);
+  const bool whole = stages.front().bags == BagsOf::batch;  // these come first
+  const int64_t* const checked = whole ? checked_ids(w.of(BagsOf::batch), INT64_MAX, w.ids) : nullptr;
   int64_t place = 0, floats = 0;
   for (size_t t = 0; t < stages.size(); ++t) {
-    const int64_t begin = b.feature_begin(stages[t].feature),
-                  count = b.feature_begin(stages[t].feature + 1) - begin;
+    const int64_t count = count_of(stages[t]);
+    const int64_t* const ids = stages[t].bags == BagsOf::batch
+                                   ? checked
+                                   : static_cast<const int64_t*>(w.of(stages[t].bags).indices.data);
+    const int64_t* const own = ids + begin_of(stages[t]);
     int64_t* const distinct = w.distinct.data() + place;
     int32_t* const rows = w.row_of_entry.data() + place;
-    const int64_t found = find_distinct(count, -1, [&](int64_t i) { return ids[begin + i]; }, distinct, rows);
+    const int64_t found = find_distinct(count, -1, [&](int64_t i) { return own[i]; }, distinct, rows);
     w.work[t] = {stages[t].decoder, distinct, found, nullptr, parts_.dim};
     w.pools[t] = {nullptr, parts_.dim, found < count ? rows : nullptr, nullptr, stages[t].mode};
     place += count;
@@ -189,70 +136,113 @@ void Program::plan_decoding(const Bags& b, int threads, Workspace& w) const {
   plan_decode_blocks(w.work, threads, w.blocks);
 }
 
-// Vectors of the tables with projections from their pooled codes.
-void Program::project(const Bags& b, int64_t begin, int samples, const float* codes, float* ones,
-                      float* parts, int64_t parts_stride) const {
-  for (const TableStage& t : parts_.tables) {
-    if (!t.projection) continue;
-    const Projection& p = *t.projection;
-    const int64_t first = b.first_bag(t.feature) + begin;
-    for (int s = 0; s < samples && !p.bias.empty(); ++s) {
-      const int64_t rows = b.bag_begin(first + s + 1) - b.bag_begin(first + s);
-      ones[s] = static_cast<float>(t.mode == Mode::mean ? std::min<int64_t>(rows, 1) : rows);
-    }
-    kernels().dense->project({p.rank, parts_.dim, p.matrix.data(), p.bias.empty() ? nullptr : p.bias.data()},
-                             codes, num_codes_, ones, samples, parts + t.part * parts_.dim, parts_stride);
-    codes += p.rank;
+// The pooled vectors of all decoders behind caches, of the whole batch.
+void Program::run_cached(const Bags& b, int threads, Workspace& w) const {
+  float* const out = w.cached.reserve(b.batch * cached_floats_ + 1);
+  for (const CachedStage& stage : parts_.cached) {
+    DheRequest request{b, out, cached_floats_};
+    request.bags.mode = stage.mode;
+    cached_dhe_bag_forward(request, stage.features, stage.admit, threads, *stage.counters);
   }
 }
 
-// Samples [begin, begin + samples), whose IDs are decoded; false if a table has no such ID.
-bool Program::score_block(const Batch& batch, int64_t begin, int samples, const Layout& l, Workspace& w,
-                          int thread, bool backwards, float* scores) const {
-  const Kernels& k = kernels();
-  const Bags& b = batch.bags;
-  const auto& p = parts_;
-  float* const scratch = w.scratch.data() + thread * l.total;
-  float *in = scratch, *spare = scratch + l.activations, *vectors = scratch + l.vectors;
-  const bool mixed = !p.mixing.empty();
-  float* const parts = mixed ? scratch + l.parts : vectors + p.dim;
-  const int64_t parts_stride = mixed ? l.parts_stride : l.vectors_stride;
-
-  PooledTable* table = w.tables.data() + thread * (p.tables.size() + runs_.size());
-  float* const codes = scratch + l.codes;
+// False if a table has no such ID.
+bool Program::pool_tables(const Block& block, Workspace& w) const {
+  PooledTable* table = w.tables.data() + block.thread * (parts_.tables.size() + runs_.size());
   int64_t code = 0;
   for (const TableRun& run : runs_) {
-    PoolingRequest r{b, table, samples};
+    const Bags& b = w.of(run.bags);
+    PoolingRequest r{b, table, block.samples};
     r.bags.num_features = static_cast<int64_t>(run.count);
     r.bags.mode = run.mode;
     for (size_t i = run.first; i < run.first + run.count; ++i) {
-      const TableStage& t = p.tables[i];
+      const TableStage& t = parts_.tables[i];
       *table++ = {t.rows,
                   t.num_rows,
-                  t.projection ? t.projection->rank : t.vectors * p.dim,
+                  t.projection ? t.projection->rank : t.vectors * parts_.dim,
                   t.row_bytes,
-                  b.first_bag(t.feature) + begin,
-                  t.projection ? codes + code : parts + t.part * p.dim,
-                  t.projection ? num_codes_ : parts_stride,
+                  b.first_bag(t.feature) + block.begin,
+                  t.projection ? block.codes + code : block.vector(t, parts_.dim),
+                  t.projection ? num_codes_ : block.stride(t),
                   t.format};
       code += codes_of(t);
     }
     // The bags between this and the next feature's first are as many as the batch has; a block is `samples`.
     table->first_bag = table[-1].first_bag + b.batch;
     ++table;
-    if (!k.embedding_bag->forward(r, {0, 0, 0}, {1, 0, 0}, nullptr)) return false;
+    if (!kernels().embedding_bag->forward(r, {0, 0, 0}, {1, 0, 0}, nullptr)) return false;
   }
-  if (num_codes_) project(b, begin, samples, codes, scratch + l.ones, parts, parts_stride);
+  return true;
+}
+
+// Vectors of the tables with projections from their pooled codes.
+void Program::project(const Block& block, const Workspace& w) const {
+  const float* codes = block.codes;
+  for (const TableStage& t : parts_.tables) {
+    if (!t.projection) continue;
+    const Projection& p = *t.projection;
+    const Bags& b = w.of(t.bags);
+    const int64_t first = b.first_bag(t.feature) + block.begin;
+    for (int s = 0; s < block.samples && !p.bias.empty(); ++s) {
+      const int64_t rows = b.bag_begin(first + s + 1) - b.bag_begin(first + s);
+      block.ones[s] = static_cast<float>(t.mode == Mode::mean ? std::min<int64_t>(rows, 1) : rows);
+    }
+    kernels().dense->project({p.rank, parts_.dim, p.matrix.data(), p.bias.empty() ? nullptr : p.bias.data()},
+                             codes, num_codes_, block.ones, block.samples, block.vector(t, parts_.dim),
+                             block.stride(t));
+    codes += p.rank;
+  }
+}
+
+// Vectors that were decoded, or pooled already; the sums of halves; what unseen IDs give.
+void Program::pool_vectors(const Block& block, const Workspace& w) const {
+  const auto& p = parts_;
+  const auto pool = kernels().dhe->pool;
   for (size_t t = 0; t < p.decoders.size(); ++t) {
-    const int64_t first = b.first_bag(p.decoders[t].feature), start = b.bag_begin(first);
-    for (int s = 0; s < samples; ++s)
-      k.dhe->pool(w.pools[t], b.bag_begin(first + begin + s) - start,
-                  b.bag_begin(first + begin + s + 1) - start,
-                  parts + s * parts_stride + p.decoders[t].part * p.dim);
+    const DecoderStage& stage = p.decoders[t];
+    const Bags& b = w.of(stage.bags);
+    const int64_t first = b.first_bag(stage.feature), start = b.bag_begin(first);
+    for (int s = 0; s < block.samples; ++s)
+      pool(w.pools[t], b.bag_begin(first + block.begin + s) - start,
+           b.bag_begin(first + block.begin + s + 1) - start,
+           block.vector(stage, p.dim) + s * block.stride(stage));
   }
+  for (const CachedStage& stage : p.cached)
+    for (size_t i = 0; i < stage.features.size(); ++i)
+      for (int s = 0; s < block.samples; ++s)
+        std::copy_n(w.cached.data() + (block.begin + s) * cached_floats_ + stage.features[i].column, p.dim,
+                    block.parts + s * block.parts_stride + stage.parts[i] * p.dim);
+  for (size_t h = 0; h < p.hot.size(); ++h)
+    add_halves(p.hot[h], w.of(BagsOf::batch), block.begin, block.samples, p.dim,
+               block.rests + static_cast<int64_t>(h) * p.dim, block.rests_stride,
+               block.parts + p.hot[h].part * p.dim, block.parts_stride);
+  for (size_t u = 0; u < p.unseen.size(); ++u)
+    w.unseen.add(p.unseen[u], u, block.begin, block.samples, p.dim, block.parts, block.parts_stride);
+}
+
+// Samples whose IDs are decoded; false if a table has no such ID.
+bool Program::score_block(const Batch& batch, int64_t begin, int samples, const Layout& l, Workspace& w,
+                          int thread, bool backwards, float* scores) const {
+  const Kernels& k = kernels();
+  const auto& p = parts_;
+  float* const scratch = w.scratch.data() + thread * l.total;
+  float *in = scratch, *spare = scratch + l.activations, *vectors = scratch + l.vectors;
+  const bool mixed = !p.mixing.empty();
+  const Block block{begin,
+                    samples,
+                    thread,
+                    mixed ? scratch + l.parts : vectors + p.dim,
+                    scratch + l.rests,
+                    scratch + l.codes,
+                    scratch + l.ones,
+                    mixed ? l.parts_stride : l.vectors_stride,
+                    static_cast<int64_t>(p.hot.size()) * p.dim};
+  if (!pool_tables(block, w)) return false;
+  if (num_codes_) project(block, w);
+  pool_vectors(block, w);
   if (mixed)
-    k.dense->mix(p.mixing.data(), static_cast<int64_t>(p.mixing.size()), p.dim, parts, parts_stride, samples,
-                 vectors, l.vectors_stride);
+    k.dense->mix(p.mixing.data(), static_cast<int64_t>(p.mixing.size()), p.dim, block.parts,
+                 block.parts_stride, samples, vectors, l.vectors_stride);
 
   if (p.bottom) {
     k.dense->gather(batch.dense + begin * batch.dense_stride, batch.dense_stride, samples, p.num_dense, in,
@@ -276,23 +266,36 @@ bool Program::score_block(const Batch& batch, int64_t begin, int samples, const 
 
 void Program::throw_first_bad_id(const Bags& b) const {
   Bounds bounds;
-  for (const TableStage& t : parts_.tables) bounds.emplace_back(t.feature, t.num_rows);
+  for (const TableStage& t : parts_.tables)
+    if (t.bags == BagsOf::batch) bounds.emplace_back(t.feature, t.num_rows);
+  for (const HotStage& t : parts_.hot) bounds.emplace_back(t.feature, t.ids.num_ids());
   throw_first_error(b, bounds);
 }
 
 void Program::run(const Batch& batch, float* scores, int threads) const {
-  const Bags& b = batch.bags;
+  Bags b = batch.bags;
   const int64_t samples = b.batch;
   check_bags(b, parts_.num_features);
-  if (samples == 0) return;
   static thread_local Workspace own_workspace;
   Workspace& w = own_workspace;  // the same object in every thread
+  if (!parts_.unseen.empty()) {
+    w.unseen.replace(parts_.unseen, b, threads);
+    b = w.unseen.bags();
+  }
+  w.of(BagsOf::batch) = b;
+  if (!parts_.hot.empty()) {
+    if (!w.halves.divide(parts_.hot, b, threads)) throw_first_bad_id(b);
+    w.of(BagsOf::hot) = w.halves.hot();
+    w.of(BagsOf::rest) = w.halves.rest();
+  }
+  if (!parts_.cached.empty()) run_cached(b, threads, w);
+  if (samples == 0) return;
   static thread_local bool forwards;
   const bool backwards = forwards = !forwards;
 
   int64_t multiply_adds = multiply_adds_ * samples;
   if (!parts_.decoders.empty()) {
-    plan_decoding(b, threads, w);
+    plan_decoding(samples, threads, w);
     for (const DecodeWork& work : w.work) multiply_adds += work.count * work.decoder.multiply_adds();
   }
   threads = static_cast<int>(std::clamp<int64_t>(multiply_adds / multiply_adds_per_thread, 1, threads));

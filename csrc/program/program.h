@@ -5,35 +5,10 @@
 #include <optional>
 #include <vector>
 
-#include "bags/bags.h"
 #include "dense/mlp.h"
-#include "dhe/dhe.h"
-#include "embedding_bag/embedding_bag.h"
+#include "program/stages.h"
 
 namespace mprec {
-
-// What a table's pooled rows are codes of: vectors are codes @ matrix + bias, for each row of the bag.
-struct Projection {
-  int rank;
-  std::vector<float> matrix;  // [rank][dim]
-  std::vector<float> bias;    // [dim], or none
-};
-// Stages make vectors of `dim` numbers: of each sample one `part`, pooled from the bag of `feature`. Rows of
-// a table may be several vectors long: then they are that part and the next ones.
-struct TableStage {
-  const char* rows;
-  int64_t num_rows, row_bytes;
-  Format format;
-  int64_t feature, part;
-  Mode mode;
-  int vectors = 1;                       // of a row
-  std::optional<Projection> projection;  // rows are `rank` long
-};
-struct DecoderStage {
-  DecoderView decoder;
-  int64_t feature, part;
-  Mode mode;
-};
 
 // What the top MLP gets: the first vector and the products of all pairs, or all vectors.
 enum class Interaction { dot, cat };
@@ -46,16 +21,19 @@ struct Batch {
   int64_t samples() const { return bags.batch; }
 };
 
-// Does not own rows and decoders.
 class Program {
  public:
   struct Parts {
     int64_t num_features = 0;
     int num_dense = 0, dim = 0;
-    std::vector<TableStage> tables;      // in order of feature
-    std::vector<DecoderStage> decoders;  // parts of tables and decoders together: each of 0 ... n - 1, once
-    std::optional<Mlp> bottom;           // num_dense -> dim; or, without dense numbers,
-    std::vector<float> constant;         // dim numbers in its output's place
+    // Their parts together: each of 0 ... n - 1, once.
+    std::vector<TableStage> tables;  // in order of feature
+    std::vector<DecoderStage> decoders;
+    std::vector<CachedStage> cached;
+    std::vector<HotStage> hot;
+    std::vector<UnseenStage> unseen;  // make no parts
+    std::optional<Mlp> bottom;        // num_dense -> dim; or, without dense numbers,
+    std::vector<float> constant;      // dim numbers in its output's place
     // The vectors 1 ... that interact, 0 being the bottom's; none: the parts as they are.
     std::vector<MixTerm> mixing;
     Interaction interaction = Interaction::dot;
@@ -70,27 +48,40 @@ class Program {
 
   int64_t num_features() const { return parts_.num_features; }
   int num_dense() const { return parts_.num_dense; }
-  int64_t nbytes() const;  // of the packed MLPs
+  int64_t nbytes() const;  // of what is packed: MLPs, hot IDs
 
  private:
   struct TableRun {  // stages of adjacent features, pooled in one call
     size_t first, count;
     Mode mode;
+    BagsOf bags;
   };
   struct Layout;
   struct Workspace;
+  struct Block;
+  // Of the constructor (parts.cpp).
+  void add_stages_of_halves();
+  void count_parts();
+  void check_parts() const;
+  void check_unseen() const;
+  void check_layers() const;
+  void plan_runs();
+
   Layout layout() const;
-  void plan_decoding(const Bags&, int threads, Workspace&) const;
-  void project(const Bags&, int64_t begin, int samples, const float* codes, float* ones, float* parts,
-               int64_t parts_stride) const;
+  void plan_decoding(int64_t samples, int threads, Workspace&) const;
+  void run_cached(const Bags&, int threads, Workspace&) const;
+  bool pool_tables(const Block&, Workspace&) const;
+  void project(const Block&, const Workspace&) const;
+  void pool_vectors(const Block&, const Workspace&) const;
   bool score_block(const Batch&, int64_t begin, int samples, const Layout&, Workspace&, int thread,
                    bool backwards, float* scores) const;
   [[noreturn]] void throw_first_bad_id(const Bags&) const;
 
-  Parts parts_;
+  Parts parts_;  // tables and decoders: of the batch's bags, and then those of the halves
   std::vector<TableRun> runs_;
-  int64_t num_parts_;
-  int64_t num_codes_ = 0;  // of a sample, of all tables with projections
+  int64_t num_parts_ = 0;
+  int64_t num_codes_ = 0;      // of a sample, of all tables with projections
+  int64_t cached_floats_ = 0;  // of a sample, of all decoders behind caches
   InteractionView interaction_;
   int64_t multiply_adds_;  // per sample, without decoders
 };

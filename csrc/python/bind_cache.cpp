@@ -14,6 +14,7 @@
 #include "common/error.h"
 #include "dhe/decoder.h"
 #include "python/bags.h"
+#include "python/cached_decoders.h"
 #include "python/output.h"
 #include "python/tables.h"
 #include "python/tensor.h"
@@ -89,17 +90,6 @@ py::dict stats(const RowCache& cache) {
   return d;
 }
 
-// codes uint8 [count, stages] and centroids float32 [256 * stages, dim].
-CodebookView codebook_view(py::handle codes, py::handle centroids) {
-  const Tensor c = view(codes.ptr(), "codes", DType::u8, 2),
-               r = view(centroids.ptr(), "centroids", DType::f32, 2);
-  if (c.shape[1] < 1 || c.shape[1] > 8)
-    throw py::value_error(message("codes: expected 1 to 8 stages, got ", c.shape[1]));
-  if (r.shape[0] != 256 * c.shape[1])
-    throw py::value_error(message("centroids: expected ", 256 * c.shape[1], " rows, got ", r.shape[0]));
-  return {c.ptr<uint8_t>(), c.shape[0], static_cast<int>(c.shape[1]), r.ptr<float>(), r.shape[1]};
-}
-
 void rows_by_code(const py::object& codes, const py::object& centroids, const py::object& ids,
                   const py::object& out) {
   const CodebookView book = codebook_view(codes, centroids);
@@ -110,84 +100,6 @@ void rows_by_code(const py::object& codes, const py::object& centroids, const py
   without_gil(n >= release_gil_rows,
               [&] { codebook_rows(book, i.ptr<int64_t>(), nullptr, n, o.ptr<float>(), o.strides[0]); });
 }
-
-// Decoders of some features of a batch, each with a cache or none. The caches' generations are those of the
-// moment when this was made: rows of these decoders are never mixed with those of others.
-class CachedDecoders {
- public:
-  CachedDecoders(const py::list& decoders, const py::list& caches, const std::vector<int64_t>& positions,
-                 const std::vector<int64_t>& columns, int64_t num_features, const WeightWatch* watch,
-                 const std::optional<py::list>& codebooks)
-      : num_features_(num_features), watch_(watch) {
-    const size_t count = decoders.size();
-    if (count == 0) throw py::value_error("decoders: expected at least one");
-    if (caches.size() != count || positions.size() != count || columns.size() != count)
-      throw py::value_error(message("caches, positions, columns: expected one for each of ", count,
-                                    " decoders, got ", caches.size(), ", ", positions.size(), ", ",
-                                    columns.size()));
-    if (codebooks && codebooks->size() != count)
-      throw py::value_error(message("codebooks: expected ", count, ", got ", codebooks->size()));
-    std::vector<Columns> blocks;
-    for (size_t t = 0; t < count; ++t) {
-      const Decoder& decoder = py::cast<const Decoder&>(decoders[t]);
-      RowCache* cache = caches[t].is_none() ? nullptr : &py::cast<RowCache&>(caches[t]);
-      if (cache && cache->dim() != decoder.view().dim)
-        throw py::value_error(message("caches[", t, "]: has rows of ", cache->dim(), ", but decoders[", t,
-                                      "] makes ", decoder.view().dim));
-      if (positions[t] < (t ? positions[t - 1] + 1 : 0) || positions[t] >= num_features)
-        throw py::value_error(message("positions[", t, "] is ", positions[t],
-                                      ", expected rising numbers from 0 to ", num_features - 1));
-      blocks.push_back(
-          columns_within(columns[t], decoder.view().dim, INT64_MAX, message("columns[", t, "]")));
-      CodebookView book{};
-      if (codebooks && !(*codebooks)[t].is_none()) {
-        const auto parts = py::cast<std::pair<py::object, py::object>>((*codebooks)[t]);
-        book = codebook_view(parts.first, parts.second);
-        if (book.dim != decoder.view().dim)
-          throw py::value_error(message("codebooks[", t, "]: has rows of ", book.dim, ", but decoders[", t,
-                                        "] makes ", decoder.view().dim));
-        owned_.push_back(parts.first);
-        owned_.push_back(parts.second);
-      }
-      features_.push_back(
-          {decoder.view(), cache, cache ? cache->generation() : 0, positions[t], columns[t], book});
-      owned_.push_back(py::reinterpret_borrow<py::object>(decoders[t]));
-      owned_.push_back(py::reinterpret_borrow<py::object>(caches[t]));
-      columns_ = std::max(columns_, blocks.back().second);
-    }
-    int64_t used = 0;
-    for (const Columns& c : blocks) used += c.second - c.first;
-    gaps_ = used != columns_;
-    check_apart(std::move(blocks), "columns");
-  }
-
-  bool stale(int64_t ids) const { return watch_ && watch_->changed(Share::before(ids)); }
-  int64_t num_features() const { return num_features_; }
-  int64_t columns() const { return columns_; }
-  bool leaves_gaps() const { return gaps_; }
-
-  void forward(const DheRequest& r, bool admit, int threads) {
-    cached_dhe_bag_forward(r, features_, admit, threads, counters_);
-  }
-
-  py::dict stats() const {
-    py::dict d;
-    d["calls"] = counters_.calls.load();
-    d["coded"] = counters_.coded.load();
-    d["decoded"] = counters_.decoded.load();
-    d["lookup_ns"] = counters_.lookup_ns.load();
-    d["decode_ns"] = counters_.decode_ns.load();
-    return d;
-  }
-
- private:
-  int64_t num_features_, columns_ = 0;
-  bool gaps_;                 // columns between the features' own
-  const WeightWatch* watch_;  // null: none; kept alive by pybind11
-  std::vector<CachedFeature> features_;
-  std::vector<py::object> owned_;
-  CachedDheCounters counters_;
-};
 
 constexpr Signature<11> cached{"cached_dhe_bag",
                                {"decoders", "indices", "offsets", "per_sample_weights", "mode",

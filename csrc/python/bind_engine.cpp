@@ -200,7 +200,7 @@ class PyEngine {
     if (!program.is_none()) {
       const auto& found = program.cast<const PathProgram&>();
       if (features_ < 0) features_ = found.num_features, num_dense_ = found.num_dense;
-      if (found.num_features == features_ && found.num_dense == num_dense_) native = &found.program;
+      if (found.num_features == features_ && found.num_dense == num_dense_) native = &*found.program;
     }
     engine_.set_program(index, option, native);
     if (!held.is(program)) {
@@ -319,7 +319,7 @@ class PyEngine {
   // Once no thread runs it any more.
   void let_go(py::object program) {
     if (program.is_none()) return;
-    const Program* const native = &program.cast<const PathProgram&>().program;
+    const Program* const native = &*program.cast<const PathProgram&>().program;
     const py::gil_scoped_release release;
     while (engine_.uses(native)) std::this_thread::sleep_for(std::chrono::microseconds(100));
   }

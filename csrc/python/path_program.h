@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "common/error.h"
 #include "program/program.h"
+#include "python/cached_decoders.h"
 #include "python/tensor.h"
 #include "python/weight_watch.h"
 
@@ -45,19 +47,22 @@ class TablePlace {
 };
 
 struct PathProgram {
-  Program program;
+  std::optional<Program> program;  // there, once this is made
   std::vector<TablePlace> tables;
-  std::vector<py::object> decoders;  // owned
-  py::object watch;                  // of all that is packed
-  int64_t num_features;
-  int num_dense;
+  std::vector<const CachedDecoders*> cached;
+  std::vector<py::object> owned;  // decoders
+  py::object watch;               // of all that is packed
+  int64_t num_features = 0;
+  int num_dense = 0;
   mutable bool stale = false;  // a change was seen; guarded by the GIL
 
   // Looked at before a call of so many samples. Reading all weights takes as long as scoring some tens of
   // samples by them, so that this takes a hundredth of the call's time.
   bool changed(int64_t samples) const {
-    stale = stale || watch.cast<const WeightWatch&>().changed(Share::before(samples / 4)) ||
-            std::any_of(tables.begin(), tables.end(), [](const TablePlace& t) { return t.changed(); });
+    const int64_t ids = samples / 4;
+    stale = stale || watch.cast<const WeightWatch&>().changed(Share::before(ids)) ||
+            std::any_of(tables.begin(), tables.end(), [](const TablePlace& t) { return t.changed(); }) ||
+            std::any_of(cached.begin(), cached.end(), [&](const auto* c) { return c->stale(ids); });
     return stale;
   }
 };

@@ -180,6 +180,11 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
         cache holds then. ``counts``: see :data:`mprec.cache.budget.Counts`."""
         return self._fill(counts)
 
+    def cached_groups(self) -> list[tuple[Rows, list[int], int]]:
+        """The decoders that one native call reads: their caches, the first column of each, and the pooling
+        mode."""
+        return [(self._rows_of[group.names[0]], group.columns, group.mode_code) for group in self._dhe_groups]
+
     def _run_decoders(self, group, batch: Bags, out, options) -> Tensor | None:
         if options.cache is not False:
             rows = self._rows_of[group.names[0]]

@@ -123,6 +123,20 @@ class Rows:
             native = self._bind(native)
         return None
 
+    @property
+    def native(self) -> CachedDecoders | None:
+        """The decoders behind their caches, as they were last bound."""
+        return self._native
+
+    def bound(self) -> CachedDecoders | None:
+        """The same, bound again if a watched weight has changed. None as :meth:`forward` says."""
+        native = self._native
+        return self._bind(native) if native is None or native.stale(1 << 20) else native
+
+    def places(self) -> list[tuple[dict, str]]:
+        """Where :attr:`native` and what belongs to it stand: not the weights, which it watches itself."""
+        return [(self.__dict__, "_native"), (self.__dict__, "admit")]
+
     def _bind(self, stale) -> CachedDecoders | None:
         """Packs the decoders as they are now, under a new generation. None if they cannot be watched or
         packed now: layers that are parametrised or pruned, say."""
@@ -171,7 +185,7 @@ class Rows:
             return self._native
 
     def invalidate(self) -> None:
-        clear_decoders()
+        """After :func:`clear_decoders`."""
         self._bind(self._native)
 
     def fill(self, name: str, ids: Tensor) -> int:
@@ -215,6 +229,7 @@ class Cached:
         """Forget all rows, in constant time. Changed weights do this by themselves, unless ``watch=False``;
         but writes through ``.data``, NumPy or DLPack, which raise no version counter, may go unnoticed until
         some 2048 IDs have been looked up: call this after such."""
+        clear_decoders()  # once: what is bound after that is current
         for rows in self._rows:
             rows.invalidate()
 

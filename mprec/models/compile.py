@@ -17,10 +17,13 @@ def compile_path(model: nn.Module, precision: str = "float32") -> CompiledPath |
     model itself (its hybrid path).
 
     *On the CPU* the call is native (:class:`CompiledPath`). The model is in float32; its embeddings are
-    tables of any precision, also of low rank, deep hash embeddings of any precision but float8, or hybrids of
-    both (decoded into longer rows, too). Tables are read where they lie; other weights are packed once, and
-    again when they changed (as packed decoders are: see :func:`mprec.ops.clear_decoders`; a call of n samples
-    counts as n / 4 IDs).
+    tables of any precision, also of low rank, deep hash embeddings of any precision but float8, hybrids of
+    both (decoded into longer rows, too), or hot rows over a rest. Tables are read where they lie; other
+    weights are packed once, and again when they changed (as packed decoders are: see
+    :func:`mprec.ops.clear_decoders`; a call of n samples counts as n / 4 IDs). Row caches and codebooks of a
+    :class:`mprec.cache.CachedEmbeddingBagCollection` are asked and filled as in its own calls, which may run
+    at the same time; only its ``options`` are not read. Any of these may be
+    in a :class:`mprec.nn.MeanForUnseen`.
 
     *On CUDA* the call replays a graph that was captured for the batch's size (:class:`CapturedPath`). Dense
     layers are float32, embeddings any whose operators do not wait for the device.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +19,14 @@ from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError, PathCompileError
 from mprec.layers import size_places
 from mprec.models.dlrm import DLRM
-from mprec.names import ACTIVATIONS, MODES
-from mprec.nn import (
-    EmbeddingBagCollection,
-    LowRankEmbeddingBagCollection,
-    QuantizedEmbeddingBagCollection,
-    QuantizedTable,
-)
-from mprec.ops._decoders import packed_decoder
+from mprec.models.stages import dense_weights, stages_of
+from mprec.names import ACTIVATIONS
 from mprec.ops.pooling import run_program
-from mprec.representations import DHE, TABLE
-from mprec.representations.low_rank import LOW_RANK
 
 __all__ = ["PRECISIONS", "CompiledPath", "check_model", "check_precision"]
 
 #: Of dense layers.
 PRECISIONS = ("float32", "bfloat16", "int8")
-
-
-class _Table(NamedTuple):
-    """Where the rows of one part lie, as ``PathProgram`` takes it."""
-
-    tensors: dict
-    key: str
-    feature: int
-    part: int
-    mode: int
-    bits: int = 8  # of a number of quantised rows
-    window: tuple[int, int] | None = None  # which rows; None: all
-    projection: tuple[Tensor, Tensor | None] | None = None  # matrix [r, D], bias [D], of low rank
 
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Mish: "mish"}
@@ -111,7 +90,7 @@ class CompiledPath:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed dense layers."""
+        """Bytes of the packed dense layers, and of lists of hot IDs."""
         return self._native.nbytes
 
     @torch.no_grad()
@@ -139,7 +118,7 @@ def _pack(model: nn.Module, precision: str) -> PathProgram:
     bottom = constant = None
     if model.bottom is None:
         places += [(model.__dict__, "bottom"), (model._parameters, "constant")]
-        constant = _dense(model.constant, "constant")
+        constant = dense_weights(model.constant, "constant")
     else:
         places.append((model._modules, "bottom"))
         bottom = _layers(model.bottom, "bottom", places)
@@ -147,26 +126,25 @@ def _pack(model: nn.Module, precision: str) -> PathProgram:
     if activations[-1] != ACTIVATIONS["none"]:
         raise PathCompileError("top: expected no activation after the last layer, which gives logits")
     activations[-1] = ACTIVATIONS["sigmoid"]
-    tables, decoders, _ = _embeddings(model.embeddings, model.embedding_dim, places)
-    mixing = _mixing(model._mixing)
+    stages = stages_of(model.embeddings, model.embedding_dim)
+    places += stages.places
     watch = WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     if watch is None:
         raise PathCompileError("weights: made in inference mode, so that their changes cannot be noticed")
-    handles = [(packed_decoder(*stack), feature, part, mode) for stack, feature, part, mode in decoders]
+    packed = stages.packed()
     try:
         return PathProgram(
-            len(model.embeddings.features),
-            model.num_dense,
-            model.embedding_dim,
-            tables,
-            handles,
-            bottom,
-            constant,
-            (weights, biases, activations),
-            mixing,
-            "cat" if model.interaction == "cat" else "dot",
-            watch,
-            precision,
+            num_features=len(model.embeddings.features),
+            num_dense=model.num_dense,
+            dim=model.embedding_dim,
+            bottom=bottom,
+            constant=constant,
+            top=(weights, biases, activations),
+            mixing=_mixing(model._mixing),
+            interaction="cat" if model.interaction == "cat" else "dot",
+            watch=watch,
+            precision=precision,
+            **packed,
         )
     except (TypeError, ValueError) as error:
         raise PathCompileError(str(error)) from error
@@ -192,15 +170,6 @@ def check_model(model: nn.Module) -> None:
             raise PathCompileError(f"{name or 'model'}: has forward hooks, which a native call does not run")
 
 
-def _dense(tensor: Tensor, name: str) -> Tensor:
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype is not torch.float32 or not tensor.is_cpu:
-        raise PathCompileError(
-            f"{name}: expected a float32 tensor on the CPU, got {type(tensor).__name__} of {tensor.dtype} on "
-            f"{tensor.device}"
-        )
-    return tensor.detach()
-
-
 def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """Weights, biases and activations of a Sequential of linear layers."""
     if type(mlp) is not nn.Sequential:
@@ -215,11 +184,11 @@ def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list
             places += [(layer._parameters, key) for key in ("weight", "bias")] + size_places(layer)
             if "forward" in layer.__dict__:
                 raise PathCompileError(f"{name}[{position}]: has a forward pass of its own")
-            weights.append(_dense(layer.weight, f"{name}[{position}].weight"))
+            weights.append(dense_weights(layer.weight, f"{name}[{position}].weight"))
             if layer.bias is None:
                 biases.append(torch.zeros(layer.out_features))
             else:
-                biases.append(_dense(layer.bias, f"{name}[{position}].bias"))
+                biases.append(dense_weights(layer.bias, f"{name}[{position}].bias"))
             activations.append(ACTIVATIONS["none"])
         elif kind in _ACTIVATIONS and activations and activations[-1] == ACTIVATIONS["none"]:
             activations[-1] = ACTIVATIONS[_ACTIVATIONS[kind]]
@@ -233,101 +202,11 @@ def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list
     return weights, biases, activations
 
 
-def _embeddings(
-    collection: nn.Module, dim: int, places: list
-) -> tuple[list[_Table], list[tuple[Any, int, int, int]], int]:
-    """Tables, decoders ``(stack, feature, part, mode)``, and how many parts, vectors of ``dim``."""
-    if type(collection) is LowRankEmbeddingBagCollection:
-        return _codes(collection, places), [], len(collection.features)
-    quantised = type(collection) is QuantizedEmbeddingBagCollection
-    if not quantised and type(collection) is not EmbeddingBagCollection:
-        raise PathCompileError(
-            "embeddings: expected an EmbeddingBagCollection, a quantised one or one of low rank, got "
-            f"{type(collection).__name__}"
-        )
-    tables: list[_Table] = []
-    decoders: list[tuple] = []
-    part = 0
-    places += [(collection._modules, each.container) for each in (TABLE, LOW_RANK, DHE)]
-    for i, feature in enumerate(collection.features):
-        name, mode = feature.name, MODES[feature.mode]
-        if not {TABLE, LOW_RANK, DHE}.issuperset(feature.parts):
-            raise PathCompileError(f"embeddings: feature {name!r}: {feature.representation} is not compiled")
-        for each in (TABLE, LOW_RANK):
-            if each not in feature.parts:
-                continue
-            modules, where = (
-                collection._modules[each.container]._modules,
-                f"embeddings.{each.container}.{name}",
-            )
-            places.append((modules, name))
-            module, projection = modules[name], None
-            if each is LOW_RANK:
-                places += [(module._modules, "rows"), (module._modules, "projection")]
-                places.append((module.projection._parameters, "weight"))
-                weight = _dense(module.projection.weight, f"{where}.projection")
-                module, projection = module.rows, (weight.T.contiguous(), None)
-            if isinstance(module, QuantizedTable):
-                if not module.rows.is_cpu:
-                    raise PathCompileError(f"{where}: expected rows on the CPU")
-                rows = _Table(module._buffers, "rows", i, part, mode, module.bits)
-            else:
-                _dense(module._parameters["weight"], where)
-                rows = _Table(module._parameters, "weight", i, part, mode)
-            tables.append(rows._replace(projection=projection))
-            # A table's rows may be several parts long: a hybrid's, decoded once. Another width is refused
-            # with the rows themselves.
-            part += 1 if projection else max(1, feature.embedding_dim // dim)
-        if feature.has_dhe:
-            places.append((collection.dhe._modules, name))
-            precision = collection.decoder_precision[name] if quantised else "float32"
-            decoders.append((_stack(collection.dhe._modules[name], name, precision, places), i, part, mode))
-            part += 1
-    return tables, decoders, part
-
-
-def _codes(collection: LowRankEmbeddingBagCollection, places: list) -> list[_Table]:
-    if not collection.codes.is_cpu:
-        raise PathCompileError("embeddings.codes: expected codes on the CPU")
-    places += [(collection._buffers, "projections"), (collection._buffers, "biases")]
-    matrices, biases = (
-        _dense(collection._buffers[key], f"embeddings.{key}") for key in ("projections", "biases")
-    )
-    tables, start = [], 0
-    for i, feature in enumerate(collection.features):
-        stop = start + feature.num_embeddings
-        rows = _Table(collection._buffers, "codes", i, i, MODES[feature.mode])
-        tables.append(rows._replace(window=(start, stop), projection=(matrices[i], biases[i])))
-        start = stop
-    return tables
-
-
-def _stack(module: nn.Module, name: str, precision: str, places: list) -> tuple[Any, ...]:
-    """Arguments of :func:`mprec.ops._decoders.packed_decoder`."""
-    if precision == "float8":
-        raise PathCompileError(f"embeddings.dhe.{name}: float8 decoders are for CUDA")
-    places += [(module.__dict__, "config"), (module._buffers, "coefficients"), (module._modules, "decoder")]
-    if module.runs_layers():
-        raise PathCompileError(
-            f"embeddings.dhe.{name}: a layer of its decoder does more than read its weights"
-        )
-    for layer, linear in module.decoder._modules.items():
-        places.append((module.decoder._modules, layer))
-        places += size_places(linear)
-        for key in ("weight", "bias"):
-            if key not in linear._parameters:
-                raise PathCompileError(f"embeddings.dhe.{name}: layer {layer} is parametrised")
-            _dense(linear._parameters[key], f"embeddings.dhe.{name}: {key} of layer {layer}")
-            places.append((linear._parameters, key))
-    config = module.config
-    return *module.stack(), config.family, config.activation, config.last_activation, precision
-
-
 def _mixing(matrix: Tensor | None) -> list[tuple[int, int, float]]:
     """Terms (vector, part, weight); vector 0 is the bottom MLP's."""
     if matrix is None:
         return []
-    return list(_terms(_dense(matrix, "mixing")))
+    return list(_terms(dense_weights(matrix, "mixing")))
 
 
 def _terms(matrix: Tensor) -> Iterator[tuple[int, int, float]]:

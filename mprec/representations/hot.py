@@ -55,13 +55,15 @@ class HotWeights(nn.Module):
 
 
 class Hot(Part):
-    """``FeatureConfig.parameters`` may give ``hot``, the number N of hot IDs; default a sixteenth of the
+    """Rows of hot IDs over ``rest``, the part that serves the others.
+
+    ``FeatureConfig.parameters`` may give ``hot``, the number N of hot IDs; default a sixteenth of the
     vocabulary, and at most all of it. Beside it, what the rest takes."""
 
     has_rows = True
 
     def __init__(self, rest: Part) -> None:
-        self._rest = rest
+        self.rest = rest
         self.name = self.container = f"hot_{rest.name}"
         self.hashes = rest.hashes
         self.parameters = ("hot", *rest.parameters)
@@ -76,23 +78,23 @@ class Hot(Part):
             raise ValueError(f"feature {feature.name!r}: mode: {self.name} pools by sum or mean, got 'max'")
         if isinstance(hot, bool) or not isinstance(hot, int) or hot < 1:
             raise ValueError(f"feature {feature.name!r}: hot: expected a positive integer, got {hot!r}")
-        self._rest.check(feature)
+        self.rest.check(feature)
 
     def num_parameters(self, feature) -> int:
-        return self.count(feature) * feature.embedding_dim + self._rest.num_parameters(feature)
+        return self.count(feature) * feature.embedding_dim + self.rest.num_parameters(feature)
 
     def module(self, feature, *, sparse, device, dtype) -> HotWeights:
         options = {"sparse": sparse, "device": device, "dtype": dtype}
         count = self.count(feature)
         hot = EmbeddingBag(count, feature.embedding_dim, mode="sum", **options)
-        rest = self._rest.module(feature, **options)
+        rest = self.rest.module(feature, **options)
         return HotWeights(hot, rest, torch.arange(count, device=device), feature.num_embeddings)
 
     def reset(self, module) -> None:
         """As a table of the whole vocabulary starts; the first IDs are the hot ones."""
         bound = module.num_embeddings**-0.5
         module.hot.weight.uniform_(-bound, bound)
-        self._rest.reset(module.rest)
+        self.rest.reset(module.rest)
         module.ids.copy_(torch.arange(len(module.ids)))
 
     def prepare(self, module, ids) -> None:
@@ -111,27 +113,27 @@ class Hot(Part):
         return row_format(precision).row_bytes(feature.embedding_dim)
 
     def shared_bytes(self, feature) -> int:
-        return self._rest.shared_bytes(feature)
+        return self.rest.shared_bytes(feature)
 
     def nbytes(self, feature, precision="float32") -> int:
         hot = self.count(feature) * (8 + self.id_bytes(feature, precision))
-        return hot + self._rest.nbytes(feature, precision)
+        return hot + self.rest.nbytes(feature, precision)
 
     def flops(self, feature) -> int:
         """Of an ID that is not hot."""
-        return self._rest.flops(feature)
+        return self.rest.flops(feature)
 
     def dtype(self, module) -> torch.dtype:
-        return self._rest.dtype(module.rest)
+        return self.rest.dtype(module.rest)
 
     def materialize(self, module, num_embeddings) -> Tensor:
-        rows = self._rest.materialize(module.rest, num_embeddings).clone()
+        rows = self.rest.materialize(module.rest, num_embeddings).clone()
         kept = module.ids < num_embeddings
         rows[module.ids[kept]] = module.hot.weight.detach()[kept].to(rows.dtype)
         return rows
 
     def quantised(self, module, quantise) -> HotWeights:
-        rest = module.rest if self._rest.hashes else self._rest.quantised(module.rest, quantise)
+        rest = module.rest if self.rest.hashes else self.rest.quantised(module.rest, quantise)
         return HotWeights(quantise(module.hot.weight), rest, module.ids, module.num_embeddings)
 
     def pool(self, modules: Sequence[Any], bags: Bags, sparse: bool) -> Tensor:
@@ -158,7 +160,7 @@ class Hot(Part):
             pooled = pooling.pool_tables([table.weight], hot, sparse)
         else:
             pooled = pooling.pool_quantised([table.rows], [table.bits], hot)
-        pooled = pooled + self._rest.pool([module.rest], rest, sparse)
+        pooled = pooled + self.rest.pool([module.rest], rest, sparse)
         if bags.mode == MODES["mean"]:  # over the number of IDs, also where they are weighted
             return pooled / bags.offsets.diff().clamp(min=1)[:, None]
         return pooled
