@@ -43,7 +43,8 @@ void read_all(const float* data, size_t n, float* sink) {
   for (int i = 0; i < width; ++i) sink[i] = s[i];
 }
 
-// Sum-pools `bag` consecutive IDs of rows of D floats into each output row, prefetching `ahead` rows.
+// Sum-pools `bag` consecutive IDs of rows of D floats into each output row, prefetching `ahead` rows to the
+// L2 cache.
 #define GATHER(D)                                                                                     \
   void gather_##D(const float* table, const int64_t* ids, long n, long bag, long ahead, float* out) { \
     for (long i = 0; i < n; i += bag, out += D) {                                                     \
@@ -51,7 +52,7 @@ void read_all(const float* data, size_t n, float* sink) {
       for (long j = i; j < i + bag; ++j) {                                                            \
         if (j + ahead < n) {                                                                          \
           const char* next = reinterpret_cast<const char*>(table + ids[j + ahead] * D);               \
-          for (int line = 0; line < D * 4; line += 64) __builtin_prefetch(next + line);               \
+          for (int line = 0; line < D * 4; line += 64) __builtin_prefetch(next + line, 0, 2);         \
         }                                                                                             \
         const float* row = table + ids[j] * D;                                                        \
         for (int c = 0; c < D / width; ++c) acc[c] += *reinterpret_cast<const Vec*>(row + c * width); \

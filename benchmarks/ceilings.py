@@ -93,7 +93,7 @@ def read_bandwidth(nbytes: int, rounds: int = 10) -> float:
     return best
 
 
-def gather(table: torch.Tensor, ids: torch.Tensor, bag: int, out: torch.Tensor, ahead: int = 16) -> None:
+def gather(table: torch.Tensor, ids: torch.Tensor, bag: int, out: torch.Tensor, ahead: int = 32) -> None:
     """A hand-written C gather: sum-pools bags of `bag` rows of `table` [N, D] into `out`.
 
     D is 16, 32, 64 or 128; `ids` int64 [n], n a multiple of `bag`, all in range (nothing is checked).
