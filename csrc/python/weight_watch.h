@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "python/hooks.h"
 #include "python/tensor.h"
 
 namespace mprec::python {
@@ -224,16 +225,6 @@ class WeightWatch {
     for (const auto& [dict, size] : sizes)
       if (static_cast<size_t>(PyDict_GET_SIZE(dict.ptr())) != size) return true;
     return false;
-  }
-  // The number that torch gives to the next hook, of whatever object: while it is the same, no dict of hooks
-  // has grown. Each number is an object of its own, which `seen_` keeps. Borrowed.
-  static PyObject* latest_hook() {
-    static PyObject* const handle =
-        pybind11::object(pybind11::module_::import("torch.utils.hooks").attr("RemovableHandle"))
-            .release()
-            .ptr();
-    static PyObject* const key = PyUnicode_InternFromString("next_id");
-    return PyDict_GetItemWithError(reinterpret_cast<PyTypeObject*>(handle)->tp_dict, key);
   }
   static long& epoch() {  // guarded by the GIL
     static long count = 0;

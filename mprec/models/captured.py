@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mprec._native import PlaceWatch
 from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError, PathCompileError
+from mprec.layers import size_places
 from mprec.models.compiled import check_model, check_precision
 
 __all__ = ["BUCKETS", "CapturedPath"]
@@ -57,9 +58,9 @@ class CapturedPath:
     the graphs are captured anew.
 
     A batch goes to the model itself, as if there were no graphs: in training mode, if it is larger than the
-    last bucket or has more than 64 IDs a bag, if its tensors are in a form that the graphs do not take, and
-    if its bucket could not be captured, of which ``reasons`` and a warning say why. Forward hooks that are
-    registered later are not run by graphs.
+    last bucket or has more than 64 IDs a bag, if its tensors are in a form that the graphs do not take, once
+    a module of the model has got a hook or a forward pass of its own, and if its bucket could not be
+    captured, of which ``reasons`` and a warning say why.
 
     Attributes:
         model, precision: as given.
@@ -266,11 +267,12 @@ def check_on_one_device(model: nn.Module) -> torch.device:
 
 
 def watch_of(model: nn.Module) -> PlaceWatch:
-    """Of all places where modules and tensors stand. ``PathCompileError``: one cannot be watched."""
-    places: list[tuple[dict, str]] = [(model.__dict__, "interaction")]
+    """Of all places where modules, tensors and hooks stand. ``PathCompileError``: one cannot be watched."""
+    places: list[tuple[dict, str | None]] = [(model.__dict__, "interaction")]
     for module in model.modules():
         owners: Iterable[dict] = (module._modules, module._parameters, module._buffers)
         places += [(owner, key) for owner in owners for key in owner]
+        places += size_places(module)
     try:
         return PlaceWatch(places)
     except ValueError as error:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mprec._native import PathProgram, WeightWatch
 from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError, PathCompileError
-from mprec.layers import size_places
+from mprec.layers import does_more, size_places
 from mprec.models.dlrm import DLRM
 from mprec.names import ACTIVATIONS, MODES
 from mprec.nn import (
@@ -57,9 +57,10 @@ class CompiledPath:
     """What :func:`mprec.compile_path` returns for a model on the CPU. Safe for concurrent calls, which
     release the interpreter lock.
 
-    Scores differ from the model's by the rounding of ``precision``. Forward hooks that are registered later
-    are not run. A call that the native code does not take goes to the model: it serves that call (IDs of
-    other integer types, strided rows), or raises what it raises for such an input.
+    Scores differ from the model's by the rounding of ``precision``. Once a module of the model has a hook or
+    a forward pass of its own, calls go to the model, until it has none any more. So does a call that the
+    native code does not take: the model serves it (IDs of other integer types, strided rows), or raises what
+    it raises for such an input.
 
     Attributes:
         model, precision: as given.
@@ -135,6 +136,7 @@ class CompiledPath:
 def _pack(model: nn.Module, precision: str) -> PathProgram:
     check_model(model)
     places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
+    places += [place for module in model.modules() for place in size_places(module)]
     places += [(model._buffers, "_mixing"), (model.__dict__, "interaction")]
     bottom = constant = None
     if model.bottom is None:
@@ -191,6 +193,8 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise PathCompileError(f"{name or 'model'}: has forward hooks, which a native call does not run")
+        if "forward" in module.__dict__:
+            raise PathCompileError(f"{name or 'model'}: has a forward pass of its own")
 
 
 def _dense(tensor: Tensor, name: str) -> Tensor:
@@ -263,16 +267,22 @@ def _embeddings(
             )
             places.append((modules, name))
             module, projection = modules[name], None
+            _check_read(module, where)
             if each is LOW_RANK:
                 places += [(module._modules, "rows"), (module._modules, "projection")]
                 places.append((module.projection._parameters, "weight"))
+                if type(module.projection) is not nn.Linear or module.projection.bias is not None:
+                    raise PathCompileError(f"{where}.projection: expected a torch.nn.Linear without bias")
                 weight = _dense(module.projection.weight, f"{where}.projection")
                 module, projection = module.rows, (weight.T.contiguous(), None)
+                _check_read(module, f"{where}.rows")
             if isinstance(module, QuantizedTable):
                 if not module.rows.is_cpu:
                     raise PathCompileError(f"{where}: expected rows on the CPU")
                 rows = _Table(module._buffers, "rows", i, part, mode, module.bits)
             else:
+                if "weight" not in module._parameters:
+                    raise PathCompileError(f"{where}: its weight is parametrised, or not its own")
                 _dense(module._parameters["weight"], where)
                 rows = _Table(module._parameters, "weight", i, part, mode)
             tables.append(rows._replace(projection=projection))
@@ -281,10 +291,16 @@ def _embeddings(
             part += 1 if projection else max(1, feature.embedding_dim // dim)
         if feature.has_dhe:
             places.append((collection.dhe._modules, name))
+            _check_read(collection.dhe._modules[name], f"embeddings.dhe.{name}")
             precision = collection.decoder_precision[name] if quantised else "float32"
             decoders.append((_stack(collection.dhe._modules[name], name, precision, places), i, part, mode))
             part += 1
     return tables, decoders, part
+
+
+def _check_read(member: nn.Module, name: str) -> None:
+    if does_more(member):
+        raise PathCompileError(f"{name}: does more than look up by its weights: it has to be called")
 
 
 def _codes(collection: LowRankEmbeddingBagCollection, places: list) -> list[_Table]:
