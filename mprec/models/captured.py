@@ -226,13 +226,13 @@ class _Captured:
         self._features, self._filled = len(model.embeddings.features), 0
         whole = {"dtype": torch.int64, "device": device}
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            self._dense = torch.zeros(samples, model.num_dense, device=device)
+            self._dense = torch.zeros(samples, model.num_dense, device=device, dtype=torch.float32)
             self._indices = torch.zeros(ids, **whole)
             self._offsets = torch.zeros(self._features * samples + 1, **whole)
             self._count = torch.zeros(1, **whole)
             bag = torch.arange(self._features * samples + 1, **whole)
             self._feature, self._sample = bag // samples, bag % samples
-            self.scores = torch.zeros(samples, device=device)
+            self.scores = torch.zeros(samples, device=device, dtype=torch.float32)
             self.replay = graphs.capture(self._score)
 
     def _score(self) -> None:

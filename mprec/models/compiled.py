@@ -222,7 +222,7 @@ def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list
                 raise PathCompileError(f"{name}[{position}]: has a forward pass of its own")
             weights.append(_dense(layer.weight, f"{name}[{position}].weight"))
             if layer.bias is None:
-                biases.append(torch.zeros(layer.out_features))
+                biases.append(torch.zeros(layer.out_features, dtype=torch.float32))
             else:
                 biases.append(_dense(layer.bias, f"{name}[{position}].bias"))
             activations.append(ACTIVATIONS["none"])

@@ -181,7 +181,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
         self.train(collection.training)
 
     def _apply(self, fn, recurse=True):
-        converted = fn(torch.empty(0))
+        converted = fn(torch.empty(0, dtype=torch.float32))
         if converted.dtype != torch.float32 or converted.device.type not in ("cpu", "cuda"):
             raise TypeError(
                 "a quantised collection keeps its precisions, on the CPU or CUDA: convert the collection it "
