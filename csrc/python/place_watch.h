@@ -25,8 +25,13 @@ class PlaceWatch {
       }
       PyObject* const object = PyDict_GetItemWithError(dict.ptr(), key->ptr());
       if (!object) throw pybind11::key_error(message("places: no '", std::string(*key), "'"));
-      Place place{dict, *key,           pybind11::reinterpret_borrow<pybind11::object>(object),
-                  {},   layout(object), dict.size()};
+      Place place{dict,
+                  *key,
+                  pybind11::reinterpret_borrow<pybind11::object>(object),
+                  {},
+                  layout(object),
+                  dict.size(),
+                  Py_TYPE(object)};
       if (place.layout) place.storage = place.object.attr("detach")();
       places_.push_back(std::move(place));
     }
@@ -37,7 +42,8 @@ class PlaceWatch {
       if (PyDict_GET_SIZE(dict.ptr()) != size) return true;
     for (const Place& p : places_) {
       PyObject* const object = PyDict_GetItemWithError(p.dict.ptr(), p.key.ptr());
-      if (object != p.object.ptr() || static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size)
+      if (object != p.object.ptr() || Py_TYPE(object) != p.type ||
+          static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size)
         return true;
       if (p.layout && moved(object, *p.layout)) return true;
     }
@@ -59,6 +65,7 @@ class PlaceWatch {
     pybind11::object object, storage;
     std::optional<Layout> layout;  // of a tensor
     size_t size;
+    PyTypeObject* type;  // of the object. Not owned: compared alone
   };
   std::vector<Place> places_;
   std::vector<std::pair<pybind11::dict, Py_ssize_t>> sizes_;

@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from mprec._native import PlaceWatch
 from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError, PathCompileError
-from mprec.layers import size_places
+from mprec.layers import does_more, size_places
 from mprec.models.compiled import check_model, check_precision
+from mprec.representations import PARTS
+from mprec.representations.deep_hash import DeepHashEmbeddingBag
 
 __all__ = ["BUCKETS", "CapturedPath"]
 
 #: Samples of the buckets.
 BUCKETS = tuple(2**i for i in range(13))  # 1 to 4096
 _MOST_IDS = 64  # of a bucket, for each bag
+_READ = "rows", "projection", "hot", "rest"  # parts of members that are read
 
 
 class Graphs(Protocol):
@@ -256,6 +259,11 @@ class _Captured:
 def check_on_one_device(model: nn.Module) -> torch.device:
     """Where the model is. ``PathCompileError``: not captured, and why."""
     check_model(model)
+    for name, member in members_of(model.embeddings):
+        if does_more(member) or (isinstance(member, DeepHashEmbeddingBag) and member.runs_layers()):
+            raise PathCompileError(
+                f"embeddings: {name} has to be called for its bags alone, which waits for them"
+            )
     dense = [model.top] if model.bottom is None else [model.bottom, model.top]
     for parameter in (parameter for part in dense for parameter in part.parameters()):
         if parameter.dtype is not torch.float32:
@@ -264,6 +272,14 @@ def check_on_one_device(model: nn.Module) -> torch.device:
     if len(devices) != 1:
         raise PathCompileError(f"model: expected all weights on one device, got {', '.join(devices)}")
     return torch.device(devices[0])
+
+
+def members_of(collection: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """What a collection reads in place of calling it, by name."""
+    for part in PARTS:
+        for feature, member in getattr(collection._modules.get(part.container), "_modules", {}).items():
+            parts = [member, *(member._modules[name] for name in _READ if name in member._modules)]
+            yield from ((f"{part.container}.{feature}", each) for each in parts)
 
 
 def watch_of(model: nn.Module) -> PlaceWatch:

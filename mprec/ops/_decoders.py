@@ -168,7 +168,12 @@ def group_decoders(
     """
     kept = _groups.get(owner)
     found = None if kept is None else kept.get(group)
-    if found is not None and found[0] == modules and not found[1].changed(ids):
+    if (
+        found is not None
+        and found[0] == modules
+        and found[3] == list(map(type, modules))
+        and not found[1].changed(ids)
+    ):
         return found[2]
     precisions = ["float32"] * len(modules) if precisions is None else precisions
     if any(does_more(module) or module.runs_layers() for module in modules):
@@ -183,7 +188,7 @@ def group_decoders(
         for stack, p in zip(stacks, precisions, strict=True)
     ]
     if watch is not None:
-        _groups.setdefault(owner, {})[group] = list(modules), watch, handles
+        _groups.setdefault(owner, {})[group] = list(modules), watch, handles, list(map(type, modules))
     return handles
 
 
