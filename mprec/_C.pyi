@@ -230,6 +230,7 @@ class TableGroup:
         columns: Any,
         features: Any,
         num_features: Any,
+        module_types: Any,
     ) -> None: ...
 
 class Ticket:

@@ -1,12 +1,82 @@
-"""Linear layers whose weights may be read in place of calling them."""
+"""Modules whose weights may be read in place of calling them: linear layers, and members of collections."""
 
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["recompute", "run_as_modules", "size_places"]
+__all__ = [
+    "call",
+    "does_more",
+    "read_by_collections",
+    "recompute",
+    "refuse_more",
+    "run_as_modules",
+    "size_places",
+]
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+# Attributes of torch's embeddings that change what a look-up gives, and what they are where it is plain.
+_PLAIN = ("max_norm", None), ("padding_idx", None), ("scale_grad_by_freq", False)
+# Forward passes that read the weights and no more. The first is that of modules that are never called.
+_READ: list[Any] = [nn.Module.forward, nn.EmbeddingBag.forward, nn.Embedding.forward, nn.Linear.forward]
+_M = TypeVar("_M", bound=type[nn.Module])
+
+
+def read_by_collections(kind: _M) -> _M:
+    """Declares a class whose weights say all that its forward pass does."""
+    _READ.append(kind.forward)
+    return kind
+
+
+def does_more(member: nn.Module) -> bool:
+    """Whether a member of a collection does more than look up by its weights, without padding or bounds: it
+    has hooks, a forward pass of its own, or such options. Collections call it then. Its ``mode`` is not read:
+    the feature's counts.
+    """
+    own = member.__dict__
+    return (
+        not any(type(member).forward is forward for forward in _READ)
+        or "forward" in own
+        or any(own.get(kind) for kind in _HOOKS)
+        or any(own.get(name, plain) not in (None, plain) for name, plain in _PLAIN)
+    )
+
+
+def call(member: nn.Module, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    """The pooled vectors ``[B, D]`` of bags of one feature, whose ``offsets`` ``[B + 1]`` end with the number
+    of IDs, by calling the member.
+
+    Raises:
+        TypeError: it has no forward pass, so that nothing would run its hooks.
+        ValueError: what it returns is not of B rows.
+    """
+    refuse_uncallable(member)
+    bags = len(offsets) - 1
+    if not getattr(member, "include_last_offset", True):
+        offsets = offsets[:-1]
+    out = member(ids, offsets) if weights is None else member(ids, offsets, weights)
+    if out.dim() != 2 or out.shape[0] != bags:
+        raise ValueError(f"{type(member).__name__}: expected it to return [{bags}, D], got {list(out.shape)}")
+    return out
+
+
+def refuse_uncallable(member: nn.Module) -> None:
+    """``TypeError`` for a module without a forward pass."""
+    if type(member).forward is nn.Module.forward and "forward" not in member.__dict__:
+        raise TypeError(
+            f"{type(member).__name__}: expected no hooks and no other options, because collections read it "
+            "and never call it, got some; a hook may stand on the collection, or on a module that is called"
+        )
+
+
+def refuse_more(member: nn.Module, name: str) -> None:
+    """``TypeError`` for a member whose weights, which are to be converted, do not say all that it does."""
+    if does_more(member):
+        raise TypeError(
+            f"{name}: expected a module without hooks or a forward pass of its own, whose weights say all "
+            f"that it does, got {type(member).__name__} with more than that"
+        )
 
 
 def run_as_modules(layers: Iterable[nn.Module]) -> bool:

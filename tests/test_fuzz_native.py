@@ -820,6 +820,7 @@ def table_group(draw, guard: Guard):
         "columns": draw(st.sampled_from([None, [2 * t for t in range(len(names))]])),
         "features": [draw(st.integers(0, 5)) for _ in names] if named else None,
         "num_features": 6 if named else len(names),
+        "module_types": draw(st.sampled_from([(torch.nn.Linear,), (torch.nn.EmbeddingBag, torch.nn.Linear)])),
     }
 
 

@@ -87,3 +87,9 @@ def test_small_or_given_or_elsewhere_tables_are_torchs():
     half = mprec.nn.EmbeddingBag(100, 8, dtype=torch.float16, huge_pages=True)
     assert half.weight.dtype == torch.float16
     assert half.weight.data_ptr() % huge_pages.PAGE == 0
+
+
+@pytest.mark.parametrize("kind", [mprec.nn.EmbeddingBag, mprec.nn.Embedding])
+def test_a_table_beyond_all_memory_is_torchs_error(kind):
+    with pytest.raises(RuntimeError):
+        kind(2**40, 2**20)

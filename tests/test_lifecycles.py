@@ -8,8 +8,10 @@ import io
 
 import pytest
 import torch
+import torch.package
 import torch.utils.checkpoint
 from test_exporters import DHE, FEATURES, SERVING, batch, dlrm, hybrid, multi_path
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.export import Dim
 
 import mprec.optim
@@ -270,3 +272,27 @@ def test_compiled_ahead_of_time_for_any_batch(name, tmp_path):
         loaded = torch._inductor.aoti_load_package(package)
         for arguments in (example, other):
             torch.testing.assert_close(loaded(*arguments), module(*arguments))
+
+
+@every
+def test_packaged_and_loaded(name):
+    module, arguments, *_ = make(name)
+    file = io.BytesIO()
+    with torch.package.PackageExporter(file) as package:
+        package.extern(["mprec.**", "torch.**", "numpy.**"])
+        package.save_pickle("made", "module.pkl", module)
+    file.seek(0)
+    loaded = torch.package.PackageImporter(file).load_pickle("made", "module.pkl")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(*arguments), module(*arguments))
+
+
+@every
+def test_states_of_distributed_checkpoints(name):
+    module, arguments, *_ = make(name)
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        set_model_state_dict(other, get_model_state_dict(module))
+        torch.testing.assert_close(other(*arguments), module(*arguments))

@@ -141,3 +141,19 @@ def test_what_does_not_fit_is_refused():
         collection(tables=wrong)
     with pytest.raises(TypeError, match="low-rank tables keep their precision"):
         collection(rank=2).half()
+
+
+@pytest.mark.parametrize(
+    ("precision", "number", "message"),
+    [
+        ("float16", 7e4, "'item': float16 holds numbers up to 65504"),
+        ("int8", float("inf"), "'item': precision: int8 is for finite codes"),
+        ("int8", float("nan"), "'item': precision: int8 is for finite codes"),
+    ],
+)
+def test_codes_that_a_precision_cannot_hold_are_refused(precision, number, message):
+    made = tables()
+    made["item"].codes[3, 1] = number
+    with pytest.raises(ValueError, match=message):
+        LowRankEmbeddingBagCollection(FEATURES, made, precision=precision)
+    assert LowRankEmbeddingBagCollection(FEATURES, made).codes.dtype == torch.float32

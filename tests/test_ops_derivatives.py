@@ -8,8 +8,18 @@ import torch.nn.functional as F
 import mprec.nn
 from mprec import ops, reference
 from mprec.errors import IdOutOfRangeError
+from mprec.models import DLRM
 from mprec.names import MODES
-from mprec.nn import DeepHashEmbeddingBag, DheConfig, EmbeddingBag, EmbeddingBagCollection, FeatureConfig
+from mprec.nn import (
+    MLP,
+    DeepHashEmbeddingBag,
+    DheConfig,
+    DotInteraction,
+    EmbeddingBag,
+    EmbeddingBagCollection,
+    FeatureConfig,
+    LowRankEmbeddingBagCollection,
+)
 
 IDS, OFFSETS = torch.tensor([0, 1, 1, 4, 2, 3]), torch.tensor([0, 2, 2, 5])
 modes = pytest.mark.parametrize("mode", MODES)
@@ -327,7 +337,20 @@ def test_the_default_dtype_does_not_matter(default):
             assert cached(torch.arange(6).view(2, 3)).dtype == torch.float32
             assert torch.equal(collection(*batch), trained)
             quantized = mprec.nn.QuantizedEmbeddingBagCollection(collection)
-            assert quantized(*batch).dtype == torch.float32
+            assert quantized.to("cpu")(*batch).dtype == torch.float32
+            codes = LowRankEmbeddingBagCollection([FeatureConfig("a", 5, 3)], rank=2).to("cpu")
+            assert codes(torch.tensor([1]), torch.tensor([0, 1])).dtype == torch.float32
+        like = {"dtype": torch.float32}
+        assert MLP([3, 4, 1], **like)(torch.randn(2, 3, **like)).dtype == torch.float32
+        first = torch.randn(2, 3, **like).requires_grad_()
+        products = DotInteraction()(first, torch.randn(2, 2, 3, **like))
+        products.sum().backward()
+        assert products.dtype == first.grad.dtype == torch.float32
+        path = DLRM([FeatureConfig("a", 5, 3)], 2, 3, (4,), (4,)).float()
+        path.top[0].bias = None
+        inputs = torch.randn(2, 2, **like), torch.tensor([1, 2]), torch.arange(3)
+        with torch.no_grad():
+            close(mprec.compile_path(path)(*inputs), path(*inputs).sigmoid())
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -17,6 +17,7 @@ from mprec.errors import InvalidOffsetsError
 from mprec.names import MODES
 from mprec.nn import (
     DheConfig,
+    EmbeddingBag,
     EmbeddingBagCollection,
     FeatureConfig,
     QuantizedEmbeddingBagCollection,
@@ -341,6 +342,7 @@ ARGUMENTS = {
     "columns": None,
     "features": None,
     "num_features": 2,
+    "module_types": (EmbeddingBag,),
 }
 
 
@@ -357,6 +359,7 @@ ARGUMENTS = {
         ("columns", [0, -4], ValueError, r"columns\[1\]: expected >= 0, got -4"),
         ("features", [0, 2], ValueError, r"features\[1\]: expected <= 1, got 2"),
         ("num_features", 3, ValueError, "num_features: expected 2 without features, got 3"),
+        ("module_types", EmbeddingBag, TypeError, "module_types: expected a tuple, got type"),
     ],
 )
 def test_a_group_says_what_is_wrong(argument, value, error, message):

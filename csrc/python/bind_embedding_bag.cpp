@@ -188,15 +188,17 @@ void bind_embedding_bag(py::module_& m) {
                          "Tables modules[name].owner[key] that one call pools, and where they were found.")
       .def(
           py::init([](py::tuple names, py::object owner, py::object key, py::object type, py::object bits,
-                      py::object mode, py::object columns, py::object features, py::object num_features) {
-            return std::make_unique<TableGroup>(
-                py::make_tuple(names, owner, key, type, bits, mode, columns, features, num_features));
+                      py::object mode, py::object columns, py::object features, py::object num_features,
+                      py::object module_types) {
+            return std::make_unique<TableGroup>(py::make_tuple(names, owner, key, type, bits, mode, columns,
+                                                               features, num_features, module_types));
           }),
           py::arg("names"), py::arg("owner"), py::arg("key"), py::arg("type"), py::arg("bits"),
           py::arg("mode"), py::arg("columns"), py::arg("features"), py::arg("num_features"),
+          py::arg("module_types"),
           "bits: the module's attribute with the code of its rows' format, or None. columns: of `out`, where "
           "each table's begin (None: side by side). features: of the batch's num_features, that of each "
-          "table (None: all, in order).")
+          "table (None: all, in order). module_types: a tuple of the types whose tables may be read.")
       .def(
           py::pickle([](const TableGroup& g) { return g.arguments(); },
                      [](py::tuple arguments) { return std::make_unique<TableGroup>(std::move(arguments)); }));

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "python/hooks.h"
 #include "python/tensor.h"
 
 namespace mprec::python {
@@ -163,7 +164,8 @@ class TensorMark {
   pybind11::object storage_;
 };
 
-// Remembers what stood at some places in modules' dicts: tensors, with their contents, or modules. A place is
+// Remembers what stood at some places in modules' dicts: tensors, with their contents, or modules, with their
+// types, which may be given another (`module.__class__ = ...`). A place is
 // also taken for changed when its dict has grown or shrunk. A place whose key is None is its dict's size
 // alone.
 class WeightWatch {
@@ -178,7 +180,9 @@ class WeightWatch {
       }
       PyObject* object = PyDict_GetItemWithError(dict.ptr(), key->ptr());
       if (!object) throw NotTaken(NotTaken::value, message("places: no '", std::string(*key), "'"));
-      Place place{dict, *key, pybind11::reinterpret_borrow<pybind11::object>(object), dict.size(), {}};
+      Place place{
+          dict, *key, pybind11::reinterpret_borrow<pybind11::object>(object), dict.size(), Py_TYPE(object),
+          {}};
       if (TensorMark::is_torch(object)) place.mark.emplace_back(object, blocks);
       places_.push_back(std::move(place));
     }
@@ -201,7 +205,8 @@ class WeightWatch {
     }
     for (const Place& p : places_) {
       PyObject* object = PyDict_GetItemWithError(p.dict.ptr(), p.key.ptr());
-      if (object != p.object.ptr() || static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size)
+      if (object != p.object.ptr() || Py_TYPE(object) != p.type ||
+          static_cast<size_t>(PyDict_GET_SIZE(p.dict.ptr())) != p.size)
         return true;
       if (!p.mark.empty() && !p.mark[0].matches(object, share)) return true;
     }
@@ -217,6 +222,7 @@ class WeightWatch {
     pybind11::str key;
     pybind11::object object;
     size_t size;
+    PyTypeObject* type;            // of the object. Not owned: compared alone
     std::vector<TensorMark> mark;  // one, of a tensor
   };
   using Sizes = std::vector<std::pair<pybind11::dict, size_t>>;
@@ -224,16 +230,6 @@ class WeightWatch {
     for (const auto& [dict, size] : sizes)
       if (static_cast<size_t>(PyDict_GET_SIZE(dict.ptr())) != size) return true;
     return false;
-  }
-  // The number that torch gives to the next hook, of whatever object: while it is the same, no dict of hooks
-  // has grown. Each number is an object of its own, which `seen_` keeps. Borrowed.
-  static PyObject* latest_hook() {
-    static PyObject* const handle =
-        pybind11::object(pybind11::module_::import("torch.utils.hooks").attr("RemovableHandle"))
-            .release()
-            .ptr();
-    static PyObject* const key = PyUnicode_InternFromString("next_id");
-    return PyDict_GetItemWithError(reinterpret_cast<PyTypeObject*>(handle)->tp_dict, key);
   }
   static long& epoch() {  // guarded by the GIL
     static long count = 0;

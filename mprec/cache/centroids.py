@@ -57,7 +57,7 @@ class CentroidEmbeddingBag(nn.Module):
         if not len(ids):
             raise ValueError("ids: expected at least one")
         self.bag, self.layer = bag, layer
-        weights = torch.ones(len(ids)) if weights is None else weights
+        weights = torch.ones(len(ids), dtype=torch.float32) if weights is None else weights
         with torch.no_grad():
             values = self._intermediate(ids)
             self.centroids = centroids_of(values, weights.double(), seed)

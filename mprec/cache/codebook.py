@@ -204,7 +204,7 @@ class CodebookEmbeddingBag(nn.Module):
             known = self._ids[place] == ids
         if bool(known.all()):
             return self.codebook.rows(place)
-        rows = torch.empty(len(ids), self.bag.embedding_dim)
+        rows = torch.empty(len(ids), self.bag.embedding_dim, dtype=torch.float32)
         rows[known] = self.codebook.rows(place[known])
         rows[~known] = decode(self.bag, ids[~known])
         return rows

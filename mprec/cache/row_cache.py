@@ -76,7 +76,7 @@ class CachedDeepHashEmbeddingBag(Cached, DeepHashEmbeddingBag):
         self.register_buffer("coefficients", bag.coefficients)
         self.decoder = bag.decoder
         # Under a name of its own: nn.Module would register the bag as a child.
-        self._rows = [Rows({"": self}, {"": nbytes}, [0], [0], 1, admit, watch, _book(codebook))]
+        self._rows = [Rows({"": self}, [""], {"": nbytes}, [0], [0], 1, admit, watch, _book(codebook))]
 
     def _forward_direct(self, bags: Bags) -> Tensor | None:
         return self._rows[0].forward(bags, self.num_embeddings, None)
@@ -158,7 +158,8 @@ class CachedEmbeddingBagCollection(Cached, EmbeddingBagCollection):
                 raise ValueError(f"nbytes: {nbytes} is too little for a cache of any feature")
         self._rows = [
             Rows(
-                {name: self.dhe._modules[name] for name in group.names},
+                self.dhe._modules,
+                group.names,
                 budgets,
                 group.features,
                 group.columns,

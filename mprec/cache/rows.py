@@ -11,8 +11,9 @@ from mprec._native import CachedDecoders, RowCache, WeightWatch
 from mprec.bags import Bags
 from mprec.cache.budget import Counts, hottest
 from mprec.cache.codebook import Codebook
+from mprec.layers import does_more
 from mprec.nn import DeepHashEmbeddingBag
-from mprec.ops._decoders import Decoder, clear_decoders, packable, packed_decoder, places_of
+from mprec.ops._decoders import Decoder, clear_decoders, packable, packed_decoder, places_of, places_of_member
 from mprec.ops.pooling import decode, try_cached
 
 __all__ = ["CacheStats", "Cached", "RowStats", "Rows"]
@@ -72,7 +73,8 @@ class Rows:
 
     def __init__(
         self,
-        modules: Mapping[str, DeepHashEmbeddingBag],
+        members: dict[str, DeepHashEmbeddingBag],
+        names: Sequence[str],
         budgets: Mapping[str, int],
         positions: Sequence[int],
         columns: Sequence[int],
@@ -81,7 +83,7 @@ class Rows:
         watch: bool,
         codebooks: Mapping[str, Codebook],
     ) -> None:
-        self.modules = modules
+        self._members, self._names = members, tuple(names)
         self.admit = admit
         self._codebooks = codebooks
         self._budgets = dict(budgets)
@@ -89,6 +91,11 @@ class Rows:
         self._watches = watch
         self._reset()
         self._bind(None)  # codebooks are those of the weights as they are now
+
+    @property
+    def modules(self) -> dict[str, DeepHashEmbeddingBag]:
+        """By feature, as they are now."""
+        return {name: self._members[name] for name in self._names}
 
     def _reset(self) -> None:
         self.caches: dict[str, RowCache | None] = {}
@@ -144,19 +151,22 @@ class Rows:
             if self._native is not stale:
                 return self._native  # another thread did
             # The watch first: a change while the decoders are packed must not be missed.
-            places = [place for module in self.modules.values() for place in places_of(module)]
-            watch = WeightWatch.of(places) if self._watches else None
-            stacks = [module.stack() for module in self.modules.values()]
+            modules = self.modules
+            # Those that do more than their weights say have no rows to keep: they are called. Hooks of a
+            # module that has this cache itself, under no name, run around this.
+            called = any((name and does_more(m)) or m.runs_layers() for name, m in modules.items())
+            watch = WeightWatch.of(self._places()) if self._watches and not called else None
+            stacks = [] if called else [module.stack() for module in modules.values()]
             if stale is not None:
                 for key, value in stale.stats().items():
                     self._past[key] += value
                 self._codebooks = {}  # of past weights
-            if (self._watches and watch is None) or not all(packable(*stack) for stack in stacks):
+            if called or (self._watches and watch is None) or not all(packable(*stack) for stack in stacks):
                 self._native = None
                 return None
             handles = []
             with torch.no_grad():
-                for module, stack in zip(self.modules.values(), stacks, strict=True):
+                for module, stack in zip(modules.values(), stacks, strict=True):
                     kind = module.config
                     handles.append(
                         packed_decoder(
@@ -168,12 +178,12 @@ class Rows:
                     name: RowCache(module.embedding_dim, self._budgets[name])
                     if self._budgets.get(name)
                     else None
-                    for name, module in self.modules.items()
+                    for name, module in modules.items()
                 }
             for cache in self.caches.values():
                 if cache is not None:
                     cache.invalidate()
-            books = [self._codebooks.get(name) for name in self.modules]
+            books = [self._codebooks.get(name) for name in modules]
             self._native = CachedDecoders(
                 handles,
                 list(self.caches.values()),
@@ -181,8 +191,15 @@ class Rows:
                 watch,
                 [None if book is None else (book.codes, book.centroids) for book in books],
             )
-            self._handles = dict(zip(self.modules, handles, strict=True))
+            self._handles = dict(zip(modules, handles, strict=True))
             return self._native
+
+    def _places(self) -> list[tuple[dict, str | None]]:
+        places: list[tuple[dict, str | None]] = []
+        for name, module in self.modules.items():
+            places.append((self._members, name))
+            places += places_of_member(module) if name else places_of(module)
+        return places
 
     def invalidate(self) -> None:
         """After :func:`clear_decoders`."""

@@ -22,13 +22,17 @@ from torch import Tensor, nn
 from mprec._native import PlaceWatch
 from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError, PathCompileError
+from mprec.layers import does_more, size_places
 from mprec.models.compiled import check_model, check_precision
+from mprec.representations import PARTS
+from mprec.representations.deep_hash import DeepHashEmbeddingBag
 
 __all__ = ["BUCKETS", "CapturedPath"]
 
 #: Samples of the buckets.
 BUCKETS = tuple(2**i for i in range(13))  # 1 to 4096
 _MOST_IDS = 64  # of a bucket, for each bag
+_READ = "rows", "projection", "hot", "rest"  # parts of members that are read
 
 
 class Graphs(Protocol):
@@ -57,9 +61,9 @@ class CapturedPath:
     the graphs are captured anew.
 
     A batch goes to the model itself, as if there were no graphs: in training mode, if it is larger than the
-    last bucket or has more than 64 IDs a bag, if its tensors are in a form that the graphs do not take, and
-    if its bucket could not be captured, of which ``reasons`` and a warning say why. Forward hooks that are
-    registered later are not run by graphs.
+    last bucket or has more than 64 IDs a bag, if its tensors are in a form that the graphs do not take, once
+    a module of the model has got a hook or a forward pass of its own, and if its bucket could not be
+    captured, of which ``reasons`` and a warning say why.
 
     Attributes:
         model, precision: as given.
@@ -225,13 +229,13 @@ class _Captured:
         self._features, self._filled = len(model.embeddings.features), 0
         whole = {"dtype": torch.int64, "device": device}
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            self._dense = torch.zeros(samples, model.num_dense, device=device)
+            self._dense = torch.zeros(samples, model.num_dense, device=device, dtype=torch.float32)
             self._indices = torch.zeros(ids, **whole)
             self._offsets = torch.zeros(self._features * samples + 1, **whole)
             self._count = torch.zeros(1, **whole)
             bag = torch.arange(self._features * samples + 1, **whole)
             self._feature, self._sample = bag // samples, bag % samples
-            self.scores = torch.zeros(samples, device=device)
+            self.scores = torch.zeros(samples, device=device, dtype=torch.float32)
             self.replay = graphs.capture(self._score)
 
     def _score(self) -> None:
@@ -255,6 +259,11 @@ class _Captured:
 def check_on_one_device(model: nn.Module) -> torch.device:
     """Where the model is. ``PathCompileError``: not captured, and why."""
     check_model(model)
+    for name, member in members_of(model.embeddings):
+        if does_more(member) or (isinstance(member, DeepHashEmbeddingBag) and member.runs_layers()):
+            raise PathCompileError(
+                f"embeddings: {name} has to be called for its bags alone, which waits for them"
+            )
     dense = [model.top] if model.bottom is None else [model.bottom, model.top]
     for parameter in (parameter for part in dense for parameter in part.parameters()):
         if parameter.dtype is not torch.float32:
@@ -265,12 +274,21 @@ def check_on_one_device(model: nn.Module) -> torch.device:
     return torch.device(devices[0])
 
 
+def members_of(collection: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """What a collection reads in place of calling it, by name."""
+    for part in PARTS:
+        for feature, member in getattr(collection._modules.get(part.container), "_modules", {}).items():
+            parts = [member, *(member._modules[name] for name in _READ if name in member._modules)]
+            yield from ((f"{part.container}.{feature}", each) for each in parts)
+
+
 def watch_of(model: nn.Module) -> PlaceWatch:
-    """Of all places where modules and tensors stand. ``PathCompileError``: one cannot be watched."""
-    places: list[tuple[dict, str]] = [(model.__dict__, "interaction")]
+    """Of all places where modules, tensors and hooks stand. ``PathCompileError``: one cannot be watched."""
+    places: list[tuple[dict, str | None]] = [(model.__dict__, "interaction")]
     for module in model.modules():
         owners: Iterable[dict] = (module._modules, module._parameters, module._buffers)
         places += [(owner, key) for owner in owners for key in owner]
+        places += size_places(module)
     try:
         return PlaceWatch(places)
     except ValueError as error:

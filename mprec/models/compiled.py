@@ -36,9 +36,10 @@ class CompiledPath:
     """What :func:`mprec.compile_path` returns for a model on the CPU. Safe for concurrent calls, which
     release the interpreter lock.
 
-    Scores differ from the model's by the rounding of ``precision``. Forward hooks that are registered later
-    are not run. A call that the native code does not take goes to the model: it serves that call (IDs of
-    other integer types, strided rows), or raises what it raises for such an input.
+    Scores differ from the model's by the rounding of ``precision``. Once a module of the model has a hook or
+    a forward pass of its own, calls go to the model, until it has none any more. So does a call that the
+    native code does not take: the model serves it (IDs of other integer types, strided rows), or raises what
+    it raises for such an input.
 
     Attributes:
         model, precision: as given.
@@ -114,6 +115,7 @@ class CompiledPath:
 def _pack(model: nn.Module, precision: str) -> PathProgram:
     check_model(model)
     places: list[tuple[dict, str]] = [(model._modules, "embeddings"), (model._modules, "top")]
+    places += [place for module in model.modules() for place in size_places(module)]
     places += [(model._buffers, "_mixing"), (model.__dict__, "interaction")]
     bottom = constant = None
     if model.bottom is None:
@@ -168,6 +170,8 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise PathCompileError(f"{name or 'model'}: has forward hooks, which a native call does not run")
+        if "forward" in module.__dict__:
+            raise PathCompileError(f"{name or 'model'}: has a forward pass of its own")
 
 
 def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list[Tensor], list[int]]:
@@ -186,7 +190,7 @@ def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list
                 raise PathCompileError(f"{name}[{position}]: has a forward pass of its own")
             weights.append(dense_weights(layer.weight, f"{name}[{position}].weight"))
             if layer.bias is None:
-                biases.append(torch.zeros(layer.out_features))
+                biases.append(torch.zeros(layer.out_features, dtype=torch.float32))
             else:
                 biases.append(dense_weights(layer.bias, f"{name}[{position}].bias"))
             activations.append(ACTIVATIONS["none"])

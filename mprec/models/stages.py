@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.cache.rows import Rows
 from mprec.errors import PathCompileError
-from mprec.layers import size_places
+from mprec.layers import does_more, size_places
 from mprec.names import MODES
 from mprec.nn import (
     EmbeddingBagCollection,
@@ -117,6 +117,7 @@ class Stages:
                 where = f"embeddings.{part.container}.{feature.name}"
                 self.places.append((modules, feature.name))
                 module = modules[feature.name]
+                _check_read(module, where)
                 if part is TABLE:
                     self._tables.append((self._rows(module, where), at))
                     # Rows may be several parts long: a hybrid's, decoded once. Another width is refused with
@@ -172,17 +173,20 @@ class Stages:
         self._unseen = module
 
     def _rows(self, module: nn.Module, where: str) -> _Table:
+        _check_read(module, where)
         if isinstance(module, QuantizedTable):
             if not module.rows.is_cpu:
                 raise PathCompileError(f"{where}: expected rows on the CPU")
             return _Table(module._buffers, "rows", module.bits)
         if "weight" not in module._parameters:
-            raise PathCompileError(f"{where}: its rows are parametrised")
+            raise PathCompileError(f"{where}: its weight is parametrised, or not its own")
         dense_weights(module._parameters["weight"], where)
         return _Table(module._parameters, "weight")
 
     def _low_rank(self, module: nn.Module, where: str) -> _Table:
         self.places += [(module._modules, "rows"), (module._modules, "projection")]
+        if type(module.projection) is not nn.Linear or module.projection.bias is not None:
+            raise PathCompileError(f"{where}.projection: expected a torch.nn.Linear without bias")
         self.places.append((module.projection._parameters, "weight"))
         weight = dense_weights(module.projection.weight, f"{where}.projection")
         return self._rows(module.rows, where)._replace(projection=(weight.T, None))
@@ -200,6 +204,7 @@ class Stages:
         return _Hot(module.ids.contiguous(), module.num_embeddings, rows, rest)
 
     def _decoder(self, module: nn.Module, where: str, precision: str) -> _Decoder:
+        _check_read(module, where)
         if precision == "float8":
             raise PathCompileError(f"{where}: float8 decoders are for CUDA")
         self.places += [(module.__dict__, "config"), (module._buffers, "coefficients")]
@@ -218,6 +223,11 @@ class Stages:
         return _Decoder(
             (*module.stack(), config.family, config.activation, config.last_activation, precision)
         )
+
+
+def _check_read(member: nn.Module, where: str) -> None:
+    if does_more(member):
+        raise PathCompileError(f"{where}: does more than look up by its weights: it has to be called")
 
 
 def _unseen(module: MeanForUnseen, dim: int) -> list[tuple]:

@@ -18,6 +18,8 @@ from mprec.ops._decoders import group_decoders
 from mprec.options import DEFAULT_OPTIONS, Options, TuningTraits, check_options
 from mprec.representations import DHE, PARTS, REPRESENTATIONS, TABLE, FeatureConfig, Part
 from mprec.representations.dhe import stacks_of
+from mprec.representations.embedding_bag import EmbeddingBag
+from mprec.representations.members import pool_each, some_do_more
 from mprec.tracing import eager
 from mprec.tuning import options_for
 
@@ -75,6 +77,7 @@ class EmbeddingBagCollection(nn.Module):
     has_cache = False  # of rows before the decoders
     # Where a module has its table, of what type it is, and which attribute says of what format its rows are.
     _table_at = "_parameters", "weight", nn.Parameter, None
+    _table_types: tuple[type, ...] = (EmbeddingBag, nn.EmbeddingBag)  # whose rows are read
 
     def __init__(
         self,
@@ -146,7 +149,9 @@ class EmbeddingBagCollection(nn.Module):
             tables = None
             if part is TABLE:
                 at = None if alone else columns
-                tables = TableGroup(names, *self._table_at, code, at, served, len(self.features))
+                tables = TableGroup(
+                    names, *self._table_at, code, at, served, len(self.features), self._table_types
+                )
             made.append(_Group(part, names, positions, columns, served, alone, mode, code, kind, tables))
         return made
 
@@ -230,14 +235,16 @@ class EmbeddingBagCollection(nn.Module):
                 out[:, column : column + part.shape[1]] = part
         return out
 
-    def _dtype(self) -> torch.dtype:
+    def _dtype(self) -> torch.dtype | None:
+        """Of the output; None where no table of the collection's own says it."""
         if self._table_groups:
             modules = self._modules["tables"]._modules
-            return modules[self._table_groups[0].names[0]]._parameters["weight"].dtype
+            weight = modules[self._table_groups[0].names[0]]._parameters.get("weight")
+            return None if weight is None else weight.dtype  # parametrised, or an adapter
         if not self._dhe_groups:
             group = self._other_groups[0]
             return group.part.dtype(self._members(group.part)[group.names[0]])
-        return self._modules["dhe"]._modules[self._dhe_groups[0].names[0]].weight_dtype
+        return getattr(self._modules["dhe"]._modules[self._dhe_groups[0].names[0]], "weight_dtype", None)
 
     def _run_tables(self, group: _Group, batch: Bags, out, options) -> Tensor | None:
         """One group's pooled rows into its columns of ``out``; None if native code does not take them."""
@@ -287,9 +294,10 @@ class EmbeddingBagCollection(nn.Module):
 
     def _embed_tables(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled rows by its operator."""
-        modules = self.tables._modules
-        weights = [modules[name].weight for name in group.names]
-        return pooling.pool_tables(weights, group.bags(batch), self.sparse)
+        members, bags = [self.tables._modules[name] for name in group.names], group.bags(batch)
+        if some_do_more(members):
+            return pool_each(members, bags, lambda m, own: pooling.pool_tables([m.weight], own, self.sparse))
+        return pooling.pool_tables([member.weight for member in members], bags, self.sparse)
 
     def _embed_decoders(self, group: _Group, batch: Bags) -> Tensor:
         """One group's pooled vectors by its operator."""

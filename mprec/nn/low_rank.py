@@ -17,6 +17,7 @@ from mprec import ops
 from mprec.bags import Bags
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.mapped import pooled_ones
+from mprec.ops._decoders import check_float16
 from mprec.representations import FeatureConfig
 from mprec.tracing import eager
 
@@ -81,8 +82,8 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
         count, rows = len(self.features), sum(f.num_embeddings for f in self.features)
         self.register_buffer("_starts", self._first_rows().to(torch.empty(0).device), persistent=False)
         self.register_buffer("codes", torch.zeros(rows, rank, dtype=getattr(torch, precision)))
-        self.register_buffer("projections", torch.zeros(count, rank, dim))
-        self.register_buffer("biases", torch.zeros(count, dim))
+        self.register_buffer("projections", torch.zeros(count, rank, dim, dtype=torch.float32))
+        self.register_buffer("biases", torch.zeros(count, dim, dtype=torch.float32))
         for t, f in enumerate(self.features if tables is not None else ()):
             limit = None if limits is None else limits[f.name]
             self._fill(t, tables[f.name], limit)
@@ -95,11 +96,17 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
     @torch.no_grad()
     def _fill(self, t: int, table: LowRankTable, limit: Tensor | None) -> None:
         codes, projection = table.codes.float(), table.projection.float()
+        if self.precision == "int8" and not bool(codes.isfinite().all()):
+            raise ValueError(
+                f"tables: feature {self.features[t].name!r}: precision: int8 is for finite codes; got others"
+            )
         if self.precision == "int8":
             limit = codes.abs().amax(0) if limit is None else limit.float()
             scale = torch.where(limit > 0, limit / 127, torch.ones_like(limit))
             codes = (codes / scale).round().clamp(-127, 127)
             projection = scale[:, None] * projection
+        elif self.precision == "float16":
+            check_float16([codes], f"tables: feature {self.features[t].name!r}")
         start = int(self._first_rows()[t])
         self.codes[start : start + len(codes)] = codes.to(self.codes.dtype)
         self.projections[t], self.biases[t] = projection, table.bias
@@ -179,7 +186,7 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
         return self.codes.nbytes + self.projections.nbytes + self.biases.nbytes
 
     def _apply(self, fn, recurse=True):
-        if fn(torch.empty(0)).dtype != torch.float32:
+        if fn(torch.empty(0, dtype=torch.float32)).dtype != torch.float32:
             raise TypeError("low-rank tables keep their precision: convert the tables that they came from")
         was_meta = self._starts.is_meta
         super()._apply(fn, recurse)

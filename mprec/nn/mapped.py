@@ -19,6 +19,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from mprec.layers import refuse_more
 from mprec.names import MODES
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.keyed import embed_alone
@@ -106,6 +107,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
             if part is not TABLE:
                 plain._modules[part.container] = self._modules[part.container]
         for name, linear in self.maps._modules.items():
+            refuse_more(self.tables._modules[name], f"tables: feature {name!r}")
             rows = nn.functional.linear(self.tables._modules[name].weight, linear.weight, linear.bias)
             plain.tables._modules[name].weight = nn.Parameter(rows)
         return plain.train(self.training)

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from mprec import reference
 from mprec.bags import Bags, check_mode, check_ndim
 from mprec.hashing import families_for
+from mprec.layers import does_more, refuse_more
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.ops import pooling
 from mprec.ops._checks import check_same_device
 from mprec.ops._decoders import check_float16, packed_decoder
 from mprec.representations import DHE, PARTS, TABLE
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
+from mprec.representations.low_rank import pool_rows
+from mprec.representations.members import pool_each, some_do_more
 from mprec.row_formats import check_rows, row_format
 from mprec.tensors import plain
 from mprec.tracing import eager
@@ -132,6 +135,7 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
     """
 
     _table_at = "_buffers", "rows", Tensor, "bits"
+    _table_types = (QuantizedTable,)
 
     def __init__(
         self,
@@ -166,14 +170,18 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
                 module = collection._members(part)[f.name]
                 quantise = partial(QuantizedTable, precision=self.table_precision.get(f.name, "float32"))
                 try:
-                    made = quantise(module.weight) if part is TABLE else part.quantised(module, quantise)
+                    if part is TABLE:
+                        refuse_more(module, f"tables: feature {f.name!r}")
+                        made = quantise(module.weight)
+                    else:
+                        made = part.quantised(module, quantise)
                     self._members(part)[f.name] = made
                 except ValueError as error:
                     raise ValueError(f"tables: feature {f.name!r}: {error}") from None
         self.train(collection.training)
 
     def _apply(self, fn, recurse=True):
-        converted = fn(torch.empty(0))
+        converted = fn(torch.empty(0, dtype=torch.float32))
         if converted.dtype != torch.float32 or converted.device.type not in ("cpu", "cuda"):
             raise TypeError(
                 "a quantised collection keeps its precisions, on the CPU or CUDA: convert the collection it "
@@ -228,8 +236,10 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
 
     def _embed_tables(self, group, batch: Bags) -> Tensor:
         tables = [self.tables._modules[name] for name in group.names]
-        rows, bits = [table.rows for table in tables], [table.bits for table in tables]
-        return pooling.pool_quantised(rows, bits, group.bags(batch))
+        bags = group.bags(batch)
+        if some_do_more(tables):
+            return pool_each(tables, bags, lambda table, own: pool_rows([table], own, False))
+        return pool_rows(tables, bags, False)
 
     def _embed_decoders(self, group, batch: Bags) -> Tensor:
         precisions, scaled = self._precisions(group), self._in_float8(group.names[0])
@@ -256,6 +266,8 @@ class QuantizedEmbeddingBagCollection(EmbeddingBagCollection):
             check_mode(group.mode_code, batch.per_sample_weights)
         pooled = self._forward_direct(batch)
         if pooled is None:
+            if any(does_more(m) for part in PARTS for m in self._members(part).values()):
+                return super()._forward_ops(batch)  # calls them, or refuses them
             raise TypeError("expected rows in their own precision, on the CPU: were buffers replaced?")
         return pooled
 

@@ -24,7 +24,9 @@ from mprec.bags import Bags
 from mprec.names import MODES
 from mprec.nn.embedding import DeepHashEmbedding, Embedding, LowRankEmbedding
 from mprec.nn.keyed import Jagged, KeyedTensor, positions, sibling
+from mprec.ops.pooling import pool_tables
 from mprec.representations import TABLE, DheConfig, FeatureConfig, Part
+from mprec.representations.members import pool_each, some_do_more
 
 __all__ = ["EmbeddingBagCollection", "EmbeddingCollection"]
 
@@ -189,7 +191,10 @@ class EmbeddingBagCollection(_Collection):
                 continue
             modules = [self.embedding_bags[self._tables[i]] for i in members]
             features = [at[i] for i in members]
-            if group.part is TABLE:
+            bags = Bags(indices, offsets, MODES[group.mode], weights, features, count)
+            if group.part is TABLE and some_do_more(modules):
+                pooled = pool_each(modules, bags, lambda m, own: pool_tables([m.weight], own, self.sparse))
+            elif group.part is TABLE:
                 pooled = ops.embedding_bag_multi(
                     [m.weight for m in modules],
                     indices,
@@ -201,7 +206,6 @@ class EmbeddingBagCollection(_Collection):
                     sparse=self.sparse,
                 )
             else:
-                bags = Bags(indices, offsets, MODES[group.mode], weights, features, count)
                 pooled = group.part.pool(modules, bags, self.sparse)
             parts = pooled.float().split([self._dims[i] for i in members], dim=1)
             vectors.update(zip(members, parts, strict=True))

@@ -30,7 +30,7 @@ from mprec import reference
 from mprec._native import _C
 from mprec.bags import Bags
 from mprec.hashing import coefficient_rows
-from mprec.layers import size_places
+from mprec.layers import does_more, size_places
 from mprec.names import ACTIVATIONS, FAMILIES, code
 from mprec.ops._checks import check_weights
 from mprec.tensors import plain
@@ -168,22 +168,27 @@ def group_decoders(
     """
     kept = _groups.get(owner)
     found = None if kept is None else kept.get(group)
-    if found is not None and found[0] == modules and not found[1].changed(ids):
+    if (
+        found is not None
+        and found[0] == modules
+        and found[3] == list(map(type, modules))
+        and not found[1].changed(ids)
+    ):
         return found[2]
     precisions = ["float32"] * len(modules) if precisions is None else precisions
-    if any(module.runs_layers() for module in modules):
+    if any(does_more(module) or module.runs_layers() for module in modules):
         return None
     stacks = [module.stack() for module in modules]
     if not all(packable(*stack) for stack in stacks):
         return None
-    places = [place for module in modules for place in places_of(module)]
+    places = [place for module in modules for place in places_of_member(module)]
     watch = _C.WeightWatch.of(places)  # before packing: no change in between may go unnoticed
     handles = [
         packed_decoder(*stack, *options, p, thorough=True)
         for stack, p in zip(stacks, precisions, strict=True)
     ]
     if watch is not None:
-        _groups.setdefault(owner, {})[group] = list(modules), watch, handles
+        _groups.setdefault(owner, {})[group] = list(modules), watch, handles, list(map(type, modules))
     return handles
 
 
@@ -197,6 +202,11 @@ def places_of(module: nn.Module) -> list[tuple[dict, str | None]]:
         *((layer._parameters, name) for layer in layers.values() for name in _LINEAR),
         *(place for layer in layers.values() for place in size_places(layer)),
     ]
+
+
+def places_of_member(module: nn.Module) -> list[tuple[dict, str | None]]:
+    """The same of a module that is read and not called: its own hooks, too."""
+    return [*size_places(module), (module.__dict__, "padding_idx"), *places_of(module)]
 
 
 def check_float16(tensors: Sequence[Tensor], name: str) -> None:

@@ -100,7 +100,7 @@ def _check_mlp(call: Mlp) -> Mlp:
     supports=lambda call: all_float32(call.input) and all(min(w.shape) > 0 for w in call.weights),
 )
 def _native_mlp(call: Mlp) -> Tensor:
-    out = torch.empty(len(call.input), len(call.weights[-1]))
+    out = torch.empty(len(call.input), len(call.weights[-1]), dtype=torch.float32)
     _C.mlp(_packed(call), plain(call.input), out, torch.get_num_threads())
     return out
 
@@ -210,14 +210,16 @@ def _is_native(call: Interaction) -> bool:
 
 @kernel("dot_interaction", device="cpu", supports=_is_native)
 def _native_interaction(call: Interaction) -> Tensor:
-    out = torch.empty(len(call.vectors), pairs(call.vectors.shape[1], call.self_interaction))
+    out = torch.empty(
+        len(call.vectors), pairs(call.vectors.shape[1], call.self_interaction), dtype=torch.float32
+    )
     _C.dot_interaction(plain(call.vectors), call.self_interaction, out, torch.get_num_threads())
     return out
 
 
 @kernel("dot_interaction_backward", device="cpu", supports=_is_native)
 def _native_interaction_gradient(call: Interaction) -> Tensor:
-    out = torch.empty(call.vectors.shape)
+    out = torch.empty(call.vectors.shape, dtype=torch.float32)
     vectors, grad = plain(call.vectors), plain(call.grad)
     _C.dot_interaction_backward(grad, vectors, call.self_interaction, out, torch.get_num_threads())
     return out

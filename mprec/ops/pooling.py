@@ -85,7 +85,7 @@ def try_cached(
 
 def codebook_rows(codes: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
     """Row ``ids[i]`` of a codebook, float32 ``[n, D]``; ``IdOutOfRangeError`` if there is none such."""
-    out = torch.empty(len(ids), centroids.shape[1])
+    out = torch.empty(len(ids), centroids.shape[1], dtype=torch.float32)
     _C.codebook_rows(codes, centroids, ids, out)
     return out
 

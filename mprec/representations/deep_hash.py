@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mprec import ops
 from mprec.bags import Bags, new
 from mprec.hashing import coefficients
-from mprec.layers import recompute, run_as_modules
+from mprec.layers import read_by_collections, recompute, run_as_modules
 from mprec.names import MODES, code
 from mprec.ops._autograd import is_batched
 from mprec.ops._common import eager, rows_as_bags
@@ -20,6 +20,7 @@ from mprec.representations.dhe_config import DheConfig
 from mprec.tuning import options_for
 
 
+@read_by_collections
 class DeepHashEmbeddingBag(nn.Module):
     """Embeds IDs without a table: k hashes of the ID, decoded by an MLP (Kang et al., KDD 2021), then pooled.
 
@@ -150,11 +151,13 @@ class DeepHashEmbeddingBag(nn.Module):
         for i, layer in enumerate(self.decoder, 1):
             last = i == len(self.decoder)
             x = activate(layer(x), self.config.last_activation if last else self.config.activation)
+        weights = bags.per_sample_weights
+        if weights is not None and bags.mode == MODES["mean"]:  # of which torch takes none
+            x, weights = x * weights.to(x.dtype)[:, None], None
         # Entries of padding are positions of one more vector, which torch leaves out.
         where, padding = torch.arange(len(x), device=x.device), len(x)
         if (kept := bags.positions_kept()) is not None:
             where = torch.where(kept, where, padding)
-        weights = bags.per_sample_weights
         return nn.functional.embedding_bag(
             where,
             nn.functional.pad(x, (0, 0, 0, 1)),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 
-import torch
 from torch import Tensor
 
 from mprec.hashing import coefficient_rows
+from mprec.layers import refuse_more
 from mprec.ops import pooling
 from mprec.representations.base import Part, Representation
 from mprec.representations.deep_hash import DeepHashEmbeddingBag
+from mprec.representations.members import pool_each, some_do_more
 
 __all__ = ["DHE", "REPRESENTATION", "stacks_of"]
 
@@ -38,9 +39,8 @@ class Dhe(Part):
         return feature.dhe.family, feature.dhe.activation, feature.dhe.last_activation
 
     def pool(self, modules, bags, sparse) -> Tensor:
-        if any(module.runs_layers() for module in modules):
-            parts = zip(modules, bags.parts(len(modules)), strict=True)
-            return torch.cat([module.pool_by_layers(own) for module, (_, _, own) in parts], dim=1)
+        if some_do_more(modules) or any(module.runs_layers() for module in modules):
+            return pool_each(modules, bags, lambda module, own: module.pool_by_layers(own))
         config = modules[0].config
         options = config.family, config.activation, config.last_activation
         return pooling.pool_decoders(*stacks_of(modules), options, bags)
@@ -60,13 +60,17 @@ class Dhe(Part):
         return feature.embedding_dim + sum(2 * a * b for a, b in itertools.pairwise(widths))
 
     def materialize(self, module, num_embeddings) -> Tensor:
+        refuse_more(module, self.container)
         return module.materialize(num_embeddings)
 
 
 def stacks_of(
     modules: Sequence[DeepHashEmbeddingBag],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """Coefficients, weights, biases and numbers of layers: what operators take."""
+    """Coefficients, weights, biases and numbers of layers: what operators take. ``TypeError`` for modules
+    that do more than those say."""
+    for module in modules:
+        refuse_more(module, "dhe")
     stacks = [module.stack() for module in modules]
     return (
         [hashes for hashes, _, _ in stacks],

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from mprec import huge_pages as pages
 from mprec import ops
+from mprec.layers import read_by_collections
 
 
+@read_by_collections
 class EmbeddingBag(torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` on mprec's kernels: the same constructor, state_dict, repr and exceptions.
 

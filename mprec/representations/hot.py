@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from mprec.bags import Bags
+from mprec.layers import refuse_more
 from mprec.names import MODES
-from mprec.ops import pooling
 from mprec.representations.base import Part, Representation
 from mprec.representations.dhe import DHE
 from mprec.representations.embedding_bag import EmbeddingBag
-from mprec.representations.low_rank import LOW_RANK
+from mprec.representations.low_rank import LOW_RANK, pool_rows
+from mprec.representations.members import pool_each, some_do_more
 from mprec.row_formats import row_format
 from mprec.tracing import eager
 
@@ -127,21 +128,26 @@ class Hot(Part):
         return self.rest.dtype(module.rest)
 
     def materialize(self, module, num_embeddings) -> Tensor:
+        self._refuse_more(module)
         rows = self.rest.materialize(module.rest, num_embeddings).clone()
         kept = module.ids < num_embeddings
         rows[module.ids[kept]] = module.hot.weight.detach()[kept].to(rows.dtype)
         return rows
 
     def quantised(self, module, quantise) -> HotWeights:
+        self._refuse_more(module)
         rest = module.rest if self.rest.hashes else self.rest.quantised(module.rest, quantise)
         return HotWeights(quantise(module.hot.weight), rest, module.ids, module.num_embeddings)
+
+    def _refuse_more(self, module) -> None:
+        refuse_more(module, self.container)
+        refuse_more(module.hot, self.container)
 
     def pool(self, modules: Sequence[Any], bags: Bags, sparse: bool) -> Tensor:
         if eager():
             bags.check_offsets()
             bags.check_ids([module.num_embeddings for module in modules])
-        alone = [part for _, _, part in bags.parts(len(modules))]
-        return torch.cat([self._pool(m, b, sparse) for m, b in zip(modules, alone, strict=True)], dim=1)
+        return pool_each(modules, bags, lambda module, own: self._pool(module, own, sparse))
 
     def _pool(self, module: HotWeights, bags: Bags, sparse: bool) -> Tensor:
         """Of one feature, whose bags are alone."""
@@ -156,10 +162,10 @@ class Hot(Part):
         hot = half(rows, hot_offsets, is_hot)
         rest = half(bags.indices, bags.offsets - hot_offsets, ~is_hot)
         table: Any = module.hot  # of rows, or of quantised ones
-        if isinstance(table, EmbeddingBag):
-            pooled = pooling.pool_tables([table.weight], hot, sparse)
+        if some_do_more([table]):
+            pooled = pool_each([table], hot, lambda table, own: pool_rows([table], own, sparse))
         else:
-            pooled = pooling.pool_quantised([table.rows], [table.bits], hot)
+            pooled = pool_rows([table], hot, sparse)
         pooled = pooled + self.rest.pool([module.rest], rest, sparse)
         if bags.mode == MODES["mean"]:  # over the number of IDs, also where they are weighted
             return pooled / bags.offsets.diff().clamp(min=1)[:, None]

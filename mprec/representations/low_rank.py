@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mprec.bags import Bags
+from mprec.layers import refuse_more
 from mprec.ops import pooling
 from mprec.representations.base import Part, Representation
 from mprec.representations.embedding_bag import EmbeddingBag
+from mprec.representations.members import pool_each, some_do_more
 from mprec.row_formats import row_format
 
 __all__ = ["LOW_RANK", "REPRESENTATION", "LowRankWeights"]
@@ -87,20 +89,34 @@ class LowRank(Part):
         return module.projection.weight.dtype
 
     def materialize(self, module, num_embeddings) -> Tensor:
+        self._refuse_more(module)
         return module.rows.weight.detach()[:num_embeddings] @ module.projection.weight.detach().T
 
     def quantised(self, module, quantise) -> LowRankWeights:
+        self._refuse_more(module)
         return LowRankWeights(quantise(module.rows.weight), module.projection)
 
     def pool(self, modules: Sequence[Any], bags: Bags, sparse: bool) -> Tensor:
+        if some_do_more(modules):
+            return pool_each(modules, bags, lambda module, own: self.pool([module], own, sparse))
         tables = [module.rows for module in modules]
-        if isinstance(tables[0], EmbeddingBag):
-            pooled = pooling.pool_tables([table.weight for table in tables], bags, sparse)
+        if some_do_more(tables):
+            pooled = pool_each(tables, bags, lambda table, own: pool_rows([table], own, sparse))
         else:
-            rows, bits = [table.rows for table in tables], [table.bits for table in tables]
-            pooled = pooling.pool_quantised(rows, bits, bags)
+            pooled = pool_rows(tables, bags, sparse)
         rows = pooled.split([module.projection.in_features for module in modules], dim=1)
         return torch.cat([m.projection(r) for m, r in zip(modules, rows, strict=True)], dim=1)
+
+    def _refuse_more(self, module) -> None:
+        for each in (module, module.rows, module.projection):
+            refuse_more(each, self.container)
+
+
+def pool_rows(tables: Sequence[Any], bags: Bags, sparse: bool) -> Tensor:
+    """Pooled rows of tables, all in numbers or all quantised."""
+    if hasattr(tables[0], "bits"):
+        return pooling.pool_quantised([t.rows for t in tables], [t.bits for t in tables], bags)
+    return pooling.pool_tables([table.weight for table in tables], bags, sparse)
 
 
 LOW_RANK = LowRank()

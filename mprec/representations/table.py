@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mprec.layers import refuse_more
 from mprec.representations.base import Part, Representation
 from mprec.representations.embedding_bag import EmbeddingBag
 from mprec.row_formats import row_format
@@ -45,6 +46,7 @@ class Table(Part):
         return feature.embedding_dim
 
     def materialize(self, module, num_embeddings) -> Tensor:
+        refuse_more(module, self.container)
         return module.weight.detach()[:num_embeddings]
 
 

@@ -206,7 +206,11 @@ def _warm_up(models: Sequence[Callable], inputs: Sequence[tuple[int, int] | None
             continue
         features, numbers = sizes
         ids, offsets = torch.zeros(features, dtype=torch.int64), torch.arange(features + 1)
-        batch = Batch(torch.zeros(1, numbers), Bags(ids, offsets, num_features=features), torch.zeros(1))
+        batch = Batch(
+            torch.zeros(1, numbers, dtype=torch.float32),
+            Bags(ids, offsets, num_features=features),
+            torch.zeros(1),
+        )
         with contextlib.suppress(Exception):  # a path that raises says so when it is asked for
             model(batch)
 
