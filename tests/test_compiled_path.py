@@ -638,7 +638,7 @@ def refusals():
         nn.utils.parametrize.register_parametrization(
             model.embeddings.tables["f2"], "weight", nn.Identity(), unsafe=True
         )
-        return model, r"embeddings.tables.f2: its rows are parametrised"
+        return model, r"embeddings.tables.f2: its weight is parametrised, or not its own"
 
     def unseen(model):
         model.embeddings = MeanForUnseen(model.embeddings, {"f0": torch.tensor([1])})
