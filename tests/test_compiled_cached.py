@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
 from cached_dlrm import DIM, batch, books, counts, make, plain
+from concurrent_calls import assert_same_concurrently
 from float64_dlrm import UNIT, check, check_weights, embedded, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -229,19 +231,8 @@ def test_concurrent_calls():
     work = [batch(model, samples, seed=samples) for samples in (1, 50, 133, 7)]
     with torch.no_grad():
         want = [plain()(*inputs).sigmoid() for inputs in work]
-    failures = []
-
-    def call(i):
-        for _ in range(60):
-            if not torch.allclose(path(*work[i]), want[i], rtol=1e-5, atol=1e-6):
-                failures.append(i)
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    close = partial(torch.allclose, rtol=1e-5, atol=1e-6)
+    assert_same_concurrently(path, work, want, 60, close)
     stats = model.embeddings.stats()
     assert stats.calls == 4 * 60 * 3
     asked = 60 * sum(int(offsets[len(dense)] - offsets[0]) for dense, _, offsets in work)

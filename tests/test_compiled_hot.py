@@ -2,10 +2,10 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
+from concurrent_calls import assert_same_concurrently
 from float64_dlrm import check, check_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -307,19 +307,7 @@ def test_concurrent_calls():
     path = mprec.compile_path(model)
     work = [batch(model, samples) for samples in (1, 50, 133, 7)]
     want = [path(*inputs) for inputs in work]
-    failures = []
-
-    def call(i):
-        for _ in range(50):
-            if not torch.equal(path(*work[i]), want[i]):
-                failures.append(i)
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert_same_concurrently(path, work, want, 50)
 
 
 def test_threads_share_samples():

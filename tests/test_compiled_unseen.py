@@ -2,11 +2,11 @@
 
 import copy
 import pickle
-import threading
 
 import cached_dlrm
 import pytest
 import torch
+from concurrent_calls import assert_same_concurrently
 from float64_dlrm import UNIT, check, embedded, scores, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,19 +233,7 @@ def test_copies_pickles_and_concurrent_calls():
     want = [path(*inputs) for inputs in work]
     for other in (copy.deepcopy(path), pickle.loads(pickle.dumps(path))):
         assert torch.equal(other(*work[1]), want[1])
-    failures = []
-
-    def call(i):
-        for _ in range(40):
-            if not torch.equal(path(*work[i]), want[i]):
-                failures.append(i)
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert_same_concurrently(path, work, want, 40)
 
 
 def test_what_native_code_refuses():
