@@ -185,9 +185,7 @@ def _layers(mlp: nn.Module, name: str, places: list) -> tuple[list[Tensor], list
         places.append((mlp._modules, position))
         kind = type(layer)
         if kind is nn.Linear:
-            places += [(layer._parameters, key) for key in ("weight", "bias")] + size_places(layer)
-            if "forward" in layer.__dict__:
-                raise PathCompileError(f"{name}[{position}]: has a forward pass of its own")
+            places += [(layer._parameters, key) for key in ("weight", "bias")]
             weights.append(dense_weights(layer.weight, f"{name}[{position}].weight"))
             if layer.bias is None:
                 biases.append(torch.zeros(layer.out_features, dtype=torch.float32))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mprec.cache import CachedEmbeddingBagCollection
 from mprec.cache.rows import Rows
 from mprec.errors import PathCompileError
-from mprec.layers import does_more, size_places
+from mprec.layers import does_more
 from mprec.names import MODES
 from mprec.nn import (
     EmbeddingBagCollection,
@@ -78,12 +78,11 @@ class Stages:
     """The stages of a collection whose vectors have ``dim`` numbers.
 
     Attributes:
-        parts: how many vectors of ``dim`` they make of a sample.
         places: of all weights that a program copies, and of the modules that hold them.
     """
 
     def __init__(self, dim: int) -> None:
-        self.dim, self.parts = dim, 0
+        self.dim, self._parts = dim, 0  # vectors of `dim` so far
         self.places: list[tuple[dict, str | None]] = []
         self._tables: list[tuple[_Table, _At]] = []
         self._decoders: list[tuple[_Decoder, _At]] = []
@@ -108,10 +107,10 @@ class Stages:
         self.places += [(collection._modules, container) for container in containers]
         for i, feature in enumerate(collection.features):
             for part in feature.parts:
-                at = _At(i, self.parts, MODES[feature.mode])
+                at = _At(i, self._parts, MODES[feature.mode])
                 width = 1
                 if part is DHE and cached:
-                    self.parts += 1
+                    self._parts += 1
                     continue
                 modules = collection._modules[part.container]._modules
                 where = f"embeddings.{part.container}.{feature.name}"
@@ -136,7 +135,7 @@ class Stages:
                     raise PathCompileError(
                         f"embeddings: feature {feature.name!r}: {feature.representation} is not compiled"
                     )
-                self.parts += width
+                self._parts += width
 
     def add_caches(self, collection: CachedEmbeddingBagCollection) -> None:
         for rows, columns, mode in collection.cached_groups():
@@ -163,7 +162,6 @@ class Stages:
             rows = rows._replace(window=(start, stop), projection=(matrices[i], biases[i]))
             self._tables.append((rows, _At(i, i, MODES[feature.mode])))
             start = stop
-        self.parts = len(collection.features)
 
     def add_unseen(self, module: MeanForUnseen) -> None:
         """Before the stages of its collection."""
@@ -213,7 +211,6 @@ class Stages:
             raise PathCompileError(f"{where}: a layer of its decoder does more than read its weights")
         for layer, linear in module.decoder._modules.items():
             self.places.append((module.decoder._modules, layer))
-            self.places += size_places(linear)
             for key in ("weight", "bias"):
                 if key not in linear._parameters:
                     raise PathCompileError(f"{where}: layer {layer} is parametrised")
