@@ -22,6 +22,7 @@ makes tables and pictures of the rows.
 
 import argparse
 import csv
+import dataclasses
 import sys
 import tempfile
 import time
@@ -45,6 +46,8 @@ TRAININGS = {
     "hybrid": ("hybrid", {"mapped_tables": False}),
     "low rank": ("low_rank", {}),  # a quarter of the columns
     "dhe": ("dhe", {}),
+    "hot + dhe": ("hot_dhe", {}),
+    "hot + low rank": ("hot_low_rank", {}),
     "table, Adam 0.001": ("table", {"table_learning_rate": 1e-3, "mapped_tables": False}),
     "table, sparse Adam": ("table", {"mapped_tables": False, "table_optimizer": "sparse_adam"}),
     "mapped, Adam 0.001": ("table", {"table_learning_rate": 1e-3}),
@@ -240,6 +243,8 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dataset = data.load(args.data)
+    if "synthetic" in args.data:  # its name does not tell one from another
+        dataset = dataclasses.replace(dataset, name=args.data.replace(":", " "))
     if args.trainings is not None:
         with tempfile.TemporaryDirectory() as folder:
             args.keep = args.keep or Path(folder)

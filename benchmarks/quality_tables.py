@@ -20,6 +20,8 @@ NAMES = {
     ("hybrid", "hybrid"): "hybrid, not mapped",
     ("low rank", "low_rank"): "low rank, trained",
     ("dhe", "dhe"): "DHE, trained",
+    ("hot + dhe", "hot_dhe"): "rows for one ID in 16, a DHE for the others, trained",
+    ("hot + low rank", "hot_low_rank"): "rows for one ID in 16, low rank for the others, trained",
 }
 BASE = ("mapped", "table")
 

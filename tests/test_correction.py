@@ -68,6 +68,26 @@ def test_one_hiccup_moves_little_and_a_change_moves_at_once():
     assert correction.factors["a"] == pytest.approx(1.0, rel=0.2)
 
 
+@pytest.mark.parametrize("first", [191.0, 2.7])
+@pytest.mark.parametrize("pause", [0.0, 10.0])
+def test_a_cold_first_call_is_not_blamed_on_its_path(first, pause):
+    """Else a worse path would be taken for seconds after every pause."""
+    correction = Correction(["a", "b"])
+    now = feed(correction, "a", 1.0, 200) if pause else 0.0
+    now = feed(correction, "a", first, 1, now + pause)
+    now = feed(correction, "a", 1.0, 20, now)
+    assert correction.factors["a"] == pytest.approx(1.0, rel=0.05)
+    assert correction.factors["a"] / correction.factors["b"] == pytest.approx(1.0, abs=0.03)
+
+
+def test_a_long_call_is_no_pause():
+    slow, quick = Correction(["a"]), Correction(["a"])
+    for i in range(50):
+        slow.observe("a", 1.5, i + 0.999, seconds=0.999)
+        quick.observe("a", 1.5, i + 0.999)
+    assert slow.noise < 0.5 * quick.noise  # after a pause nothing is learnt about the noise
+
+
 def test_predictions_grow_uncertain_while_nothing_is_seen():
     correction = Correction(["a"])
     now = feed(correction, "a", 1.0, 300)

@@ -44,6 +44,7 @@ def _result() -> dict:
             "features": [["user", 10]],
             "split": {"train": 800, "valid": 100, "test": 100},
         },
+        "training": {"representation": "table", "history": [0.6, 0.7, 0.75]},
         "representations": [
             {
                 "representation": name,
@@ -52,9 +53,7 @@ def _result() -> dict:
                 "accuracy": 0.71,
                 "parameters": 1000 * (i + 1),
                 "embedding_bytes": 4096 * (i + 1),
-                "train_s": 1.0,
                 "latency_ms": dict(zip(batches, (0.1, 0.2, 3.0), strict=True)),
-                "history": [0.6, 0.7, 0.75],
             }
             for i, name in enumerate(names)
         ],

@@ -43,14 +43,17 @@ def test_every_query_is_counted_once():
 
 def test_work_of_the_engine_counts():
     """Where each query costs more than its path does, fewer are served, and the scheduler knows it."""
-    times, sizes = load("three", 0.9, 0.5)
-    executors = [SimulatedExecutor("cpu", paths("three"))]
-    without = simulate(executors, times, sizes, sla_s=0.01)
-    slower = simulate(executors, times, sizes, sla_s=0.01, query_s=3e-4)
-    assert slower.correct_per_s < 0.9 * without.correct_per_s
-    alone = simulate([SimulatedExecutor("cpu", paths("three")[:1])], times, sizes, sla_s=0.01, query_s=3e-4)
-    assert slower.correct_per_s > 0.97 * alone.correct_per_s
-    assert slower.late < 0.02
+    ratios = []
+    for seed in range(4):
+        times, sizes = load("three", 0.9, 0.5, seed=seed)
+        executors = [SimulatedExecutor("cpu", paths("three"))]
+        without = simulate(executors, times, sizes, sla_s=0.01)
+        slower = simulate(executors, times, sizes, sla_s=0.01, query_s=3e-4)
+        assert slower.correct_per_s < 0.9 * without.correct_per_s
+        assert slower.late < 0.02
+        alone = simulate([SimulatedExecutor("cpu", paths("three")[:1])], times, sizes, sla_s=0.01, query_s=3e-4)
+        ratios.append(slower.correct_per_s / alone.correct_per_s)
+    assert np.mean(ratios) > 0.975
 
 
 def test_slas_may_differ_by_query():

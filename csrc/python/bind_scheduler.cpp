@@ -120,10 +120,10 @@ void bind_parts(py::module_& m) {
           py::arg("now"), py::arg("calls") = 1.0)
       .def(
           "observe",
-          [](Named& c, const std::string& name, double ratio, double now) {
-            c.correction->observe(c.path(name), ratio, now);
+          [](Named& c, const std::string& name, double ratio, double now, double seconds) {
+            c.correction->observe(c.path(name), ratio, now, seconds);
           },
-          py::arg("name"), py::arg("ratio"), py::arg("now"));
+          py::arg("name"), py::arg("ratio"), py::arg("now"), py::arg("seconds") = 0.0);
   py::class_<FluidPrice>(m, "FluidPrice")
       .def(py::init(&fluid_price), py::arg("executors"))
       .def_property_readonly("best", &FluidPrice::best)

@@ -11,6 +11,8 @@ constexpr double unknown = 0.25;     // variance of the machine's factor after a
 constexpr double profiled = 0.02;    // the same right after profiling
 constexpr double deviating = 0.02;   // variance of a path's deviation before anything is known of it
 constexpr double reversion_s = 5.0;  // time in which a deviation that is not observed falls to 1/e
+constexpr double pause_s = 0.05;     // silence after which caches and clocks are cold
+constexpr double cold = 0.25;        // variance that a call after such a pause has besides
 constexpr double first_noise = 0.15 * 0.15;
 constexpr double least_noise = 0.02 * 0.02, most_noise = 0.5 * 0.5;
 constexpr double noise_gain = 0.02;
@@ -34,16 +36,16 @@ double Correction::spread(double now, double calls) const {
   return std::sqrt(noise_ / calls + std::min(unknown, known_ + older));
 }
 
-void Correction::observe(size_t path, double ratio, double now) {
+void Correction::observe(size_t path, double ratio, double now, double seconds) {
   if (!(ratio > 0 && std::isfinite(ratio))) return;
+  const bool paused = now - seconds - seen_ > pause_s;  // or nothing has run yet
   age(now);
   const size_t n = mean_.size(), i = path + 1;
   double off = std::clamp(std::log(ratio), -limit, limit) - (mean_[0] + mean_[i]);
-  double total = covariance(0, 0) + 2 * covariance(0, i) + covariance(i, i) + noise_;
-  const double bound = outlier * std::sqrt(total);
-  if (std::abs(off) <= bound) {
+  double total = covariance(0, 0) + 2 * covariance(0, i) + covariance(i, i) + noise_ + (paused ? cold : 0.0);
+  if (std::abs(off) <= outlier * std::sqrt(total)) {
     suspect_ = 0;
-    noise_ = std::clamp(noise_ + noise_gain * (off * off - total), least_noise, most_noise);
+    if (!paused) noise_ = std::clamp(noise_ + noise_gain * (off * off - total), least_noise, most_noise);
   } else if (off * suspect_ > 0) {
     if (std::abs(suspect_) < std::abs(off)) off = suspect_;
     suspect_ = 0;
@@ -51,7 +53,7 @@ void Correction::observe(size_t path, double ratio, double now) {
     total += off * off;
   } else {
     suspect_ = off;
-    off = std::copysign(bound, off);
+    total += off * off;
   }
   std::vector<double> gain(n);
   for (size_t j = 0; j < n; ++j) gain[j] = covariance(0, j) + covariance(i, j);

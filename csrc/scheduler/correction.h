@@ -9,10 +9,11 @@
 // A Kalman filter follows them together. Since what is known grows old by itself, old observations are
 // forgotten with time, and a path that has not run for a while is expected to follow the machine.
 //
-// Two rules make the filter robust. An observation further than three standard deviations away counts as if
-// it were just three away, so that one hiccup moves little. If the next one lies as far away on the same
+// Three rules make the filter robust. An observation further than three standard deviations away is taken for
+// as noisy as it is far away, so that one hiccup moves little. If the next one lies as far away on the same
 // side, the machine has changed: its variance then grows by the square of the distance, so that the estimate
-// moves there at once.
+// moves there at once. The first call after a pause finds cold caches and is believed less: else its path
+// would be blamed for them, and a worse one taken for seconds.
 #pragma once
 #include <cstddef>
 #include <limits>
@@ -37,9 +38,9 @@ class Correction {
   // expected one.
   double spread(double now, double calls = 1.0) const;
 
-  // A call of `path` that ended at `now` took `ratio` times what the profile says. Ratios that are not
-  // positive and finite are ignored. A clock that was set back counts as one that stood still.
-  void observe(size_t path, double ratio, double now);
+  // A call of `path` that ended at `now`, after `seconds`, took `ratio` times what the profile says. Ratios
+  // that are not positive and finite are ignored. A clock that was set back counts as one that stood still.
+  void observe(size_t path, double ratio, double now, double seconds = 0.0);
 
  private:
   double& covariance(size_t i, size_t j) { return covariance_[i * mean_.size() + j]; }

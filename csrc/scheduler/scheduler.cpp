@@ -151,7 +151,7 @@ void Scheduler::done(const Job& job, double now, double seconds) {
   if (&lane != job.lane.get()) return;
   if (lane.resting(job.option, now)) priced_.clear();  // it need not rest any longer
   lane.rests[job.option] = -std::numeric_limits<double>::infinity();
-  if (job.profiled_s > 0) lane.correction->observe(job.option, seconds / job.profiled_s, now);
+  if (job.profiled_s > 0) lane.correction->observe(job.option, seconds / job.profiled_s, now, seconds);
 }
 
 void Scheduler::failed(const Job& job, double now, double rest_s) {

@@ -36,7 +36,7 @@ from mprec.training import Trained, TrainOptions, train_representations
 
 _SHOWN_BATCHES = (1, 128, 2048)
 _LOADS = (0.3, 0.8, 1.5)  # of the best static path's capacity: in turn, in every round
-_ROUNDS = 4
+_ROUNDS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,12 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "environment": info.collect(),
         "data": _describe(dataset, trained),
+        "training": {
+            "representation": trained.metadata["representation"],
+            "history": [epoch["auc"] for epoch in trained.result.history],
+        },
         "derived": {each.name: {"representation": each.representation, **each.facts()} for each in found},
-        "representations": [_row(each, trained, profile) for each in found if each.name in served],
+        "representations": [_row(each, profile) for each in found if each.name in served],
         "load": {
             "sla_ms": args.sla_ms,
             "qps": len(load) / seconds,
@@ -176,18 +180,15 @@ def _load(spec: str | None, setting: _Setting) -> ClickDataset:
     raise AssertionError("synthetic data is always there")
 
 
-def _row(each: Derived, trained: Trained, profile: Profile) -> dict:
+def _row(each: Derived, profile: Profile) -> dict:
     curve = profile.curve(each.name)
-    own = each.name == trained.metadata["representation"]
     return {
         "representation": each.name,
         **{metric: estimate.value for metric, estimate in each.quality["test"].items()},
         "parameters": _numbers(each.model),
         "embedding_bytes": each.nbytes,
-        "train_s": trained.result.seconds if own else 0.0,
         "latency_ms": {str(batch): 1e3 * curve.at(batch) for batch in _SHOWN_BATCHES},
         "curve_ms": {str(batch): 1e3 * curve.at(batch) for batch in curve.batch_sizes},
-        "history": [epoch["auc"] for epoch in trained.result.history] if own else [],
     }
 
 

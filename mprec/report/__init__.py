@@ -7,10 +7,12 @@ saved file. Its keys:
     What ``mprec info`` prints.
 ``data``
     ``name``, ``rows``, ``features`` (a list of name and vocabulary), ``split`` (rows of train, valid, test).
+``training``
+    ``representation`` and ``history`` (AUC on the validation split after each epoch) of the model that was
+    trained.
 ``representations``
     One entry for each path that was served: ``representation``, ``auc``, ``log_loss``, ``accuracy`` (test
-    split), ``parameters``, ``embedding_bytes``, ``train_s``, ``latency_ms`` (batch size -> median
-    milliseconds), ``history`` (AUC per epoch on the validation split; empty for a path derived from another).
+    split), ``parameters``, ``embedding_bytes``, ``latency_ms`` (batch size -> median milliseconds).
 ``load``
     ``sla_ms``, ``qps``, ``queries``, ``rows``: one entry per static path and for the dispatcher with
     ``path``, ``p50_ms``, ``p95_ms``, ``p99_ms`` (None where nothing was answered), ``violations`` (share of

@@ -18,7 +18,7 @@ __all__ = [
     "chosen_shares",
     "correct_throughput",
     "latency_curves",
-    "learning_curves",
+    "learning_curve",
     "path_colour",
     "path_colours",
     "quality_against_size",
@@ -158,17 +158,10 @@ def chosen_shares(result: Mapping) -> str:
     return _svg(figure)
 
 
-def learning_curves(result: Mapping) -> str:
-    """AUC on the validation split after each epoch, of paths that were trained."""
+def learning_curve(result: Mapping) -> str:
+    """AUC of the trained model on the validation split after each epoch."""
     figure, axes = _axes("epoch", "AUC on the validation split")
-    colours = _colours(result)
-    for entry in result["representations"]:
-        name, history = entry["representation"], entry["history"]
-        if not history:  # derived from another
-            continue
-        axes.plot(
-            range(1, len(history) + 1), history, marker="o", markersize=3, color=colours[name], label=name
-        )
+    name, history = result["training"]["representation"], result["training"]["history"]
+    axes.plot(range(1, len(history) + 1), history, marker="o", markersize=3, color=path_colour(name))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
     return _svg(figure)

@@ -26,7 +26,7 @@ def render(result: Mapping) -> str:
         "size": figures.quality_against_size(result),
         "throughput": figures.correct_throughput(result),
         "chosen": figures.chosen_shares(result),
-        "learning": figures.learning_curves(result),
+        "learning_curve": figures.learning_curve(result),
     }
     mine = dispatcher_row(result)
     return template.render(
