@@ -51,7 +51,8 @@ def test_work_of_the_engine_counts():
         slower = simulate(executors, times, sizes, sla_s=0.01, query_s=3e-4)
         assert slower.correct_per_s < 0.9 * without.correct_per_s
         assert slower.late < 0.02
-        alone = simulate([SimulatedExecutor("cpu", paths("three")[:1])], times, sizes, sla_s=0.01, query_s=3e-4)
+        one = [SimulatedExecutor("cpu", paths("three")[:1])]
+        alone = simulate(one, times, sizes, sla_s=0.01, query_s=3e-4)
         ratios.append(slower.correct_per_s / alone.correct_per_s)
     assert np.mean(ratios) > 0.975
 
