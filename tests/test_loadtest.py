@@ -176,6 +176,18 @@ def test_pieces_of_a_load_with_a_duration_last_equally_long():
     assert outcome.row("poor")["correct_per_s_error"] == pytest.approx(abs(high - low) / 2)
 
 
+def test_a_load_may_be_served_several_times():
+    load = generate_from(dataset(), Steps((50.0, 400.0), 0.3), 0.6, sizes=QuerySizes(20, 0))
+    dispatchers = {"poor": Dispatcher(paths()[:1], fake_profile(COSTS))}
+    once, thrice = (
+        compare(dispatchers, load, rounds=2, repeats=times, seconds=0.6, sla_s=60.0)["poor"]
+        for times in (1, 3)
+    )
+    assert thrice.queries == 3 * once.queries
+    assert thrice.seconds == pytest.approx(3 * 0.6)
+    assert thrice.piece_rates == pytest.approx(3 * once.piece_rates)
+
+
 def test_a_load_of_many_queries_asks_some_again(monkeypatch):
     monkeypatch.setattr("mprec.serving.loads._MOST_DISTINCT", 5)
     load = generate(dataset(), 10.0, 50, sizes=QuerySizes(4, 0.5))

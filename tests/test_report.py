@@ -157,6 +157,13 @@ def test_the_page_says_how_the_dispatcher_fared(correct, error, words):
     assert sentences[0] in report.render(result)
 
 
+def test_rounds_of_the_best_two_are_told():
+    result = _result()
+    result["load"] |= {"ratio": 1.2, "ratio_error": 0.01, "ratio_rounds": 24}
+    assert "1.200 ± 0.010" in report.verdicts(result)[0]
+    assert report.verdicts(result)[0].endswith("(in 24 further rounds of these two).")
+
+
 def test_a_p99_above_the_sla_is_marked():
     result = _result()
     assert 'class="over" title' not in report.render(result)

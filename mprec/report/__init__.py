@@ -19,7 +19,8 @@ saved file. Its keys:
     queries late, refused or failed), ``accuracy`` (of the answered samples), ``correct_per_s``
     (latency-bounded throughput of correct predictions) and ``chosen`` (share of samples answered by each
     path). Optional: ``arrivals`` (in words), ``ratio`` and ``ratio_error`` (of the dispatcher's correct
-    predictions over the best static path's, and its standard error), ``warnings``, and in rows
+    predictions over the best static path's, and its standard error), ``ratio_rounds`` (of these two alone,
+    after the others'), ``warnings``, and in rows
     ``correct_per_s_error``.
 ``plan``
     ``memory_bytes``, ``rows``: ``feature``, ``vocabulary``, ``choice``, ``bytes``.

@@ -55,7 +55,10 @@ def _against(mine: Mapping[str, Any], best: Mapping[str, Any], load: Mapping[str
         verb = "beat"
     else:
         verb = "was level with"
+    where = "each round against the path that was best in the other rounds"
+    if rounds := load.get("ratio_rounds"):
+        where = f"in {rounds} further rounds of these two"
     return (
         f"The {name} {verb} {other}, the best static path: {ratio:.3f} ± {error:.3f} times as many correct "
-        "predictions per second (each round against the path that was best in the other rounds)."
+        f"predictions per second ({where})."
     )

@@ -242,6 +242,7 @@ def compare(
     load: Sequence[Arrival],
     *,
     rounds: int = 4,
+    repeats: int = 1,
     seconds: float | None = None,
     seed: int = 0,
     progress: Callable[[str, float], object] | None = None,
@@ -249,9 +250,10 @@ def compare(
 ) -> dict[str, Outcome]:
     """Let each contestant serve the same load; in turns, a piece of the load each, ``rounds`` pieces.
 
-    The order of the turns is drawn anew for every piece. With ``seconds``, the load's nominal duration,
-    pieces last equally long; without, they have equally many queries. Each contestant serves with an engine
-    of its own (``engine_options``: ``sla_s``, ``max_batch``, ...), empty at the start of every piece.
+    The whole load is served ``repeats`` times. The order of the turns is drawn anew for every piece. With
+    ``seconds``, the load's nominal duration, pieces last equally long; without, they have equally many
+    queries. Each contestant serves with an engine of its own (``engine_options``: ``sla_s``, ``max_batch``,
+    ...), empty at the start of every piece.
     ``progress`` gets who is next and the share done.
     """
     if not 1 <= rounds <= len(load):
@@ -270,11 +272,12 @@ def compare(
     order = np.random.default_rng(seed)
     try:
         with no_collection():
-            for r in range(rounds):
+            for turn in range(repeats * rounds):
+                r = turn % rounds
                 piece = load[edges[r] : edges[r + 1]]
                 for i, name in enumerate(order.permutation(names).tolist()):
                     if progress is not None:
-                        progress(name, (r * len(names) + i) / (rounds * len(names)))
+                        progress(name, (turn * len(names) + i) / (repeats * rounds * len(names)))
                     replay(engines[name], piece, outcomes[name], starts_s=starts[r], seconds=lasts)
     finally:
         for engine in engines.values():
