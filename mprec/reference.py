@@ -300,9 +300,17 @@ def mlp(
 
 
 def dot_interaction(
-    vectors: Tensor, self_interaction: bool = False, dtype: torch.dtype = torch.float64
+    vectors: Tensor,
+    self_interaction: bool = False,
+    first: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Products of vectors ``[B, V, D]``: the lower triangle of V V^T ``[B, pairs]``, row by row."""
+    """Products of vectors ``[B, V, D]``: the lower triangle of V V^T ``[B, pairs]``, row by row. With
+    ``first`` ``[B, D]``, that and the products of it and the vectors: ``[B, D + pairs]``."""
+    if first is not None:
+        all_vectors = torch.cat([first.unsqueeze(1), vectors], dim=1)
+        products = dot_interaction(all_vectors, self_interaction, dtype=dtype)
+        return torch.cat([first.to(dtype), products], dim=1)
     vectors, count = vectors.to(dtype), vectors.shape[1]
     rows, columns = torch.tril_indices(count, count, 0 if self_interaction else -1, device=vectors.device)
     return torch.bmm(vectors, vectors.transpose(1, 2))[:, rows, columns]

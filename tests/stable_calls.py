@@ -97,6 +97,7 @@ def good():
         yield "mlp", torch.randn(size, 6), *MLP, "mish", "sigmoid"
         yield "dot_interaction", torch.randn(size, 5, 7)
         yield "dot_interaction", torch.randn(size, 5, 7), True
+        yield "dot_interaction", torch.randn(size, 5, 7), False, torch.randn(size, 7)
     yield "mlp", torch.randn(4, 6), [torch.randn(1, 6)], [torch.randn(1)], "none", "none"
     yield "mlp", torch.randn(6, 4).t(), *MLP, "relu", "none"
     # Weights that change in place are seen at once. A decoder that is no longer kept is packed again.
@@ -196,6 +197,7 @@ def bad():
         yield "mlp", *call
     yield "dot_interaction", x
     yield "dot_interaction", x.int()[None]
+    yield "dot_interaction", x[None], False, x[:1, 1:]
     # Offsets and IDs of any kind: an error or the same result, and never memory of others.
     g = torch.Generator().manual_seed(0)
     for _ in range(OF_ANY_KIND // 3):

@@ -12,7 +12,7 @@ from torch import nn
 
 import mprec
 from mprec import ops
-from mprec.errors import DtypeError
+from mprec.errors import DeviceError, DtypeError
 from mprec.nn import MLP, DotInteraction
 from mprec.testing import isa, runnable_isas
 
@@ -92,6 +92,44 @@ def test_interaction_against_float64(name, samples, count, dim, self_interaction
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", runnable_isas())
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(0, 300),
+    count=st.integers(1, 40),
+    dim=st.integers(1, 40),
+    self_interaction=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+def test_interaction_behind_a_first_vector(name, samples, count, dim, self_interaction, threads):
+    g = torch.Generator().manual_seed(dim)
+    v = torch.randn(samples, count, dim, generator=g, requires_grad=True)
+    first = torch.randn(samples, 2 * dim, generator=g)[:, ::2].requires_grad_()  # not contiguous
+    torch.set_num_threads(threads)
+    together = torch.cat([first[:, None], v], 1).double()
+    want = torch.cat([first.double(), triangle(together, self_interaction)], 1)
+    grad = torch.randn(want.shape, generator=g)
+    want_grads = torch.autograd.grad(want, (v, first), grad.double())
+    with isa(name):
+        got = ops.dot_interaction(v, self_interaction, first)
+        got_grads = torch.autograd.grad(got, (v, first), grad)
+        assert torch.equal(ops.dot_interaction(v.detach(), self_interaction, first.detach()), got)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=5e-5)
+    for found, wanted in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_only_one_of_the_vectors_may_want_a_gradient():
+    v, first = torch.randn(3, 4, 5), torch.randn(3, 5)
+    for wanted in (v, first):
+        wanted.requires_grad_()
+        want = torch.cat([first, triangle(torch.cat([first[:, None], v], 1))], 1)
+        (want_grad,) = torch.autograd.grad(want.sum(), wanted)
+        (grad,) = torch.autograd.grad(ops.dot_interaction(v, first=first).sum(), wanted)
+        torch.testing.assert_close(grad, want_grad.float())
+        wanted.requires_grad_(False)
+
+
 def _by_torch(x, weights, biases, activation="relu"):
     return mprec.reference.mlp(x, weights, biases, activation, "none", dtype=torch.float64).float()
 
@@ -165,6 +203,10 @@ def test_gradcheck():
         pairs = lambda v, s=self_interaction: ops.dot_interaction(v, s)  # noqa: E731
         assert torch.autograd.gradcheck(pairs, (v,), check_forward_ad=True)
         assert torch.autograd.gradgradcheck(pairs, (v,))
+        behind = lambda v, first, s=self_interaction: ops.dot_interaction(v, s, first)  # noqa: E731
+        first = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(behind, (v, first), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(behind, (v, first))
 
 
 def test_transforms():
@@ -203,7 +245,12 @@ def test_opcheck(dtype, requires_grad):
     v = torch.randn(3, 5, 4, dtype=dtype, requires_grad=requires_grad)
     torch.library.opcheck(torch.ops.mprec.dot_interaction, (v, True))
     grad = torch.randn(3, 10, dtype=dtype)
-    torch.library.opcheck(torch.ops.mprec.dot_interaction_backward, (grad, v.detach(), False))
+    torch.library.opcheck(torch.ops.mprec.dot_interaction_backward, (grad, v.detach(), False, None))
+    first = torch.randn(3, 4, dtype=dtype, requires_grad=requires_grad)
+    torch.library.opcheck(torch.ops.mprec.dot_interaction, (v, True, first))
+    grad = torch.randn(3, 4 + 15, dtype=dtype)
+    behind = (grad, v.detach(), False, first.detach())
+    torch.library.opcheck(torch.ops.mprec.dot_interaction_backward, behind)
 
 
 def test_modules_are_facebooks_and_torchrecs():
@@ -224,6 +271,11 @@ def test_modules_are_facebooks_and_torchrecs():
         lj = torch.tensor([j for i in range(6) for j in range(i + offset)])
         want = torch.cat([x, z[:, li, lj]], dim=1)
         torch.testing.assert_close(DotInteraction(itself)(x, sparse), want)
+        # Of different dtypes the wider one is taken, as under autocast.
+        for narrow in (x.bfloat16(), sparse), (x, sparse.bfloat16()):
+            got = DotInteraction(itself)(*narrow)
+            assert got.dtype is torch.float32
+            torch.testing.assert_close(got, DotInteraction(itself)(*(t.float() for t in narrow)))
 
 
 def test_modules_learn_and_compile():
@@ -274,6 +326,9 @@ def test_what_they_refuse():
         (DtypeError, "input", lambda: ops.mlp(x.int(), weights, biases)),
         (ValueError, r"vectors: expected \[B, V, D\]", lambda: ops.dot_interaction(v[0])),
         (DtypeError, "vectors", lambda: ops.dot_interaction(v.int())),
+        (ValueError, r"first: expected \[", lambda: ops.dot_interaction(v, first=v[:, 0, 1:])),
+        (DtypeError, "first", lambda: torch.ops.mprec.dot_interaction(v, False, v[:, 0].double())),
+        (DeviceError, "first", lambda: ops.dot_interaction(v, first=v[:, 0].to("meta"))),
         (ValueError, "dense, sparse", lambda: DotInteraction()(x, v[:2])),
         (ValueError, "sizes", lambda: MLP([3])),
         (ValueError, "activation", lambda: MLP([3, 1], "tanh")),

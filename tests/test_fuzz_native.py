@@ -631,10 +631,13 @@ def mlp_kept(draw, guard: Guard):
 @st.composite
 def interaction(draw, guard: Guard):
     batch, vectors, own = draw(st.integers(0, 9)), draw(st.integers(1, 9)), draw(st.booleans())
+    dim, first = draw(st.integers(1, 20)), draw(st.booleans())
+    count = vectors + first
     return {
-        "vectors": torch.randn(batch, vectors, draw(st.integers(1, 20))),
+        "vectors": torch.randn(batch, vectors, dim),
         "self_interaction": own,
-        "out": guard.array((batch, vectors * (vectors - 1) // 2 + own * vectors)),
+        "first": torch.randn(batch, dim) if first else None,
+        "out": guard.array((batch, first * dim + count * (count - 1) // 2 + own * count)),
         "threads": draw(st.sampled_from([1, 2])),
     }
 
@@ -643,7 +646,9 @@ def interaction(draw, guard: Guard):
 def interaction_backward(draw, guard: Guard):
     arguments = draw(interaction(guard))
     grad = torch.randn(arguments["out"].shape)
-    return arguments | {"grad": grad, "out": guard.array(tuple(arguments["vectors"].shape))}
+    out, first = guard.array(tuple(arguments["vectors"].shape)), arguments["first"]
+    out_first = None if first is None else guard.array(tuple(first.shape))
+    return arguments | {"grad": grad, "out": out, "out_first": out_first}
 
 
 @st.composite

@@ -25,6 +25,30 @@ void in_blocks(int64_t begin, int64_t end, const Body& body) {
 
 thread_local AlignedBuffer<float> scratch;  // kept by each thread, so that calls do not allocate
 
+// The vectors of samples begin ..., in one piece for each of them: where they lie, or copied to `block`.
+const float* together(const InteractionView& view, const Vectors& vectors, int64_t begin, int samples,
+                      float* block) {
+  const int64_t dim = view.dim, others = (view.vectors - 1) * dim;
+  if (!vectors.first) return vectors.others + begin * (others + dim);
+  for (int64_t s = 0; s < samples; ++s) {
+    float* const sample = block + s * (others + dim);
+    std::copy_n(vectors.first + (begin + s) * dim, dim, sample);
+    std::copy_n(vectors.others + (begin + s) * others, others, sample + dim);
+  }
+  return block;
+}
+
+// The opposite, of gradients; that of the first vector is also in front of the products' (`grad`).
+void apart(const InteractionView& view, const float* block, const float* grad, int64_t grad_stride,
+           int64_t begin, int samples, const VectorsOf<float>& out) {
+  const int64_t dim = view.dim, others = (view.vectors - 1) * dim;
+  for (int64_t s = 0; s < samples; ++s, block += dim + others, grad += grad_stride) {
+    float* const first = out.first + (begin + s) * dim;
+    for (int64_t d = 0; d < dim; ++d) first[d] = block[d] + grad[d];
+    std::copy_n(block + dim, others, out.others + (begin + s) * others);
+  }
+}
+
 }  // namespace
 
 void mlp_forward(const MlpView& mlp, Rows in, int64_t samples, Rows out, int threads) {
@@ -43,30 +67,40 @@ void mlp_forward(const MlpView& mlp, Rows in, int64_t samples, Rows out, int thr
   });
 }
 
-void interaction_forward(const InteractionView& view, const float* vectors, int64_t samples, Rows out,
+void interaction_forward(const InteractionView& view, const Vectors& vectors, int64_t samples, Rows out,
                          int threads) {
   const DenseKernels& k = *kernels().dense;
   const int64_t products = view.products(), stride = int64_t{view.vectors} * view.dim;
-  const int64_t activations = blocks_of(static_cast<int>(products)) * sample_block_stride + 16;
+  const int in_front = vectors.first ? view.dim : 0, columns = in_front + static_cast<int>(products);
+  const int64_t activations = blocks_of(columns) * sample_block_stride + 16;
+  const int64_t transposed = activations + (vectors.first ? max_samples * stride : 0);
   parallel_ranges(samples, team(samples * products * view.dim, threads), [&](int64_t first, int64_t last) {
-    float* const blocks = scratch.reserve(activations + view.transposed_floats());
+    float* const blocks = scratch.reserve(transposed + view.transposed_floats());
     in_blocks(first, last, [&](int64_t begin, int count) {
-      k.interact(view, vectors + begin * stride, stride, count, blocks + activations, blocks,
-                 sample_block_stride, 0);
-      k.scatter(blocks, sample_block_stride, count, static_cast<int>(products), out.data + begin * out.stride,
-                out.stride);
+      const float* const some = together(view, vectors, begin, count, blocks + activations);
+      if (in_front) k.gather(some, stride, count, view.dim, blocks, sample_block_stride, 0);
+      k.interact(view, some, stride, count, blocks + transposed, blocks, sample_block_stride, in_front);
+      k.scatter(blocks, sample_block_stride, count, columns, out.data + begin * out.stride, out.stride);
     });
   });
 }
 
-void interaction_backward(const InteractionView& view, const float* vectors, const float* grad,
-                          int64_t samples, float* out, int threads) {
+void interaction_backward(const InteractionView& view, const Vectors& vectors, const float* grad,
+                          int64_t samples, const VectorsOf<float>& out, int threads) {
   const DenseKernels& k = *kernels().dense;
   const int64_t products = view.products(), stride = int64_t{view.vectors} * view.dim;
-  parallel_ranges(samples, team(2 * samples * products * view.dim, threads), [&](int64_t begin, int64_t end) {
-    k.interact_backward(view, vectors + begin * stride, grad + begin * products, end - begin,
-                        scratch.reserve(view.symmetric_floats()), out + begin * stride);
-  });
+  const int in_front = vectors.first ? view.dim : 0;
+  const int64_t columns = in_front + products, some = vectors.first ? max_samples * stride : 0;
+  parallel_ranges(
+      samples, team(2 * samples * products * view.dim, threads), [&](int64_t first, int64_t last) {
+        float* const block = scratch.reserve(2 * some + view.symmetric_floats());
+        in_blocks(first, last, [&](int64_t begin, int count) {
+          float* const into = in_front ? block + some : out.others + begin * stride;
+          k.interact_backward(view, together(view, vectors, begin, count, block),
+                              grad + begin * columns + in_front, columns, count, block + 2 * some, into);
+          if (in_front) apart(view, into, grad + begin * columns, columns, begin, count, out);
+        });
+      });
 }
 
 }  // namespace mprec

@@ -76,10 +76,10 @@ struct DenseKernels {
   // has room for one sample's vectors.
   void (*interact)(const InteractionView&, const float* vectors, int64_t stride, int samples,
                    float* transposed, float* blocks, int64_t block_stride, int first_column);
-  // The vectors' gradients from those of their products, samples one after another; `scratch` has room for
-  // symmetric_floats().
-  void (*interact_backward)(const InteractionView&, const float* vectors, const float* grad, int64_t samples,
-                            float* scratch, float* out);
+  // The vectors' gradients from those of their products, which are `grad_stride` apart; vectors of samples
+  // one after another. `scratch` has room for symmetric_floats().
+  void (*interact_backward)(const InteractionView&, const float* vectors, const float* grad,
+                            int64_t grad_stride, int64_t samples, float* scratch, float* out);
   // Vector v of a sample: the sum of its terms, which follow each other. Every vector has a term.
   void (*mix)(const MixTerm* terms, int64_t num_terms, int dim, const float* parts, int64_t parts_stride,
               int samples, float* vectors, int64_t stride);

@@ -151,12 +151,13 @@ inline void symmetric_gradient(const InteractionView& view, const float* grad, f
 }
 
 // Product (i, j) passes its gradient, times one vector, on to the other: (G + G^T) V with G the triangle.
+// Gradients of samples are `grad_stride` apart.
 static inline void interact_backward(const InteractionView& view, const float* vectors, const float* grad,
-                                     int64_t samples, float* scratch, float* out) {
+                                     int64_t grad_stride, int64_t samples, float* scratch, float* out) {
   const int n = view.vectors, dim = view.dim;
   const int64_t pitch = (n + 15) / 16 * 16, stride = int64_t{n} * dim;
   float* const symmetric = scratch + pitch * pitch;
-  for (int64_t s = 0; s < samples; ++s, vectors += stride, out += stride, grad += view.products()) {
+  for (int64_t s = 0; s < samples; ++s, vectors += stride, out += stride, grad += grad_stride) {
     symmetric_gradient(view, grad, scratch, symmetric, pitch);
     for (int column = 0; column < dim; column += Vec::width)
       for (int row = 0; row < n; row += group_rows)

@@ -2,6 +2,8 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
+#include <tuple>
 
 #include "common/error.h"
 #include "dense/batch.h"
@@ -63,33 +65,54 @@ PyMethodDef methods[] = {
         "unchanged; None for an input in a form that this does not take."),
     {}};
 
-InteractionView interaction(const Tensor& vectors, bool self) {
-  if (vectors.shape[1] > 4096 || vectors.shape[2] > 1 << 20)
-    throw py::value_error(message("vectors: expected at most 4096 of at most ", 1 << 20, " numbers, got ",
-                                  vectors.shape[1], " of ", vectors.shape[2]));
-  return {static_cast<int>(vectors.shape[1]), static_cast<int>(vectors.shape[2]), self};
-}
+// The vectors of an interaction: [B, V, D], and perhaps a first one [B, D].
+struct Interacting {
+  Tensor others;
+  std::optional<Tensor> first;
+  InteractionView shape;
+  int64_t columns;  // of the result
 
-void dot_interaction(py::handle vectors, bool self, py::handle out_object, int threads) {
-  const Tensor v = view(vectors.ptr(), "vectors", DType::f32, 3);
-  const InteractionView shape = interaction(v, self);
-  const Tensor out = output(out_object, v.shape[0], shape.products());
+  Interacting(py::handle vectors, py::handle first_vector, bool self)
+      : others(view(vectors.ptr(), "vectors", DType::f32, 3)) {
+    const auto [samples, count, dim] = std::tuple(others.shape[0], others.shape[1], others.shape[2]);
+    if (count > 4096 || dim > 1 << 20)
+      throw py::value_error(message("vectors: expected at most 4096 of at most ", 1 << 20, " numbers, got ",
+                                    count, " of ", dim));
+    if (!first_vector.is_none()) {
+      first = view(first_vector.ptr(), "first", DType::f32, 2);
+      check_shape(*first, "first", {samples, dim});
+    }
+    shape = {static_cast<int>(count) + (first ? 1 : 0), static_cast<int>(dim), self};
+    columns = shape.products() + (first ? dim : 0);
+  }
+
+  Vectors read() const { return {first ? first->ptr<float>() : nullptr, others.ptr<float>()}; }
+};
+
+void dot_interaction(py::handle vectors, bool self, py::handle first, py::handle out_object, int threads) {
+  const Interacting in(vectors, first, self);
+  const Tensor out = output(out_object, in.others.shape[0], in.columns);
   checked_threads(threads);
   py::gil_scoped_release release;
-  interaction_forward(shape, v.ptr<float>(), v.shape[0], {out.ptr<float>(), out.strides[0]}, threads);
+  interaction_forward(in.shape, in.read(), in.others.shape[0], {out.ptr<float>(), out.strides[0]}, threads);
 }
 
-void dot_interaction_backward(py::handle grad, py::handle vectors, bool self, py::handle out_object,
-                              int threads) {
-  const Tensor v = view(vectors.ptr(), "vectors", DType::f32, 3), g = view(grad.ptr(), "grad", DType::f32, 2),
-               out = view(out_object.ptr(), "out", DType::f32, 3);
-  const InteractionView shape = interaction(v, self);
-  check_shape(g, "grad", {v.shape[0], shape.products()});
-  check_shape(out, "out", {v.shape[0], v.shape[1], v.shape[2]});
-  check_output(out, "out");
+void dot_interaction_backward(py::handle grad, py::handle vectors, bool self, py::handle first,
+                              py::handle out, py::handle out_first, int threads) {
+  const Interacting in(vectors, first, self);
+  const Tensor g = view(grad.ptr(), "grad", DType::f32, 2);
+  check_shape(g, "grad", {in.others.shape[0], in.columns});
+  const Interacting result(out, out_first, self);
+  check_shape(result.others, "out", {in.others.shape[0], in.others.shape[1], in.others.shape[2]});
+  check_output(result.others, "out");
+  if (result.first.has_value() != in.first.has_value())
+    throw py::value_error("out_first: expected one if there is a first vector, and else none");
+  if (result.first) check_output(*result.first, "out_first");
   checked_threads(threads);
   py::gil_scoped_release release;
-  interaction_backward(shape, v.ptr<float>(), g.ptr<float>(), v.shape[0], out.ptr<float>(), threads);
+  interaction_backward(in.shape, in.read(), g.ptr<float>(), in.others.shape[0],
+                       {result.first ? result.first->ptr<float>() : nullptr, result.others.ptr<float>()},
+                       threads);
 }
 
 }  // namespace
@@ -107,11 +130,14 @@ void bind_dense(py::module_& m) {
   add_methods(m, methods);
   m.def("mlp", &mlp, py::arg("mlp"), py::arg("input"), py::arg("out"), py::arg("threads"),
         "The MLP of input [B, inputs] into out [B, outputs], float32.");
-  m.def("dot_interaction", &dot_interaction, py::arg("vectors"), py::arg("self_interaction"), py::arg("out"),
-        py::arg("threads"), "Products of all pairs of vectors [B, V, D] into out [B, pairs], float32.");
+  m.def(
+      "dot_interaction", &dot_interaction, py::arg("vectors"), py::arg("self_interaction"), py::arg("first"),
+      py::arg("out"), py::arg("threads"),
+      "Products of all pairs of vectors [B, V, D] into out [B, pairs], float32; or of first [B, D] and them, "
+      "first in front of the products.");
   m.def("dot_interaction_backward", &dot_interaction_backward, py::arg("grad"), py::arg("vectors"),
-        py::arg("self_interaction"), py::arg("out"), py::arg("threads"),
-        "The gradient of vectors [B, V, D] from that of their products [B, pairs].");
+        py::arg("self_interaction"), py::arg("first"), py::arg("out"), py::arg("out_first"),
+        py::arg("threads"), "The gradients of vectors and first from that of dot_interaction's result.");
 }
 
 }  // namespace mprec::python

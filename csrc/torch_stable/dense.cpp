@@ -43,7 +43,7 @@ Tensor mlp(const Tensor& input, const Tensors& weights, const Tensors& biases, S
   return out.tensor;
 }
 
-Tensor dot_interaction(const Tensor& vectors, bool self_interaction) {
+Tensor dot_interaction(const Tensor& vectors, bool self_interaction, const std::optional<Tensor>& first) {
   const View v = contiguous(vectors, {"vectors"});
   if (v.ndim() != 3) throw refusal("vectors: expected [B, V, D], got ", list(v.shape));
   check_floats(v, {"vectors"});
@@ -52,10 +52,19 @@ Tensor dot_interaction(const Tensor& vectors, bool self_interaction) {
   if (v.shape[1] < 1 || v.shape[1] > most || v.shape[2] < 1 || v.shape[2] > longest)
     throw refusal("vectors: without Python 1 to ", most, " vectors of 1 to ", longest,
                   " numbers are served, got ", list(v.shape));
-  const InteractionView shape{static_cast<int>(v.shape[1]), static_cast<int>(v.shape[2]), self_interaction};
-  const Matrix out = new_floats(v.shape[0], shape.products());
-  interaction_forward(shape, v.ptr<float>(), v.shape[0],
-                      {reinterpret_cast<float*>(out.data), shape.products()}, threads());
+  std::optional<View> in_front;
+  if (first) {
+    in_front = contiguous(*first, {"first"});
+    if (in_front->ndim() != 2 || in_front->shape[0] != v.shape[0] || in_front->shape[1] != v.shape[2])
+      throw refusal("first: expected [", v.shape[0], ", ", v.shape[2], "], got ", list(in_front->shape));
+    check_float32(*in_front, {"first"});
+  }
+  const InteractionView shape{static_cast<int>(v.shape[1]) + (first ? 1 : 0), static_cast<int>(v.shape[2]),
+                              self_interaction};
+  const int64_t columns = shape.products() + (first ? v.shape[2] : 0);
+  const Matrix out = new_floats(v.shape[0], columns);
+  interaction_forward(shape, {in_front ? in_front->ptr<float>() : nullptr, v.ptr<float>()}, v.shape[0],
+                      {reinterpret_cast<float*>(out.data), columns}, threads());
   return out.tensor;
 }
 

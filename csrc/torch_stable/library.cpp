@@ -43,7 +43,8 @@ const Operator operators[] = {
      TORCH_BOX(&packed_dhe_bag_multi)},
     {"mlp(Tensor input, Tensor[] weights, Tensor[] biases, str activation, str last_activation) -> Tensor",
      TORCH_BOX(&mlp)},
-    {"dot_interaction(Tensor vectors, bool self_interaction=False) -> Tensor", TORCH_BOX(&dot_interaction)},
+    {"dot_interaction(Tensor vectors, bool self_interaction=False, Tensor? first=None) -> Tensor",
+     TORCH_BOX(&dot_interaction)},
 };
 
 // The schemas, for as long as the library is loaded. All of them or, if one is there already, none.

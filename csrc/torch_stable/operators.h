@@ -47,6 +47,6 @@ Tensor packed_dhe_bag_multi(const Tensor& indices, const Tensor& offsets, const 
 // dense.cpp
 Tensor mlp(const Tensor& input, const Tensors& weights, const Tensors& biases, StringHandle activation,
            StringHandle last_activation);
-Tensor dot_interaction(const Tensor& vectors, bool self_interaction);
+Tensor dot_interaction(const Tensor& vectors, bool self_interaction, const std::optional<Tensor>& first);
 
 }  // namespace mprec::stable

@@ -105,7 +105,7 @@ CALLS: dict[str, tuple[str, Callable[[torch.dtype], tuple]]] = {
     "dot interaction": ("dot_interaction", lambda d: (torch.ones(2, 3, DIM, dtype=d),)),
     "gradient of the dot interaction": (
         "dot_interaction_backward",
-        lambda d: (torch.ones(2, 3, dtype=d), torch.ones(2, 3, DIM, dtype=d), False),
+        lambda d: (torch.ones(2, 3, dtype=d), torch.ones(2, 3, DIM, dtype=d), False, None),
     ),
 }
 

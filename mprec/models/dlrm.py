@@ -151,11 +151,10 @@ class DLRM(nn.Module):
             first = self.constant.expand(len(embedded), -1)
         else:
             first = self.bottom(dense)
-        vectors = torch.cat([first, embedded], dim=1)
         if self.interaction == "cat":
-            return self.top(vectors).squeeze(1)
-        products = dot_interaction(vectors.unflatten(1, (-1, self.embedding_dim)))
-        return self.top(torch.cat([first, products], dim=1)).squeeze(1)
+            return self.top(torch.cat([first, embedded], dim=1)).squeeze(1)
+        vectors = embedded.unflatten(1, (-1, self.embedding_dim))
+        return self.top(dot_interaction(vectors, first=first)).squeeze(1)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean log-loss over a batch, in nats: what training minimises."""

@@ -91,8 +91,7 @@ class DotInteraction(nn.Module):
                 f"dense, sparse: expected [B, D] and [B, F, D], got {list(dense.shape)} and "
                 f"{list(sparse.shape)}"
             )
-        vectors = torch.cat([dense[:, None], sparse], dim=1)
-        return torch.cat([dense, dot_interaction(vectors, self.self_interaction)], dim=1)
+        return dot_interaction(sparse, self.self_interaction, dense)
 
     def extra_repr(self) -> str:
         return f"self_interaction={self.self_interaction}"

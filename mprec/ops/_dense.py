@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mprec import reference
 from mprec._native import _C
+from mprec.errors import DtypeError
 from mprec.kernels import kernel
 from mprec.names import ACTIVATIONS, code
 from mprec.ops._checks import check_floats, check_same_device
@@ -185,95 +186,129 @@ def mlp(
 
 
 class Interaction(NamedTuple):
-    """The call; with ``grad``, of the gradient."""
+    """The call; with ``grad``, of the gradients."""
 
     vectors: Tensor
     self_interaction: bool
+    first: Tensor | None = None
     grad: Tensor | None = None
 
     @property
     def device(self) -> str:
         return self.vectors.device.type
 
+    @property
+    def columns(self) -> int:
+        """Of the result."""
+        _, count, dim = self.vectors.shape
+        if self.first is None:
+            return pairs(count, self.self_interaction)
+        return dim + pairs(count + 1, self.self_interaction)
+
 
 def _check_vectors(call: Interaction) -> Interaction:
-    if call.vectors.dim() != 3:
-        raise ValueError(f"vectors: expected [B, V, D], got {list(call.vectors.shape)}")
-    check_floats(call.vectors, "vectors")
+    vectors, _, first, _ = call
+    if vectors.dim() != 3:
+        raise ValueError(f"vectors: expected [B, V, D], got {list(vectors.shape)}")
+    check_floats(vectors, "vectors")
+    if first is not None:
+        if first.shape != (vectors.shape[0], vectors.shape[2]):
+            expected = [vectors.shape[0], vectors.shape[2]]
+            raise ValueError(f"first: expected {expected}, as vectors, got {list(first.shape)}")
+        if first.dtype != vectors.dtype:
+            raise DtypeError(f"first: expected {vectors.dtype}, as vectors, got {first.dtype}")
+        check_same_device(vectors=vectors, first=first)
     return call
 
 
 def _is_native(call: Interaction) -> bool:
     vectors = call.vectors
-    return all_float32(vectors, call.grad) and 0 < vectors.shape[1] <= 4096 and vectors.shape[2] > 0
+    return (
+        all_float32(vectors, call.first, call.grad) and 0 < vectors.shape[1] <= 4096 and vectors.shape[2] > 0
+    )
 
 
 @kernel("dot_interaction", device="cpu", supports=_is_native)
 def _native_interaction(call: Interaction) -> Tensor:
-    out = torch.empty(
-        len(call.vectors), pairs(call.vectors.shape[1], call.self_interaction), dtype=torch.float32
-    )
-    _C.dot_interaction(plain(call.vectors), call.self_interaction, out, torch.get_num_threads())
+    vectors, self_interaction, first, _ = call
+    out = torch.empty(len(vectors), call.columns, dtype=torch.float32)
+    first = None if first is None else plain(first)
+    _C.dot_interaction(plain(vectors), self_interaction, first, out, torch.get_num_threads())
     return out
 
 
 @kernel("dot_interaction_backward", device="cpu", supports=_is_native)
-def _native_interaction_gradient(call: Interaction) -> Tensor:
-    out = torch.empty(call.vectors.shape, dtype=torch.float32)
-    vectors, grad = plain(call.vectors), plain(call.grad)
-    _C.dot_interaction_backward(grad, vectors, call.self_interaction, out, torch.get_num_threads())
+def _native_interaction_gradient(call: Interaction) -> list[Tensor]:
+    vectors, self_interaction, first, grad = call
+    out = [torch.empty(given.shape, dtype=torch.float32) for given in (vectors, first) if given is not None]
+    first, out_first = (None, None) if first is None else (plain(first), out[1])
+    _C.dot_interaction_backward(
+        plain(grad), plain(vectors), self_interaction, first, out[0], out_first, torch.get_num_threads()
+    )
     return out
 
 
-def _interaction_gradient(call: Interaction) -> Tensor:
-    vectors, self_interaction, grad = call
+def _interaction_gradient(call: Interaction) -> list[Tensor]:
+    vectors, self_interaction, first, grad = call
+    if first is not None:
+        all_vectors, dim = torch.cat([first.unsqueeze(1), vectors], dim=1), first.shape[1]
+        (found,) = _interaction_gradient(Interaction(all_vectors, self_interaction, None, grad[:, dim:]))
+        return [found[:, 1:].contiguous(), found[:, 0] + grad[:, :dim]]
     count = vectors.shape[1]
     rows, columns = torch.tril_indices(count, count, 0 if self_interaction else -1, device=grad.device)
     square = grad.new_zeros(len(grad), count, count)
     square[:, rows, columns] = grad
-    return (square + square.transpose(1, 2)) @ vectors
+    return [(square + square.transpose(1, 2)) @ vectors]
 
 
 def _interaction(call: Interaction, dtype: torch.dtype) -> Tensor:
-    result = reference.dot_interaction(call.vectors, call.self_interaction, dtype=dtype)
+    result = reference.dot_interaction(call.vectors, call.self_interaction, call.first, dtype=dtype)
     return result.to(call.vectors.dtype)
 
 
+def _gradient_of_interaction(op: Op, arguments, grad: Tensor, wanted) -> dict:
+    found = torch.ops.mprec.dot_interaction_backward(grad, *op.complete(arguments))
+    return dict(zip(("vectors", "first"), found, strict=False))
+
+
 DOT_INTERACTION = Op(
-    "dot_interaction(Tensor vectors, bool self_interaction=False) -> Tensor",
+    "dot_interaction(Tensor vectors, bool self_interaction=False, Tensor? first=None) -> Tensor",
     call=Interaction,
     check=_check_vectors,
-    fake=lambda call: call.vectors.new_empty(
-        call.vectors.shape[0], pairs(call.vectors.shape[1], call.self_interaction)
-    ),
+    fake=lambda call: call.vectors.new_empty(call.vectors.shape[0], call.columns),
     reference=lambda call: _interaction(call, _wide(call.vectors)),
     formula=lambda call: _interaction(call, call.vectors.dtype),
-    gradient=lambda op, arguments, grad, wanted: {
-        "vectors": torch.ops.mprec.dot_interaction_backward(grad, *arguments)
-    },
+    gradient=_gradient_of_interaction,
 )
 Op(
-    "dot_interaction_backward(Tensor grad, Tensor vectors, bool self_interaction) -> Tensor",
+    "dot_interaction_backward(Tensor grad, Tensor vectors, bool self_interaction, Tensor? first) -> Tensor[]",
     call=lambda grad, *of: Interaction(*of, grad),
-    fake=lambda call: call.vectors.new_empty(call.vectors.shape),
+    fake=lambda call: [t.new_empty(t.shape) for t in (call.vectors, call.first) if t is not None],
     reference=_interaction_gradient,
 )
 
 
-def dot_interaction(vectors: Tensor, self_interaction: bool = False) -> Tensor:
+def dot_interaction(vectors: Tensor, self_interaction: bool = False, first: Tensor | None = None) -> Tensor:
     """Dot products of all pairs of each sample's vectors.
 
     Args:
         vectors: ``[B, V, D]``.
         self_interaction: of each vector with itself, too.
+        first: ``[B, D]``, a vector before the others that is also wanted itself: a DLRM's dense vector. This
+            is ``cat([first, dot_interaction(cat([first[:, None], vectors], 1))], 1)`` without the copies. Of
+            two floating dtypes the wider one is taken, as by ``torch.cat``.
 
     Returns:
         ``[B, V (V - 1) / 2]``, with ``self_interaction`` ``[B, V (V + 1) / 2]``: products (1,0) (2,0) (2,1)
-        (3,0) and so on, the lower triangle row by row, in torchrec's and Facebook's DLRM order.
+        (3,0) and so on, the lower triangle row by row, in torchrec's and Facebook's DLRM order. With
+        ``first``, ``[B, D +`` products of V + 1 vectors ``]``: ``first``, then the products.
 
     Raises:
-        ValueError, DtypeError: not three dimensions, or not floating.
+        ValueError, DtypeError, DeviceError: not three dimensions, not floating, or not fitting together.
     """
-    if can_skip_dispatcher(vectors):
-        return DOT_INTERACTION.run(vectors, self_interaction)
-    return torch.ops.mprec.dot_interaction(vectors, self_interaction)
+    if first is not None and first.dtype != vectors.dtype:
+        dtype = torch.promote_types(first.dtype, vectors.dtype)
+        vectors, first = vectors.to(dtype), first.to(dtype)
+    if can_skip_dispatcher(vectors, first):
+        return DOT_INTERACTION.run(vectors, self_interaction, first)
+    return torch.ops.mprec.dot_interaction(vectors, self_interaction, first)

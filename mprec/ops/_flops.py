@@ -71,11 +71,12 @@ def _mlp(input, weights, *arguments, **options) -> int:
 
 
 @register_flop_formula(torch.ops.mprec.dot_interaction)
-def _dot_interaction(vectors, self_interaction=False, **options) -> int:
+def _dot_interaction(vectors, self_interaction=False, first=None, **options) -> int:
     batch, count, dim = vectors
+    count += first is not None
     return 2 * batch * dim * (count * (count - 1) // 2 + (count if self_interaction else 0))
 
 
 @register_flop_formula(torch.ops.mprec.dot_interaction_backward)
-def _dot_interaction_backward(grad, vectors, self_interaction, **options) -> int:
-    return 2 * _dot_interaction(vectors, self_interaction)
+def _dot_interaction_backward(grad, vectors, self_interaction, first, **options) -> int:
+    return 2 * _dot_interaction(vectors, self_interaction, first)
