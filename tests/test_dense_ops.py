@@ -119,11 +119,20 @@ def test_interaction_behind_a_first_vector(name, samples, count, dim, self_inter
         torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-4)
 
 
+def test_no_samples_in_any_layout():
+    """Of nothing every layout is contiguous, to torch and to the kernels."""
+    weights, biases = layers([3, 2])
+    assert ops.dot_interaction(torch.empty(0, 4, 6)[:, :, ::2]).shape == (0, 6)
+    assert ops.mlp(torch.empty(0, 6)[:, ::2], weights, biases).shape == (0, 2)
+    ids, table = torch.empty(0, 4, dtype=torch.int64)[:, ::2], torch.randn(5, 3)
+    assert ops.embedding(ids, table).shape == (0, 2, 3)
+
+
 def test_only_one_of_the_vectors_may_want_a_gradient():
     v, first = torch.randn(3, 4, 5), torch.randn(3, 5)
     for wanted in (v, first):
         wanted.requires_grad_()
-        want = torch.cat([first, triangle(torch.cat([first[:, None], v], 1))], 1)
+        want = torch.cat([first, triangle(torch.cat([first[:, None], v], 1).double(), False)], 1)
         (want_grad,) = torch.autograd.grad(want.sum(), wanted)
         (grad,) = torch.autograd.grad(ops.dot_interaction(v, first=first).sum(), wanted)
         torch.testing.assert_close(grad, want_grad.float())

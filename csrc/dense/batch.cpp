@@ -38,15 +38,13 @@ const float* together(const InteractionView& view, const Vectors& vectors, int64
   return block;
 }
 
-// The opposite, of gradients; that of the first vector is also in front of the products' (`grad`).
-void apart(const InteractionView& view, const float* block, const float* grad, int64_t grad_stride,
-           int64_t begin, int samples, const VectorsOf<float>& out) {
+// The vectors of one sample.
+template <class Number>
+SampleVectors<Number> sample_of(const InteractionView& view, const VectorsOf<Number>& vectors, int64_t s) {
   const int64_t dim = view.dim, others = (view.vectors - 1) * dim;
-  for (int64_t s = 0; s < samples; ++s, block += dim + others, grad += grad_stride) {
-    float* const first = out.first + (begin + s) * dim;
-    for (int64_t d = 0; d < dim; ++d) first[d] = block[d] + grad[d];
-    std::copy_n(block + dim, others, out.others + (begin + s) * others);
-  }
+  if (vectors.first) return {vectors.first + s * dim, vectors.others + s * others};
+  Number* const all = vectors.others + s * (others + dim);
+  return {all, all + dim};
 }
 
 }  // namespace
@@ -88,19 +86,16 @@ void interaction_forward(const InteractionView& view, const Vectors& vectors, in
 void interaction_backward(const InteractionView& view, const Vectors& vectors, const float* grad,
                           int64_t samples, const VectorsOf<float>& out, int threads) {
   const DenseKernels& k = *kernels().dense;
-  const int64_t products = view.products(), stride = int64_t{view.vectors} * view.dim;
-  const int in_front = vectors.first ? view.dim : 0;
-  const int64_t columns = in_front + products, some = vectors.first ? max_samples * stride : 0;
-  parallel_ranges(
-      samples, team(2 * samples * products * view.dim, threads), [&](int64_t first, int64_t last) {
-        float* const block = scratch.reserve(2 * some + view.symmetric_floats());
-        in_blocks(first, last, [&](int64_t begin, int count) {
-          float* const into = in_front ? block + some : out.others + begin * stride;
-          k.interact_backward(view, together(view, vectors, begin, count, block),
-                              grad + begin * columns + in_front, columns, count, block + 2 * some, into);
-          if (in_front) apart(view, into, grad + begin * columns, columns, begin, count, out);
-        });
-      });
+  const int64_t products = view.products(), in_front = vectors.first ? view.dim : 0;
+  parallel_ranges(samples, team(2 * samples * products * view.dim, threads), [&](int64_t begin, int64_t end) {
+    float* const room = scratch.reserve(view.symmetric_floats());
+    for (int64_t s = begin; s < end; ++s) {
+      const float* const own = grad + s * (in_front + products);  // of the first vector itself
+      const SampleVectors<float> into = sample_of(view, out, s);
+      k.interact_backward(view, sample_of(view, vectors, s), own + in_front, room, into);
+      for (int64_t d = 0; d < in_front; ++d) into.first[d] += own[d];
+    }
+  });
 }
 
 }  // namespace mprec

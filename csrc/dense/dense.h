@@ -63,6 +63,12 @@ struct ProjectionView {
   const float* bias;    // [dim], or null
 };
 
+// One sample's vectors: number 0 may lie apart from those from 1 on, which follow each other.
+template <class Number>
+struct SampleVectors {
+  Number *first, *others;
+};
+
 struct DenseKernels {
   // `columns` numbers of each sample, in rows `stride` apart, into blocks from `first_column` on; and back.
   void (*gather)(const float* rows, int64_t stride, int samples, int columns, float* blocks,
@@ -76,10 +82,10 @@ struct DenseKernels {
   // has room for one sample's vectors.
   void (*interact)(const InteractionView&, const float* vectors, int64_t stride, int samples,
                    float* transposed, float* blocks, int64_t block_stride, int first_column);
-  // The vectors' gradients from those of their products, which are `grad_stride` apart; vectors of samples
-  // one after another. `scratch` has room for symmetric_floats().
-  void (*interact_backward)(const InteractionView&, const float* vectors, const float* grad,
-                            int64_t grad_stride, int64_t samples, float* scratch, float* out);
+  // The gradients of one sample's vectors from those of their products; `scratch` has room for
+  // symmetric_floats().
+  void (*interact_backward)(const InteractionView&, const SampleVectors<const float>& vectors,
+                            const float* grad, float* scratch, const SampleVectors<float>& out);
   // Vector v of a sample: the sum of its terms, which follow each other. Every vector has a term.
   void (*mix)(const MixTerm* terms, int64_t num_terms, int dim, const float* parts, int64_t parts_stride,
               int samples, float* vectors, int64_t stride);

@@ -105,25 +105,31 @@ static inline void interact(const InteractionView& view, const float* vectors, i
 
 // out[row + r][column ...] = sum over j of weights[j][row + r] vectors[j][column ...], of symmetric weights.
 template <int rows>
-void weighted_sums(const float* weights, int64_t pitch, const float* vectors, int n, int dim, int row,
-                   int column, float* out) {
+void weighted_sums(const float* weights, int64_t pitch, const SampleVectors<const float>& vectors, int n,
+                   int dim, int row, int column, const SampleVectors<float>& out) {
   const Mask mask(dim - column < Vec::width ? dim - column : Vec::width);
   Vec sum[rows];
+  const float *w = weights + row, *v = vectors.others + column;
+  Vec x = load(vectors.first + column, mask);
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) sum[r] = zero();
-  const float *w = weights + row, *v = vectors + column;
-  for (int j = 0; j < n; ++j, w += pitch, v += dim) {
-    const Vec x = load(v, mask);
+  for (int r = 0; r < rows; ++r) sum[r] = broadcast(w[r]) * x;
+  for (int j = 1; j < n; ++j, v += dim) {
+    w += pitch;
+    x = load(v, mask);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) sum[r] = accumulate(broadcast(w[r]), x, sum[r]);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) store(out + (row + r) * int64_t{dim} + column, sum[r], mask);
+  for (int r = 0; r < rows; ++r) {
+    float* const to = row + r == 0 ? out.first : out.others + (row + r - 1) * int64_t{dim};
+    store(to + column, sum[r], mask);
+  }
 }
 
 template <int rows>
-inline void some_sums(int wanted, const float* weights, int64_t pitch, const float* vectors, int n, int dim,
-                      int row, int column, float* out) {
+inline void some_sums(int wanted, const float* weights, int64_t pitch,
+                      const SampleVectors<const float>& vectors, int n, int dim, int row, int column,
+                      const SampleVectors<float>& out) {
   if constexpr (rows > 1)
     if (wanted < rows) return some_sums<rows - 1>(wanted, weights, pitch, vectors, n, dim, row, column, out);
   weighted_sums<rows>(weights, pitch, vectors, n, dim, row, column, out);
@@ -151,19 +157,16 @@ inline void symmetric_gradient(const InteractionView& view, const float* grad, f
 }
 
 // Product (i, j) passes its gradient, times one vector, on to the other: (G + G^T) V with G the triangle.
-// Gradients of samples are `grad_stride` apart.
-static inline void interact_backward(const InteractionView& view, const float* vectors, const float* grad,
-                                     int64_t grad_stride, int64_t samples, float* scratch, float* out) {
+static inline void interact_backward(const InteractionView& view, const SampleVectors<const float>& vectors,
+                                     const float* grad, float* scratch, const SampleVectors<float>& out) {
   const int n = view.vectors, dim = view.dim;
-  const int64_t pitch = (n + 15) / 16 * 16, stride = int64_t{n} * dim;
+  const int64_t pitch = (n + 15) / 16 * 16;
   float* const symmetric = scratch + pitch * pitch;
-  for (int64_t s = 0; s < samples; ++s, vectors += stride, out += stride, grad += grad_stride) {
-    symmetric_gradient(view, grad, scratch, symmetric, pitch);
-    for (int column = 0; column < dim; column += Vec::width)
-      for (int row = 0; row < n; row += group_rows)
-        some_sums<group_rows>(n - row < group_rows ? n - row : group_rows, symmetric, pitch, vectors, n, dim,
-                              row, column, out);
-  }
+  symmetric_gradient(view, grad, scratch, symmetric, pitch);
+  for (int column = 0; column < dim; column += Vec::width)
+    for (int row = 0; row < n; row += group_rows)
+      some_sums<group_rows>(n - row < group_rows ? n - row : group_rows, symmetric, pitch, vectors, n, dim,
+                            row, column, out);
 }
 
 }  // namespace mprec::MPREC_ISA

@@ -160,9 +160,9 @@ int64_t Tensor::item_bytes() const {
 }
 
 bool Tensor::contiguous() const {
+  if (numel() == 0) return true;
   int64_t stride = 1;
   for (int i = ndim - 1; i >= 0; --i) {
-    if (shape[i] == 0) return true;
     if (shape[i] != 1 && strides[i] != stride) return false;
     stride *= shape[i];
   }

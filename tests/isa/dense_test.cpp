@@ -265,8 +265,11 @@ void test_interaction_backward(const std::string& isa) {
             out(2 * n * dim);
         for (int64_t i = 0; i < vectors.size(); ++i) vectors[i] = random.normal_ish();
         for (int64_t i = 0; i < grad.size(); ++i) grad[i] = random.normal_ish();
-        kernels().dense->interact_backward(view, vectors.data(), grad.data(), 2, scratch.data(), out.data());
         for (int s = 0; s < 2; ++s) {
+          const float* const all = vectors.data() + s * n * dim;
+          float* const into = out.data() + s * n * dim;
+          kernels().dense->interact_backward(view, {all, all + dim}, grad.data() + s * products,
+                                             scratch.data(), {into, into + dim});
           std::vector<double> want(n * dim), magnitude(n * dim);
           const float* g = grad.data() + s * products;
           for (int i = 0; i < n; ++i)
