@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from test_optim import TorchRowWiseAdagrad
 
 from mprec import ops, optim
 from mprec.nn import EmbeddingBag, EmbeddingBagCollection, FeatureConfig
@@ -16,7 +17,14 @@ PAIRS = {
     "adagrad": (lambda p: optim.Adagrad(p, lr=0.5), lambda p: torch.optim.Adagrad(p, lr=0.5)),
     "adam": (lambda p: optim.Adam(p, lr=0.1), lambda p: torch.optim.SparseAdam(p, lr=0.1)),
 }
-each = pytest.mark.parametrize("name", PAIRS)
+EVERY = {
+    **PAIRS,
+    "rowwise_adagrad": (
+        lambda p: optim.RowWiseAdagrad(p, lr=0.5, eps=1e-6),
+        lambda p: TorchRowWiseAdagrad(p, lr=0.5, eps=1e-6),
+    ),
+}
+each = pytest.mark.parametrize("name", EVERY)
 
 
 def two_tables():
@@ -32,7 +40,7 @@ def theirs(ids, w, psw=None, mode="sum"):
 @each
 def test_a_table_of_several_features_takes_one_step(name):
     (w, v), (w2, v2) = two_tables()
-    mine, other = PAIRS[name][0]([w, v]), PAIRS[name][1]([w2, v2])
+    mine, other = EVERY[name][0]([w, v]), EVERY[name][1]([w2, v2])
     ids = torch.tensor([[1, 1], [2, 1], [0, 5], [1, 3], [4, 4], [2, 0]])
     psw = torch.rand(12)
     for step in range(3):
@@ -55,7 +63,7 @@ def test_a_module_called_twice_takes_one_step(name, padding_idx):
     module = EmbeddingBag(6, 4, mode="mean", padding_idx=padding_idx)
     other_module = torch.nn.EmbeddingBag(6, 4, mode="mean", sparse=True, padding_idx=padding_idx)
     other_module.load_state_dict(module.state_dict())
-    mine, other = PAIRS[name][0](module.parameters()), PAIRS[name][1](list(other_module.parameters()))
+    mine, other = EVERY[name][0](module.parameters()), EVERY[name][1](list(other_module.parameters()))
     ids, offsets = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 2])
     for m, o in ((module, mine), (other_module, other)):
         (m(ids, offsets) * m(ids.flip(0), offsets)).sum().backward()
