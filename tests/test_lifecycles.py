@@ -17,6 +17,7 @@ from torch.export import Dim
 import mprec.optim
 from mprec import nn
 from mprec.cache import CachedDeepHashEmbeddingBag, CachedEmbeddingBagCollection
+from mprec.representations import REPRESENTATIONS, SELECT
 
 ROWS = torch.tensor([[1, 5, 3], [0, 0, 8]])
 OTHER_ROWS = torch.tensor([[8, 2, 2], [7, 1, 3], [0, 6, 4]])
@@ -39,7 +40,7 @@ OF_ROWS = {
     "cached bag": lambda: CachedDeepHashEmbeddingBag(nn.DeepHashEmbeddingBag(4, DHE), 1 << 14),
 }
 OF_FEATURES = {
-    **{kind: lambda kind=kind: collection(kind) for kind in ("table", "dhe", "hybrid", "select", "low_rank")},
+    **{kind: lambda kind=kind: collection(kind) for kind in (*REPRESENTATIONS, SELECT)},
     "mapped": lambda: nn.MappedEmbeddingBagCollection(collection("table"), fresh=True),
     "cached": lambda: CachedEmbeddingBagCollection(hybrid(), 1 << 14),
     **SERVING,
@@ -95,6 +96,33 @@ def test_traced_by_jit_and_loaded(name):
     loaded = torch.jit.load(file)
     for arguments in (example, same):
         torch.testing.assert_close(loaded(*arguments), module(*arguments))
+
+
+@pytest.mark.parametrize("name", ["hot_dhe", "hot_low_rank", "hooks"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_of_features_one_by_one_refuses_another_division(name):
+    """Where features' IDs begin is a constant of the trace."""
+    module = collection("table" if name == "hooks" else name)
+    if name == "hooks":
+        module.tables["a"].register_forward_hook(lambda module, given, out: 2 * out)
+    indices, offsets = batch(4)[1:]
+    with torch.no_grad():
+        traced = torch.jit.trace(module, (indices, offsets), check_trace=False)
+        torch.testing.assert_close(traced(indices.flip(0) % 9, offsets), module(indices.flip(0) % 9, offsets))
+        moved = offsets.clone()
+        moved[4] -= 1  # one ID of the first feature becomes the second one's
+        for other in ((indices % 9, moved), batch(6)[1:]):
+            with pytest.raises(RuntimeError, match=r"InvalidOffsetsError|out of bounds"):
+                traced(*other)
+
+
+@pytest.mark.parametrize("tool", [torch.jit.script, torch.fx.symbolic_trace])
+@pytest.mark.parametrize("name", ["bag", "embedding"])
+def test_tables_are_scripted_and_traced_symbolically(tool, name):
+    module, example, _, other = make(name)
+    made = tool(module)
+    for arguments in (example, other):
+        assert torch.equal(made(*arguments), module(*arguments))
 
 
 @every
