@@ -66,6 +66,21 @@ def test_clipping():
     torch.testing.assert_close(ours.weight, theirs.weight)
 
 
+def test_clipping_passes_by_what_the_backward_pass_has_applied():
+    ours, twin = bags()
+    top = nn.Linear(4, 1)
+    a = mprec.optim.SGD(ours.parameters(), lr=0.1)
+    b = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for bag, optimizer in ((ours, a), (twin, b)):
+        top.zero_grad()
+        (loss(bag, BATCHES[0]) + top(bag(BATCHES[0])).sum()).backward()
+        optimizer.step()
+    torch.testing.assert_close(ours.weight, twin.weight)
+    assert nn.utils.clip_grad_norm_(ours.parameters(), 0.5) == 0.0
+    both = nn.utils.clip_grad_norm_([*ours.parameters(), *top.parameters()], 1e9)
+    assert both == nn.utils.get_total_norm([p.grad for p in top.parameters()])
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_grad_scaler_unscales_and_skips_what_is_not_finite(sparse):
     ours, theirs = bags(sparse)
