@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from test_exporters import DHE, FEATURES, SERVING, batch, dlrm, hybrid, multi_path
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.export import Dim
+from torch.utils.flop_counter import FlopCounterMode
 
 import mprec.optim
 from mprec import nn
@@ -158,6 +159,61 @@ def test_exported_saved_and_loaded(name):
     loaded = torch.export.load(file).module()
     for arguments in (example, other):
         torch.testing.assert_close(loaded(*arguments), module(*arguments).detach())
+
+
+def exported(module, example):
+    return torch.export.export(module, example, dynamic_shapes=({0: Dim.DYNAMIC},) * len(example)).module()
+
+
+def traced(module, example):
+    return torch.jit.trace(module, example, check_trace=False)
+
+
+def counted(module, example):
+    def call(*arguments):
+        with FlopCounterMode(display=False):
+            return module(*arguments)
+
+    return call
+
+
+NOT_TRACED = {"float16 decoders", "int8 decoders"}
+#: Where an ID beyond the vocabulary is an ID: deep hash embeddings take any, and means answer what is unseen.
+TAKE_ANY_ID = {"dhe", "select", "means for unseen", "means, int8"}
+
+
+@pytest.mark.parametrize("tool", [exported, traced, counted])
+@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_batches_are_refused_under_every_tool(name, tool):
+    """Checks that a call makes by itself are not made there; look-ups have to refuse."""
+    if tool is traced and name in NOT_TRACED:
+        pytest.skip("is not traced")
+    module, example, _, _ = make(name)
+    with torch.no_grad():
+        made = tool(module, example)
+        torch.testing.assert_close(made(*example), module(*example))
+        for at, place, bad in (
+            (0, 0, -1),  # an ID
+            (0, 0, FEATURES[0].num_embeddings),
+            (1, 0, 1),  # an offset
+            (1, -1, len(example[0]) - 1),
+        ):
+            if bad == FEATURES[0].num_embeddings and name in TAKE_ANY_ID:
+                continue
+            arguments = [tensor.clone() for tensor in example]
+            arguments[at][place] = bad
+            for call in (module, made):
+                with pytest.raises((IndexError, RuntimeError, ValueError)):
+                    call(*arguments)
+
+
+def test_a_collection_of_one_feature_is_exported_for_any_number_of_ids():
+    for kind in REPRESENTATIONS:
+        module = nn.EmbeddingBagCollection(nn.with_representation(FEATURES[:1], kind, DHE)).eval()
+        indices, offsets = batch(4)[1:]
+        program = exported(module, (indices[:12], offsets[:5]))
+        torch.testing.assert_close(program(indices[:6], offsets[:3]), module(indices[:6], offsets[:3]))
 
 
 class Leaves(torch.fx.Tracer):
