@@ -196,10 +196,12 @@ class Bags(NamedTuple):
     def parts(self, count: int) -> "Iterator[tuple[int, int, Bags]]":
         """Of each of ``count`` parts: where its indices begin and end, and the bags of its feature alone."""
         if self.num_features == 1:
-            yield from [(0, len(self.indices), self._of_all())] * count
+            yield from [(0, self.indices.shape[0], self._of_all())] * count
             return
         batch = self.batch
         bounds = self.offsets[::batch].tolist() if batch else [0] * (self.num_features + 1)
+        # The ends are where they should be. If the offsets say otherwise, the part's own check will.
+        bounds[0], bounds[-1] = 0, self.indices.shape[0]
         for f in self.served(count):
             begin, end = bounds[f], bounds[f + 1]
             weights = self.per_sample_weights

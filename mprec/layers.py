@@ -12,12 +12,19 @@ __all__ = [
     "recompute",
     "refuse_more",
     "run_as_modules",
+    "share_hooks",
     "size_places",
 ]
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 # Forward passes that read the weights and no more. The first is that of modules that are never called.
 _READ: set[Any] = {nn.Module.forward, nn.EmbeddingBag.forward, nn.Embedding.forward, nn.Linear.forward}
+_PLACES_OF_HOOKS = {
+    *_HOOKS,
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+}
 _M = TypeVar("_M", bound=type[nn.Module])
 
 
@@ -82,6 +89,15 @@ def refuse_more(member: nn.Module, name: str) -> None:
             f"{name}: expected a module without hooks or a forward pass of its own, whose weights say all "
             f"that it does, got {type(member).__name__} with more than that"
         )
+
+
+def share_hooks(module: nn.Module, twin: nn.Module) -> None:
+    """``twin`` runs the hooks of ``module``, also those that are registered or removed later."""
+    found = {key: value for key, value in module.__dict__.items() if key in _PLACES_OF_HOOKS}
+    # torch sets the last one with the first backward hook, and on the module alone. Without hooks it says
+    # nothing, so it may say now what it will say then.
+    full = module._is_full_backward_hook
+    twin.__dict__.update(found, _is_full_backward_hook=True if full is None else full)
 
 
 def run_as_modules(layers: Iterable[nn.Module]) -> bool:

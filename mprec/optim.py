@@ -9,8 +9,11 @@ An optimizer of this module takes over the tables that it is given: from then on
 them, their ``.grad`` stays ``None`` and ``step()`` has nothing left to do for them. So a backward pass is a
 step: one for each table, however often the pass met it. Gradients are not accumulated over several passes
 (a pass within a pass, as of reentrant checkpointing, is one of its own), and cannot be clipped or scaled in
-between. ``torch.autograd.grad`` updates nothing. The results are those of torch's optimizer of the same name
-with ``sparse=True`` gradients, to rounding, and do not depend on the number of threads.
+between. ``torch.nn.utils.clip_grad_norm_`` cannot tell: it passes by parameters without ``.grad``, so these
+tables have been updated by all of their gradient, the others are clipped by the norm of the others, and the
+norm of tables alone is 0.0. ``torch.autograd.grad`` updates nothing. The results are those of torch's
+optimizer of the same name with ``sparse=True`` gradients, to rounding, and do not depend on the number of
+threads.
 
 With ``in_backward=False`` the gradient goes to ``.grad`` as any other's does, and ``step()`` updates the
 table by the same kernels: for gradient accumulation, clipping, ``torch.amp.GradScaler``, hooks, and for

@@ -114,7 +114,14 @@ def test_serving_modules_compile_whole_and_are_exported(name, weighted):
     assert not module(*other).requires_grad or name == "means for unseen"
 
 
+def swapped():
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(20, 4, mode="sum"), torch.nn.Linear(4, 1))
+    nn.swap(model)
+    return model
+
+
 ONNX = {
+    "swapped": (swapped(), (torch.randint(20, (5, 3)),), (torch.randint(20, (7, 3)),)),
     "bag": (nn.EmbeddingBag(20, 4, mode="sum"), (torch.randint(20, (5, 3)),), (torch.randint(20, (7, 3)),)),
     "mean, padding": (
         nn.EmbeddingBag(20, 4, padding_idx=2),
@@ -165,6 +172,16 @@ def test_onnx(name):
         got = torch.from_numpy(session.run(None, feed)[0])
         with torch.no_grad():
             torch.testing.assert_close(got, module(*arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["int8 rows", "means for unseen", "low rank", "hot_dhe", "hot_low_rank"])
+def test_what_onnx_cannot_say_is_refused(name):
+    pytest.importorskip("onnxscript")
+    module = SERVING[name]() if name in SERVING else dlrm(name).embeddings
+    with pytest.raises(torch.onnx.OnnxExporterError):
+        torch.onnx.export(module.eval(), batch(8)[1:], dynamo=True, verbose=False)
 
 
 @pytest.mark.parametrize("name", ["bag", "mean, padding", "max", "mlp", "dot", "dhe, sign", "dlrm, hybrid"])

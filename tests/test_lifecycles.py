@@ -13,10 +13,12 @@ import torch.utils.checkpoint
 from test_exporters import DHE, FEATURES, SERVING, batch, dlrm, hybrid, multi_path
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.export import Dim
+from torch.utils.flop_counter import FlopCounterMode
 
 import mprec.optim
 from mprec import nn
 from mprec.cache import CachedDeepHashEmbeddingBag, CachedEmbeddingBagCollection
+from mprec.representations import REPRESENTATIONS, SELECT
 
 ROWS = torch.tensor([[1, 5, 3], [0, 0, 8]])
 OTHER_ROWS = torch.tensor([[8, 2, 2], [7, 1, 3], [0, 6, 4]])
@@ -39,7 +41,7 @@ OF_ROWS = {
     "cached bag": lambda: CachedDeepHashEmbeddingBag(nn.DeepHashEmbeddingBag(4, DHE), 1 << 14),
 }
 OF_FEATURES = {
-    **{kind: lambda kind=kind: collection(kind) for kind in ("table", "dhe", "hybrid", "select", "low_rank")},
+    **{kind: lambda kind=kind: collection(kind) for kind in (*REPRESENTATIONS, SELECT)},
     "mapped": lambda: nn.MappedEmbeddingBagCollection(collection("table"), fresh=True),
     "cached": lambda: CachedEmbeddingBagCollection(hybrid(), 1 << 14),
     **SERVING,
@@ -97,6 +99,33 @@ def test_traced_by_jit_and_loaded(name):
         torch.testing.assert_close(loaded(*arguments), module(*arguments))
 
 
+@pytest.mark.parametrize("name", ["hot_dhe", "hot_low_rank", "hooks"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_of_features_one_by_one_refuses_another_division(name):
+    """Where features' IDs begin is a constant of the trace."""
+    module = collection("table" if name == "hooks" else name)
+    if name == "hooks":
+        module.tables["a"].register_forward_hook(lambda module, given, out: 2 * out)
+    indices, offsets = batch(4)[1:]
+    with torch.no_grad():
+        traced = torch.jit.trace(module, (indices, offsets), check_trace=False)
+        torch.testing.assert_close(traced(indices.flip(0) % 9, offsets), module(indices.flip(0) % 9, offsets))
+        moved = offsets.clone()
+        moved[4] -= 1  # one ID of the first feature becomes the second one's
+        for other in ((indices % 9, moved), batch(6)[1:]):
+            with pytest.raises(RuntimeError, match=r"InvalidOffsetsError|out of bounds"):
+                traced(*other)
+
+
+@pytest.mark.parametrize("tool", [torch.jit.script, torch.fx.symbolic_trace])
+@pytest.mark.parametrize("name", ["bag", "embedding"])
+def test_tables_are_scripted_and_traced_symbolically(tool, name):
+    module, example, _, other = make(name)
+    made = tool(module)
+    for arguments in (example, other):
+        assert torch.equal(made(*arguments), module(*arguments))
+
+
 @every
 def test_compiled_whole(name):
     module, example, _, other = make(name)
@@ -130,6 +159,61 @@ def test_exported_saved_and_loaded(name):
     loaded = torch.export.load(file).module()
     for arguments in (example, other):
         torch.testing.assert_close(loaded(*arguments), module(*arguments).detach())
+
+
+def exported(module, example):
+    return torch.export.export(module, example, dynamic_shapes=({0: Dim.DYNAMIC},) * len(example)).module()
+
+
+def traced(module, example):
+    return torch.jit.trace(module, example, check_trace=False)
+
+
+def counted(module, example):
+    def call(*arguments):
+        with FlopCounterMode(display=False):
+            return module(*arguments)
+
+    return call
+
+
+NOT_TRACED = {"float16 decoders", "int8 decoders"}
+#: Where an ID beyond the vocabulary is an ID: deep hash embeddings take any, and means answer what is unseen.
+TAKE_ANY_ID = {"dhe", "select", "means for unseen", "means, int8"}
+
+
+@pytest.mark.parametrize("tool", [exported, traced, counted])
+@pytest.mark.parametrize("name", OF_FEATURES)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_batches_are_refused_under_every_tool(name, tool):
+    """Checks that a call makes by itself are not made there; look-ups have to refuse."""
+    if tool is traced and name in NOT_TRACED:
+        pytest.skip("is not traced")
+    module, example, _, _ = make(name)
+    with torch.no_grad():
+        made = tool(module, example)
+        torch.testing.assert_close(made(*example), module(*example))
+        for at, place, bad in (
+            (0, 0, -1),  # an ID
+            (0, 0, FEATURES[0].num_embeddings),
+            (1, 0, 1),  # an offset
+            (1, -1, len(example[0]) - 1),
+        ):
+            if bad == FEATURES[0].num_embeddings and name in TAKE_ANY_ID:
+                continue
+            arguments = [tensor.clone() for tensor in example]
+            arguments[at][place] = bad
+            for call in (module, made):
+                with pytest.raises((IndexError, RuntimeError, ValueError)):
+                    call(*arguments)
+
+
+def test_a_collection_of_one_feature_is_exported_for_any_number_of_ids():
+    for kind in REPRESENTATIONS:
+        module = nn.EmbeddingBagCollection(nn.with_representation(FEATURES[:1], kind, DHE)).eval()
+        indices, offsets = batch(4)[1:]
+        program = exported(module, (indices[:12], offsets[:5]))
+        torch.testing.assert_close(program(indices[:6], offsets[:3]), module(indices[:6], offsets[:3]))
 
 
 class Leaves(torch.fx.Tracer):

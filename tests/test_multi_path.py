@@ -6,7 +6,15 @@ import torch
 from mprec import checkpoint
 from mprec.data import load
 from mprec.models import DLRM, PATHS, MultiPathDLRM
-from mprec.nn import DheConfig, FeatureConfig
+from mprec.nn import (
+    DheConfig,
+    EmbeddingBagCollection,
+    FeatureConfig,
+    MappedEmbeddingBagCollection,
+    MeanForUnseen,
+    QuantizedEmbeddingBagCollection,
+)
+from mprec.nn.mapped import folded
 from mprec.training import TrainOptions, evaluate, train_representations
 
 DHE = DheConfig(k=16, hidden=(8,))
@@ -98,6 +106,67 @@ def test_checkpoint_round_trip(model, batch, tmp_path):
 def test_unknown_path(model):
     with pytest.raises(ValueError, match="path: expected one of hybrid, table, dhe, select, got 'tree'"):
         model.path("tree")
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_hooks_on_the_embeddings_are_run_on_every_path(model, batch, path, late):
+    """Registered before the path is made, or afterwards."""
+    found = model.path(path) if late else None
+    plain = score(model.path(path), batch)
+    seen = []
+    handles = [
+        model.embeddings.register_forward_pre_hook(
+            lambda module, given, named: seen.append("before"), with_kwargs=True
+        ),
+        model.embeddings.register_forward_hook(lambda module, given, out: 2 * out),
+        model.embeddings.register_full_backward_hook(lambda module, got, given: seen.append("backward")),
+    ]
+    found = found or model.path(path)
+    out = score(found, batch)
+    torch.testing.assert_close(out, model.logits(batch)[path])
+    assert not torch.allclose(out, plain)
+    seen.clear()
+    score(found, batch).sum().backward()
+    assert seen == ["before", "backward"]
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(score(found, batch), plain)
+
+
+def test_hooks_are_run_by_maps_that_are_folded(model, batch):
+    model.embeddings = MappedEmbeddingBagCollection(model.embeddings, fresh=True)
+    model.embeddings.register_forward_hook(lambda module, given, out: 2 * out)
+    for name, logits in model.logits(batch).items():
+        torch.testing.assert_close(score(model.path(name), batch), logits)
+        torch.testing.assert_close(score(folded(model), batch), score(model, batch))
+
+
+class Doubled(EmbeddingBagCollection):
+    def forward(self, *batch):
+        return 2 * super().forward(*batch)
+
+
+def own_class(collection):
+    doubled = Doubled(collection.features)
+    doubled.load_state_dict(collection.state_dict())
+    return doubled
+
+
+def own_forward(collection):
+    collection.forward = lambda *batch: 2 * EmbeddingBagCollection.forward(collection, *batch)
+    return collection
+
+
+@pytest.mark.parametrize(
+    "change",
+    [own_class, own_forward, QuantizedEmbeddingBagCollection, lambda c: MeanForUnseen(c, {"a": [1, 2]})],
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_embeddings_that_do_more_than_a_path_would_are_refused(model, change, path):
+    model.embeddings = change(model.embeddings)
+    with pytest.raises(TypeError, match=r"embeddings: expected an EmbeddingBagCollection of plain tables"):
+        model.path(path)
 
 
 def test_every_path_learns():

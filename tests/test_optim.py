@@ -11,7 +11,7 @@ from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError
 
 
-class _TorchRowWiseAdagrad:
+class TorchRowWiseAdagrad:
     """FBGEMM's exact row-wise Adagrad in plain torch, on coalesced sparse gradients."""
 
     def __init__(self, params, lr, eps):
@@ -26,6 +26,10 @@ class _TorchRowWiseAdagrad:
             total[rows] += values.square().mean(1, keepdim=True)
             p[rows] -= self.lr * values / (total[rows].sqrt() + self.eps)
 
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
+
 
 PAIRS = {
     "sgd": (lambda p: optim.SGD(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
@@ -35,7 +39,7 @@ PAIRS = {
     ),
     "rowwise_adagrad": (
         lambda p: optim.RowWiseAdagrad(p, lr=0.1, eps=1e-6),
-        lambda p: _TorchRowWiseAdagrad(p, lr=0.1, eps=1e-6),
+        lambda p: TorchRowWiseAdagrad(p, lr=0.1, eps=1e-6),
     ),
     "adam": (
         lambda p: optim.Adam(p, lr=0.01, betas=(0.8, 0.95)),
@@ -86,7 +90,7 @@ class _Decayed:
 
     @torch.no_grad()
     def step(self, rows, lr_decay):
-        rate = self.optimizer.lr if isinstance(self.optimizer, _TorchRowWiseAdagrad) else None
+        rate = self.optimizer.lr if isinstance(self.optimizer, TorchRowWiseAdagrad) else None
         rate = rate or self.optimizer.param_groups[0]["lr"]
         self.weight[rows] *= 1 - rate / (1 + self.steps * lr_decay) * self.decay
         self.steps += 1

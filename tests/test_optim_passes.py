@@ -2,13 +2,11 @@
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_optim import TorchRowWiseAdagrad
 
 from mprec import ops, optim
 from mprec.nn import EmbeddingBag, EmbeddingBagCollection, FeatureConfig
@@ -19,7 +17,14 @@ PAIRS = {
     "adagrad": (lambda p: optim.Adagrad(p, lr=0.5), lambda p: torch.optim.Adagrad(p, lr=0.5)),
     "adam": (lambda p: optim.Adam(p, lr=0.1), lambda p: torch.optim.SparseAdam(p, lr=0.1)),
 }
-each = pytest.mark.parametrize("name", PAIRS)
+EVERY = {
+    **PAIRS,
+    "rowwise_adagrad": (
+        lambda p: optim.RowWiseAdagrad(p, lr=0.5, eps=1e-6),
+        lambda p: TorchRowWiseAdagrad(p, lr=0.5, eps=1e-6),
+    ),
+}
+each = pytest.mark.parametrize("name", EVERY)
 
 
 def two_tables():
@@ -35,7 +40,7 @@ def theirs(ids, w, psw=None, mode="sum"):
 @each
 def test_a_table_of_several_features_takes_one_step(name):
     (w, v), (w2, v2) = two_tables()
-    mine, other = PAIRS[name][0]([w, v]), PAIRS[name][1]([w2, v2])
+    mine, other = EVERY[name][0]([w, v]), EVERY[name][1]([w2, v2])
     ids = torch.tensor([[1, 1], [2, 1], [0, 5], [1, 3], [4, 4], [2, 0]])
     psw = torch.rand(12)
     for step in range(3):
@@ -58,7 +63,7 @@ def test_a_module_called_twice_takes_one_step(name, padding_idx):
     module = EmbeddingBag(6, 4, mode="mean", padding_idx=padding_idx)
     other_module = torch.nn.EmbeddingBag(6, 4, mode="mean", sparse=True, padding_idx=padding_idx)
     other_module.load_state_dict(module.state_dict())
-    mine, other = PAIRS[name][0](module.parameters()), PAIRS[name][1](list(other_module.parameters()))
+    mine, other = EVERY[name][0](module.parameters()), EVERY[name][1](list(other_module.parameters()))
     ids, offsets = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 2])
     for m, o in ((module, mine), (other_module, other)):
         (m(ids, offsets) * m(ids.flip(0), offsets)).sum().backward()
@@ -192,39 +197,19 @@ def test_states_that_do_not_fit_are_named_when_they_are_loaded():
     assert mine.state[w]["step"].item() == 1
 
 
-RANK = """
-import os, torch, mprec, torch.distributed as dist
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-rank = dist.get_rank()
-for sharded in (False, True):
-    m = torch.nn.Sequential(mprec.nn.EmbeddingBag(20, 4, mode="sum"), torch.nn.Linear(4, 1))
-    w = m[0].weight
-    owner = mprec.optim.Adagrad([w], lr=0.1, sharded=sharded)
-    before = w.detach().clone()
-    try:
-        m(torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(rank))).sum().backward()
-    except RuntimeError as error:
-        assert not sharded and "sharded=True" in str(error) and "replicas" in str(error), error
-        assert torch.equal(w, before)
-    else:
-        assert sharded and not torch.equal(w, before)
-    del owner
-dist.destroy_process_group()
-print("done")
-"""
-
-
-def test_replicas_are_refused_where_torch_distributed_runs(tmp_path):
-    def start(rank):
-        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29735"}
-        return subprocess.Popen(
-            [sys.executable, "-c", RANK], env={**os.environ, **variables}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        )  # fmt: skip
-
-    for process in [start(0), start(1)]:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert "done" in out
+@pytest.mark.parametrize("make", [optim.SGD, optim.Adagrad, optim.RowWiseAdagrad, optim.Adam])
+def test_updates_are_refused_where_there_are_replicas(make, monkeypatch):
+    """Two real processes are in test_replicas.py."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    w = torch.nn.Parameter(torch.ones(4, 2))
+    for sharded in (False, True):
+        owner = make([w], lr=1.0, sharded=sharded)
+        out = ops.embedding_bag(torch.tensor([[2]]), w, mode="sum").sum()
+        if sharded:
+            out.backward()
+        else:
+            with pytest.raises(RuntimeError, match=r"replicas would drift apart.*sharded=True"):
+                out.backward()
+        assert torch.equal(w, torch.ones(4, 2)) != sharded
+        owner.release()

@@ -1,10 +1,10 @@
-"""Optimizers whose step() updates tables: accumulation, clipping, scaling, replicas; and who owns a table."""
+"""Optimizers whose step() updates tables: accumulation, clipping, scaling; and who owns a table.
+
+Replicas are in test_replicas.py.
+"""
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -64,6 +64,21 @@ def test_clipping():
         assert nn.utils.clip_grad_norm_(bag.parameters(), 0.5) > 0.5
         optimizer.step()
     torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_clipping_passes_by_what_the_backward_pass_has_applied():
+    ours, twin = bags()
+    top = nn.Linear(4, 1)
+    a = mprec.optim.SGD(ours.parameters(), lr=0.1)
+    b = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for bag, optimizer in ((ours, a), (twin, b)):
+        top.zero_grad()
+        (loss(bag, BATCHES[0]) + top(bag(BATCHES[0])).sum()).backward()
+        optimizer.step()
+    torch.testing.assert_close(ours.weight, twin.weight)
+    assert nn.utils.clip_grad_norm_(ours.parameters(), 0.5) == 0.0
+    both = nn.utils.clip_grad_norm_([*ours.parameters(), *top.parameters()], 1e9)
+    assert both == nn.utils.get_total_norm([p.grad for p in top.parameters()])
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -136,90 +151,3 @@ def test_copies_keep_the_mode():
     ours, _ = bags()
     optimizer = mprec.optim.SGD(ours.parameters(), lr=0.1, in_backward=False)
     assert not copy.deepcopy(optimizer).in_backward
-
-
-REPLICAS = """
-import os, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-import mprec.nn, mprec.optim
-from mprec.models import DLRM
-from mprec.nn import DheConfig, FeatureConfig, with_representation
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-features = [FeatureConfig("a", 20, 4), FeatureConfig("b", 9, 4)]
-dhe = DheConfig(k=8, hidden=(4,))
-makers = [mprec.optim.SGD, mprec.optim.Adagrad, mprec.optim.RowWiseAdagrad, mprec.optim.Adam]
-
-def batch(rank, step):
-    g = torch.Generator().manual_seed(10 * step + rank)
-    indices = torch.cat([torch.randint(0, f.num_embeddings, (4,), generator=g) for f in features])
-    return torch.randn(4, 2, generator=g), indices, torch.arange(9)
-
-def train(model, owner, ranks, tables, rest):
-    dense = torch.optim.SGD(rest, lr=0.1)
-    for step in range(3):
-        dense.zero_grad()
-        if owner is not None: owner.zero_grad()
-        sum(model(*batch(r, step)).square().mean() for r in ranks).div(len(ranks)).backward()
-        dense.step()
-        if owner is not None: owner.step()
-
-for representation in ("table", "dhe", "hybrid", "low_rank", "select"):
-    for make in makers:
-        for sparse in (False, True):
-            results = []
-            for replicated in (True, False):
-                torch.manual_seed(0)
-                model = DLRM(with_representation(features, representation, dhe, 1), 2, 4, (4,), (4,))
-                for module in model.modules():
-                    if hasattr(module, "sparse"): module.sparse = sparse
-                tables, rest = mprec.optim.split_parameters(model)
-                owner = make(tables, lr=0.1, in_backward=False) if tables else None
-                inner = DistributedDataParallel(model) if replicated else model
-                train(inner, owner, [rank] if replicated else [0, 1], tables, rest)
-                results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-                if owner is not None: owner.release()
-            both = [torch.empty_like(results[0]) for _ in range(2)]
-            dist.all_gather(both, results[0])
-            name = representation, make.__name__, sparse
-            assert torch.equal(*both), name
-            torch.testing.assert_close(results[0], results[1], msg=lambda m: f"{name}: {m}")
-
-# 16-bit tables: replicas round by the same noise.
-for dtype in (torch.float16, torch.bfloat16):
-    for make in makers:
-        torch.manual_seed(0)
-        collection = mprec.nn.EmbeddingBagCollection(features, dtype=dtype)
-        before = torch.cat([p.detach().flatten() for p in collection.parameters()])
-        owner = make(collection.parameters(), lr=0.1, in_backward=False)
-        replica = DistributedDataParallel(collection)
-        for step in range(3):
-            owner.zero_grad()
-            replica(*batch(rank, step)[1:]).float().square().mean().backward()
-            owner.step()
-        after = torch.cat([p.detach().flatten() for p in collection.parameters()])
-        both = [torch.empty_like(after) for _ in range(2)]
-        dist.all_gather(both, after)
-        assert torch.equal(*both), (dtype, make.__name__)
-        assert not torch.equal(before, after)
-        owner.release()
-dist.destroy_process_group()
-print("done")
-"""
-
-
-@pytest.mark.slow
-def test_replicas_stay_equal_and_equal_one_process(tmp_path):
-    def start(rank):
-        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29737"}
-        return subprocess.Popen(
-            [sys.executable, "-c", REPLICAS], env={**os.environ, **variables}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        )  # fmt: skip
-
-    for process in [start(0), start(1)]:
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        assert "done" in out

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mprec.data import Batch
+from mprec.layers import share_hooks
 from mprec.models.dlrm import DLRM
-from mprec.nn import FeatureConfig, with_representation
+from mprec.nn import EmbeddingBagCollection, FeatureConfig, with_representation
 from mprec.representations import REPRESENTATIONS, SELECT
 
 __all__ = ["PATHS", "MultiPathDLRM"]
@@ -68,11 +69,20 @@ class MultiPathDLRM(DLRM):
         return torch.block_diag(*rows)
 
     def path(self, name: str) -> DLRM:
-        """The model of one path: a DLRM whose parameters are this model's own, not copies."""
+        """The model of one path: a DLRM whose parameters are this model's own, not copies.
+
+        Its embeddings are a collection that has only what the path needs. Hooks on this model's
+        ``embeddings`` are run by it, also those that are registered later; the output that they see has the
+        path's columns. Hooks on this model itself are not run: the path is another one.
+
+        Raises:
+            ValueError: no such path.
+            TypeError: this model's embeddings do more than a collection does, which the path's would not.
+        """
         features = self.path_features(name)
         sizes = self.num_dense, self.embedding_dim, self.bottom_sizes, self.top_sizes
         model = DLRM(features, *sizes, hybrid="mean", device="meta")
-        embeddings = self.embeddings.fold()
+        embeddings = self._plain_embeddings()
         for own, shared in (
             (embeddings.tables, model.embeddings.tables),
             (embeddings.dhe, model.embeddings.dhe),
@@ -81,8 +91,23 @@ class MultiPathDLRM(DLRM):
         model.bottom, model.top = self.bottom, self.top
         if not self.num_dense:
             model.constant = self.constant
+        share_hooks(embeddings, model.embeddings)
         model._mixing = self._mixing if name == "hybrid" else None
         return model.train(self.training)
+
+    def _plain_embeddings(self) -> EmbeddingBagCollection:
+        """The embeddings as a collection whose members say all that it does, but for hooks."""
+        embeddings = self.embeddings
+        if isinstance(embeddings, EmbeddingBagCollection):
+            embeddings = embeddings.fold()
+        own = type(embeddings).forward is not EmbeddingBagCollection.forward
+        if own or "forward" in embeddings.__dict__:
+            raise TypeError(
+                "embeddings: expected an EmbeddingBagCollection of plain tables and decoders, from which a "
+                f"path takes what it needs, got {type(embeddings).__name__} with a forward pass of its own; "
+                "change the embeddings of the path instead: path(name).embeddings"
+            )
+        return embeddings
 
     def logits(self, batch: Batch) -> dict[str, Tensor]:
         """Logits [B] along every path; the embeddings are computed once."""

@@ -148,8 +148,11 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
                 sizes = torch.repeat_interleave(
                     torch.tensor(bounds, device=indices.device), of_feature, output_size=indices.shape[0]
                 )
-                inside = ((indices >= 0) & (indices < sizes)).all()
-                torch._assert_async(inside, "IdOutOfRangeError: an index is not below its num_embeddings")
+                inside = (indices >= 0) & (indices < sizes)
+                message = "IdOutOfRangeError: an index is not below its num_embeddings"
+                torch._assert_async(inside.all(), message)
+                # A trace of torch.jit has no such assertions: the row of such an ID is one that is not there.
+                indices = torch.where(inside, indices, self.codes.shape[0])
             rows = self.codes.index_select(0, indices + starts).to(torch.float32)
             # Each row is its own table's: pooled by the native kernel.
             each = torch.arange(rows.shape[0], device=rows.device)

@@ -19,7 +19,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from mprec.layers import refuse_more
+from mprec.layers import refuse_more, share_hooks
 from mprec.names import MODES
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.keyed import embed_alone
@@ -100,7 +100,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
     def fold(self) -> EmbeddingBagCollection:
         """The same function of the IDs, to rounding, with plain tables; decoders are shared with this one.
 
-        Its tables are new tensors: training may go on.
+        Its tables are new tensors: training may go on. Hooks of this one are run by the folded one.
         """
         plain = EmbeddingBagCollection(self.features, self.sparse, device="meta", options=self.options)
         for part in PARTS:
@@ -110,6 +110,7 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
             refuse_more(self.tables._modules[name], f"tables: feature {name!r}")
             rows = nn.functional.linear(self.tables._modules[name].weight, linear.weight, linear.bias)
             plain.tables._modules[name].weight = nn.Parameter(rows)
+        share_hooks(self, plain)
         return plain.train(self.training)
 
 

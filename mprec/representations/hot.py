@@ -151,7 +151,11 @@ class Hot(Part):
 
     def _pool(self, module: HotWeights, bags: Bags, sparse: bool) -> Tensor:
         """Of one feature, whose bags are alone."""
-        rows, is_hot = module.find(bags.indices)
+        ids = bags.indices
+        rows, is_hot = module.find(ids)
+        if not eager():  # nobody has looked at the IDs, and a deep hash embedding would take any
+            outside = (ids < 0) | (ids >= module.num_embeddings)
+            rows, is_hot = torch.where(outside, ids, rows), is_hot | outside  # which the look-up refuses
         before = torch.nn.functional.pad(is_hot.cumsum(0), (1, 0))  # hot IDs before each index
         hot_offsets = before[bags.offsets]
         weights = bags.per_sample_weights
@@ -160,7 +164,7 @@ class Hot(Part):
             return Bags(ids[mask], offsets, MODES["sum"], None if weights is None else weights[mask])
 
         hot = half(rows, hot_offsets, is_hot)
-        rest = half(bags.indices, bags.offsets - hot_offsets, ~is_hot)
+        rest = half(ids, bags.offsets - hot_offsets, ~is_hot)
         table: Any = module.hot  # of rows, or of quantised ones
         if some_do_more([table]):
             pooled = pool_each([table], hot, lambda table, own: pool_rows([table], own, sparse))
