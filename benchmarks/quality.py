@@ -244,7 +244,8 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     dataset = data.load(args.data)
     if "synthetic" in args.data:  # its name does not tell one from another
-        dataset = dataclasses.replace(dataset, name=args.data.replace(":", " "))
+        largest = max(size for _, size in dataset.features)
+        dataset = dataclasses.replace(dataset, name=f"planted-{largest}")
     if args.trainings is not None:
         with tempfile.TemporaryDirectory() as folder:
             args.keep = args.keep or Path(folder)
