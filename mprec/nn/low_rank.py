@@ -19,7 +19,7 @@ from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.mapped import pooled_ones
 from mprec.ops._decoders import check_float16
 from mprec.representations import FeatureConfig
-from mprec.tracing import eager
+from mprec.tracing import eager, has_values
 
 __all__ = ["CODE_PRECISIONS", "LowRankEmbeddingBagCollection", "LowRankTable"]
 
@@ -130,7 +130,7 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
 
     def _forward_ops(self, batch: Bags) -> Tensor:
         indices, offsets, _, per_sample_weights, _, count, _, _ = batch
-        samples, watched = (offsets.shape[0] - 1) // count, not eager()
+        samples, watched = (offsets.shape[0] - 1) // count, not (eager() and has_values(indices))
         bounds = [f.num_embeddings for f in self.features]
         if not watched:
             batch.check_offsets()
