@@ -5,9 +5,11 @@ Every kind of module through every tool, against the module itself.
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
+import torch.optim.swa_utils
 import torch.package
 import torch.utils.checkpoint
 from test_exporters import DHE, FEATURES, SERVING, batch, dlrm, hybrid, multi_path
@@ -285,6 +287,88 @@ def test_packaged_and_loaded(name):
     loaded = torch.package.PackageImporter(file).load_pickle("made", "module.pkl")
     with torch.no_grad():
         torch.testing.assert_close(loaded(*arguments), module(*arguments))
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "save": lambda module: saved_and_loaded(module),
+    "average": lambda module: torch.optim.swa_utils.AveragedModel(module).module,
+    "share": lambda module: copy.deepcopy(module).share_memory(),
+}
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every
+@pytest.mark.parametrize("way", COPIES)
+@torch.no_grad()
+def test_copies(name, way):
+    if name == "float8 decoders" and way == "pickle":
+        pytest.skip("torch does not unpickle float8 tensors")
+    module, example, _, other = make(name)
+    expected = [module(*arguments).clone() for arguments in (example, other)]
+    twin = COPIES[way](module)
+    for _ in range(2):  # what a cache holds, too
+        for arguments, output in zip((example, other), expected, strict=True):
+            torch.testing.assert_close(twin(*arguments), output)
+    for tensor in twin.parameters():
+        tensor.add_(1.0)
+    if name not in SERVING:
+        assert not torch.allclose(twin(*example), expected[0])
+    torch.testing.assert_close(module(*example), expected[0])
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_casts(name, dtype):
+    """The same function, as precisely as its numbers are; what is packed for serving refuses to be cast."""
+    module, example, *_ = make(name)
+    expected = module(*example).detach().double()
+    if name in SERVING and name != "means for unseen":
+        with pytest.raises(TypeError, match="keep"):
+            module.to(dtype)
+        return
+    arguments = [a.to(dtype) if a.is_floating_point() else a for a in example]
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out = module.to(dtype)(*arguments)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.detach().double(), expected, rtol=8 * eps, atol=8 * eps)
+
+
+@every
+def test_autocast(name):
+    module, example, *_ = make(name)
+    expected = module(*example).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(*example)
+    torch.testing.assert_close(out.detach().float(), expected, rtol=0.05, atol=0.05)
+    if out.requires_grad:
+        out.float().square().sum().backward()
+        assert any(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@every
+def test_inference_mode(name):
+    module, example, *_ = make(name)
+    expected = module(*example).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(module(*example), expected)
+        if "cached" in name:
+            with pytest.raises(ValueError, match="inference_mode carry no version counter"):
+                make(name)[0](*example)
+            return
+        made_there = make(name)[0]
+        torch.testing.assert_close(made_there(*example), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(made_there(*example), expected)
 
 
 @every
