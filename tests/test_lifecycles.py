@@ -325,53 +325,6 @@ def test_copies(name, way):
 
 
 @every
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_casts(name, dtype):
-    """The same function, as precisely as its numbers are; what is packed for serving refuses to be cast."""
-    module, example, *_ = make(name)
-    expected = module(*example).detach().double()
-    if name in SERVING and name != "means for unseen":
-        with pytest.raises(TypeError, match="keep"):
-            module.to(dtype)
-        return
-    arguments = [a.to(dtype) if a.is_floating_point() else a for a in example]
-    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            out = module.to(dtype)(*arguments)
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.detach().double(), expected, rtol=8 * eps, atol=8 * eps)
-
-
-@every
-def test_autocast(name):
-    module, example, *_ = make(name)
-    expected = module(*example).detach()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = module(*example)
-    torch.testing.assert_close(out.detach().float(), expected, rtol=0.05, atol=0.05)
-    if out.requires_grad:
-        out.float().square().sum().backward()
-        assert any(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
-
-
-@every
-def test_inference_mode(name):
-    module, example, *_ = make(name)
-    expected = module(*example).detach()
-    with torch.inference_mode():
-        torch.testing.assert_close(module(*example), expected)
-        if "cached" in name:
-            with pytest.raises(ValueError, match="inference_mode carry no version counter"):
-                make(name)[0](*example)
-            return
-        made_there = make(name)[0]
-        torch.testing.assert_close(made_there(*example), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(made_there(*example), expected)
-
-
-@every
 def test_states_of_distributed_checkpoints(name):
     module, arguments, *_ = make(name)
     other = copy.deepcopy(module)

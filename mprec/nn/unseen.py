@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.keyed import embed_alone
 from mprec.ops._checks import check_id_list
+from mprec.tensors import as_ids
 from mprec.tracing import eager, has_values
 
 
@@ -129,6 +130,8 @@ class MeanForUnseen(nn.Module):
         if offsets is None:
             return embed_alone(self, indices, per_sample_weights)
         watched = not (eager() and has_values(indices))  # a compiler cannot look at values
+        if not watched:
+            indices, offsets = as_ids(indices, "indices"), as_ids(offsets, "offsets")
         if not self.known.numel() or not self._is_batch(indices, offsets, watched):
             return self.collection(indices, offsets, per_sample_weights)
         count, bags = len(self.features), offsets.shape[0] - 1
