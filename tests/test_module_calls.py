@@ -136,3 +136,38 @@ def test_forward_mode_is_the_directional_derivative(name):
     (back,) = gradient(torch.ones_like(output))
     inner = sum((back[key] * tangents[key]).sum() for key in values)
     torch.testing.assert_close(inner, found.sum(), rtol=1e-4, atol=1e-3)
+
+
+HOOKS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
+
+
+@every
+@pytest.mark.parametrize("kind", HOOKS)
+def test_no_hook_is_passed_over(name, kind):
+    """On the module and whatever is in it: a hook is run, or refused."""
+    module, example, *_ = make(name)
+    backward = "backward" in kind
+    for part_name, part in list(module.named_modules()):
+        if isinstance(part, torch.nn.ModuleDict | torch.nn.ModuleList):
+            continue  # never called
+        for grad in (True,) if backward else (True, False):
+            ran = []
+            handle = getattr(part, kind)(lambda *of, ran=ran: ran.append(of) and None)
+            try:
+                with torch.set_grad_enabled(grad):
+                    for _ in range(2):  # what a first call packs or keeps
+                        out = module(*example)
+                    if backward and not out.requires_grad:
+                        continue
+                    if backward:
+                        out.square().sum().backward()
+            except TypeError as error:
+                ran.append(error)
+            finally:
+                handle.remove()
+            assert ran, part_name
