@@ -54,6 +54,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mprec import huge_pages
 from mprec.bags import Bags
@@ -176,6 +177,11 @@ class _TableOptimizer(torch.optim.Optimizer):
                 f"{on_cuda}, got {tuple(weight.shape)} {weight.dtype} on {weight.device}; "
                 "mprec.optim.split_parameters(model) tells tables from other parameters"
             )
+        if is_traceable_wrapper_subclass(weight):
+            raise ValueError(
+                f"params: expected tables that lie in memory as they are, got {type(weight).__name__}: what "
+                "torch.distributed shards is for torch.optim"
+            )
         if not weight.is_contiguous():
             raise ValueError(f"params: expected contiguous tables, got strides {weight.stride()}")
 
@@ -266,6 +272,20 @@ class _TableOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "sharded": self.sharded, "in_backward": self.in_backward}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What ``torch.amp.GradScaler`` asks when it is to make a step; it knows no other question.
+
+        Raises:
+            RuntimeError: there is no gradient that it could have unscaled.
+        """
+        if self.in_backward and all(weight.grad is None for weight in self._tables()):
+            raise RuntimeError(
+                f"mprec.optim.{type(self).__name__} updates tables in the backward pass, where gradients are "
+                "still scaled: torch.amp.GradScaler needs in_backward=False"
+            )
+        return False
 
     def check_ranks(self) -> None:
         """``RuntimeError`` if other processes train replicas of the tables that would not see an update."""

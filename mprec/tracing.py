@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["eager", "may_look", "not_compiled", "traced", "values_of"]
+__all__ = ["eager", "has_values", "may_look", "not_compiled", "traced", "values_of"]
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -45,6 +45,15 @@ def traced() -> bool:
 def may_look() -> bool:
     """True where tensors have addresses and values: neither traced nor under a transform."""
     return not (_dispatch_modes() or _transforms_active())
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False of a tensor that stands for a shape and a type: on the meta device, or fake."""
+    if tensor.is_meta or not _dispatch_modes():
+        return not tensor.is_meta
+    from torch._subclasses.fake_tensor import is_fake  # whoever set the mode has imported it
+
+    return not is_fake(tensor)
 
 
 def values_of(tensor: Tensor) -> Tensor:

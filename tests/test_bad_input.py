@@ -3,11 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mprec import ops
 from mprec.errors import DeviceError, DtypeError, IdOutOfRangeError, InvalidOffsetsError
 from mprec.hashing import coefficients
-from mprec.nn import DeepHashEmbeddingBag, DheConfig, EmbeddingBag, EmbeddingBagCollection, FeatureConfig
+from mprec.nn import (
+    DeepHashEmbedding,
+    DeepHashEmbeddingBag,
+    DheConfig,
+    EmbeddingBag,
+    EmbeddingBagCollection,
+    FeatureConfig,
+)
 
 torch.set_num_threads(1)
 I = torch.tensor  # noqa: E741
@@ -293,6 +302,14 @@ def test_modules_on_the_meta_device_infer_shapes():
     )
     assert out.shape == (2, 16)
     assert out.device.type == "meta"
+
+
+def test_stand_ins_have_no_bounds_to_check():
+    bag = DeepHashEmbedding(10, 4, SMALL)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert bag(mode.from_tensor(I([[1, 2]]))).shape == (1, 2, 4)
+    with FlopCounterMode(display=False), pytest.raises(IdOutOfRangeError):
+        bag(I([10]))
 
 
 # ---------------------------------------------------------------------- dtypes, shapes, modes: as torch

@@ -25,6 +25,7 @@ from mprec.nn import DheConfig
 from mprec.paths import paths_from_checkpoints, with_cache
 from mprec.planner import Infeasible
 from mprec.serving import splits
+from mprec.serving.loadgen import LoadGenResult
 from mprec.training import build_model
 
 DATA = "synthetic:rows=600,seed=1"
@@ -188,6 +189,25 @@ def test_loadtest_of_which_nothing_is_answered_has_a_status_of_its_own(checkpoin
     load = ["--qps", 200, "--queries", 20, "--sla-ms", 1e-6, "--rounds", 2]
     assert call("loadtest", *common(checkpoints), *profile, *load) == 3
     assert "refused or failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_loadgens_verdicts_have_their_reasons(checkpoints, tmp_path, capsys, monkeypatch, answered):
+    def judge(engine, queries, *, qps, seconds):
+        assert engine.submit(queries[0]).result(60).scores.shape == (len(queries[0]),)
+        reason, refused = ("LoadGen: Early stopping satisfied", 3) if answered else ("all refused", 40)
+        return LoadGenResult(False, reason, qps, 40, refused, 0, {"99.00 percentile latency (ns)": "2500000"})
+
+    monkeypatch.setattr("mprec.cli.loadtest.run_loadgen", judge)
+    load = ["--queries", 40, "--qps", 400, "--sla-ms", 10000, "--driver", "loadgen"]
+    profile = ["--profile", tmp_path / "p.json", "--profile-seconds", 0.2]
+    arguments = [*common(checkpoints), *profile, *load]
+    assert call("loadtest", *arguments) == (0 if answered else 3)
+    lines = capsys.readouterr().out.splitlines()
+    for name in (*REPRESENTATIONS, "dispatcher"):
+        (row,) = (line.split() for line in lines if line.split()[:1] == [name])
+        assert row[1:5] == ["INVALID", "2.50", "3" if answered else "40", "0"]
+    assert ("satisfied" if answered else "refused") in " ".join(lines)
 
 
 @pytest.mark.parametrize(

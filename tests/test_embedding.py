@@ -158,6 +158,25 @@ def test_deep_hash_embedding_is_a_bag_of_one(shape):
         embedding(torch.tensor([[50]]))
 
 
+@pytest.mark.parametrize("make", [Embedding, DeepHashEmbedding, LowRankEmbedding])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_nested_rows_stay_nested(make, gradient):
+    rows = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([0, 4, 4])]
+    module = make(5, 3)
+    with torch.set_grad_enabled(gradient):
+        out = module(torch.nested.nested_tensor(rows, layout=torch.jagged))
+        for got, ids in zip(out.unbind(), rows, strict=True):
+            torch.testing.assert_close(got, module(ids))
+        tall = torch.nested.nested_tensor([torch.stack([r, r], 1) for r in rows], layout=torch.jagged)
+        for got, ids in zip(module(tall).unbind(), rows, strict=True):
+            torch.testing.assert_close(got, module(torch.stack([ids, ids], 1)))
+        assert out.is_nested
+        assert out.requires_grad == gradient
+    if make is DeepHashEmbedding:
+        with pytest.raises(ValueError, match="jagged"):
+            module(torch.nested.nested_tensor(rows, layout=torch.strided))
+
+
 def test_deep_hash_embedding_without_a_bound():
     embedding = DeepHashEmbedding(None, 4, CONFIG)
     assert embedding(torch.tensor([[2**62]])).shape == (1, 1, 4)

@@ -5,9 +5,11 @@ Every kind of module through every tool, against the module itself.
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
+import torch.optim.swa_utils
 import torch.package
 import torch.utils.checkpoint
 from test_exporters import DHE, FEATURES, SERVING, batch, dlrm, hybrid, multi_path
@@ -369,6 +371,41 @@ def test_packaged_and_loaded(name):
     loaded = torch.package.PackageImporter(file).load_pickle("made", "module.pkl")
     with torch.no_grad():
         torch.testing.assert_close(loaded(*arguments), module(*arguments))
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "save": lambda module: saved_and_loaded(module),
+    "average": lambda module: torch.optim.swa_utils.AveragedModel(module).module,
+    "share": lambda module: copy.deepcopy(module).share_memory(),
+}
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every
+@pytest.mark.parametrize("way", COPIES)
+@torch.no_grad()
+def test_copies(name, way):
+    if name == "float8 decoders" and way == "pickle":
+        pytest.skip("torch does not unpickle float8 tensors")
+    module, example, _, other = make(name)
+    expected = [module(*arguments).clone() for arguments in (example, other)]
+    twin = COPIES[way](module)
+    for _ in range(2):  # what a cache holds, too
+        for arguments, output in zip((example, other), expected, strict=True):
+            torch.testing.assert_close(twin(*arguments), output)
+    for tensor in twin.parameters():
+        tensor.add_(1.0)
+    if name not in SERVING:
+        assert not torch.allclose(twin(*example), expected[0])
+    torch.testing.assert_close(module(*example), expected[0])
 
 
 @every

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 
 from mprec import checkpoint, optim, reference
 from mprec.cache import CachedEmbeddingBagCollection, materialize
@@ -291,6 +292,44 @@ def test_by_default_tables_are_mapped_where_they_can_be(dataset, mode):
     if mode == "max":
         with pytest.raises(ValueError, match="does not commute with mode 'max'"):
             train(model, *dataset.split()[:2], TrainOptions(mapped_tables=True))
+
+
+@pytest.mark.parametrize("how", ["prune", "weight_norm", "parametrize"])
+@torch.no_grad()
+def test_maps_that_torch_makes_anew_are_followed(how):
+    """Pruning and weight norm stand other parameters for the weight: it is that of their values now."""
+    mapped, (indices, offsets, psw) = mapped_collection(), batch(FEATURES)
+    for linear in mapped.maps.values():
+        if how == "prune":
+            torch.nn.utils.prune.l1_unstructured(linear, "weight", amount=0.5)
+        elif how == "weight_norm":
+            torch.nn.utils.parametrizations.weight_norm(linear)
+        else:
+            torch.nn.utils.parametrize.register_parametrization(linear, "weight", torch.nn.Tanh())
+    for name, parameter in mapped.maps.named_parameters():
+        if name.endswith(("weight_orig", "original", "original1")):
+            parameter.mul_(1.5).add_(0.25)
+    twin = mapped_collection()
+    for name, linear in mapped.maps.items():
+        weight = linear.weight_orig * linear.weight_mask if how == "prune" else linear.weight
+        twin.maps[name].weight.copy_(weight)
+    want = expected(twin, indices, offsets, psw)
+    for module in (mapped, mapped.fold()):
+        torch.testing.assert_close(module(indices, offsets, psw).double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["hook", "no bias", "forward"])
+def test_maps_that_do_more_than_map_are_refused(change):
+    mapped, arguments = mapped_collection(), batch(FEATURES)
+    if change == "hook":
+        mapped.maps["user"].register_forward_hook(lambda module, inputs, out: 2 * out)
+    elif change == "no bias":
+        mapped.maps["user"] = torch.nn.Linear(4, 4, bias=False)
+    else:
+        mapped.maps["user"].forward = lambda rows: rows
+    for use in (lambda: mapped(*arguments), mapped.fold):
+        with pytest.raises(TypeError, match="maps: feature 'user'"):
+            use()
 
 
 def test_a_trained_model_goes_on_from_where_it_is(dataset):

@@ -90,6 +90,15 @@ def test_modules_for_serving_after_to_empty(name, way):
     assert torch.equal(module(*batch), expected(*batch))
 
 
+@pytest.mark.parametrize("name", SERVING)
+def test_modules_for_serving_infer_shapes(name):
+    module = SERVING[name]().eval()
+    batch = torch.tensor([1, 2, 19, 8, 0, 3]), torch.tensor([0, 2, 3, 3, 4, 5, 6])
+    expected = module(*batch)
+    out = module.to("meta")(*(tensor.to("meta") for tensor in batch))
+    assert (out.shape, out.dtype, out.device.type) == (expected.shape, expected.dtype, "meta")
+
+
 def test_codes_of_low_rank_are_made_without_memory():
     with torch.device("meta"):
         module = nn.LowRankEmbeddingBagCollection(FEATURES, rank=2)

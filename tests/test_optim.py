@@ -9,6 +9,7 @@ import torch
 from mprec import ops, optim
 from mprec.bags import Bags
 from mprec.errors import IdOutOfRangeError, InvalidOffsetsError
+from mprec.ops import fused
 
 
 class TorchRowWiseAdagrad:
@@ -209,6 +210,15 @@ def test_bad_hyperparameters_are_named():
         optim.SGD([torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))])
     with pytest.raises(ValueError, match=r"\(3,\)"):
         optim.SGD([torch.nn.Parameter(torch.zeros(3))])
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.Adagrad, optim.RowWiseAdagrad, optim.Adam])
+@pytest.mark.parametrize("option", ["momentum", "maximize", "max_norm", "max_gradient", "gradient_clipping"])
+def test_what_an_optimizer_lacks_is_refused_and_takes_no_table(kind, option):
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    with pytest.raises(TypeError, match=option):
+        kind([weight], **{option: 1.0})
+    assert fused.owner_of(weight) is None
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -213,3 +213,14 @@ def test_updates_are_refused_where_there_are_replicas(make, monkeypatch):
                 out.backward()
         assert torch.equal(w, torch.ones(4, 2)) != sharded
         owner.release()
+
+
+def test_a_frozen_table_stays():
+    module, top = EmbeddingBag(10, 4, mode="sum").requires_grad_(False), torch.nn.Linear(4, 1)
+    owner = optim.Adagrad(module.parameters(), lr=1.0)
+    before = module.weight.clone()
+    for frozen in (True, False):
+        module.requires_grad_(not frozen)
+        top(module(torch.tensor([[1, 2]]))).sum().backward()
+        assert torch.equal(module.weight, before) == frozen
+        assert owner.state[module.weight]["step"] == (0 if frozen else 1)

@@ -103,6 +103,36 @@ def test_grad_scaler_unscales_and_skips_what_is_not_finite(sparse):
     assert scaler.get_scale() == 512.0
 
 
+def test_grad_scaler_is_told_what_it_needs():
+    """A backward pass that updates tables leaves nothing to unscale."""
+    ours, _ = bags()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = mprec.optim.SGD(ours.parameters(), lr=0.1)
+    scaler.scale(loss(ours, BATCHES[0])).backward()
+    with pytest.raises(RuntimeError, match="GradScaler needs in_backward=False"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_no_hook_on_a_gradient_is_passed_over(kind):
+    ours, _ = bags()
+    seen = []
+    handle = getattr(ours.weight, kind)(lambda of: seen.append(of) and None)
+    optimizer = mprec.optim.SGD(ours.parameters(), lr=0.1)
+    before = ours.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="has hooks on its gradient"):
+        loss(ours, BATCHES[0]).backward()
+    assert torch.equal(ours.weight, before)
+    handle.remove()
+    loss(ours, BATCHES[0]).backward()
+    assert not torch.equal(ours.weight, before)
+    optimizer.release()
+    getattr(ours.weight, kind)(lambda of: seen.append(of) and None)
+    optimizer = mprec.optim.SGD(ours.parameters(), lr=0.1, in_backward=False)
+    loss(ours, BATCHES[0]).backward()
+    assert len(seen) == 1
+
+
 def test_hooks_see_gradients_or_are_refused():
     ours, twin = bags()
     ours.weight.register_hook(lambda grad: 2 * grad)

@@ -128,6 +128,13 @@ class DeepHashEmbedding(DeepHashEmbeddingBag):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            if input.layout != torch.jagged:
+                raise ValueError(
+                    f"input: expected a nested tensor of layout torch.jagged, got {input.layout}"
+                )
+            vectors = self(input.values())
+            return torch.nested.nested_tensor_from_jagged(vectors, input.offsets(), input.lengths())
         flat = input.reshape(-1)
         vectors = super().forward(flat, singles(flat.shape[0], flat.device))
         return vectors.view(*input.shape, self.embedding_dim)

@@ -19,7 +19,7 @@ from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.mapped import pooled_ones
 from mprec.ops._decoders import check_float16
 from mprec.representations import FeatureConfig
-from mprec.tracing import eager
+from mprec.tracing import eager, has_values
 
 __all__ = ["CODE_PRECISIONS", "LowRankEmbeddingBagCollection", "LowRankTable"]
 
@@ -129,13 +129,14 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
         return None
 
     def _forward_ops(self, batch: Bags) -> Tensor:
-        indices, offsets, _, per_sample_weights, _, count, _, _ = batch
-        samples, watched = (offsets.shape[0] - 1) // count, not eager()
+        watched = not (eager() and has_values(batch.indices))
         bounds = [f.num_embeddings for f in self.features]
         if not watched:
+            batch = batch.of_kernels()
             batch.check_offsets()
             batch.check_ids(bounds)
-        lengths = offsets.diff()
+        indices, offsets, _, per_sample_weights, _, count, _, _ = batch
+        samples, lengths = (offsets.shape[0] - 1) // count, offsets.diff()
         singles = not watched and len(indices) == count * samples and per_sample_weights is None
         if singles and bool((lengths == 1).all()):
             codes = self.codes.index_select(0, (indices.view(count, samples) + self._starts).flatten())

@@ -19,7 +19,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from mprec.layers import refuse_more, share_hooks
+from mprec.layers import recompute, refuse_more, run_as_modules, share_hooks
 from mprec.names import MODES
 from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.keyed import embed_alone
@@ -87,14 +87,25 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
         blocks = list(pooled.split(self._blocks, dim=1))
         for tables in self._by_dim.values():
             names, positions, columns = zip(*tables, strict=True)
-            maps = [self.maps._modules[name] for name in names]
-            weight = torch.stack([linear.weight for linear in maps]).transpose(1, 2)  # [G, D, D]
-            bias = torch.stack([linear.bias for linear in maps])[:, None]  # [G, 1, D]
+            weights, biases = zip(*map(self._map, names), strict=True)
+            weight = torch.stack(weights).transpose(1, 2)  # [G, D, D]
+            bias = torch.stack(biases)[:, None]  # [G, 1, D]
             rows = torch.stack([blocks[column] for column in columns])  # [G, B, D]
             mapped = torch.baddbmm(ones[list(positions), :, None] * bias, rows, weight)
             for column, block in zip(columns, mapped, strict=True):
                 blocks[column] = block
         return write_to(out, torch.cat(blocks, dim=1))
+
+    def _map(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight ``[D, D]`` and bias ``[D]`` of a feature's map."""
+        linear = self.maps._modules[name]
+        if run_as_modules([linear]):
+            raise TypeError(
+                f"maps: feature {name!r}: expected an nn.Linear with a bias and without hooks, because it is "
+                f"applied after pooling and never called, got {type(linear).__name__} with less or more"
+            )
+        recompute(linear)
+        return linear.weight, linear.bias
 
     @torch.no_grad()
     def fold(self) -> EmbeddingBagCollection:
@@ -106,9 +117,9 @@ class MappedEmbeddingBagCollection(EmbeddingBagCollection):
         for part in PARTS:
             if part is not TABLE:
                 plain._modules[part.container] = self._modules[part.container]
-        for name, linear in self.maps._modules.items():
+        for name in self.maps._modules:
             refuse_more(self.tables._modules[name], f"tables: feature {name!r}")
-            rows = nn.functional.linear(self.tables._modules[name].weight, linear.weight, linear.bias)
+            rows = nn.functional.linear(self.tables._modules[name].weight, *self._map(name))
             plain.tables._modules[name].weight = nn.Parameter(rows)
         share_hooks(self, plain)
         return plain.train(self.training)

@@ -189,7 +189,7 @@ def contribute(
     for owner in {id(owned.owner): owned.owner for owned in owners if owned is not None}.values():
         owner.check_ranks()
     for weight, owned in zip(weights, owners, strict=True):
-        if owned is not None and weight._backward_hooks:
+        if owned is not None and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
             raise RuntimeError(
                 f"the table {tuple(weight.shape)} has hooks on its gradient, and a backward pass that "
                 "updates it makes none: give its optimizer of mprec.optim in_backward=False"

@@ -17,6 +17,7 @@ from mprec.ops._decoders import ModuleDecoder, clear_decoders
 from mprec.options import DEFAULT_OPTIONS, Options, TuningTraits, check_options
 from mprec.reference import activate
 from mprec.representations.dhe_config import DheConfig
+from mprec.tracing import has_values
 from mprec.tuning import options_for
 
 
@@ -279,7 +280,7 @@ def check_bound(indices: Tensor, offsets: Tensor, include_last_offset: bool, bou
     """``IdOutOfRangeError`` if an ID is not below ``bound``. On a GPU this would wait for it: not checked
     there."""
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if watched or not indices.is_cpu or is_batched(indices) or indices.dim() != 1:
+    if watched or not indices.is_cpu or is_batched(indices) or indices.dim() != 1 or not has_values(indices):
         return
     bags = Bags(indices, offsets, include_last_offset=include_last_offset).of_kernels()
     bags.check_offsets()
