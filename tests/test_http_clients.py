@@ -57,6 +57,22 @@ def test_the_body_of_a_get_is_not_the_next_request(server):
     assert b"smuggled" not in reply
 
 
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_beside_an_upgrade_is_refused_and_not_read_as_empty(server, protocol, chunked):
+    length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(BODY)
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY) if chunked else BODY
+    sent = head(b"Connection: Upgrade", b"Upgrade: " + protocol, length) + body
+    reply = server.exchange(sent + b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert reply.startswith(b"HTTP/1.1 501 ")
+    assert b"Upgrade is not taken" in reply
+    assert reply.count(b"HTTP/1.1") == 1
+    without = (
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: %b\r\n\r\n" % protocol
+    )
+    assert server.exchange(without).startswith(b"HTTP/1.1 200 ")
+
+
 def test_pipelined_and_chunked_queries(server):
     chunked = (
         head(b"Transfer-Encoding: chunked") + b"".join(b"1\r\n%c\r\n" % byte for byte in BODY) + b"0\r\n\r\n"
