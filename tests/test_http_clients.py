@@ -202,6 +202,25 @@ def test_connections_are_bounded():
             connection.close()
 
 
+def test_connections_stay_below_the_limit_of_open_files(monkeypatch):
+    """At that limit a connection can neither be taken nor refused, and the loop would turn in vain."""
+
+    def no_more(*_):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr("resource.getrlimit", lambda _: (140, 140))
+    monkeypatch.setattr("resource.setrlimit", no_more)
+    with serving() as server:
+        held = [server.raw() for _ in range(12)]  # 128 files are for all else
+        wait_until(lambda: len(server.service.connections) == 12)
+        assert server.exchange(b"").startswith(b"HTTP/1.1 503 ")
+        held.pop().close()
+        wait_until(lambda: len(server.service.connections) == 11)
+        assert server.ask(GOOD)[0] == 200
+        for connection in held:
+            connection.close()
+
+
 def test_clients_that_leave_take_their_queries_along(caplog):
     begun, go_on = threading.Event(), threading.Event()
     sizes = []

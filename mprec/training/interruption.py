@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that training ends at its next batch."""
+"""Ctrl-C, SIGTERM and a closed terminal as a wish that training ends at its next batch."""
 
 from __future__ import annotations
 
