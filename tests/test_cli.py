@@ -60,6 +60,17 @@ def test_bad_input_is_one_line_and_status_2(tmp_path):
     assert "absent.json" in done.stderr
 
 
+def test_an_interrupt_while_modules_are_imported_is_one_line_and_status_130(monkeypatch, capsys):
+    """Torch takes seconds to import."""
+
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert cli.main(["train", "--data", "synthetic"]) == 130
+    assert capsys.readouterr().err == "mprec: interrupted\n"
+
+
 def test_every_subcommand_has_help(capsys):
     for name in cli.SUBCOMMANDS:
         with pytest.raises(SystemExit) as exit_:

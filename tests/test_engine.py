@@ -449,6 +449,82 @@ def test_a_slow_callback_does_not_keep_the_executor():
         gate.set()
 
 
+def test_a_slow_callback_of_an_error_does_not_keep_the_executor_and_may_close_the_engine():
+    engine, _ = make(sla_s=60.0, max_batch=1)
+    gate, closed = threading.Event(), []
+    with engine:
+        engine.submit(batch(POISON)).add_done_callback(lambda f: gate.wait(60))
+        for _ in range(5):
+            assert len(engine.submit(query(3)).result(30).scores) == 3  # while that callback waits
+        gate.set()
+        last = engine.submit(batch(POISON))
+        last.add_done_callback(lambda f: closed.append(engine.close(timeout_s=30)))
+        assert isinstance(last.exception(30), IndexError)
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_worker_survives_a_path_that_cannot_give_its_program(error):
+    class Changed(LocalExecutor):
+        def program(self, path):
+            raise error("the model has changed")
+
+    _, dispatcher = answers("p", 0.5, lambda b: b.indices.float(), {"p": (1e-6, 1e-9)})
+    executors = [Changed("cpu", dispatcher.paths, dispatcher.profile)]
+    with Engine(executors=executors, sla_s=60.0) as engine:
+        for _ in range(3):
+            assert engine.submit(query(3)).result(30).scores.tolist() == [0, 1, 2]
+            assert engine.score(query(2)).scores.tolist() == [0, 1]
+
+
+def test_a_worker_survives_a_path_that_cannot_say_which_sizes_it_takes():
+    is_lost = False
+
+    def supports(size):
+        if is_lost:
+            raise RuntimeError("lost")
+        return True
+
+    def broken(batch):
+        raise IndexError("broken")
+
+    paths = [
+        ScoringPath("hybrid", "hybrid", 0.8, broken, "shape of hybrid", inputs=(1, 0)),
+        ScoringPath("table", "table", 0.7, lambda b: b.indices.float(), "shape of table", supports=supports),
+    ]
+    with Engine(Dispatcher(paths, fake_profile(COSTS)), sla_s=60.0) as engine:
+        is_lost = True
+        assert str(engine.submit(query(3)).exception(30)) == "lost"
+        is_lost = False
+        assert engine.submit(query(3)).result(30).scores.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ends", ["closed", "cancelled"])
+def test_a_split_query_that_ends_while_a_part_of_it_raises_is_counted_once(ends):
+    begun, gate = threading.Event(), threading.Event()
+
+    def raises(batch):
+        begun.set()
+        gate.wait(30)
+        raise RuntimeError("too late")
+
+    _, dispatcher = answers("p", 0.5, raises, {"p": (1e-6, 1e-9)})
+    engine = Engine(dispatcher, sla_s=60.0, max_batch=4).start()
+    future = engine.submit(query(10))
+    assert begun.wait(30)
+    if ends == "cancelled":
+        assert future.cancel()
+    assert not engine.close(drain=False, timeout_s=0.01)
+    gate.set()
+    assert engine.close()
+    if ends == "closed":
+        assert future.exception(0).reason == "closed"
+    counts = engine.statistics()
+    ended = counts["cancelled"], counts["refused"].get("closed", 0), counts["failed"], counts["answered"]
+    assert ended == ((1, 0, 0, 0) if ends == "cancelled" else (0, 1, 0, 0))
+    assert counts["waiting_samples"] == 0
+
+
 def test_paths_are_replaced_while_serving_and_no_query_is_lost():
     def model(shift):
         def score(b):
@@ -523,6 +599,36 @@ def test_a_bad_query_fails_once_and_stops_no_executor():
     assert about["answered"] == 200
     assert not about["executor_errors"]
     assert all(executor["batches"] for executor in about["executors"].values())
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_query_that_waits_for_another_executor_while_the_engine_closes_is_not_lost(drain):
+    def lost(batch):
+        raise RuntimeError("device lost")
+
+    class ClosedMeanwhile:
+        """The native engine, but the query goes back into the queue when the other worker has ended."""
+
+        def __init__(self, native):
+            self.native, self.closing = native, threading.Thread(target=engine.close, args=(drain,))
+
+        def __getattr__(self, name):
+            return getattr(self.native, name)
+
+        def again(self, query):
+            self.closing.start()
+            for worker in engine._threads[: len(engine._executors)]:
+                if worker is not threading.current_thread():
+                    worker.join(30)
+            self.native.again(query)
+
+    engine = Engine(executors=two_executors(lost)[::-1], sla_s=60.0)
+    engine._native = ClosedMeanwhile(engine._native)
+    engine._native.rest(1, 0.05)  # the one that is lost is asked first
+    with engine:
+        future = engine.submit(query(3))
+        assert future.result(30).scores.tolist() == [0, 1, 2]
+    engine._native.closing.join(30)
 
 
 def test_an_executor_is_closed_when_its_last_batch_is_done():

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from mprec.files import write_whole
+from mprec.files import check_room, write_whole
 
 
 def mode(path):
@@ -39,3 +39,16 @@ def test_the_bytes_and_the_rename_are_made_durable(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda fd: synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)) or real(fd))
     write_whole(tmp_path / "a.bin", lambda stream: stream.write(b"x"))
     assert synced == [False, True]
+
+
+def test_devices_pipes_and_folders_are_left_alone(tmp_path):
+    """As root, a rename would put a file in their place."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name, error in (("pipe", "a device or a pipe"), ("link", "a device or a pipe"), (".", "a folder")):
+        for ask in (check_room, lambda file: write_whole(file, lambda stream: stream.write(b"x"))):
+            with pytest.raises(OSError, match=error):
+                ask(tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "pipe"]

@@ -57,6 +57,22 @@ def test_the_body_of_a_get_is_not_the_next_request(server):
     assert b"smuggled" not in reply
 
 
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_beside_an_upgrade_is_refused_and_not_read_as_empty(server, protocol, chunked):
+    length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(BODY)
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY) if chunked else BODY
+    sent = head(b"Connection: Upgrade", b"Upgrade: " + protocol, length) + body
+    reply = server.exchange(sent + b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert reply.startswith(b"HTTP/1.1 501 ")
+    assert b"Upgrade is not taken" in reply
+    assert reply.count(b"HTTP/1.1") == 1
+    without = (
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: %b\r\n\r\n" % protocol
+    )
+    assert server.exchange(without).startswith(b"HTTP/1.1 200 ")
+
+
 def test_pipelined_and_chunked_queries(server):
     chunked = (
         head(b"Transfer-Encoding: chunked") + b"".join(b"1\r\n%c\r\n" % byte for byte in BODY) + b"0\r\n\r\n"
@@ -181,6 +197,25 @@ def test_connections_are_bounded():
         assert b'"reason":"connections"' in reply
         held.pop().close()
         wait_until(lambda: len(server.service.connections) == 2)
+        assert server.ask(GOOD)[0] == 200
+        for connection in held:
+            connection.close()
+
+
+def test_connections_stay_below_the_limit_of_open_files(monkeypatch):
+    """At that limit a connection can neither be taken nor refused, and the loop would turn in vain."""
+
+    def no_more(*_):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr("resource.getrlimit", lambda _: (140, 140))
+    monkeypatch.setattr("resource.setrlimit", no_more)
+    with serving() as server:
+        held = [server.raw() for _ in range(12)]  # 128 files are for all else
+        wait_until(lambda: len(server.service.connections) == 12)
+        assert server.exchange(b"").startswith(b"HTTP/1.1 503 ")
+        held.pop().close()
+        wait_until(lambda: len(server.service.connections) == 11)
         assert server.ask(GOOD)[0] == 200
         for connection in held:
             connection.close()

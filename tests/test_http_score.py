@@ -301,6 +301,10 @@ def test_compressed_bodies_are_refused(server):
     status, content = server.ask(GOOD, headers={"Content-Encoding": "gzip"})
     assert (status, content["reason"]) == (415, "unsupported")
     assert server.ask(GOOD, headers={"Content-Encoding": "identity"})[0] == 200
+    sent = b"POST /score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    reply = server.exchange(sent)
+    assert reply.startswith(b"HTTP/1.1 415 ")
+    assert b"Transfer-Encoding gzip, chunked is not taken" in reply
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -171,6 +172,23 @@ def test_changed_weights_are_noticed(how):
     assert not torch.allclose(before, want, atol=1e-3)
     for scores in after:
         torch.testing.assert_close(scores, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_loses_its_native_form_while_it_serves_is_called():
+    changing = {name: model(name) for name in COSTS}
+    with engine_of(changing) as engine:
+        assert engine.submit(query(3)).result(30)
+        for each in changing.values():
+            layer = next(m for m in each.top.modules() if isinstance(m, torch.nn.Linear))
+            layer.register_forward_hook(lambda module, inputs, output: output + 1)
+        settled = 0
+        for seed in range(100):  # changes are noticed within a millisecond
+            asked = query(4, seed)
+            answer = engine.submit(asked).result(30)
+            wanted = expected(changing, answer, asked)
+            settled = settled + 1 if torch.allclose(answer.scores, wanted, atol=1e-5) else 0
+            time.sleep(1e-3)
+        assert settled > 50
 
 
 def test_the_native_path_is_what_runs(models, monkeypatch):

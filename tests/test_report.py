@@ -1,6 +1,7 @@
 """The page and the terminal table, from a made-up result."""
 
 import copy
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from rich.console import Console
 from mprec import report
 from mprec.cli import report as report_command
 from mprec.report import figures, latency, sweep
+from mprec.report.load_tables import load_table, sweep_tables
 
 
 def _result() -> dict:
@@ -101,6 +103,42 @@ def test_terminal_table_has_every_path():
     assert {"table", "dhe", "select", "hybrid", "dispatcher"} <= lines.keys()
     assert "8,600" in lines["dispatcher"]
     assert "0.7800" in lines["table"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_no_figure_of_a_load_is_cut(width):
+    row = {"p50_ms": 2.46, "p99_ms": 109.71, "violations": 0.198, "accuracy": 0.6816, "max_qps": 21925.0}
+    row |= {"correct_per_s": 1234567.0, "correct_per_s_error": 56789.0, "path": "dispatcher"}
+    row |= {"chosen": {"hybrid": 0.6, "table": 0.4}}
+    result = {
+        "data": "criteo",
+        "queries": 1012,
+        "samples": 127955,
+        "qps": 1031.0,
+        "sla_ms": 10.0,
+        "rows": [row],
+    }
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(load_table(result))
+    words = set(console.export_text().split())
+    assert {
+        "2.46",
+        "109.71",
+        "19.8",
+        "0.6816",
+        "1,234,567",
+        "±56,789",
+        "21925",
+        "60",
+        "40",
+        "hybrid",
+    } <= words
+    swept = {"sla_ms": 10.0, "load": 0.9, "ratio": 0.951, "ratio_error": 0.063, "late": 0.125, "failed": 1}
+    swept |= {"refused": {"overload": 2}, "queries": 10}
+    told = {"arrivals": "poisson", "capacity_of": "table", "capacity_qps": 1031.0, "dispatcher": "dispatcher"}
+    console.print(*sweep_tables({**told, "rows": [row | swept]}))
+    words = set(console.export_text().split())
+    assert {"0.9", "1,234,567", "±56,789", "0.951", "±0.063", "12.5", "30.0", "109.7", "dispatcher"} <= words
 
 
 def test_the_dispatcher_stands_in_its_place_by_rank():

@@ -113,6 +113,19 @@ def test_the_second_signal_does_what_it_did_before():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop()
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 COMMAND = (
     "train --data synthetic:rows=20000,features=3,vocabulary=50 --representation table --epochs 3 --dim 8 "
 )
@@ -132,7 +145,7 @@ def whole(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint_and_what_resumes(tmp_path, whole, number):
     cut = tmp_path / "cut.pt"
     process = subprocess.Popen(

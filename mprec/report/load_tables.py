@@ -1,4 +1,4 @@
-"""Load tests' results as tables for a terminal of 80 columns."""
+"""Load tests' results as tables for a terminal of 80 columns. What has no room goes on below."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _table(title: str, *names: str) -> Table:
         title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True
     )
     for name in names:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     return table
 
 
@@ -41,10 +41,10 @@ def sweep_tables(result: Mapping[str, Any]) -> list[Table]:
             f"{result['capacity_qps']:.0f} queries/s"
         )
         table = _table(title)
-        table.add_column("load", justify="right", no_wrap=True)
-        table.add_column("path", no_wrap=True, overflow="ellipsis")
+        table.add_column("load", justify="right", overflow="fold")
+        table.add_column("path", overflow="fold")
         for heading in ("correct/s", "/ best static", "late", "refused", "p99 ms"):
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(heading, justify="right", overflow="fold")
         shown = None
         for row in (row for row in result["rows"] if row["sla_ms"] == sla):
             if shown is not None and row["load"] != shown:
@@ -74,8 +74,8 @@ def load_table(result: Mapping[str, Any]) -> Table:
     )
     searched = "max_qps" in result["rows"][0]
     for heading in ["p50 ms", "p99 ms", "missed", "accuracy", "correct/s"] + ["max qps"] * searched:
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("answered by", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("answered by", overflow="fold")
     for row in result["rows"]:
         chosen = "\n".join(f"{name} {100 * share:.0f} %" for name, share in row["chosen"].items())
         table.add_row(
@@ -97,7 +97,7 @@ def loadgen_table(rows: Sequence[Mapping[str, Any]], qps: float, sla_ms: float) 
         f"MLPerf LoadGen, Server scenario, {qps:.0f} queries/s, SLA {sla_ms:g} ms", "path", "verdict"
     )
     for heading in ("p99 ms", "refused", "failed"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     table.add_column("why", overflow="fold")
     for row in rows:
         p99_ns = row["summary"].get("99.00 percentile latency (ns)")

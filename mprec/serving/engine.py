@@ -10,31 +10,37 @@ fail, and settles the futures.
 
 from __future__ import annotations
 
-import logging
 import math
+import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import torch
 
 from mprec import _native
-from mprec._native import EngineJob, EngineQuery
+from mprec._native import EngineJob, EngineQuery, PathProgram
 from mprec.data import Batch
 from mprec.data.batching import join, num_features
 from mprec.dispatch import Dispatcher
 from mprec.dispatch.scheduler import Lane, Option
 from mprec.serving.executors import Executor, LocalExecutor
-from mprec.serving.queries import Answer, QueryFuture, QueryRefusedError, Replayed
+from mprec.serving.queries import (
+    Answer,
+    QueryFuture,
+    QueryRefusedError,
+    Replayed,
+    refusal,
+    settle,
+    settle_outcomes,
+)
 
 __all__ = ["Answer", "Engine", "QueryRefusedError"]
 
 _LOOK_AGAIN_S = 0.005
 _FIRST_REST_S, _LONGEST_REST_S = 0.25, 30.0  # of a path that raised, or an executor all of whose paths did
-
-_LOGGER = logging.getLogger(__name__)
 
 # Samples start to stop of a query.
 Piece = tuple[QueryFuture, EngineQuery, int, int]
@@ -90,7 +96,8 @@ class Engine:
         )
         self._closed = False
         self._changing = threading.Lock()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []  # the executors' workers, then the two that tell clients
+        self._errors: queue.SimpleQueue[tuple[QueryFuture, BaseException] | None] = queue.SimpleQueue()
         self._rests: dict[
             tuple[int, str | None], tuple[float, int]
         ] = {}  # of (executor, path or all of them)
@@ -115,7 +122,8 @@ class Engine:
         """Queue a query. The future holds an :class:`Answer`, or raises ``QueryRefusedError`` or what the
         query's own input raised in the models. ``arrived_s`` (on the engine's clock) is for queries that came
         before this call: their target counts from then. A future that is cancelled before its turn costs no
-        work. Callbacks of the future run on a thread of the engine that all of them share.
+        work. Callbacks of the future run on a thread of the engine that all answers share, or that all
+        errors do.
 
         ``ValueError`` at once for a query that has no samples, a bad SLA or time of arrival, or other
         features or dense numbers than the paths take.
@@ -123,7 +131,7 @@ class Engine:
         future = QueryFuture(batch)
         outcome = self._native.submit(future, batch, self._checked(batch, sla_s, arrived_s), arrived_s)
         if type(outcome) is tuple:
-            future.set_exception(_refusal(*outcome))
+            future.set_exception(refusal(*outcome))
         else:
             future.taken(self._native, outcome)
         return future
@@ -142,7 +150,7 @@ class Engine:
         if told.failed:
             future.result()  # raises, perhaps once the worker has told it
         if told.refused:
-            raise _refusal(told.refused, told.message)
+            raise refusal(told.refused, told.message)
         return Answer(told.scores, told.paths, told.due_s, told.finished_s)
 
     def _checked(self, batch: Batch, sla_s: float | None, arrived_s: float | None) -> float:
@@ -206,7 +214,8 @@ class Engine:
                 threading.Thread(target=self._work, args=(i,), name=f"mprec-{executor.name}", daemon=True)
                 for i, executor in enumerate(self._executors)
             ]
-            self._threads.append(threading.Thread(target=self._settle_all, name="mprec-answers", daemon=True))
+            for tell, what in ((self._settle_answers, "answers"), (self._settle_errors, "errors")):
+                self._threads.append(threading.Thread(target=tell, name=f"mprec-{what}", daemon=True))
         for executor in self._executors:
             executor.start()
         self._take_programs()
@@ -225,15 +234,17 @@ class Engine:
         self._native.close()
         if not drain or not self._threads:
             for future in self._native.clear():
-                error = QueryRefusedError("closed", "the engine was closed before the query's turn")
-                _settle(future, error=error)
+                settle(future, error=refusal("closed", "the engine was closed before the query's turn"))
         end = None if timeout_s is None else time.monotonic() + timeout_s
-        for worker in self._threads[:-1]:
+        workers, tellers = self._threads[:-2], self._threads[-2:]
+        for worker in workers:
             worker.join(None if end is None else max(end - time.monotonic(), 0.0))
-        if any(worker.is_alive() for worker in self._threads[:-1]):
+        if any(worker.is_alive() for worker in workers):
             return False
+        self._finish()
         self._native.stop()
-        for thread in self._threads[-1:]:
+        self._errors.put(None)
+        for thread in tellers:
             if thread is not threading.current_thread():  # a callback may close its engine
                 thread.join()
         for executor in self._executors:
@@ -279,16 +290,35 @@ class Engine:
         job, expired = self._native.poll(0)
         if job is not None:
             self._run(0, job)
-        _settle_outcomes(self._native.outcomes(wait=False))
+        settle_outcomes(self._native.outcomes(wait=False))
+        while not self._errors.empty():
+            future, error = self._errors.get()
+            settle(future, error=error)
         return expired or job is not None
 
     def _work(self, index: int) -> None:
         while (job := self._native.take(index, torch.get_num_threads())) is not None:
             self._run(index, job)
 
-    def _settle_all(self) -> None:
+    def _settle_answers(self) -> None:
         while (outcomes := self._native.outcomes(wait=True)) is not None:
-            _settle_outcomes(outcomes)
+            settle_outcomes(outcomes)
+
+    def _settle_errors(self) -> None:
+        for future, error in iter(self._errors.get, None):
+            settle(future, error=error)
+
+    def _finish(self) -> None:
+        """Score what is left when the workers have gone: queries that one executor could not score and that
+        went back into the queue when the others' workers had ended."""
+        found = True
+        while found:
+            found = False
+            for index in range(len(self._executors)):
+                job, expired = self._native.poll(index)
+                if job is not None:
+                    self._run(index, job)
+                found = found or expired or job is not None
 
     def _run(self, index: int, job: EngineJob) -> None:
         """Score a job that the native engine has left, and tell it."""
@@ -308,17 +338,14 @@ class Engine:
             self._native.done(job, 0.0, self._longer_rest(index, job.path))
         else:
             self._native.done(job, seconds if own else 0.0)
-        failed = []
         for (future, query, start, stop), outcome in outcomes:
             if isinstance(outcome, BaseException):
                 if self._native.fail(query):
-                    failed.append((future, outcome))
+                    self._errors.put((future, outcome))
             else:
                 self._native.score(query, start, stop, *outcome)
-        for future, error in failed:
-            _settle(future, error=error)
         if seconds > 0 and executor is self._executors[index]:
-            self._native.set_program(index, job.path, executor.program(job.path))
+            self._native.set_program(index, job.path, _program_of(executor, job.path))
 
     def _score(
         self, executor: Executor, path: str, pieces: Sequence[Piece], outcomes: list[tuple[Piece, object]]
@@ -406,33 +433,10 @@ class Engine:
     def _take_programs(self) -> None:
         for index, executor in enumerate(self._executors):
             for path in executor.paths:
-                self._native.set_program(index, path.name, executor.program(path.name))
+                self._native.set_program(index, path.name, _program_of(executor, path.name))
 
     def _lanes_of(self, executors: Sequence[Executor]) -> list[Lane]:
         return [Lane(e.name, [_option(path, e, self.max_batch) for path in e.paths]) for e in executors]
-
-
-def _settle_outcomes(outcomes: Iterable[tuple]) -> None:
-    for future, scores, paths, arrived, finished in outcomes:
-        if scores is not None:
-            _settle(future, Answer(scores, paths, arrived, finished))
-        else:
-            _settle(future, error=_refusal("expired", ""))
-
-
-def _refusal(reason: str, message: str) -> Exception:
-    if reason == "unsupported":
-        return ValueError(message)
-    if reason == "expired":
-        message = "the deadline could no longer be met when the query's turn came"
-    return QueryRefusedError(reason, message)
-
-
-def _settle(future: QueryFuture, answer: Answer | None = None, error: BaseException | None = None) -> None:
-    try:
-        future.settle(answer, error)
-    except BaseException:  # a callback that exits: it must not end the thread that settles all
-        _LOGGER.exception("a callback of a query's future raised")
 
 
 def _check_plain(batch: Batch) -> None:
@@ -466,6 +470,15 @@ def _as_executors(dispatcher: Dispatcher | None, executors: Sequence[Executor] |
     if len({e.name for e in found}) != len(found):
         raise ValueError(f"executors: expected distinct names, got {[e.name for e in found]}")
     return found
+
+
+def _program_of(executor: Executor, path: str) -> PathProgram | None:
+    """None also where the path has no native form any more, or cannot say: it is then called, and what is
+    wrong with it is told to the queries that it was called for."""
+    try:
+        return executor.program(path)
+    except BaseException:  # of any kind: the worker goes on
+        return None
 
 
 def _option(path, executor: Executor, max_batch: int) -> Option:

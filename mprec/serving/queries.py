@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +13,17 @@ import torch
 from mprec._native import Engine, EngineQuery
 from mprec.data import Batch
 
-__all__ = ["Answer", "QueryFuture", "QueryRefusedError", "Replayed"]
+__all__ = [
+    "Answer",
+    "QueryFuture",
+    "QueryRefusedError",
+    "Replayed",
+    "refusal",
+    "settle",
+    "settle_outcomes",
+]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class QueryRefusedError(RuntimeError):
@@ -82,3 +94,29 @@ class QueryFuture(Future):
                 self.set_exception(error)
             else:
                 self.set_result(answer)
+
+
+def settle_outcomes(outcomes: Iterable[tuple]) -> None:
+    """Of the native engine."""
+    for future, scores, paths, arrived, finished in outcomes:
+        if scores is not None:
+            settle(future, Answer(scores, paths, arrived, finished))
+        else:
+            settle(future, error=refusal("expired", ""))
+
+
+def refusal(reason: str, message: str) -> Exception:
+    """What a client is told of a query that was not taken, or not scored."""
+    if reason == "unsupported":
+        return ValueError(message)
+    if reason == "expired":
+        message = "the deadline could no longer be met when the query's turn came"
+    return QueryRefusedError(reason, message)
+
+
+def settle(future: QueryFuture, answer: Answer | None = None, error: BaseException | None = None) -> None:
+    """Tell the client, whatever that sets off."""
+    try:
+        future.settle(answer, error)
+    except BaseException:  # a callback that exits: it must not end the thread that settles all
+        _LOGGER.exception("a callback of a query's future raised")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that training ends at its next batch."""
+"""Ctrl-C, SIGTERM and a closed terminal as a wish that training ends at its next batch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ __all__ = ["Interruption"]
 
 
 class Interruption:
-    """Inside it, the first SIGINT or SIGTERM is kept as ``signal``, and calling it says whether there was
-    one; a second one does what it did before. In threads other than the main one it hears nothing.
+    """Inside it, the first SIGINT, SIGTERM or SIGHUP (a terminal that was closed) is kept as ``signal``, and
+    calling it says whether there was one; a second one does what it did before. One that the process ignores,
+    as ``nohup`` has it, stays ignored. In threads other than the main one it hears nothing.
 
         with Interruption() as stop:
             train(..., keep=Keep(stop=stop))
@@ -25,8 +26,9 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -99,6 +99,8 @@ class _Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_timer()
+        if self.parser.should_upgrade() and self._announces_body():  # which the parser would leave out
+            return self._fail(501, "unsupported", "Upgrade is not taken: send the request without it")
         if not self._is_direct():
             super().on_headers_complete()
             self.cycle.keep_alive &= not self.is_last
@@ -148,6 +150,12 @@ class _Connection(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()
+
+    def _announces_body(self) -> bool:
+        return any(
+            name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0)
+            for name, value in self.headers
+        )
 
     # -- queries that are answered here
 

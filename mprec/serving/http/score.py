@@ -37,6 +37,7 @@ REFUSALS = {
 _MOST_BACK = 0.75  # of the time that a query has, for its answer's way back
 FOR_LOAD = ("full", "overload", "expired")
 _BINARY = wire.CONTENT_TYPE.encode()
+_PLAIN = {b"content-encoding": b"identity", b"transfer-encoding": b"chunked"}  # all else compresses
 _RETRY = [(b"retry-after", b"1")]
 _HEADERS = {429: _RETRY, 503: _RETRY, 408: [(b"connection", b"close")]}
 
@@ -153,17 +154,15 @@ def _scores(answer: Answer, is_binary: bool) -> Reply:
 
 
 def is_binary(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether the body is raw numbers. ``RequestError`` for one that is compressed."""
+    """Whether the body is raw numbers. ``RequestError`` for one that is compressed, on its way too."""
     found = False
     for name, value in headers:
         if name == b"content-type":
             found = value.split(b";")[0].strip().lower() == _BINARY
-        elif name == b"content-encoding" and value.strip().lower() != b"identity":
+        elif (plain := _PLAIN.get(name)) and value.strip().lower() != plain:
+            told = f"{name.decode().title()} {value.decode('latin-1'):.40}"
             raise RequestError(
-                415,
-                "unsupported",
-                f"Content-Encoding {value.decode('latin-1'):.40} is not taken: send the body as it is",
-                unread=True,
+                415, "unsupported", f"{told} is not taken: send the body as it is", unread=True
             )
     return found
 
