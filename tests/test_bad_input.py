@@ -392,3 +392,18 @@ def test_multi_arguments_that_do_not_fit():
         ops.dhe_bag_multi(
             ids, offsets, [coefficients(16)] * 2, [torch.randn(4, 16)], [torch.randn(4)], [1, 1]
         )
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda f, **more: EmbeddingBagCollection([f], **more), "output_dtype"),
+        (lambda f, **more: EmbeddingBagCollection([f], **more), "bounds_check_mode"),
+        (lambda f, **more: FeatureConfig("b", 5, 4, **more), "padding_idx"),
+        (lambda f, **more: FeatureConfig("b", 5, 4, **more), "init_fn"),
+    ],
+)
+def test_what_only_peers_have_is_refused_by_name(make, name):
+    """docs/limits.md lists it."""
+    with pytest.raises(TypeError, match=name):
+        make(FeatureConfig("a", 5, 4), **{name: 0})
