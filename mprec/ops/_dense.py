@@ -214,7 +214,7 @@ def _check_vectors(call: Interaction) -> Interaction:
     if first is not None:
         if first.shape != (vectors.shape[0], vectors.shape[2]):
             expected = [vectors.shape[0], vectors.shape[2]]
-            raise ValueError(f"first: expected {expected}, as vectors, got {list(first.shape)}")
+            raise ValueError(f"first: expected {expected}, got {list(first.shape)}")
         if first.dtype != vectors.dtype:
             raise DtypeError(f"first: expected {vectors.dtype}, as vectors, got {first.dtype}")
         check_same_device(vectors=vectors, first=first)
