@@ -12,9 +12,7 @@ constexpr double profiled = 0.02;    // the same right after profiling
 constexpr double deviating = 0.02;   // variance of a path's deviation before anything is known of it
 constexpr double reversion_s = 5.0;  // time in which a deviation that is not observed falls to 1/e
 constexpr double pause_s = 0.05;     // silence after which caches and clocks are cold
-constexpr double cold = 0.25;        // least variance of the machine's factor then, and more of a call
-constexpr double warming = 0.5;      // share of that which it has in each further call
-constexpr double warm = 1e-3;        // variance at which they are warm
+constexpr double cold = 0.25;        // variance that a call after such a pause has besides
 constexpr double first_noise = 0.15 * 0.15;
 constexpr double least_noise = 0.02 * 0.02, most_noise = 0.5 * 0.5;
 constexpr double noise_gain = 0.02;
@@ -40,15 +38,14 @@ double Correction::spread(double now, double calls) const {
 
 void Correction::observe(size_t path, double ratio, double now, double seconds) {
   if (!(ratio > 0 && std::isfinite(ratio))) return;
-  cold_ = now - seconds - seen_ > pause_s ? cold : warming * cold_;  // cold, too, if nothing has run yet
+  const bool paused = now - seconds - seen_ > pause_s;  // or nothing has run yet
   age(now);
-  covariance(0, 0) = std::max(covariance(0, 0), cold_);
   const size_t n = mean_.size(), i = path + 1;
   double off = std::clamp(std::log(ratio), -limit, limit) - (mean_[0] + mean_[i]);
-  double total = covariance(0, 0) + 2 * covariance(0, i) + covariance(i, i) + noise_ + cold_;
+  double total = covariance(0, 0) + 2 * covariance(0, i) + covariance(i, i) + noise_ + (paused ? cold : 0.0);
   if (std::abs(off) <= outlier * std::sqrt(total)) {
     suspect_ = 0;
-    if (cold_ < warm) noise_ = std::clamp(noise_ + noise_gain * (off * off - total), least_noise, most_noise);
+    if (!paused) noise_ = std::clamp(noise_ + noise_gain * (off * off - total), least_noise, most_noise);
   } else if (off * suspect_ > 0) {
     if (std::abs(suspect_) < std::abs(off)) off = suspect_;
     suspect_ = 0;
