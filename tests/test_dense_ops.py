@@ -67,15 +67,21 @@ def test_mlp_against_float64(name, samples, sizes, threads):
     assert bool(((got - want.value).abs() <= want.error).all())
 
 
-@pytest.mark.parametrize("name", runnable_isas())
-@settings(max_examples=25, deadline=None)
-@given(
-    samples=st.integers(1, 300),
-    count=st.integers(1, 40),
-    dim=st.integers(1, 40),
-    self_interaction=st.booleans(),
-    threads=st.sampled_from([1, 2]),
-)
+def interactions(test):
+    """Runs a test on every ISA, with shapes of interactions."""
+    shapes = given(
+        samples=st.integers(0, 300),
+        count=st.integers(1, 40),
+        dim=st.integers(1, 40),
+        self_interaction=st.booleans(),
+        threads=st.sampled_from([1, 2]),
+    )
+    return pytest.mark.parametrize("name", runnable_isas())(
+        settings(max_examples=25, deadline=None)(shapes(test))
+    )
+
+
+@interactions
 def test_interaction_against_float64(name, samples, count, dim, self_interaction, threads):
     v = torch.randn(samples, count, dim, generator=torch.Generator().manual_seed(dim), requires_grad=True)
     torch.set_num_threads(threads)
@@ -92,15 +98,7 @@ def test_interaction_against_float64(name, samples, count, dim, self_interaction
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", runnable_isas())
-@settings(max_examples=25, deadline=None)
-@given(
-    samples=st.integers(0, 300),
-    count=st.integers(1, 40),
-    dim=st.integers(1, 40),
-    self_interaction=st.booleans(),
-    threads=st.sampled_from([1, 2]),
-)
+@interactions
 def test_interaction_behind_a_first_vector(name, samples, count, dim, self_interaction, threads):
     g = torch.Generator().manual_seed(dim)
     v = torch.randn(samples, count, dim, generator=g, requires_grad=True)

@@ -40,7 +40,7 @@ const float* together(const InteractionView& view, const Vectors& vectors, int64
 
 // The vectors of one sample.
 template <class Number>
-SampleVectors<Number> sample_of(const InteractionView& view, const VectorsOf<Number>& vectors, int64_t s) {
+VectorsOf<Number> sample_of(const InteractionView& view, const VectorsOf<Number>& vectors, int64_t s) {
   const int64_t dim = view.dim, others = (view.vectors - 1) * dim;
   if (vectors.first) return {vectors.first + s * dim, vectors.others + s * others};
   Number* const all = vectors.others + s * (others + dim);
@@ -91,7 +91,7 @@ void interaction_backward(const InteractionView& view, const Vectors& vectors, c
     float* const room = scratch.reserve(view.symmetric_floats());
     for (int64_t s = begin; s < end; ++s) {
       const float* const own = grad + s * (in_front + products);  // of the first vector itself
-      const SampleVectors<float> into = sample_of(view, out, s);
+      const VectorsOf<float> into = sample_of(view, out, s);
       k.interact_backward(view, sample_of(view, vectors, s), own + in_front, room, into);
       for (int64_t d = 0; d < in_front; ++d) into.first[d] += own[d];
     }

@@ -14,15 +14,8 @@ struct Rows {
 
 // out[sample] = the MLP of in[sample].
 void mlp_forward(const MlpView&, Rows in, int64_t samples, Rows out, int threads);
-// The vectors of each sample, [vectors][dim] in one piece. With `first`, [samples][dim], that is vector 0,
-// and `others` are those from 1 on; else `others` are all.
-template <class Number>
-struct VectorsOf {
-  Number *first, *others;
-};
-using Vectors = VectorsOf<const float>;
-
-// vectors to products [samples][products]; with `first`, that is in front of the products.
+// Vectors [samples][vectors][dim] to products [samples][products]: without `first`, `others` are all. With
+// `first` [samples][dim], that is in front of the products.
 void interaction_forward(const InteractionView&, const Vectors&, int64_t samples, Rows out, int threads);
 // From grad, a row of products (with `first` in front of them) for each sample, to `out`, of which there are
 // `first` and `others` as in vectors.

@@ -63,11 +63,12 @@ struct ProjectionView {
   const float* bias;    // [dim], or null
 };
 
-// One sample's vectors: number 0 may lie apart from those from 1 on, which follow each other.
+// Vectors of a sample, or of several in turn: number 0 at `first`, those from 1 on at `others`.
 template <class Number>
-struct SampleVectors {
+struct VectorsOf {
   Number *first, *others;
 };
+using Vectors = VectorsOf<const float>;
 
 struct DenseKernels {
   // `columns` numbers of each sample, in rows `stride` apart, into blocks from `first_column` on; and back.
@@ -84,8 +85,8 @@ struct DenseKernels {
                    float* transposed, float* blocks, int64_t block_stride, int first_column);
   // The gradients of one sample's vectors from those of their products; `scratch` has room for
   // symmetric_floats().
-  void (*interact_backward)(const InteractionView&, const SampleVectors<const float>& vectors,
-                            const float* grad, float* scratch, const SampleVectors<float>& out);
+  void (*interact_backward)(const InteractionView&, const Vectors& vectors, const float* grad, float* scratch,
+                            const VectorsOf<float>& out);
   // Vector v of a sample: the sum of its terms, which follow each other. Every vector has a term.
   void (*mix)(const MixTerm* terms, int64_t num_terms, int dim, const float* parts, int64_t parts_stride,
               int samples, float* vectors, int64_t stride);

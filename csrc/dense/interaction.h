@@ -105,8 +105,8 @@ static inline void interact(const InteractionView& view, const float* vectors, i
 
 // out[row + r][column ...] = sum over j of weights[j][row + r] vectors[j][column ...], of symmetric weights.
 template <int rows>
-void weighted_sums(const float* weights, int64_t pitch, const SampleVectors<const float>& vectors, int n,
-                   int dim, int row, int column, const SampleVectors<float>& out) {
+void weighted_sums(const float* weights, int64_t pitch, const Vectors& vectors, int n, int dim, int row,
+                   int column, const VectorsOf<float>& out) {
   const Mask mask(dim - column < Vec::width ? dim - column : Vec::width);
   Vec sum[rows];
   const float *w = weights + row, *v = vectors.others + column;
@@ -127,9 +127,8 @@ void weighted_sums(const float* weights, int64_t pitch, const SampleVectors<cons
 }
 
 template <int rows>
-inline void some_sums(int wanted, const float* weights, int64_t pitch,
-                      const SampleVectors<const float>& vectors, int n, int dim, int row, int column,
-                      const SampleVectors<float>& out) {
+inline void some_sums(int wanted, const float* weights, int64_t pitch, const Vectors& vectors, int n, int dim,
+                      int row, int column, const VectorsOf<float>& out) {
   if constexpr (rows > 1)
     if (wanted < rows) return some_sums<rows - 1>(wanted, weights, pitch, vectors, n, dim, row, column, out);
   weighted_sums<rows>(weights, pitch, vectors, n, dim, row, column, out);
@@ -157,8 +156,8 @@ inline void symmetric_gradient(const InteractionView& view, const float* grad, f
 }
 
 // Product (i, j) passes its gradient, times one vector, on to the other: (G + G^T) V with G the triangle.
-static inline void interact_backward(const InteractionView& view, const SampleVectors<const float>& vectors,
-                                     const float* grad, float* scratch, const SampleVectors<float>& out) {
+static inline void interact_backward(const InteractionView& view, const Vectors& vectors, const float* grad,
+                                     float* scratch, const VectorsOf<float>& out) {
   const int n = view.vectors, dim = view.dim;
   const int64_t pitch = (n + 15) / 16 * 16;
   float* const symmetric = scratch + pitch * pitch;

@@ -19,7 +19,7 @@ from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.mapped import pooled_ones
 from mprec.ops._decoders import check_float16
 from mprec.representations import FeatureConfig
-from mprec.tracing import eager, has_values
+from mprec.tracing import eager
 
 __all__ = ["CODE_PRECISIONS", "LowRankEmbeddingBagCollection", "LowRankTable"]
 
@@ -129,7 +129,7 @@ class LowRankEmbeddingBagCollection(EmbeddingBagCollection):
         return None
 
     def _forward_ops(self, batch: Bags) -> Tensor:
-        watched = not (eager() and has_values(batch.indices))
+        watched = batch.indices.is_meta or not eager()
         bounds = [f.num_embeddings for f in self.features]
         if not watched:
             batch = batch.of_kernels()

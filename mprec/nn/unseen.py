@@ -9,7 +9,7 @@ from mprec.nn.collection import EmbeddingBagCollection
 from mprec.nn.keyed import embed_alone
 from mprec.ops._checks import check_id_list
 from mprec.tensors import as_ids
-from mprec.tracing import eager, has_values
+from mprec.tracing import eager
 
 
 class MeanForUnseen(nn.Module):
@@ -129,7 +129,7 @@ class MeanForUnseen(nn.Module):
         """As the collection's: ``indices`` ``[n]``, offsets ``[F * B + 1]`` to ``[B, sum(output_dims)]``."""
         if offsets is None:
             return embed_alone(self, indices, per_sample_weights)
-        watched = not (eager() and has_values(indices))  # a compiler cannot look at values
+        watched = indices.is_meta or not eager()  # a compiler cannot look at values
         if not watched:
             indices, offsets = as_ids(indices, "indices"), as_ids(offsets, "offsets")
         if not self.known.numel() or not self._is_batch(indices, offsets, watched):

@@ -27,7 +27,7 @@ from mprec.representations.embedding_bag import EmbeddingBag
 from mprec.representations.low_rank import LOW_RANK, pool_rows
 from mprec.representations.members import pool_each, some_do_more
 from mprec.row_formats import row_format
-from mprec.tracing import eager, has_values
+from mprec.tracing import eager
 
 __all__ = ["REPRESENTATIONS", "HotWeights"]
 
@@ -144,7 +144,7 @@ class Hot(Part):
         refuse_more(module.hot, self.container)
 
     def pool(self, modules: Sequence[Any], bags: Bags, sparse: bool) -> Tensor:
-        if eager() and has_values(bags.indices):
+        if eager() and not bags.indices.is_meta:
             bags = bags.of_kernels()
             bags.check_offsets()
             bags.check_ids([module.num_embeddings for module in modules])
