@@ -80,6 +80,25 @@ def test_a_cold_first_call_is_not_blamed_on_its_path(first, pause):
     assert correction.factors["a"] / correction.factors["b"] == pytest.approx(1.0, abs=0.03)
 
 
+def test_calls_that_get_warm_are_not_blamed_on_their_path():
+    """Of two paths the better one is taken again and again, though after every pause it is slow at first."""
+    rng = np.random.default_rng(0)
+    wrong, profiled = 0, np.array([1.0, 1.09])
+    for _ in range(20):
+        correction, now = Correction(["a", "b"]), 0.0
+        for _pause in range(5):
+            now += 10.0
+            slow, calls = rng.choice([1.5, 3, 20, 190]), rng.choice([0.3, 1, 3])
+            for call in range(200):
+                expected = profiled * list(correction.factors.values())
+                best = int(expected[1] < 0.98 * expected[0])
+                wrong += best
+                now += 1e-3
+                ratio = 0.9 * (1 + (slow - 1) * math.exp(-call / calls)) * math.exp(rng.normal(0, 0.06))
+                correction.observe("ab"[best], ratio, now, seconds=1e-3)
+    assert wrong < 0.03 * 20 * 5 * 200
+
+
 def test_a_long_call_is_no_pause():
     slow, quick = Correction(["a"]), Correction(["a"])
     for i in range(50):

@@ -12,7 +12,8 @@ constexpr double profiled = 0.02;    // the same right after profiling
 constexpr double deviating = 0.02;   // variance of a path's deviation before anything is known of it
 constexpr double reversion_s = 5.0;  // time in which a deviation that is not observed falls to 1/e
 constexpr double pause_s = 0.05;     // silence after which caches and clocks are cold
-constexpr double cold = 0.25;        // variance that a call after such a pause has besides
+constexpr double cold = 0.25;        // least variance of the machine's factor then, and more of a call
+constexpr double warming = 0.5;      // share of that which it has in each further call
 constexpr double first_noise = 0.15 * 0.15;
 constexpr double least_noise = 0.02 * 0.02, most_noise = 0.5 * 0.5;
 constexpr double noise_gain = 0.02;
@@ -31,30 +32,38 @@ Correction::Correction(size_t paths)
   for (size_t j = 1; j < mean_.size(); ++j) covariance(j, j) = deviating;
 }
 
-double Correction::spread(double now, double calls) const {
-  const double older = now > seen_ ? wander * (now - seen_) : 0.0;
-  return std::sqrt(noise_ / calls + std::min(unknown, known_ + older));
+double Correction::known(double now) const {
+  return std::min(unknown, known_ + wander * std::max(now - seen_, 0.0));
 }
+
+double Correction::spread(double now, double calls) const { return std::sqrt(noise_ / calls + known(now)); }
 
 void Correction::observe(size_t path, double ratio, double now, double seconds) {
   if (!(ratio > 0 && std::isfinite(ratio))) return;
   const bool paused = now - seconds - seen_ > pause_s;  // or nothing has run yet
+  cold_ = paused ? cold : warming * cold_;
   age(now);
+  covariance(0, 0) = std::max(covariance(0, 0), cold_);
   const size_t n = mean_.size(), i = path + 1;
   double off = std::clamp(std::log(ratio), -limit, limit) - (mean_[0] + mean_[i]);
-  double total = covariance(0, 0) + 2 * covariance(0, i) + covariance(i, i) + noise_ + (paused ? cold : 0.0);
+  double total = covariance(0, 0) + 2 * covariance(0, i) + covariance(i, i) + noise_ + cold_;
+  double doubt = noise_ + (paused ? cold : 0.0);  // for `known_`: else sparse calls would seem unpredictable
   if (std::abs(off) <= outlier * std::sqrt(total)) {
     suspect_ = 0;
-    if (!paused) noise_ = std::clamp(noise_ + noise_gain * (off * off - total), least_noise, most_noise);
+    const double told = noise_ / (noise_ + cold_);  // the share that this says of the noise
+    noise_ = std::clamp(noise_ + noise_gain * told * told * (off * off - total), least_noise, most_noise);
   } else if (off * suspect_ > 0) {
     if (std::abs(suspect_) < std::abs(off)) off = suspect_;
     suspect_ = 0;
     covariance(0, 0) += off * off;
+    known_ += off * off;
     total += off * off;
   } else {
     suspect_ = off;
+    doubt += off * off;
     total += off * off;
   }
+  known_ *= doubt / (known_ + doubt);
   std::vector<double> gain(n);
   for (size_t j = 0; j < n; ++j) gain[j] = covariance(0, j) + covariance(i, j);
   for (size_t j = 0; j < n; ++j) {
@@ -62,7 +71,6 @@ void Correction::observe(size_t path, double ratio, double now, double seconds) 
     mean_[j] += part * off;
     for (size_t k = 0; k < n; ++k) covariance(j, k) -= part * gain[k];
   }
-  known_ = covariance(0, 0) + 2 * covariance(0, i) + covariance(i, i);
   for (size_t j = 0; j + 1 < n; ++j) factors_[j] = std::exp(mean_[0] + mean_[j + 1]);
   least_ = *std::min_element(factors_.begin(), factors_.end());
 }
@@ -70,6 +78,7 @@ void Correction::observe(size_t path, double ratio, double now, double seconds) 
 void Correction::age(double now) {
   if (std::isinf(seen_)) seen_ = now;
   const double elapsed = std::max(now - seen_, 0.0), kept = std::exp(-elapsed / reversion_s);
+  known_ = known(now);
   seen_ = now;
   covariance(0, 0) = std::min(unknown, covariance(0, 0) + wander * elapsed);
   const double fresh = (1 - kept * kept) * deviating;

@@ -12,8 +12,9 @@
 // Three rules make the filter robust. An observation further than three standard deviations away is taken for
 // as noisy as it is far away, so that one hiccup moves little. If the next one lies as far away on the same
 // side, the machine has changed: its variance then grows by the square of the distance, so that the estimate
-// moves there at once. The first call after a pause finds cold caches and is believed less: else its path
-// would be blamed for them, and a worse one taken for seconds.
+// moves there at once. The first calls after a pause find cold caches, which is the machine's state: its
+// variance is great for a few calls, and so is the calls' own. Else their path would be blamed, and a worse
+// one taken for seconds.
 #pragma once
 #include <cstddef>
 #include <limits>
@@ -44,15 +45,17 @@ class Correction {
 
  private:
   double& covariance(size_t i, size_t j) { return covariance_[i * mean_.size() + j]; }
+  double known(double now) const;
   void age(double now);
 
   std::vector<double> mean_, covariance_;  // the machine, then the paths' deviations
   std::vector<double> factors_;
   double least_ = 1.0;
-  double known_;                                            // the machine's variance when last observed
+  double known_;                                            // the factor's variance then, pauses left out
   double seen_ = -std::numeric_limits<double>::infinity();  // when that was
   double suspect_ = 0;                                      // the last observation's distance, if an outlier
   double noise_;
+  double cold_ = 0;  // variance because of the last pause; halved by each call
 };
 
 }  // namespace mprec::scheduler

@@ -129,8 +129,9 @@ def run(args: argparse.Namespace) -> int:
     )
     *_, best = ratio_to_best(outcomes)
     duel = {name: dispatchers[name] for name in (best, "dispatcher")}
-    times = {"rounds": _ROUNDS, "repeats": _DUEL, "seconds": seconds, "seed": args.seed + 1}
-    ratio, error, _ = ratio_to_best(compare(duel, load, **times, sla_s=sla_s, progress=reporter()))
+    # They take turns at each load, so that what disturbs one of them disturbs the other as well.
+    turns = {"rounds": _ROUNDS * len(_LOADS), "repeats": _DUEL, "seconds": seconds, "seed": args.seed + 1}
+    ratio, error, _ = ratio_to_best(compare(duel, load, **turns, sla_s=sla_s, progress=reporter()))
 
     served = {path.name for path in paths}
     result = {
