@@ -85,5 +85,11 @@ class Metrics:
             normalised_entropy(labels, probabilities),
         )
 
+    def __str__(self) -> str:
+        return (
+            f"AUC {self.auc:.4f}, log-loss {self.log_loss:.4f}, normalised entropy "
+            f"{self.normalised_entropy:.4f}, accuracy {self.accuracy:.4f}, calibration {self.calibration:.3f}"
+        )
+
     def to_dict(self) -> dict[str, float]:
         return asdict(self)

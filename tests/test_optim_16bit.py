@@ -185,7 +185,7 @@ def test_noise_of_rows_columns_steps_and_tables_is_independent(dtype):
 def test_updates_far_below_the_last_place_arrive_on_average(dtype):
     rows, dim, steps, step = 256, 16, 400, torch.finfo(dtype).eps / 64
     moved = {}
-    for rounding in optim.ROUNDINGS:
+    for rounding in optim.base.ROUNDINGS:
         weight = torch.nn.Parameter(torch.ones(rows, dim, dtype=dtype))
         optimizer = optim.SGD([weight], lr=1.0, rounding=rounding)
         for _ in range(steps):
@@ -199,7 +199,7 @@ def test_updates_far_below_the_last_place_arrive_on_average(dtype):
 
 @in_both
 @pytest.mark.parametrize("isa_name", ISAS)
-@pytest.mark.parametrize("rounding", optim.ROUNDINGS)
+@pytest.mark.parametrize("rounding", optim.base.ROUNDINGS)
 def test_ends_of_the_range(dtype, isa_name, rounding):
     info = torch.finfo(dtype)
     most, inf, nan = info.max, float("inf"), float("nan")

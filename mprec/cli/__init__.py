@@ -18,6 +18,7 @@ _EXTRA = {"rich", "matplotlib", "jinja2", "sklearn"}
 SUBCOMMANDS = {
     "info": "print versions, CPU, instruction set in use, threads, GPU and what is compiled in",
     "train": "train a model on a click log and write its checkpoint",
+    "predict": "give the click probability of every row of a log, and how good the predictions are",
     "derive": "make and measure smaller, cheaper paths of one trained model, and bundle them",
     "profile": "measure trained models over batch sizes on this machine, or show such a profile",
     "plan": "choose a representation per feature within a memory budget",

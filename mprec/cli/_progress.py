@@ -39,12 +39,8 @@ class Pace:
 
 
 def _line(name: str, event: Progress) -> str:
-    quality = event.valid
-    return (
-        f"{name}: epoch {event.epoch}/{event.epochs}, loss {event.loss:.4f}, AUC {quality.auc:.4f}, "
-        f"log-loss {quality.log_loss:.4f}, normalised entropy {quality.normalised_entropy:.4f}, "
-        f"accuracy {quality.accuracy:.4f}, calibration {quality.calibration:.3f} ({event.seconds:.1f} s)"
-    )
+    told = f"{name}: epoch {event.epoch}/{event.epochs}, loss {event.loss:.4f}"
+    return f"{told}, {event.valid} ({event.seconds:.1f} s)"
 
 
 def _within(name: str, event: Progress, pace: Pace) -> str:

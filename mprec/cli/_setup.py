@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ __all__ = [
     "batch_sizes",
     "get_profile",
     "held_out",
+    "load_checked",
     "load_for",
     "load_paths",
     "parts_of",
@@ -173,22 +175,28 @@ def held_out(args: argparse.Namespace) -> ClickDataset:
 @functools.lru_cache(maxsize=1)
 def parts_of(file: Path, spec: str) -> tuple[ClickDataset, ...]:
     """(train, valid, test) of the data, cut as it was for the checkpoint in ``file``."""
+    return load_checked(file, spec).split(by=inputs_of(file).split)
+
+
+def load_checked(file: Path, spec: str, **options: Any) -> ClickDataset:
+    """The data, as :func:`load_for` reads it. ``ValueError`` if its features are not the checkpoint's."""
     inputs = inputs_of(file)
-    dataset = load_for([file], spec)
+    dataset = load_for([file], spec, **options)
     if (dataset.features, dataset.num_dense) != (inputs.features, inputs.num_dense):
         raise ValueError(
             f"--data: {dataset.name} has other features or vocabularies than the data that "
             f"{file} was trained on"
         )
-    return dataset.split(by=inputs.split)
+    return dataset
 
 
-def load_for(files: Sequence[Path], spec: str) -> ClickDataset:
+def load_for(files: Sequence[Path], spec: str, **options: Any) -> ClickDataset:
     """The data, its raw values as IDs by the vocabularies of the first of the checkpoints, if it has any, and
-    with the crosses that it was trained on."""
+    with the crosses that it was trained on. ``options`` go to the reader, if it knows them."""
     known = vocabularies_of(files[0]) if files else {}
     crosses = inputs_of(files[0]).crosses if files else None
-    options = {"vocabularies": known} if known else {}
+    if known:
+        options["vocabularies"] = known
     return data.load(spec, crosses=crosses, progress=reporter(), **options)
 
 

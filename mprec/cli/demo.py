@@ -37,7 +37,7 @@ from mprec.training import Trained, TrainOptions, train_representations
 _SHOWN_BATCHES = (1, 128, 2048)
 _LOADS = (0.3, 0.8, 1.5)  # of the best static path's capacity: in turn, in every round
 _ROUNDS = 4  # of all contestants
-_DUEL = 6  # times as many of the dispatcher and the best static path, whose difference is small
+_DUEL = 8  # times as many of the dispatcher and the best static path, whose difference is small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +129,10 @@ def run(args: argparse.Namespace) -> int:
     )
     *_, best = ratio_to_best(outcomes)
     duel = {name: dispatchers[name] for name in (best, "dispatcher")}
-    # They take turns at each load, so that what disturbs one of them disturbs the other as well.
-    turns = {"rounds": _ROUNDS * len(_LOADS), "repeats": _DUEL, "seconds": seconds, "seed": args.seed + 1}
-    ratio, error, _ = ratio_to_best(compare(duel, load, **turns, sla_s=sla_s, progress=reporter()))
+    # They take turns twice at each load, so that what disturbs one of them disturbs the other as well.
+    turns = {"rounds": 2 * _ROUNDS * len(_LOADS), "repeats": _DUEL, "seconds": seconds, "seed": args.seed + 1}
+    finalists = compare(duel, load, **turns, sla_s=sla_s, progress=reporter())
+    ratio, error, _ = ratio_to_best(finalists)
 
     served = {path.name for path in paths}
     result = {
@@ -156,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
             "ratio_rounds": _ROUNDS * _DUEL,
             "warnings": profile_warnings(drift) + warnings_of(outcomes),
             "rows": [outcome.row(name) for name, outcome in outcomes.items()],
+            "finalists": [outcome.row(name) for name, outcome in finalists.items()],
         },
         "plan": planned,
     }

@@ -20,6 +20,7 @@ from mprec.data.cross import SIZE
 from mprec.data.dataset import SPLITS
 from mprec.errors import TrainingInterruptedError
 from mprec.files import check_room
+from mprec.metrics import Metrics
 from mprec.nn import DheConfig
 from mprec.training import (
     DECAYS,
@@ -230,11 +231,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for part, quality in trained.metadata["metrics"].items():
         rows = trained.metadata["rows"][part]
-        print(
-            f"{part} ({rows} rows): AUC {quality['auc']:.4f}, log-loss {quality['log_loss']:.4f}, "
-            f"normalised entropy {quality['normalised_entropy']:.4f}, accuracy {quality['accuracy']:.4f}, "
-            f"calibration {quality['calibration']:.3f}"
-        )
+        print(f"{part} ({rows} rows): {Metrics(**quality)}")
     for path, quality in trained.metadata.get("paths", {}).items():
         test = quality["test"]
         print(f"  test, {path} path: AUC {test['auc']:.4f}, log-loss {test['log_loss']:.4f}")

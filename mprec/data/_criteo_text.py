@@ -18,7 +18,7 @@ __all__ = ["NUM_CATEGORIES", "NUM_INTEGERS", "Chunk", "chunks"]
 
 NUM_INTEGERS = 13
 NUM_CATEGORIES = 26
-FIELDS = 1 + NUM_INTEGERS + NUM_CATEGORIES
+_LABEL = b"0\t"  # of a line that has none
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Chunk:
 
 
 def chunks(
-    files: Sequence[Path], bads: Sequence[BadLines], *, chunk_bytes: int = 1 << 24
+    files: Sequence[Path], bads: Sequence[BadLines], *, chunk_bytes: int = 1 << 24, labelled: bool = True
 ) -> Iterator[tuple[Chunk, float]]:
     """(good lines of a block of text, share of the bytes of all files that have been read), in order.
 
     A chunk is to be used before the next one is asked for: its memory is used again. Bad lines go to the
-    file's ``bads``.
+    file's ``bads``. Lines that are not ``labelled`` lack the first field, and get the label 0.
     """
     sizes = [file.stat().st_size for file in files]
     free: list[Chunk] = []
@@ -73,7 +73,7 @@ def chunks(
         for number, (file, bad) in enumerate(zip(files, bads, strict=True)):
             for first_line, text, position in line_blocks(file, chunk_bytes):
                 share = (sum(sizes[:number]) + position) / max(sum(sizes), 1)
-                yield bad, first_line, text, share
+                yield bad, first_line, text if labelled else _with_labels(text), share
 
     threads = workers()
     waiting: deque[tuple[BadLines, int, np.ndarray, float, Future]] = deque()
@@ -82,7 +82,7 @@ def chunks(
         def finish() -> tuple[Chunk, Chunk, float]:
             bad, first_line, text, share, future = waiting.popleft()
             room, good, wrong = future.result()
-            _explain(bad, first_line, text, wrong)
+            _explain(bad, first_line, text, wrong, labelled)
             return room, room.first(good), share
 
         for block in blocks():
@@ -97,28 +97,39 @@ def chunks(
             free.append(room)
 
 
-def _explain(bad: BadLines, first_line: int, text: np.ndarray, wrong: list[tuple[int, int, int]]) -> None:
+def _with_labels(text: np.ndarray) -> np.ndarray:
+    """The lines, each with the label 0 before it."""
+    lines = text[:-1].tobytes().replace(b"\n", b"\n" + _LABEL)
+    return np.frombuffer(_LABEL + lines + b"\n", dtype=np.uint8)
+
+
+def _explain(
+    bad: BadLines, first_line: int, text: np.ndarray, wrong: list[tuple[int, int, int]], labelled: bool
+) -> None:
     """Count bad lines and say of the first ones what is wrong with them."""
+    first = int(labelled)  # the first field after the label
+    expected = first + NUM_INTEGERS + NUM_CATEGORIES
     for line, begin, end in wrong:
         if bad.is_full:
             bad.count += 1
             continue
-        fields = Fields(text[begin : end + 1], first_line + line, b"\t", FIELDS)
+        own = text[begin if labelled else begin + len(_LABEL) : end + 1]
+        fields = Fields(own, first_line + line, b"\t", expected)
         if not len(fields.lines):
             found = fields.wrong_counts()[1](0)
-            commas = int(np.count_nonzero(text[begin:end] == ord(",")))
-            if found.endswith(f" {FIELDS - 1}"):
-                found += " (Criteo's test.txt has no labels)"
-            elif commas >= FIELDS - 1:
+            commas = int(np.count_nonzero(own == ord(",")))
+            if labelled and found.endswith(f" {expected - 1}"):
+                found += " (Criteo's test.txt has no labels: labelled=false)"
+            elif commas >= expected - 1:
                 found += f" ({commas} commas, where tabs are expected)"
             bad.add(first_line + line, found)
             continue
         reasons = [
-            (fields.integers(slice(0, 1)), 0, "the label must be 0 or 1"),
-            (fields.integers(slice(1, 1 + NUM_INTEGERS)), 1, "expected an integer or nothing"),
+            (fields.integers(slice(0, first)), 0, "the label must be 0 or 1"),
+            (fields.integers(slice(first, first + NUM_INTEGERS)), first, "expected an integer or nothing"),
             (
-                fields.hexadecimals(slice(1 + NUM_INTEGERS, None)),
-                1 + NUM_INTEGERS,
+                fields.hexadecimals(slice(first + NUM_INTEGERS, None)),
+                first + NUM_INTEGERS,
                 "expected up to 8 hexadecimal digits or nothing",
             ),
         ]

@@ -57,7 +57,7 @@ class Dense:
 class Schema:
     """What a table's columns are."""
 
-    label: str
+    label: str | None  # None: the log is read without labels
     at_least: float | None
     features: Mapping[str, Feature]
     dense: Mapping[str, Dense]

@@ -28,7 +28,7 @@ from mprec._native import encode_values
 from mprec.data._cache import cached, default_folder, map_file, workers
 from mprec.data._criteo_text import NUM_CATEGORIES, NUM_INTEGERS, Chunk, chunks
 from mprec.data._text import BadLines, find_files
-from mprec.data.dataset import ClickDataset, Column
+from mprec.data.dataset import UNLABELLED, ClickDataset, Column
 from mprec.data.vocabulary import RawValues, Vocabulary, check_options, dump, restore
 from mprec.errors import DataError
 from mprec.files import check_room
@@ -52,6 +52,7 @@ def read(
     vocabularies: Mapping[str, Vocabulary | RawValues] | None = None,
     malformed: float = 0.01,
     strict: bool = False,
+    labelled: bool = True,
     cache: bool | Path | str | None = None,
     progress: Callable[[str, float], object] | None = None,
     chunk_bytes: int = 1 << 24,
@@ -70,6 +71,8 @@ def read(
         vocabularies: by feature, ``C1`` to ``C26``: those of an earlier log, which a checkpoint holds.
         malformed: largest share of malformed lines. They are left out, counted and warned about with file and
             line; ``strict`` allows none.
+        labelled: False for lines without labels, as Criteo's ``test.txt`` has them, which are to be scored:
+            all labels of the dataset are 0, and it cannot be split.
         cache: a folder to keep the parsed log in, True for the user's own, False to keep none; default: the
             user's own for more than 16 MiB of text. It is used by the next call with the same files and
             options.
@@ -94,17 +97,18 @@ def read(
     progress = progress or (lambda what, share: None)
 
     def build(folder: Path) -> dict[str, Any]:
-        return _Builder(folder, files, rows, chosen, strict, progress, chunk_bytes).build()
+        return _Builder(folder, files, rows, chosen, strict, labelled, progress, chunk_bytes).build()
 
     def open_(folder: Path, meta: dict[str, Any]) -> ClickDataset:
-        return _open(folder, meta, files, malformed, strict)
+        return _open(folder, meta, files, malformed, strict, labelled)
 
     root = None
     regular = all(file.is_file() for file in files)  # a pipe cannot be looked at twice
     size = sum(file.stat().st_size for file in files)
     if regular and (cache or (cache is None and size > CACHED_FROM)):
         root = default_folder() if cache in (None, True) else Path(cache)
-    return cached(root, files, {"reader": "criteo", "rows": rows, **chosen.described()}, build, open_)
+    options = {"reader": "criteo", "rows": rows, **chosen.described(), **({} if labelled else UNLABELLED)}
+    return cached(root, files, options, build, open_)
 
 
 def _raw_names(raw: bool | int | Sequence[int]) -> tuple[str, ...]:
@@ -164,6 +168,7 @@ class _Builder:
     rows: int | None
     encoding: _Encoding
     strict: bool
+    labelled: bool
     progress: Callable[[str, float], object]
     chunk_bytes: int
 
@@ -204,7 +209,7 @@ class _Builder:
                 stack.enter_context(open(self.folder / name, "wb"))
                 for name in ("labels", "dense", "missing", *NAMES)
             )
-            parsed = chunks(self.files, bads, chunk_bytes=self.chunk_bytes)
+            parsed = chunks(self.files, bads, chunk_bytes=self.chunk_bytes, labelled=self.labelled)
             for chunk, share in parsed:
                 if self.rows is not None:
                     chunk = chunk.first(min(len(chunk), self.rows - total))
@@ -283,7 +288,7 @@ def _is_gzip(file: Path) -> bool:
 
 
 def _open(
-    folder: Path, meta: dict[str, Any], files: Sequence[Path], malformed: float, strict: bool
+    folder: Path, meta: dict[str, Any], files: Sequence[Path], malformed: float, strict: bool, labelled: bool
 ) -> ClickDataset:
     """The dataset of a cache. ``DataError`` if more of its lines were malformed than are allowed now."""
     total, source = meta["rows"], ", ".join(map(str, files))
@@ -304,7 +309,7 @@ def _open(
         ],
         labels=map_file(folder / "labels", np.float32, (total,)),
         dense=map_file(folder / "dense", np.float32, (total, NUM_INTEGERS)),
-        info={"source": source, **bad.describe()},
+        info={"source": source, **bad.describe(), **({} if labelled else UNLABELLED)},
         vocabularies=encoders,
         matrix=matrix,
     )

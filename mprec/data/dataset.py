@@ -158,6 +158,10 @@ class Column:
         return self.ids[np.repeat(skipped, lengths) + np.arange(lengths.sum())], lengths
 
 
+#: What the ``info`` of a log says that was read without labels.
+UNLABELLED = {"labelled": False}
+
+
 @dataclass(frozen=True)
 class ClickDataset(torch.utils.data.Dataset):
     """A click log: ``columns`` (one per feature), ``dense`` float32 [rows, num_dense], ``labels`` {0, 1}
@@ -227,6 +231,11 @@ class ClickDataset(torch.utils.data.Dataset):
     def features(self) -> list[tuple[str, int]]:
         """(name, vocabulary size) of every categorical feature, in batch order."""
         return [(column.name, column.vocabulary) for column in self.columns]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels are the log's; else they are all 0, and nothing can be learnt or measured."""
+        return self.info.get("labelled", True)
 
     @property
     def num_dense(self) -> int:
@@ -347,6 +356,8 @@ class ClickDataset(torch.utils.data.Dataset):
         everything in one sitting and a cut in time leaves mostly cold users. The default is the dataset's
         ``default_split``. Rows of equal time keep their order in the log.
         """
+        if not self.labelled:
+            raise DataError(f"{self.name} was read without labels: it can be scored, not split into parts")
         part = self.parts(fractions, by)
         if (part[1:] >= part[:-1]).all():  # the rows' own order: slices, of which nothing is copied
             cuts = [0, *np.searchsorted(part, np.arange(1, len(fractions))), len(self)]

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mprec.data._cache import cached, default_folder, map_file
 from mprec.data._schema import Schema
 from mprec.data._text import find_files
 from mprec.data.criteo import CACHED_FROM
-from mprec.data.dataset import ClickDataset, Column
+from mprec.data.dataset import UNLABELLED, ClickDataset, Column
 from mprec.data.vocabulary import MISSING, RawValues, Vocabulary, dump, key_of, restore
 from mprec.errors import DataError
 
@@ -35,6 +36,7 @@ def read(
     *,
     schema: Path | str | None = None,
     vocabularies: Mapping[str, Vocabulary | RawValues] | None = None,
+    labelled: bool = True,
     cache: bool | Path | str | None = None,
     progress: Callable[[str, float], object] | None = None,
 ) -> ClickDataset:
@@ -45,6 +47,8 @@ def read(
         schema: a JSON file; default: the table's name with ``.schema.json`` for its suffix, or
             ``schema.json`` in its folder.
         vocabularies: by feature: those of an earlier log, which a checkpoint holds.
+        labelled: False for a log that is to be scored: the schema's columns for the label, the time and the
+            users are not read and need not be there, all labels of the dataset are 0, and it cannot be split.
         cache: as for :func:`mprec.data.criteo.read`.
         progress: told what is being done, and which share of it is done.
 
@@ -56,6 +60,8 @@ def read(
     """
     files = _find(path)
     found = Schema.read(_schema_file(files, schema))
+    if not labelled:
+        found = replace(found, label=None, time=None, users=None, split=None)
     if vocabularies is not None and (lacking := sorted(set(found.features) - set(vocabularies))):
         raise DataError(f"vocabularies: there is none of feature {lacking[0]!r}")
     report = progress or (lambda what, share: None)
@@ -145,7 +151,8 @@ def _read_columns(folder: Path, files: Sequence[Path], schema: Schema, report) -
     names = [each.column or name for name, each in schema.features.items()]
     dense = [each.column or name for name, each in schema.dense.items()]
     extra = [name for name in (schema.time, schema.users) if name is not None]
-    wanted = list(dict.fromkeys([schema.label, *names, *dense, *extra]))
+    label = [] if schema.label is None else [schema.label]
+    wanted = list(dict.fromkeys([*label, *names, *dense, *extra]))
     kinds: dict[str, str] = {}
     lists: dict[str, bool] = {}
     total = 0
@@ -160,7 +167,8 @@ def _read_columns(folder: Path, files: Sequence[Path], schema: Schema, report) -
         keys = [stream(f"keys-{i}") for i in range(len(names))]
         lengths = [stream(f"lengths-{i}") for i in range(len(names))]
         for batch, rows in _batches(files, wanted):
-            labels.write(_labels(batch.column(schema.label), schema, total))
+            none = np.zeros(batch.num_rows, dtype=np.float32)
+            labels.write(none if not label else _labels(batch.column(schema.label), schema, total))
             block = np.zeros((batch.num_rows, len(dense)), dtype=np.float32)
             for place, (name, told) in enumerate(zip(dense, schema.dense.values(), strict=True)):
                 block[:, place] = _numbers(batch.column(name), name, told.log1p)
@@ -386,7 +394,7 @@ def _open(folder: Path, meta: dict[str, Any], schema: Schema, files: Sequence[Pa
         times=bare.times,
         users=bare.users,
         default_split=bare.default_split,
-        info={"source": ", ".join(map(str, files))},
+        info={"source": ", ".join(map(str, files)), **(UNLABELLED if schema.label is None else {})},
         vocabularies=encoders,
         matrix=matrix,
     )

@@ -20,7 +20,7 @@ saved file. Its keys:
     (latency-bounded throughput of correct predictions) and ``chosen`` (share of samples answered by each
     path). Optional: ``arrivals`` (in words), ``ratio`` and ``ratio_error`` (of the dispatcher's correct
     predictions over the best static path's, and its standard error), ``ratio_rounds`` (of these two alone,
-    after the others'), ``warnings``, and in rows
+    after the others') and ``finalists`` (their rows in these rounds), ``warnings``, and in rows
     ``correct_per_s_error``.
 ``plan``
     ``memory_bytes``, ``rows``: ``feature``, ``vocabulary``, ``choice``, ``bytes``.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mprec.data import ClickDataset
+from mprec.errors import DataError
 from mprec.metrics import Metrics
 from mprec.models import PATHS, MultiPathDLRM
 
@@ -28,7 +29,9 @@ def predict(model: nn.Module, dataset: ClickDataset, *, batch_size: int = 4096) 
 
 
 def evaluate(model: nn.Module, dataset: ClickDataset, *, batch_size: int = 4096) -> Metrics:
-    """Quality of the model on a dataset."""
+    """Quality of the model on a dataset. ``DataError`` for one that was read without labels."""
+    if not dataset.labelled:
+        raise DataError(f"{dataset.name} was read without labels: there is nothing to compare scores with")
     return Metrics.of(dataset.labels, predict(model, dataset, batch_size=batch_size))
 
 

@@ -1,51 +1,4 @@
-"""Optimizers for embedding tables, applied during the backward pass.
-
-The gradient of a table is a few rows. torch lays it out as a sparse tensor, coalesces it and then walks it
-again to update the rows; here one native pass sorts the IDs, sums each row's gradient in registers and
-updates the row (see ``csrc/gradient/README.md``). Nothing of the table's size is ever written. Tables on
-CUDA: SGD and RowWiseAdagrad, by Triton kernels.
-
-An optimizer of this module takes over the tables that it is given: from then on ``loss.backward()`` updates
-them, their ``.grad`` stays ``None`` and ``step()`` has nothing left to do for them. So a backward pass is a
-step: one for each table, however often the pass met it. Gradients are not accumulated over several passes
-(a pass within a pass, as of reentrant checkpointing, is one of its own), and cannot be clipped or scaled in
-between. ``torch.nn.utils.clip_grad_norm_`` cannot tell: it passes by parameters without ``.grad``, so these
-tables have been updated by all of their gradient, the others are clipped by the norm of the others, and the
-norm of tables alone is 0.0. ``torch.autograd.grad`` updates nothing. The results are those of torch's
-optimizer of the same name with ``sparse=True`` gradients, to rounding, and do not depend on the number of
-threads.
-
-With ``in_backward=False`` the gradient goes to ``.grad`` as any other's does, and ``step()`` updates the
-table by the same kernels: for gradient accumulation, clipping, ``torch.amp.GradScaler``, hooks, and for
-replicas whose gradients ``DistributedDataParallel`` exchanges. A sparse gradient (modules with
-``sparse=True``) updates the rows that it has, a dense one every row, with zeros for those that no batch met.
-
-``weight_decay=λ`` is decoupled (Loshchilov and Hutter 2019): a row is multiplied by ``1 - lr·λ`` in each step
-that has a gradient for it, and its gradient is as without. Rows that no batch meets do not decay, as in
-FBGEMM: to let them, every step would have to write every row. For tables on the CPU.
-
-Tables of float16 and bfloat16, on the CPU, are updated in float32: the row is read, its gradient is summed
-and the step is taken in float32, states are float32, and the row is rounded once, when it is written.
-``rounding="stochastic"``, the default, takes one of the two neighbours, the nearer one the more often, so
-that the mean is the float32 number: of updates far below a weight's last place as much arrives as should.
-``rounding="nearest"`` is torch's cast, which loses all of those. As in that, infinity stands where the number
-after the largest finite one would: what is further out becomes infinite, so that a table that has outgrown
-its type is seen. NaN stays NaN. Below 2⁻¹⁴ the mean in float16 is right to 2⁻³⁸. A gradient that goes to
-``.grad`` is rounded to the table's type there, as any parameter's; ``torch.amp.GradScaler`` refuses those of
-float16.
-
-The noise is a function of ``seed``, the table's place among the optimizer's, its step, row and column, and of
-nothing else: results do not depend on the number of threads, replicas round alike, and a training that goes
-on from a state_dict, which holds seeds and steps, equals one that was not cut off.
-
-Gradients that backward passes apply are not exchanged between processes. Where ``torch.distributed`` runs
-with more than one, such a pass raises ``RuntimeError`` rather than let replicas drift apart;
-``sharded=True`` says that each process holds tables of its own.
-
-    model = DLRM(...)
-    tables, rest = mprec.optim.split_parameters(model)
-    optimizers = [RowWiseAdagrad(tables, lr=0.02), torch.optim.Adam(rest)]
-"""
+"""What the optimizers share: taking over tables, their states, and handing gradients to the native pass."""
 
 import contextlib
 import hashlib
@@ -53,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mprec import huge_pages
@@ -62,7 +15,7 @@ from mprec.ops import fused
 from mprec.ops._common import NATIVE_TABLES, mutated
 from mprec.ops._updates import count_steps, update_tables
 
-__all__ = ["SGD", "Adagrad", "Adam", "RowWiseAdagrad", "split_parameters"]
+__all__ = ["ROUNDINGS", "TableOptimizer", "non_negative"]
 
 #: Options of torch's optimizers that would change an update here. Its weight decay is another one: of every
 #: row, or part of the gradient.
@@ -71,17 +24,6 @@ _UNSUPPORTED = {"weight_decay", "maximize", "momentum", "nesterov", "amsgrad", "
 _IGNORED = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 #: How rows of 16 bits are rounded.
 ROUNDINGS = ("stochastic", "nearest")
-
-
-def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters of a module as (embedding tables, everything else), each once."""
-    tables = {
-        id(child.weight)
-        for child in module.modules()
-        if isinstance(child, nn.EmbeddingBag) or getattr(child, "is_embedding_table", False)
-    }
-    parameters = list(module.parameters())
-    return [p for p in parameters if id(p) in tables], [p for p in parameters if id(p) not in tables]
 
 
 def _zeros(weight: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -121,13 +63,13 @@ def _check_device(weight: Tensor, group: dict) -> None:
         )
 
 
-def _non_negative(name: str, value: float) -> float:
+def non_negative(name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     return value
 
 
-class _TableOptimizer(torch.optim.Optimizer):
+class TableOptimizer(torch.optim.Optimizer):
     """What the optimizers share: taking over tables, and handing gradients to the native pass."""
 
     _rule: str
@@ -140,7 +82,7 @@ class _TableOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable, defaults: dict, sharded: bool, in_backward: bool):
         self.sharded, self.in_backward = sharded, in_backward
         for name in ("lr", "eps", "weight_decay"):
-            _non_negative(name, defaults.get(name, 0.0))
+            non_negative(name, defaults.get(name, 0.0))
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -391,140 +333,3 @@ class _TableOptimizer(torch.optim.Optimizer):
                 bags = Bags(rows.contiguous(), each, include_last_offset=False)
                 self.apply_bags([weight], bags, values.contiguous())
         return loss
-
-
-class SGD(_TableOptimizer):
-    """Stochastic gradient descent, ``w -= lr·g``; as ``torch.optim.SGD`` without momentum."""
-
-    _rule = "sgd"
-    _counts_steps = False
-    _on_device = "table_sgd_", ("lr",)
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        *,
-        weight_decay: float = 0.0,
-        rounding: str = "stochastic",
-        seed: int = 0,
-        sharded: bool = False,
-        in_backward: bool = True,
-    ):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding, "seed": seed}
-        super().__init__(params, defaults, sharded, in_backward)
-
-
-class Adagrad(_TableOptimizer):
-    """Adagrad (Duchi et al. 2011) with state per element, as ``torch.optim.Adagrad``.
-
-    Like there, ``lr`` is divided by ``1 + (step - 1)·lr_decay``. State: ``sum`` [rows, dim] float32.
-    """
-
-    _rule = "adagrad"
-    _states = ("sum",)
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-2,
-        lr_decay: float = 0.0,
-        initial_accumulator_value: float = 0.0,
-        eps: float = 1e-10,
-        *,
-        weight_decay: float = 0.0,
-        rounding: str = "stochastic",
-        seed: int = 0,
-        sharded: bool = False,
-        in_backward: bool = True,
-    ):
-        _non_negative("lr_decay", lr_decay)
-        _non_negative("initial_accumulator_value", initial_accumulator_value)
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rounding": rounding,
-            "seed": seed,
-            "initial_accumulator_value": initial_accumulator_value,
-        }
-        super().__init__(params, defaults, sharded, in_backward)
-
-    def _init_state(self, weight: Tensor, group: dict) -> None:
-        super()._init_state(weight, group)
-        self.state[weight]["sum"].fill_(group["initial_accumulator_value"])
-
-    def _rate(self, group: dict, step: int) -> float:
-        return group["lr"] / (1 + (step - 1) * group["lr_decay"])
-
-
-class RowWiseAdagrad(_TableOptimizer):
-    """Adagrad with one accumulator a row: ``s += mean(g²); w -= lr·g / (√s + eps)``.
-
-    FBGEMM's ``EXACT_ROWWISE_ADAGRAD``, the usual choice for recommendation models: its state is a dim-th of
-    the table. State: ``sum`` [rows, 1] float32.
-    """
-
-    _rule = "rowwise_adagrad"
-    _counts_steps = False
-    _states = ("sum",)
-    _on_device = "table_rowwise_adagrad_", ("lr", "eps")
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-2,
-        eps: float = 1e-8,
-        *,
-        weight_decay: float = 0.0,
-        rounding: str = "stochastic",
-        seed: int = 0,
-        sharded: bool = False,
-        in_backward: bool = True,
-    ):
-        defaults = {
-            "lr": lr, "eps": eps, "weight_decay": weight_decay, "rounding": rounding, "seed": seed,
-        }  # fmt: skip
-        super().__init__(params, defaults, sharded, in_backward)
-
-    def _state_shape(self, weight: Tensor) -> tuple[int, int]:
-        return len(weight), 1
-
-
-class Adam(_TableOptimizer):
-    """Adam (Kingma and Ba 2015) on the rows that a batch uses, as ``torch.optim.SparseAdam``.
-
-    The moments of other rows are left alone. With ``weight_decay`` it is AdamW on those rows. State:
-    ``exp_avg`` and ``exp_avg_sq`` [rows, dim] float32.
-    """
-
-    _rule = "adam"
-    _states = ("exp_avg", "exp_avg_sq")
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        *,
-        weight_decay: float = 0.0,
-        rounding: str = "stochastic",
-        seed: int = 0,
-        sharded: bool = False,
-        in_backward: bool = True,
-    ):
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"betas[{i}]: expected 0 <= beta < 1, got {beta}")
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rounding": rounding,
-            "seed": seed,
-        }  # fmt: skip
-        super().__init__(params, defaults, sharded, in_backward)
-
-    def _hyperparameters(self, group: dict, step: int) -> tuple[float, float, float, float]:
-        beta1, beta2 = group["betas"]
-        lr = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        return lr, group["eps"], beta1, beta2
