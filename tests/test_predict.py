@@ -175,6 +175,23 @@ def test_a_bundle_s_best_path_or_the_one_that_is_named(logs, model, expected, tm
     )
 
 
+def test_clicks_alone_have_no_auc(logs, model, tmp_path, capsys):
+    table = pa.parquet.read_table(logs[1])
+    file = tmp_path / "clicks.parquet"
+    pa.parquet.write_table(table.filter(table["clicked"]), file)
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    metrics = run(capsys, model, "--data", file)["metrics"]
+    assert metrics["auc"] is None
+    assert metrics["log_loss"] > 0
+
+
+def test_a_parquet_needs_pyarrow(logs, model, tmp_path, capsys, monkeypatch):
+    """Which is known before anything is scored."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    told = refusal(capsys, model, "--data", logs[1], "--output", tmp_path / "scores.parquet")
+    assert "pip install 'mprec[tables]'" in told
+
+
 def test_what_is_refused_leaves_the_old_file(logs, model, tmp_path, capsys):
     output = tmp_path / "scores.csv"
     output.write_text("old")

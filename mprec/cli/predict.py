@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="a .csv, .npy or .parquet with the probability of each row, in the log's order",
+        help="a .csv, .npy or .parquet with the probability of each row, in the log's order (of a part: by "
+        "time, as training cuts it)",
     )
     parser.add_argument("--batch-size", type=int, default=2048, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
@@ -81,25 +85,28 @@ def run(args: argparse.Namespace) -> int:
     done = 0
     for batch in dataset.batches(args.batch_size):
         report(what, done / len(scores))
-        scores[done : done + len(batch)] = path.model(batch).numpy()
+        scores[done : done + len(batch)] = path.model(batch).cpu().numpy()
         done += len(batch)
     report(what, 1.0)
     if write is not None:
         write_whole(args.output, lambda stream: write(stream, scores))
     metrics = Metrics.of(dataset.labels, scores) if dataset.labelled else None
+    told = None
+    if metrics is not None:  # JSON has no NaN, which the AUC of labels of one kind is
+        told = {name: None if math.isnan(value) else value for name, value in metrics.to_dict().items()}
     result = {
         "data": dataset.name,
         "rows": len(dataset),
         "path": path.name,
         "output": None if args.output is None else str(args.output),
         "mean": float(scores.mean(dtype=np.float64)),
-        "metrics": metrics and metrics.to_dict(),
+        "metrics": told,
     }
     if args.json:
         print(json.dumps(result))
     else:
-        told = f"mean probability {result['mean']:.4f}" if metrics is None else metrics
-        print(f"{len(dataset)} rows by {path.name}: {told}")
+        quality = f"mean probability {result['mean']:.4f}" if metrics is None else metrics
+        print(f"{len(dataset)} rows by {path.name}: {quality}")
     return 0
 
 
@@ -116,11 +123,13 @@ def _path(file: Path, name: str | None) -> ScoringPath:
     return chosen
 
 
-def _writer(file: Path):
+def _writer(file: Path) -> Callable[[BinaryIO, np.ndarray], object]:
     """What writes scores in the format that the file's name says."""
     writers = {".csv": _write_csv, ".npy": np.save, ".parquet": _write_parquet}
     if file.suffix not in writers:
         raise ValueError(f"--output: expected a name that ends in {', '.join(writers)}, got {str(file)!r}")
+    if file.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("--output: a .parquet is written by PyArrow: pip install 'mprec[tables]'")
     check_room(file)
     return writers[file.suffix]
 
