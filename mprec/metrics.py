@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,6 +20,11 @@ def _pair(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarra
     if not len(labels):
         raise ValueError("no samples to measure")
     return labels, scores
+
+
+def known(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:

@@ -38,6 +38,7 @@ __all__ = [
     "reporter",
     "say",
     "size_in_bytes",
+    "use_threads",
 ]
 
 
@@ -142,12 +143,18 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def use_threads(threads: int | None) -> None:
+    """``--threads``: torch's, from now on (None: as they are)."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads: expected at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
 def load_paths(args: argparse.Namespace) -> list[ScoringPath]:
     """The paths of ``--checkpoints``; sets ``--threads``."""
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads: expected at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     paths = paths_from_checkpoints(args.checkpoints, metric=args.quality)
     if args.cache is not None:
         counts = None  # without a log the cache fills as it serves

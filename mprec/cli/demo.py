@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from mprec.data import ClickDataset
 from mprec.derive import Derived, derive, kept
 from mprec.dispatch import BATCH_SIZES, Profile
 from mprec.errors import DatasetNotInstalledError
+from mprec.metrics import known
 from mprec.models import DLRM
 from mprec.nn import DheConfig, LowRankEmbeddingBagCollection
 from mprec.paths import bundle, paths_from_checkpoints, sampler
@@ -152,8 +152,8 @@ def run(args: argparse.Namespace) -> int:
             "arrivals": f"Poisson arrivals at {', '.join(f'{each:g}' for each in _LOADS)} times the "
             f"{capacity:.0f} queries/s that {fastest} can do, for {setting.step_s:g} s each in turn",
             "best_static": best,
-            "ratio": None if math.isnan(ratio) else ratio,
-            "ratio_error": None if math.isnan(error) else error,
+            "ratio": known(ratio),
+            "ratio_error": known(error),
             "ratio_rounds": _ROUNDS * _DUEL,
             "warnings": profile_warnings(drift) + warnings_of(outcomes),
             "rows": [outcome.row(name) for name, outcome in outcomes.items()],

@@ -7,13 +7,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mprec import checkpoint
-from mprec.cli._setup import parts_of, reporter, say
+from mprec.cli._setup import parts_of, reporter, say, use_threads
 from mprec.derive import derive, kept
 from mprec.derive.derive import BATCH_SIZES, Derived
 from mprec.derive.quality import METRICS
@@ -50,11 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads < 1:
-        raise ValueError(f"--threads: expected at least 1, got {args.threads}")
+    use_threads(args.threads)
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output: {args.output} is no folder")
-    torch.set_num_threads(args.threads)
     model, metadata = checkpoint.load(args.model)
     parts = parts_of(args.model, args.data)
     found = derive(

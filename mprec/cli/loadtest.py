@@ -22,6 +22,7 @@ from mprec.cli._setup import (
     reporter,
     say,
 )
+from mprec.metrics import known
 from mprec.paths import sampler
 from mprec.report.load_tables import load_table, loadgen_table, sweep_tables, with_error
 from mprec.report.sweep import draw
@@ -185,8 +186,8 @@ def _single(args, dispatchers, test, sizes, qps, options, checked) -> int:
         "queries": len(load),
         "samples": sum(len(arrival.batch) for arrival in load),
         "best_static": best,
-        "ratio": None if math.isnan(ratio) else ratio,
-        "ratio_error": None if math.isnan(error) else error,
+        "ratio": known(ratio),
+        "ratio_error": known(error),
         "warnings": checked + warnings_of(outcomes),
         "rows": rows,
     }

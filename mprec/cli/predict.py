@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 
-from mprec.cli._setup import load_checked, reporter, say
+from mprec.cli._setup import load_checked, reporter, say, use_threads
 from mprec.dispatch import ScoringPath
 from mprec.files import check_room, write_whole
-from mprec.metrics import Metrics
+from mprec.metrics import Metrics, known
 from mprec.paths import inputs_of, paths_from_checkpoints
+from mprec.training.models import PARTS
 
-PARTS = ("train", "valid", "test")
 _BYTES_PER_SCORE = 16  # of text, at most
 
 
@@ -61,10 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads: expected at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     if args.unlabelled and args.part != "all":
         raise ValueError("--part: a log without labels has no parts")
     write = None if args.output is None else _writer(args.output)
@@ -91,16 +86,13 @@ def run(args: argparse.Namespace) -> int:
     if write is not None:
         write_whole(args.output, lambda stream: write(stream, scores))
     metrics = Metrics.of(dataset.labels, scores) if dataset.labelled else None
-    told = None
-    if metrics is not None:  # JSON has no NaN, which the AUC of labels of one kind is
-        told = {name: None if math.isnan(value) else value for name, value in metrics.to_dict().items()}
     result = {
         "data": dataset.name,
         "rows": len(dataset),
         "path": path.name,
         "output": None if args.output is None else str(args.output),
         "mean": float(scores.mean(dtype=np.float64)),
-        "metrics": told,
+        "metrics": metrics and {name: known(value) for name, value in metrics.to_dict().items()},
     }
     if args.json:
         print(json.dumps(result))

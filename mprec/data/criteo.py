@@ -28,7 +28,7 @@ from mprec._native import encode_values
 from mprec.data._cache import cached, default_folder, map_file, workers
 from mprec.data._criteo_text import NUM_CATEGORIES, NUM_INTEGERS, Chunk, chunks
 from mprec.data._text import BadLines, find_files
-from mprec.data.dataset import UNLABELLED, ClickDataset, Column
+from mprec.data.dataset import ClickDataset, Column
 from mprec.data.vocabulary import RawValues, Vocabulary, check_options, dump, restore
 from mprec.errors import DataError
 from mprec.files import check_room
@@ -107,7 +107,7 @@ def read(
     size = sum(file.stat().st_size for file in files)
     if regular and (cache or (cache is None and size > CACHED_FROM)):
         root = default_folder() if cache in (None, True) else Path(cache)
-    options = {"reader": "criteo", "rows": rows, **chosen.described(), **({} if labelled else UNLABELLED)}
+    options = {"reader": "criteo", "rows": rows, "labelled": labelled, **chosen.described()}
     return cached(root, files, options, build, open_)
 
 
@@ -309,7 +309,8 @@ def _open(
         ],
         labels=map_file(folder / "labels", np.float32, (total,)),
         dense=map_file(folder / "dense", np.float32, (total, NUM_INTEGERS)),
-        info={"source": source, **bad.describe(), **({} if labelled else UNLABELLED)},
+        info={"source": source, **bad.describe()},
         vocabularies=encoders,
+        labelled=labelled,
         matrix=matrix,
     )

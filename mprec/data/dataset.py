@@ -158,10 +158,6 @@ class Column:
         return self.ids[np.repeat(skipped, lengths) + np.arange(lengths.sum())], lengths
 
 
-#: What the ``info`` of a log says that was read without labels.
-UNLABELLED = {"labelled": False}
-
-
 @dataclass(frozen=True)
 class ClickDataset(torch.utils.data.Dataset):
     """A click log: ``columns`` (one per feature), ``dense`` float32 [rows, num_dense], ``labels`` {0, 1}
@@ -171,9 +167,10 @@ class ClickDataset(torch.utils.data.Dataset):
     ``split="user-time"``. ``probabilities`` [rows] is known only for synthetic logs: the click
     probability that each label was drawn with. ``info`` (JSON-able) says where the data came from and
     what was skipped. ``vocabularies`` (by feature, where known) are what raw values became IDs by: with
-    them a trained model can be asked about another log. ``matrix`` [rows, features with one ID a row] holds
-    the IDs of those features side by side, so that a row of a batch is in one place; their columns are views
-    of it. It is made if it is not given.
+    them a trained model can be asked about another log. A log that is not ``labelled`` was read without
+    labels: they are all 0, and nothing can be learnt or measured. ``matrix`` [rows, features with one ID a
+    row] holds the IDs of those features side by side, so that a row of a batch is in one place; their columns
+    are views of it. It is made if it is not given.
 
     A ``torch.utils.data.Dataset``: a row is a :class:`Batch` of one sample, and a DataLoader with
     ``collate_fn=mprec.data.collate`` asks for all rows of a batch at once.
@@ -189,6 +186,7 @@ class ClickDataset(torch.utils.data.Dataset):
     default_split: str = "time"
     info: dict[str, Any] = field(default_factory=dict)
     vocabularies: Mapping[str, Vocabulary | RawValues] = field(default_factory=dict)
+    labelled: bool = True
     matrix: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -231,11 +229,6 @@ class ClickDataset(torch.utils.data.Dataset):
     def features(self) -> list[tuple[str, int]]:
         """(name, vocabulary size) of every categorical feature, in batch order."""
         return [(column.name, column.vocabulary) for column in self.columns]
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the labels are the log's; else they are all 0, and nothing can be learnt or measured."""
-        return self.info.get("labelled", True)
 
     @property
     def num_dense(self) -> int:

@@ -21,7 +21,7 @@ from mprec.data._cache import cached, default_folder, map_file
 from mprec.data._schema import Schema
 from mprec.data._text import find_files
 from mprec.data.criteo import CACHED_FROM
-from mprec.data.dataset import UNLABELLED, ClickDataset, Column
+from mprec.data.dataset import ClickDataset, Column
 from mprec.data.vocabulary import MISSING, RawValues, Vocabulary, dump, key_of, restore
 from mprec.errors import DataError
 
@@ -150,9 +150,8 @@ def _read_columns(folder: Path, files: Sequence[Path], schema: Schema, report) -
     """
     names = [each.column or name for name, each in schema.features.items()]
     dense = [each.column or name for name, each in schema.dense.items()]
-    extra = [name for name in (schema.time, schema.users) if name is not None]
-    label = [] if schema.label is None else [schema.label]
-    wanted = list(dict.fromkeys([*label, *names, *dense, *extra]))
+    wanted = [schema.label, *names, *dense, schema.time, schema.users]
+    wanted = list(dict.fromkeys(name for name in wanted if name is not None))
     kinds: dict[str, str] = {}
     lists: dict[str, bool] = {}
     total = 0
@@ -167,8 +166,7 @@ def _read_columns(folder: Path, files: Sequence[Path], schema: Schema, report) -
         keys = [stream(f"keys-{i}") for i in range(len(names))]
         lengths = [stream(f"lengths-{i}") for i in range(len(names))]
         for batch, rows in _batches(files, wanted):
-            none = np.zeros(batch.num_rows, dtype=np.float32)
-            labels.write(none if not label else _labels(batch.column(schema.label), schema, total))
+            labels.write(_labels(batch, schema, total))
             block = np.zeros((batch.num_rows, len(dense)), dtype=np.float32)
             for place, (name, told) in enumerate(zip(dense, schema.dense.values(), strict=True)):
                 block[:, place] = _numbers(batch.column(name), name, told.log1p)
@@ -197,10 +195,13 @@ def _read_columns(folder: Path, files: Sequence[Path], schema: Schema, report) -
     }
 
 
-def _labels(column: Any, schema: Schema, first_row: int) -> np.ndarray:
+def _labels(batch: Any, schema: Schema, first_row: int) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute
 
+    if schema.label is None:
+        return np.zeros(batch.num_rows, dtype=np.float32)
+    column = batch.column(schema.label)
     try:
         values = pa.compute.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
     except pa.ArrowException as error:
@@ -394,7 +395,8 @@ def _open(folder: Path, meta: dict[str, Any], schema: Schema, files: Sequence[Pa
         times=bare.times,
         users=bare.users,
         default_split=bare.default_split,
-        info={"source": ", ".join(map(str, files)), **(UNLABELLED if schema.label is None else {})},
+        info={"source": ", ".join(map(str, files))},
         vocabularies=encoders,
+        labelled=schema.label is not None,
         matrix=matrix,
     )

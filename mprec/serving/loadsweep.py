@@ -13,6 +13,7 @@ import numpy as np
 
 from mprec.arrivals import LOGNORMAL_SIZES, Sizes, arrivals_from
 from mprec.data import ClickDataset
+from mprec.metrics import known
 from mprec.serving.loads import generate, generate_from
 from mprec.serving.loadtest import (
     Contestant,
@@ -131,8 +132,8 @@ def sweep(
                     "sla_ms": 1e3 * sla_s,
                     **outcome.row(name),
                     "best_static": best,
-                    "ratio": _known(ratio),
-                    "ratio_error": _known(error),
+                    "ratio": known(ratio),
+                    "ratio_error": known(error),
                 }
             )
     return {
@@ -145,10 +146,6 @@ def sweep(
         "warnings": warnings,
         "rows": rows,
     }
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def warnings_of(outcomes: Mapping[str, Outcome]) -> list[str]:
