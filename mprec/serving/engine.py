@@ -21,17 +21,19 @@ from concurrent.futures import Future
 import torch
 
 from mprec import _native
-from mprec._native import EngineJob, EngineQuery, PathProgram
+from mprec._native import EngineJob, PathProgram
 from mprec.data import Batch
-from mprec.data.batching import join, num_features
 from mprec.dispatch import Dispatcher
 from mprec.dispatch.scheduler import Lane, Option
+from mprec.serving.attempts import Piece, score_pieces
 from mprec.serving.executors import Executor, LocalExecutor
 from mprec.serving.queries import (
     Answer,
     QueryFuture,
     QueryRefusedError,
     Replayed,
+    check,
+    check_plain,
     refusal,
     settle,
     settle_outcomes,
@@ -41,9 +43,6 @@ __all__ = ["Answer", "Engine", "QueryRefusedError"]
 
 _LOOK_AGAIN_S = 0.005
 _FIRST_REST_S, _LONGEST_REST_S = 0.25, 30.0  # of a path that raised, or an executor all of whose paths did
-
-# Samples start to stop of a query.
-Piece = tuple[QueryFuture, EngineQuery, int, int]
 
 
 class Engine:
@@ -92,7 +91,7 @@ class Engine:
             clock=None if clock is time.perf_counter else clock,
             features=features,
             num_dense=num_dense,
-            check=_check,
+            check=check,
         )
         self._closed = False
         self._changing = threading.Lock()
@@ -154,7 +153,7 @@ class Engine:
         return Answer(told.scores, told.paths, told.due_s, told.finished_s)
 
     def _checked(self, batch: Batch, sla_s: float | None, arrived_s: float | None) -> float:
-        _check_plain(batch)
+        check_plain(batch)
         sla_s = self.sla_s if sla_s is None else sla_s
         if not 0 < sla_s < math.inf:
             raise ValueError(f"sla_s: expected a positive finite number, got {sla_s}")
@@ -174,7 +173,7 @@ class Engine:
         if len(batches) != len(at_s):
             raise ValueError(f"at_s: expected {len(batches)} times, as batches, got {len(at_s)}")
         for batch in batches:
-            _check_plain(batch)
+            check_plain(batch)
         futures = [QueryFuture(batch) for batch in batches]
         return [Replayed(*each) for each in self._native.replay(futures, list(at_s), self.sla_s)]
 
@@ -328,7 +327,7 @@ class Engine:
         seconds = 0.0
         try:
             if pieces:
-                seconds = self._score(executor, job.path, pieces, outcomes)
+                seconds = score_pieces(executor, job.path, pieces, outcomes, self.clock)
         except BaseException as error:  # of any kind: the worker goes on
             outcomes += [(piece, error) for piece in pieces]
         if len(self._executors) > 1:
@@ -346,58 +345,6 @@ class Engine:
                 self._native.score(query, start, stop, *outcome)
         if seconds > 0 and executor is self._executors[index]:
             self._native.set_program(index, job.path, _program_of(executor, job.path))
-
-    def _score(
-        self, executor: Executor, path: str, pieces: Sequence[Piece], outcomes: list[tuple[Piece, object]]
-    ) -> float:
-        """Score pieces by ``path``, or by another if it raises; if all do, half the pieces at a time, so that
-        only queries at fault fail. Adds (piece, (path, scores) or error) to ``outcomes``. Gives the path's
-        seconds; -1 if another path answered; 0 if no path did.
-        """
-        first_error = None
-        try:
-            batch = join(
-                [future.batch for future, _, _, _ in pieces],
-                [start for _, _, start, _ in pieces],
-                [stop for _, _, _, stop in pieces],
-            )
-        except (TypeError, ValueError) as error:  # a query is in a form that does not go with the others
-            return self._score_halves(executor, path, pieces, outcomes, error)
-        others = sorted((p for p in executor.paths if p.name != path), key=lambda p: -p.quality)
-        for name in (path, *(p.name for p in others if p.supports is None or p.supports(len(batch)))):
-            try:
-                start = self.clock()
-                scores = executor.run(name, batch)
-                end = self.clock()
-                if scores.shape != batch.labels.shape:
-                    shape = tuple(scores.shape)
-                    raise RuntimeError(f"path {name!r} gave {shape} scores for {len(batch)} samples")
-                scores = scores.detach().to("cpu", torch.float32)
-                if not (math.isfinite(scores.sum().item()) or torch.isfinite(scores).all()):
-                    raise ArithmeticError(f"path {name!r} gave scores that are not finite")
-            except BaseException as error:
-                first_error = first_error or error
-                continue
-            parts = scores.contiguous().split([stop - start for _, _, start, stop in pieces])
-            outcomes += [(piece, (name, part)) for piece, part in zip(pieces, parts, strict=True)]
-            return max(end - start, 1e-9) if first_error is None else -1.0
-        return self._score_halves(executor, path, pieces, outcomes, first_error)
-
-    def _score_halves(
-        self,
-        executor: Executor,
-        path: str,
-        pieces: Sequence[Piece],
-        outcomes: list[tuple[Piece, object]],
-        error: BaseException,
-    ) -> float:
-        """As :meth:`_score`, of pieces that raised ``error`` together."""
-        if len(pieces) == 1:
-            outcomes.append((pieces[0], error))
-            return 0.0
-        middle = len(pieces) // 2
-        parts = [self._score(executor, path, part, outcomes) for part in (pieces[:middle], pieces[middle:])]
-        return min(min(parts), 0.0)
 
     def _longer_rest(self, index: int, path: str | None) -> float:
         """Seconds for which a path (None: all) of an executor is left alone; each time twice as long, until
@@ -437,26 +384,6 @@ class Engine:
 
     def _lanes_of(self, executors: Sequence[Executor]) -> list[Lane]:
         return [Lane(e.name, [_option(path, e, self.max_batch) for path in e.paths]) for e in executors]
-
-
-def _check_plain(batch: Batch) -> None:
-    """``ValueError`` for bags of which indices and offsets, all that native code reads, say not all."""
-    if not batch.bags.is_plain:
-        raise ValueError("bags: expected those of all features, without per_sample_weights and padding")
-
-
-def _check(batch: Batch, features: int, num_dense: int) -> None:
-    """``ValueError`` if a query has no samples, or other inputs than the paths take (-1: not known)."""
-    if not len(batch):
-        raise ValueError("batch: expected at least one sample, got none")
-    if batch.dense.dim() != 2 or len(batch.dense) != len(batch):
-        raise ValueError(f"dense: expected [{len(batch)}, numbers], got {list(batch.dense.shape)}")
-    inputs = num_features(batch), batch.dense.shape[1]
-    if features >= 0 and inputs != (features, num_dense):
-        raise ValueError(
-            f"batch has {inputs[0]} features and {inputs[1]} dense numbers, "
-            f"the paths take {features} and {num_dense}"
-        )
 
 
 def _as_executors(dispatcher: Dispatcher | None, executors: Sequence[Executor] | None) -> list[Executor]:

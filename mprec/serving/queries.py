@@ -12,12 +12,15 @@ import torch
 
 from mprec._native import Engine, EngineQuery
 from mprec.data import Batch
+from mprec.data.batching import num_features
 
 __all__ = [
     "Answer",
     "QueryFuture",
     "QueryRefusedError",
     "Replayed",
+    "check",
+    "check_plain",
     "refusal",
     "settle",
     "settle_outcomes",
@@ -120,3 +123,23 @@ def settle(future: QueryFuture, answer: Answer | None = None, error: BaseExcepti
         future.settle(answer, error)
     except BaseException:  # a callback that exits: it must not end the thread that settles all
         _LOGGER.exception("a callback of a query's future raised")
+
+
+def check_plain(batch: Batch) -> None:
+    """``ValueError`` for bags of which indices and offsets, all that native code reads, say not all."""
+    if not batch.bags.is_plain:
+        raise ValueError("bags: expected those of all features, without per_sample_weights and padding")
+
+
+def check(batch: Batch, features: int, num_dense: int) -> None:
+    """``ValueError`` if a query has no samples, or other inputs than the paths take (-1: not known)."""
+    if not len(batch):
+        raise ValueError("batch: expected at least one sample, got none")
+    if batch.dense.dim() != 2 or len(batch.dense) != len(batch):
+        raise ValueError(f"dense: expected [{len(batch)}, numbers], got {list(batch.dense.shape)}")
+    inputs = num_features(batch), batch.dense.shape[1]
+    if features >= 0 and inputs != (features, num_dense):
+        raise ValueError(
+            f"batch has {inputs[0]} features and {inputs[1]} dense numbers, "
+            f"the paths take {features} and {num_dense}"
+        )
