@@ -1,4 +1,18 @@
+import signal
+
 import pytest
+
+
+def pytest_configure() -> None:
+    """Signals as a terminal gives them: what runs in the background, or under nohup, has some ignored,
+    and so have the processes that tests start."""
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

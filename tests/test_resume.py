@@ -102,17 +102,7 @@ def test_each_better_epoch_is_told_when_it_is_reached(dataset):
     assert [len(each.history) for each in told] == expected
 
 
-@pytest.fixture
-def heard():
-    """Signals as a terminal gives them: to what runs in the background, or under nohup, some are ignored."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_the_second_signal_does_what_it_did_before(heard):
+def test_the_second_signal_does_what_it_did_before():
     with Interruption() as stop:
         assert not stop()
         signal.raise_signal(signal.SIGINT)
@@ -123,7 +113,7 @@ def test_the_second_signal_does_what_it_did_before(heard):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ignored_signals_stay_ignored(heard):
+def test_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interruption() as stop:
@@ -156,7 +146,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_a_checkpoint_and_what_resumes(tmp_path, whole, heard, number):
+def test_a_signal_leaves_a_checkpoint_and_what_resumes(tmp_path, whole, number):
     cut = tmp_path / "cut.pt"
     process = subprocess.Popen(
         command(cut), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET
