@@ -13,7 +13,6 @@ from mprec.data import load
 from mprec.derive import derive, distil, kept, low_rank, sensitivity
 from mprec.derive.distil import shape_for
 from mprec.derive.factorise import code_limits
-from mprec.derive.pareto import Candidate, front
 from mprec.derive.quality import influence
 from mprec.derive.recipes import Source, make
 from mprec.derive.sensitivity import square_root
@@ -28,7 +27,7 @@ from mprec.nn import (
     MappedEmbeddingBagCollection,
 )
 from mprec.paths import Scorer, bundle, paths_from_checkpoints, sampler, with_cache
-from mprec.planner import Option
+from mprec.planner import Candidate, Option, front
 from mprec.serving.process_executor import ProcessExecutor
 from mprec.training import TrainOptions, evaluate, predict, train_representations
 

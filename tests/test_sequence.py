@@ -13,7 +13,7 @@ import pytest
 from test_cli_serving import ask, serve_process, wait_until_ready
 
 from mprec import checkpoint, cli, data
-from mprec.paths import bundle, vocabularies_of
+from mprec.paths import bundle, paths_from_checkpoints, vocabularies_of
 from mprec.serving.build import model_inputs
 from mprec.serving.http.parse import Limits, parse_json
 from mprec.training import predict
@@ -79,10 +79,15 @@ def test_train_derive_plan_serve_loadtest(logs, model, tmp_path, capsys, own_cac
         "--recipes", "table[int8]", "table[int4]", "low_rank:2[int8]",
     )  # fmt: skip
     assert derived["kept"] == ["table", "table[int8]", "table[int4]", "low_rank:2[int8]"]
+    small = tmp_path / "small"
     common = ["--checkpoints", folder, "--data", today]
+    planned = run_json(capsys, "plan", *common, "--memory", "6KB", "--bundle", small, "--output", plan)
+    assert 0 < planned["paths"]["bytes"] <= 6000
+    assert [path.name for path in paths_from_checkpoints([small])] == [
+        name for name in derived["kept"] if name in planned["paths"]["kept"]
+    ]
     profile = tmp_path / "profile.json"
-    run("profile", *common, "--output", profile, "--seconds", 1)
-    planned = run_json(capsys, "plan", *common, "--memory", "6KB", "--output", plan)
+    run("profile", "--checkpoints", small, "--data", today, "--output", profile, "--seconds", 1)
     (plans,) = planned["plans"].values()
     assert plans
     assert all(p["bytes"] <= 6000 for p in plans)
@@ -95,17 +100,17 @@ def test_train_derive_plan_serve_loadtest(logs, model, tmp_path, capsys, own_cac
     assert found == [row["config"]["representation"] for row in plans[0]["rows"]]
     load = ["--profile", profile, "--seconds", 0.5, "--rounds", 1, "--sla-ms", 50]
     # Of a day whose users and items are new.
-    assert run_json(capsys, "loadtest", "--checkpoints", folder, "--data", tomorrow, *load)
+    assert run_json(capsys, "loadtest", "--checkpoints", small, "--data", tomorrow, *load)
     # Raw values over HTTP have the scores that the log's rows have.
-    dataset = data.load(str(tomorrow), vocabularies=vocabularies_of(folder))
+    dataset = data.load(str(tomorrow), vocabularies=vocabularies_of(small))
     rows = pa.parquet.read_table(tomorrow).slice(0, 40).to_pylist()
     query = {
         "values": [[r["user"], r["item"], r["tags"].split("|") if r["tags"] else []] for r in rows],
         "dense": [[r["price"]] for r in rows],
     }
-    members, _ = bundle.load(folder)
+    members, _ = bundle.load(small)
     scores = {member.name: predict(member.model, dataset.take(slice(0, 40))) for member in members}
-    arguments = ["--checkpoints", folder, "--threads", 1, "--profile-seconds", 0.2]
+    arguments = ["--checkpoints", small, "--threads", 1, "--profile-seconds", 0.2]
     with serve_process(*arguments) as (server, said):
         wait_until_ready(said["url"])
         status, answer = ask(f"{said['url']}/score", query)

@@ -68,5 +68,11 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
             serving = arguments[1:]
         else:
             assert cli.main(arguments) == 0, arguments
-    assert seen == ["train", "derive", "profile", "plan", "loadtest", "serve"]
-    assert {file.name for file in tmp_path.iterdir()} >= {"model.pt", "hybrid.pt", "bundle", "profile.json"}
+    assert seen == ["train", "derive", "plan", "profile", "loadtest", "serve"]
+    assert {file.name for file in tmp_path.iterdir()} >= {
+        "model.pt",
+        "hybrid.pt",
+        "bundle",
+        "small",
+        "profile.json",
+    }

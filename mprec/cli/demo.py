@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mprec import checkpoint, data, freed_memory, report
 from mprec.arrivals import Steps
@@ -28,6 +27,7 @@ from mprec.models import DLRM
 from mprec.nn import DheConfig, LowRankEmbeddingBagCollection
 from mprec.paths import bundle, paths_from_checkpoints, sampler
 from mprec.planner import Device, MeasuredCosts, default_options, fit_effects, plan
+from mprec.report.terminal import terminal
 from mprec.serving.loads import generate_from
 from mprec.serving.loadsweep import best_capacity, warnings_of
 from mprec.serving.loadtest import compare, contestants, ratio_to_best
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    console = Console(width=None if Console().is_terminal else 150, markup=False)
+    console = terminal()
     console.print(derived_table(found, f"derived from one model, on the test part ({len(test)} rows)"))
     console.print(report.demo_table(result))
     for sentence in report.verdicts(result):

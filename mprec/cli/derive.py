@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from mprec import checkpoint
@@ -17,7 +16,7 @@ from mprec.derive import derive, kept
 from mprec.derive.derive import BATCH_SIZES, Derived
 from mprec.derive.quality import METRICS
 from mprec.paths import bundle
-from mprec.report.terminal import format_bytes
+from mprec.report.terminal import format_bytes, terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    console = Console(width=None if Console().is_terminal else 150, markup=False)
+    console = terminal()
     console.print(derived_table(found, f"{args.model}: test part ({len(parts[2])} rows)"))
     print(f"{len(members)} of {len(found)} paths in {args.output}, {format_bytes(result['bytes'])}")
     return 0

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
 from mprec.arrivals import QuerySizes, arrivals_from
 from mprec.cli._setup import (
     add_path_arguments,
@@ -26,6 +24,7 @@ from mprec.metrics import known
 from mprec.paths import sampler
 from mprec.report.load_tables import load_table, loadgen_table, sweep_tables, with_error
 from mprec.report.sweep import draw
+from mprec.report.terminal import terminal
 from mprec.serving.loadgen import run_loadgen
 from mprec.serving.loads import generate, generate_from
 from mprec.serving.loadsweep import LOADS, SHORT_LOADS, sweep, warnings_of
@@ -206,7 +205,7 @@ def _give(args, result: dict, tables: list, warnings: Sequence[str] = ()) -> Non
         print(json.dumps(result))
     else:
         for table in tables:
-            Console(markup=False).print(table)
+            terminal().print(table)
     for text in warnings[:_MOST_WARNINGS]:
         say(f"warning: {text}")
     if len(warnings) > _MOST_WARNINGS:

@@ -1,4 +1,4 @@
-"""``mprec plan``: a representation per feature within a memory budget."""
+"""``mprec plan``: a representation per feature within a memory budget, and which paths of a bundle fit."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from mprec import checkpoint
+from mprec.cli._held import add_held_arguments, held_paths
 from mprec.cli._setup import load_for, say, size_in_bytes
 from mprec.nn import DheConfig, FeatureConfig, with_representation
 from mprec.paths import bundle
 from mprec.paths.forms import form_of
 from mprec.planner import (
     Device,
+    Infeasible,
     MeasuredCosts,
     Measurement,
     Plan,
@@ -29,7 +30,7 @@ from mprec.planner import (
     shapes_by_vocabulary,
 )
 from mprec.planner.tables import FEATURE_SETS, feature_set
-from mprec.report.terminal import format_bytes
+from mprec.report.terminal import format_bytes, terminal
 
 
 def qualities(text: str) -> list[Measurement]:
@@ -77,11 +78,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dhe-hidden", metavar="N,...", help="their hidden layers (the checkpoints', or 128)")
     parser.add_argument("--batch-size", type=int, default=128, help="of predicted latencies (128)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the plans as JSON")
+    add_held_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.memory is None and not args.device:
         raise ValueError("--memory or --device is needed")
+    held = held_paths(args)
+    try:
+        result, plans, residual = _by_feature(args)
+    except (Infeasible, _NoFormsError) as error:
+        if held is None:
+            raise
+        say(f"no representation for each feature: {error}")
+        result, plans, residual = {"metric": args.metric, "plans": {}}, {}, 0.0
+    if held is not None:
+        result["paths"] = held.to_dict()
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    console = terminal()
+    if held is not None:
+        console.print(held.summary(), held.table(), sep="\n")
+    for name, paths in plans.items():
+        for p in paths:
+            console.print(plan_table(p, name))
+        if len(paths) > 1:
+            total = sum(p.nbytes for p in paths)
+            console.print(f"{name}: {len(paths)} paths side by side, {format_bytes(total)} in all\n")
+    if residual > 1e-6:
+        say(f"the measured qualities contradict an additive model by up to {residual:.2g}")
+    return 0
+
+
+class _NoFormsError(ValueError):
+    """No path of a bundle is of tables or decoders."""
+
+
+def _by_feature(args):
+    """(JSON, plans by device, residual) of a representation for each feature."""
     features, dhe, shape, measurements, counts = _inputs(args)
     effects = fit_effects(features, measurements, counts)
     options = default_options(features, {"": shape, "sized": shapes_by_vocabulary(dhe, features)}, effects)
@@ -105,21 +142,7 @@ def run(args: argparse.Namespace) -> int:
         "quality_residual": effects.residual,
         "plans": {name: [p.to_dict() for p in paths] for name, paths in plans.items()},
     }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    if args.json:
-        print(json.dumps(result))
-        return 0
-    console = Console(markup=False)  # [int8] is no style
-    for name, paths in plans.items():
-        for p in paths:
-            console.print(plan_table(p, name))
-        if len(paths) > 1:
-            total = sum(p.nbytes for p in paths)
-            console.print(f"{name}: {len(paths)} paths side by side, {format_bytes(total)} in all\n")
-    if effects.residual > 1e-6:
-        say(f"the measured qualities contradict an additive model by up to {effects.residual:.2g}")
-    return 0
+    return result, plans, effects.residual
 
 
 def _inputs(args):
@@ -170,7 +193,9 @@ def _measured(file: Path, metric: str) -> list[tuple[Sequence[FeatureConfig], Me
         members, _ = bundle.load(file)
         found = [measurement_of(member, metric) for member in members]
         if not any(found):
-            raise ValueError(f"{file}: none of its paths is of tables or decoders, a form for each feature")
+            raise _NoFormsError(
+                f"{file}: none of its paths is of tables or decoders, a form for each feature"
+            )
         return [each for each in found if each is not None]
     model, metadata = checkpoint.load(file)
     if "paths" in metadata:
@@ -194,7 +219,7 @@ def measurement_of(member: bundle.Member, metric: str) -> tuple[Sequence[Feature
     for f in embeddings.features:
         precision = precisions.get(f.name, "float32")
         labels[f.name] = f.representation + (f"[{precision}]" if precision != "float32" else "")
-    return embeddings.features, Measurement(labels, float(member.metrics["valid"][metric]))
+    return embeddings.features, Measurement(labels, member.quality(metric))
 
 
 def plan_table(plan: Plan, device: str) -> Table:

@@ -6,13 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
-
 from mprec.cli._setup import add_path_arguments, batch_sizes, held_out, load_paths, reporter, say
 from mprec.dispatch import BATCH_SIZES, Profile
 from mprec.dispatch.profile import default_file
 from mprec.paths import sampler
 from mprec.report import latency
+from mprec.report.terminal import terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"file": str(file), "picture": picture and str(picture), **profile.to_dict()}))
         return 0
-    console = Console(markup=False)
+    console = terminal()
     console.print(latency.table(profile))
     if args.show is not None:
         console.print(latency.crossover_table(profile))

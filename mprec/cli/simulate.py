@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from mprec.arrivals import QuerySizes
 from mprec.cli._setup import reporter, say, size_in_bytes
 from mprec.dispatch import Profile
+from mprec.report.terminal import terminal
 from mprec.simulate.contest import capacity, compare, contestants, described, measured, reference
 from mprec.simulate.devices import device_names, load_device
 from mprec.simulate.loads import ARRIVALS, LEAST_SLAS, draw
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    console = Console(markup=False)
+    console = terminal()
     for sla_ms in args.sla_ms:
         for qps in loads:
             chosen = [row for row in rows if row["sla_ms"] == sla_ms and row["qps"] == qps]

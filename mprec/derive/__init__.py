@@ -6,7 +6,7 @@
 The paths of a model share its MLPs and differ in their embeddings: rows in fewer bits, rows of low rank,
 decoders taught by rows, decoders decoded into rows (:mod:`mprec.derive.recipes`). Nothing is trained on
 labels again. All are measured on the same samples and side by side on this machine, and those that another
-one matches in everything are marked (:mod:`mprec.derive.pareto`).
+one matches in everything are marked (:mod:`mprec.planner.pareto`).
 """
 
 from mprec.derive.derive import Derived, derive, kept

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from mprec.data import ClickDataset
-from mprec.derive.pareto import Candidate, front
 from mprec.derive.quality import METRICS, Estimate, Influence, influence
 from mprec.derive.recipes import Source, choose, make, representation_of, split
 from mprec.dispatch.microbenchmark import microbenchmark
@@ -20,6 +19,7 @@ from mprec.nn import folded
 from mprec.paths import Scorer, sampler
 from mprec.paths.bundle import Member
 from mprec.paths.forms import embedding_bytes, with_embeddings
+from mprec.planner import Candidate, front
 from mprec.training import predict
 
 __all__ = ["BATCH_SIZES", "Derived", "derive", "kept"]

@@ -52,6 +52,13 @@ class Member:
     facts: Mapping[str, Any]
     dense: str = "float32"
 
+    def quality(self, metric: str) -> float:
+        """On the validation part. ``CheckpointError`` if that was not measured."""
+        try:
+            return float(self.metrics["valid"][metric])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"path {self.name!r} of the bundle has no validation {metric}") from error
+
     @property
     def shape(self) -> str:
         """What a profile of this path is known by."""

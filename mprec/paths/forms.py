@@ -26,7 +26,7 @@ from mprec.nn import (
     QuantizedEmbeddingBagCollection,
 )
 
-__all__ = ["build", "embedding_bytes", "form_of", "with_embeddings"]
+__all__ = ["build", "embedding_bytes", "embedding_weights", "form_of", "with_embeddings"]
 
 
 def form_of(collection: EmbeddingBagCollection) -> dict[str, Any]:
@@ -94,6 +94,16 @@ def build(config: dict[str, Any], form: dict[str, Any], state: dict[str, Any]) -
     model.embeddings = embeddings
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def embedding_weights(collection: EmbeddingBagCollection) -> dict[tuple[int, ...], int]:
+    """Bytes of a collection's weights by where they lie, so that what two collections share is told; they
+    add up to :func:`embedding_bytes`."""
+    tensors = {(t.data_ptr(),): t.nbytes for t in collection.state_dict().values()}
+    total = embedding_bytes(collection)
+    if sum(tensors.values()) == total:
+        return tensors
+    return {tuple(sorted(where for (where,) in tensors)): total}  # decoders are packed into other bytes
 
 
 def embedding_bytes(collection: EmbeddingBagCollection) -> int:

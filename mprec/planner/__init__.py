@@ -8,16 +8,22 @@ After the idea of MP-Rec's offline stage (Hsia et al., ASPLOS 2023); the algorit
 the per-feature choice is a multiple-choice knapsack, solved as an integer program, first for the highest
 quality that fits, then, at that quality, for the least time. What it is exact *about* is a model: quality is
 additive over features (:mod:`mprec.planner.quality`), time too (:mod:`mprec.planner.costs`).
+
+Of paths that have been made and measured, :func:`paths_within` says which to hold side by side.
 """
 
 from mprec.planner.costs import MeasuredCosts, RooflineCosts
 from mprec.planner.options import Option, default_options, shapes_by_vocabulary
+from mprec.planner.pareto import Candidate, front
+from mprec.planner.paths import Held, paths_within
 from mprec.planner.planner import Device, Placement, Plan, plan, plan_paths
 from mprec.planner.quality import Measurement, effective_vocabulary, fit_effects
 from mprec.planner.solver import Infeasible, solve
 
 __all__ = [
+    "Candidate",
     "Device",
+    "Held",
     "Infeasible",
     "MeasuredCosts",
     "Measurement",
@@ -28,6 +34,8 @@ __all__ = [
     "default_options",
     "effective_vocabulary",
     "fit_effects",
+    "front",
+    "paths_within",
     "plan",
     "plan_paths",
     "shapes_by_vocabulary",

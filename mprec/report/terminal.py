@@ -1,14 +1,21 @@
-"""The demo's table, for a terminal."""
+"""Tables for a terminal, and the demo's."""
 
 from collections.abc import Mapping
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from mprec.report.load_tables import with_error
 from mprec.report.verdict import ranked
 
-__all__ = ["demo_table", "format_bytes"]
+__all__ = ["demo_table", "format_bytes", "terminal"]
+
+
+def terminal() -> Console:
+    """What tables are printed to: as wide as the terminal, or 150 columns in a file or pipe. Brackets are no
+    style there, as a path may be called ``table[int8]``."""
+    return Console(width=None if Console().is_terminal else 150, markup=False)
 
 
 def format_bytes(count: float) -> str:

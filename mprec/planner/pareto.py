@@ -12,7 +12,7 @@ SAME_TIME = 0.05  # two latencies closer than this share of the shorter are take
 
 @dataclass(frozen=True)
 class Candidate:
-    """``quality``: more is better; ``nbytes`` of embeddings; ``seconds`` by batch size."""
+    """A path. ``quality``: more is better; ``nbytes`` of embeddings; ``seconds`` by batch size."""
 
     name: str
     quality: float
