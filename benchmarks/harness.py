@@ -7,6 +7,7 @@ files in ``benchmarks/results/``, whose rows name the command that wrote them.
 
 import csv
 import datetime
+import os
 import random
 import shlex
 import statistics
@@ -34,6 +35,10 @@ class Timing:
     p50: float
     p80: float
     rounds: int
+
+
+#: What the environment says to torch's threads, as one writes it before a command.
+_OF_OPENMP = [f"{name}={os.environ[name]}" for name in ("GOMP_SPINCOUNT",) if name in os.environ]
 
 
 def interleaved(
@@ -110,7 +115,7 @@ def environment() -> dict[str, str]:
     """The columns that say where a figure was measured."""
     return {
         "time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join([*_OF_OPENMP, "python", *sys.orig_argv[1:]]),
         "cpu": _native._C.cpu_model(),
         "isa": _native._C.isa(),
         "threads": str(torch.get_num_threads()),

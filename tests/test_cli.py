@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a process of its own."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -113,3 +114,30 @@ def test_version(capsys):
         cli.main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"mprec {_native.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_training_tells_torchs_threads_not_to_hold_their_cores(environment, expected):
+    program = (
+        "import os, sys; from mprec import cli; cli.parse(sys.argv[1:]); "
+        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    own = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    arguments = ["train", "--data", "synthetic", "--representation", "table", "--output", "model.pt"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=own | environment
+    )
+    assert done.stdout.split() == [expected, "True"], done.stderr
+
+
+def test_once_torch_is_there_the_environment_is_left_alone(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    importlib.import_module("torch")
+    cli.parse(["train", "--data", "synthetic", "--representation", "table", "--output", "model.pt"])
+    assert "torch" in sys.modules
+    assert "GOMP_SPINCOUNT" not in os.environ
