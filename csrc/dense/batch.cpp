@@ -88,11 +88,10 @@ void interaction_backward(const InteractionView& view, const Vectors& vectors, c
   const DenseKernels& k = *kernels().dense;
   const int64_t products = view.products(), in_front = vectors.first ? view.dim : 0;
   parallel_ranges(samples, team(2 * samples * products * view.dim, threads), [&](int64_t begin, int64_t end) {
-    float* const room = scratch.reserve(view.symmetric_floats());
     for (int64_t s = begin; s < end; ++s) {
       const float* const own = grad + s * (in_front + products);  // of the first vector itself
       const VectorsOf<float> into = sample_of(view, out, s);
-      k.interact_backward(view, sample_of(view, vectors, s), own + in_front, room, into);
+      k.interact_backward(view, sample_of(view, vectors, s), own + in_front, into);
       for (int64_t d = 0; d < in_front; ++d) into.first[d] += own[d];
     }
   });

@@ -43,11 +43,6 @@ struct InteractionView {
   [[gnu::always_inline]] int64_t transposed_floats() const {
     return int64_t{(vectors + 15) / 16 * 16} * (dim + 1);
   }
-  // Two squares of gradients, with room for whole tiles.
-  [[gnu::always_inline]] int64_t symmetric_floats() const {
-    const int64_t pitch = (vectors + 15) / 16 * 16;
-    return 2 * pitch * pitch + 16;
-  }
 };
 
 // A vector that interacts is a weighted sum of a sample's embedded vectors.
@@ -83,9 +78,8 @@ struct DenseKernels {
   // has room for one sample's vectors.
   void (*interact)(const InteractionView&, const float* vectors, int64_t stride, int samples,
                    float* transposed, float* blocks, int64_t block_stride, int first_column);
-  // The gradients of one sample's vectors from those of their products; `scratch` has room for
-  // symmetric_floats().
-  void (*interact_backward)(const InteractionView&, const Vectors& vectors, const float* grad, float* scratch,
+  // The gradients of one sample's vectors from those of their products.
+  void (*interact_backward)(const InteractionView&, const Vectors& vectors, const float* grad,
                             const VectorsOf<float>& out);
   // Vector v of a sample: the sum of its terms, which follow each other. Every vector has a term.
   void (*mix)(const MixTerm* terms, int64_t num_terms, int dim, const float* parts, int64_t parts_stride,

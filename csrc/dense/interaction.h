@@ -103,21 +103,43 @@ static inline void interact(const InteractionView& view, const float* vectors, i
   }
 }
 
-// out[row + r][column ...] = sum over j of weights[j][row + r] vectors[j][column ...], of symmetric weights.
+// out[i][column ...] of `rows` vectors i from `row` on: the sum over j < i of grad[i][j] vectors[j] and over
+// j > i of grad[j][i] vectors[j]; with `self` also twice grad[i][i] vectors[i].
 template <int rows>
-void weighted_sums(const float* weights, int64_t pitch, const Vectors& vectors, int n, int dim, int row,
-                   int column, const VectorsOf<float>& out) {
+void weighted_sums(const float* grad, bool self, const Vectors& vectors, int n, int dim, int row, int column,
+                   const VectorsOf<float>& out) {
   const Mask mask(dim - column < Vec::width ? dim - column : Vec::width);
+  const auto line = [&](int64_t i) { return grad + i * (i - 1) / 2 + (self ? i : 0); };
+  const auto vector = [&](int64_t j) {
+    return load((j == 0 ? vectors.first : vectors.others + (j - 1) * dim) + column, mask);
+  };
   Vec sum[rows];
-  const float *w = weights + row, *v = vectors.others + column;
-  Vec x = load(vectors.first + column, mask);
+  const float* of[rows];
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) sum[r] = broadcast(w[r]) * x;
-  for (int j = 1; j < n; ++j, v += dim) {
-    w += pitch;
-    x = load(v, mask);
+  for (int r = 0; r < rows; ++r) {
+    sum[r] = zero();
+    of[r] = line(row + r);
+  }
+  for (int j = 0; j < row; ++j) {
+    const Vec x = vector(j);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) sum[r] = accumulate(broadcast(w[r]), x, sum[r]);
+    for (int r = 0; r < rows; ++r) sum[r] = accumulate(broadcast(of[r][j]), x, sum[r]);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < rows; ++j) {
+    const Vec x = vector(row + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+      if (r != j)
+        sum[r] = accumulate(broadcast(r > j ? of[r][row + j] : of[j][row + r]), x, sum[r]);
+      else if (self)
+        sum[r] = accumulate(broadcast(2 * of[r][row + r]), x, sum[r]);
+  }
+  const float* below = line(row + rows) + row;
+  for (int j = row + rows; j < n; below += j + self, ++j) {
+    const Vec x = vector(j);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) sum[r] = accumulate(broadcast(below[r]), x, sum[r]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
@@ -127,45 +149,24 @@ void weighted_sums(const float* weights, int64_t pitch, const Vectors& vectors, 
 }
 
 template <int rows>
-inline void some_sums(int wanted, const float* weights, int64_t pitch, const Vectors& vectors, int n, int dim,
+inline void some_sums(int wanted, const float* grad, bool self, const Vectors& vectors, int n, int dim,
                       int row, int column, const VectorsOf<float>& out) {
   if constexpr (rows > 1)
-    if (wanted < rows) return some_sums<rows - 1>(wanted, weights, pitch, vectors, n, dim, row, column, out);
-  weighted_sums<rows>(weights, pitch, vectors, n, dim, row, column, out);
+    if (wanted < rows) return some_sums<rows - 1>(wanted, grad, self, vectors, n, dim, row, column, out);
+  weighted_sums<rows>(grad, self, vectors, n, dim, row, column, out);
 }
 
-// G + G^T of a sample's triangle of gradients G, [n][pitch]: rows are copied with zeros behind them, and
-// tiles of the whole are transposed. On the diagonal of `self` stands twice the gradient, as it should.
-inline void symmetric_gradient(const InteractionView& view, const float* grad, float* lower, float* out,
-                               int64_t pitch) {
-  const int n = view.vectors;
-  for (int i = 0; i < n; ++i) {
-    const int length = i + view.self;
-    for (int c = 0; c < pitch; c += Vec::width) {
-      const int left = length - c < 0 ? 0 : length - c < Vec::width ? length - c : Vec::width;
-      store(lower + i * pitch + c, left == 0 ? zero() : load(grad + c, Mask(left)));
-    }
-    grad += length;
-  }
-  transpose(lower, pitch, n, static_cast<int>(pitch), out, pitch);
-  for (int i = 0; i < n; ++i)
-    for (int c = 0; c < pitch; c += Vec::width) {
-      float* const to = out + i * pitch + c;
-      store(to, load(to) + load(lower + i * pitch + c));
-    }
-}
-
-// Product (i, j) passes its gradient, times one vector, on to the other: (G + G^T) V with G the triangle.
+// Product (i, j) passes its gradient, times one vector, on to the other: (G + G^T) V with G the triangle. The
+// sums of a group do not wait for each other, so groups are as large as registers allow, and alike: 27
+// vectors are 7 + 7 + 7 + 6.
 static inline void interact_backward(const InteractionView& view, const Vectors& vectors, const float* grad,
-                                     float* scratch, const VectorsOf<float>& out) {
-  const int n = view.vectors, dim = view.dim;
-  const int64_t pitch = (n + 15) / 16 * 16;
-  float* const symmetric = scratch + pitch * pitch;
-  symmetric_gradient(view, grad, scratch, symmetric, pitch);
-  for (int column = 0; column < dim; column += Vec::width)
-    for (int row = 0; row < n; row += group_rows)
-      some_sums<group_rows>(n - row < group_rows ? n - row : group_rows, symmetric, pitch, vectors, n, dim,
-                            row, column, out);
+                                     const VectorsOf<float>& out) {
+  constexpr int most = 8;
+  const int n = view.vectors, groups = (n + most - 1) / most, group = (n + groups - 1) / groups;
+  for (int column = 0; column < view.dim; column += Vec::width)
+    for (int row = 0; row < n; row += group)
+      some_sums<most>(n - row < group ? n - row : group, grad, view.self, vectors, n, view.dim, row, column,
+                      out);
 }
 
 }  // namespace mprec::MPREC_ISA

@@ -261,15 +261,14 @@ void test_interaction_backward(const std::string& isa) {
       for (bool self : {false, true}) {
         const InteractionView view{n, dim, self};
         const int64_t products = view.products();
-        Guarded<float> vectors(2 * n * dim), grad(2 * products), scratch(view.symmetric_floats()),
-            out(2 * n * dim);
+        Guarded<float> vectors(2 * n * dim), grad(2 * products), out(2 * n * dim);
         for (int64_t i = 0; i < vectors.size(); ++i) vectors[i] = random.normal_ish();
         for (int64_t i = 0; i < grad.size(); ++i) grad[i] = random.normal_ish();
         for (int s = 0; s < 2; ++s) {
           const float* const all = vectors.data() + s * n * dim;
           float* const into = out.data() + s * n * dim;
           kernels().dense->interact_backward(view, {all, all + dim}, grad.data() + s * products,
-                                             scratch.data(), {into, into + dim});
+                                             {into, into + dim});
           std::vector<double> want(n * dim), magnitude(n * dim);
           const float* g = grad.data() + s * products;
           for (int i = 0; i < n; ++i)
