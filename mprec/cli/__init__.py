@@ -21,7 +21,7 @@ SUBCOMMANDS = {
     "predict": "give the click probability of every row of a log, and how good the predictions are",
     "derive": "make and measure smaller, cheaper paths of one trained model, and bundle them",
     "profile": "measure trained models over batch sizes on this machine, or show such a profile",
-    "plan": "choose a representation per feature within a memory budget",
+    "plan": "choose, within a memory budget, a representation per feature and which paths of a bundle fit",
     "serve": "serve trained models over HTTP on this machine, the path chosen per batch",
     "loadtest": "serve a random load of held-out samples with the dispatcher and with each path alone",
     "simulate": "serve a load in virtual time on described devices or measured profiles (all simulated)",
