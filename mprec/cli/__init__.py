@@ -31,8 +31,8 @@ SUBCOMMANDS = {
 
 
 #: What torch reads of the environment when it is loaded, unless the user has told it. Its OpenMP threads keep
-#: their core for 5 ms after an operator, looking for the next one, while mprec's own threads wait for a core.
-#: 2000 looks are about 40 µs.
+#: their cores for milliseconds after an operator, looking for the next one, while mprec's own threads wait
+#: for a core. 2000 looks are some 40 µs.
 _FOR_TORCH = {"train": {"GOMP_SPINCOUNT": "2000"}}
 
 
