@@ -1,13 +1,19 @@
 """Which paths of a bundle fit side by side: the choice, and ``mprec plan --bundle``."""
 
+import argparse
+import io
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from mprec import checkpoint, data
 from mprec.cli import main
+from mprec.cli._held import held_paths
+from mprec.cli.derive import derived_table
 from mprec.derive import derive
 from mprec.errors import CheckpointError
 from mprec.paths import bundle, paths_from_checkpoints
@@ -122,7 +128,7 @@ def found():
     trained = train_representations(dataset, ["table"], TrainOptions(epochs=1, threads=1), **shape)["table"]
     recipes = ["table[int8]", "low_rank:2[int8]", "low_rank:2[int8]/int8"]
     derived = derive(trained.model, trained.metadata, dataset.split(), recipes=recipes, seconds=0.1)
-    return {each.name: each.member() for each in derived}, trained.metadata
+    return {each.name: each.member() for each in derived}, trained.metadata, derived
 
 
 @pytest.fixture
@@ -211,6 +217,18 @@ def test_refusals(made, found, tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="no validation log_loss"):
         bundle.load(source)[0][0].quality("log_loss")
+
+
+def test_names_are_whole_in_narrow_tables(found, made):
+    """A name is what ``--recipes`` and other commands take."""
+    paths = made("table", "low_rank:2[int8]", "low_rank:2[int8]/int8")
+    args = argparse.Namespace(
+        memory=1 << 20, checkpoints=[Path(paths)], bundle=None, metric="auc", batch_size=128
+    )
+    narrow = Console(width=60, file=io.StringIO(), markup=False)
+    for table in (derived_table(found[2], "title"), held_paths(args).table()):
+        narrow.print(table)
+    assert "…" not in narrow.file.getvalue()
 
 
 def test_weights_add_up_to_bytes_and_are_told_apart(found):

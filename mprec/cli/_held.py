@@ -57,11 +57,11 @@ class HeldPaths:
     def table(self) -> Table:
         """For a terminal."""
         table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("path")
+        table.add_column("path", overflow="fold")
         batches = sorted(self.candidates[0].seconds)
         for heading in (self.metric, "embedding", *(f"ms @{batch}" for batch in batches)):
-            table.add_column(heading, justify="right")
-        table.add_column("")
+            table.add_column(heading, justify="right", overflow="fold")
+        table.add_column("", overflow="fold")
         for path in sorted(self.candidates, key=lambda path: -path.quality):
             held = path.name in self.choice.kept
             by = self.choice.matched.get(path.name)

@@ -92,12 +92,12 @@ def derived_table(found: Sequence[Derived], title: str) -> Table:
     Differences are to the model that the paths were derived from.
     """
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("path")
+    table.add_column("path", overflow="fold")
     for heading in ("AUC", "difference", "log-loss", "accuracy", "embedding"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for batch in BATCH_SIZES:
-        table.add_column(f"ms @{batch}", justify="right")
-    table.add_column("no better than")
+        table.add_column(f"ms @{batch}", justify="right", overflow="fold")
+    table.add_column("no better than", overflow="fold")
     for each in found:
         quality, difference = each.quality["test"], each.difference["test"]["auc"]
         table.add_row(

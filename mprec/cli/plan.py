@@ -233,9 +233,9 @@ def plan_table(plan: Plan, device: str) -> Table:
         title_justify="left",
     )
     several = len({p.device for p in plan.placements}) > 1
-    table.add_column("feature")
+    table.add_column("feature", overflow="fold")
     for heading in ("vocabulary", "choice", "size", "FLOPs", "effect", "µs"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     if several:
         table.add_column("device")
     for p in plan.placements:

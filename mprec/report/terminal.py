@@ -41,13 +41,13 @@ def demo_table(result: Mapping) -> Table:
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )
-    table.add_column("path")
+    table.add_column("path", overflow="fold")
     for heading in ("AUC", "log-loss", "accuracy", "embedding", "parameters"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for batch in batches:
-        table.add_column(f"ms @{batch}", justify="right")
+        table.add_column(f"ms @{batch}", justify="right", overflow="fold")
     for heading in ("p99 ms", "missed", "correct/s"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
 
     entries = {entry["representation"]: entry for entry in result["representations"]}
     for row in ranked(result):
