@@ -116,6 +116,8 @@ def test_what_is_kept_is_the_best_and_complete(choice):
 def test_paths_need_latencies():
     with pytest.raises(ValueError, match="'untimed': no latency"):
         paths_within([Candidate("untimed", 0.5, 1, {})], {"untimed": {}}, 10)
+    with pytest.raises(ValueError, match=r"'b': expected latencies at batch sizes \[1, 128\]"):
+        paths_within([PATHS[0], Candidate("b", 0.5, 1, {1: 1.0})], WEIGHTS | {"b": {}}, 10)
 
 
 # ------------------------------------------------------------------------------------------------- command
@@ -210,11 +212,13 @@ def test_refusals(made, found, tmp_path, capsys):
     for arguments, message in (
         (["--checkpoints", source, "--memory", "10", "--bundle", "b"], "no path fits: the smallest needs"),
         (["--checkpoints", source, "--memory", "1MiB", "--bundle", tmp_path / "file"], "is no folder"),
+        (["--checkpoints", source, "--memory", "1MiB", "--bundle", f"{source}/../bundle"], "would be lost"),
         (["--checkpoints", source, source, "--memory", "1MiB", "--bundle", "b"], "--bundle goes with"),
         (["--checkpoints", tmp_path / "table.pt", "--memory", "1MiB", "--bundle", "b"], "--bundle goes with"),
     ):
         assert main(["plan", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err
+    assert len(bundle.load(source)[0]) == 1
     with pytest.raises(CheckpointError, match="no validation log_loss"):
         bundle.load(source)[0][0].quality("log_loss")
 

@@ -90,6 +90,10 @@ def held_paths(args: argparse.Namespace) -> HeldPaths | None:
         return None
     if asked and args.bundle.exists() and not args.bundle.is_dir():
         raise ValueError(f"--bundle: {args.bundle} is no folder")
+    if asked and args.bundle.resolve() == files[0].resolve():
+        raise ValueError(
+            f"--bundle: {args.bundle} is the bundle planned for, whose other paths would be lost"
+        )
     members, metadata = bundle.load(files[0])
     try:
         candidates = [_candidate(member, args.metric) for member in members]

@@ -37,10 +37,16 @@ def paths_within(
 
     Raises:
         Infeasible: no path fits.
-        ValueError: a path without latencies.
+        ValueError: a path without latencies, or at other batch sizes than the first one's.
     """
-    if untimed := [path.name for path in paths if not path.seconds]:
-        raise ValueError(f"path {untimed[0]!r}: no latency is known of it")
+    for path in paths:
+        if not path.seconds:
+            raise ValueError(f"path {path.name!r}: no latency is known of it")
+        if set(path.seconds) != set(paths[0].seconds):
+            raise ValueError(
+                f"path {path.name!r}: expected latencies at batch sizes {sorted(paths[0].seconds)}, as of "
+                f"{paths[0].name!r}, got {sorted(path.seconds)}"
+            )
     time = {path.name: _seconds(path, batch_size) for path in paths}
     alike = [replace(path, nbytes=0) for path in paths]
     kept: list[Candidate] = []
