@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["SAME_TIME", "Candidate", "front"]
+__all__ = ["SAME_TIME", "Candidate", "front", "matches"]
 
 SAME_TIME = 0.05  # two latencies closer than this share of the shorter are taken for equal
 
@@ -30,14 +30,15 @@ def front(candidates: Sequence[Candidate]) -> dict[str, str | None]:
     kept: list[Candidate] = []
     verdict: dict[str, str | None] = {}
     for candidate in order:
-        by = next((other for other in kept if _dominates(other, candidate)), None)
+        by = next((other for other in kept if matches(other, candidate)), None)
         verdict[candidate.name] = None if by is None else by.name
         if by is None:
             kept.append(candidate)
     return {candidate.name: verdict[candidate.name] for candidate in candidates}
 
 
-def _dominates(one: Candidate, other: Candidate) -> bool:
+def matches(one: Candidate, other: Candidate) -> bool:
+    """Whether ``one`` is as good as ``other`` in everything."""
     if one.quality < other.quality or one.nbytes > other.nbytes:
         return False
     return all(one.seconds[batch] <= (1 + SAME_TIME) * time for batch, time in other.seconds.items())

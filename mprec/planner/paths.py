@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from mprec.dispatch import Curve
-from mprec.planner.pareto import Candidate, front
+from mprec.planner.pareto import Candidate, front, matches
 from mprec.planner.solver import Infeasible
 
 __all__ = ["Held", "paths_within"]
@@ -64,15 +64,15 @@ def paths_within(
         raise Infeasible(f"no path fits: the smallest needs {least} bytes, there are {memory_bytes}")
     keep(min(fitting, key=lambda path: (-path.quality, sum(path.seconds.values()))))
     while True:
-        verdict = front([*kept, *(path for path in alike if path not in kept and fits(path))])
-        useful = [path for path in alike if path not in kept and verdict.get(path.name, "") is None]
-        if not useful:
-            break
+        left = [path for path in alike if path not in kept]
+        by = {path.name: next((k.name for k in kept if matches(k, path)), None) for path in left}
+        others = [path for path in left if by[path.name] is None and fits(path)]
+        if not others:
+            return Held([path.name for path in kept], {name: k for name, k in by.items() if k is not None})
+        verdict = front(others)
+        useful = [path for path in others if verdict[path.name] is None]
         fastest = len(kept) == 1
         keep(min(useful, key=lambda path: time[path.name] if fastest else -path.quality))
-    names = [path.name for path in kept]
-    verdict = {path.name: front([*kept, path])[path.name] for path in alike if path.name not in names}
-    return Held(names, {name: by for name, by in verdict.items() if by is not None})
 
 
 def _seconds(path: Candidate, batch_size: int) -> float:
