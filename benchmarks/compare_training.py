@@ -83,24 +83,20 @@ def _step(logits: Callable, optimizers: list[torch.optim.Optimizer]) -> Callable
     return step
 
 
-def _dense(model: Plain) -> list[nn.Parameter]:
-    return [*model.bottom.parameters(), *model.top.parameters()]
-
-
-def _dense_adagrad(parameters: list[nn.Parameter]) -> torch.optim.Adagrad:
-    return torch.optim.Adagrad(parameters, RATE, fused=True)
+def _dense_adagrad(model: DLRM | Plain) -> torch.optim.Adagrad:
+    return torch.optim.Adagrad([*model.bottom.parameters(), *model.top.parameters()], RATE, fused=True)
 
 
 def _ours(mlps: str, offsets: Tensor) -> Callable[[tuple], None]:
     model = _new_model(mlps)
-    tables, dense = split_parameters(model)
-    optimizers = [RowWiseAdagrad(tables, RATE), _dense_adagrad(dense)]
+    tables, _ = split_parameters(model)
+    optimizers = [RowWiseAdagrad(tables, RATE), _dense_adagrad(model)]
     return _step(lambda x, ids: model(x, ids.view(-1), offsets), optimizers)
 
 
 def _torch(mlps: str, bags: Tensor) -> Callable[[tuple], None]:
     model = _OnTorch(_new_model(mlps))
-    optimizers = [torch.optim.Adagrad(model.tables.parameters(), RATE), _dense_adagrad(_dense(model))]
+    optimizers = [torch.optim.Adagrad(model.tables.parameters(), RATE), _dense_adagrad(model)]
     return _step(lambda x, ids: model(x, ids, bags), optimizers)
 
 
@@ -109,7 +105,7 @@ def _fbgemm(mlps: str, offsets: Tensor, batch: int) -> Callable[[tuple], None] |
     if peer is None:
         return None
     model = _OnFbgemm(_new_model(mlps), peer.module)
-    optimizers = [_dense_adagrad(_dense(model))]
+    optimizers = [_dense_adagrad(model)]
     return _step(lambda x, ids: model(x, ids, offsets), optimizers)
 
 

@@ -37,10 +37,6 @@ class Timing:
     rounds: int
 
 
-#: What the environment says to torch's threads, as one writes it before a command.
-_OF_OPENMP = [f"{name}={os.environ[name]}" for name in ("GOMP_SPINCOUNT",) if name in os.environ]
-
-
 def interleaved(
     candidates: Mapping[str, Callable[[Any], object]],
     make_input: Callable[[], Any],
@@ -113,9 +109,10 @@ def threads(count: int):
 
 def environment() -> dict[str, str]:
     """The columns that say where a figure was measured."""
+    spin = os.environ.get("GOMP_SPINCOUNT")
     return {
         "time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": shlex.join([*_OF_OPENMP, "python", *sys.orig_argv[1:]]),
+        "command": shlex.join([*([f"GOMP_SPINCOUNT={spin}"] if spin else []), "python", *sys.orig_argv[1:]]),
         "cpu": _native._C.cpu_model(),
         "isa": _native._C.isa(),
         "threads": str(torch.get_num_threads()),

@@ -225,12 +225,10 @@ def test_refusals(made, found, tmp_path, capsys):
 
 def test_names_are_whole_in_narrow_tables(found, made):
     """A name is what ``--recipes`` and other commands take."""
-    paths = made("table", "low_rank:2[int8]", "low_rank:2[int8]/int8")
-    args = argparse.Namespace(
-        memory=1 << 20, checkpoints=[Path(paths)], bundle=None, metric="auc", batch_size=128
-    )
+    paths = Path(made("table", "low_rank:2[int8]", "low_rank:2[int8]/int8"))
+    args = argparse.Namespace(memory=1 << 20, checkpoints=[paths], bundle=None, metric="auc", batch_size=128)
     narrow = Console(width=60, file=io.StringIO(), markup=False)
-    for table in (derived_table(found[2], "title"), held_paths(args).table()):
+    for table in (derived_table(found[2], "title"), held_paths(args, {paths: bundle.load(paths)}).table()):
         narrow.print(table)
     assert "…" not in narrow.file.getvalue()
 

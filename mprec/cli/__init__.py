@@ -30,12 +30,6 @@ SUBCOMMANDS = {
 }
 
 
-#: What torch reads of the environment when it is loaded, unless the user has told it. Its OpenMP threads keep
-#: their cores for milliseconds after an operator, looking for the next one, while mprec's own threads wait
-#: for a core. 2000 looks are some 40 µs.
-_FOR_TORCH = {"train": {"GOMP_SPINCOUNT": "2000"}}
-
-
 class _Version(argparse.Action):
     """As argparse's own, but the version is asked of the native module only when it is wanted."""
 
@@ -69,9 +63,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command, after ``mprec``; ``SystemExit`` as argparse does, for ``--help`` too."""
     # No option before the subcommand takes a value, so the subcommand is the first word that is no option.
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-        for name, value in _FOR_TORCH.get(chosen or "", {}).items():
-            os.environ.setdefault(name, value)
+    if chosen == "train" and "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        # Its OpenMP threads keep their cores for milliseconds after an operator, looking for the next one,
+        # while mprec's own threads wait for a core. 2000 looks are some 40 µs. Read when torch is loaded.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     return _parser(chosen).parse_args(argv)
 
 

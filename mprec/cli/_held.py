@@ -17,16 +17,11 @@ from mprec.paths.forms import embedding_weights
 from mprec.planner import Candidate, Held, paths_within
 from mprec.report.terminal import format_bytes
 
-__all__ = ["HeldPaths", "add_held_arguments", "held_paths"]
+__all__ = ["HeldPaths", "held_paths"]
 
 
-def add_held_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--bundle",
-        type=Path,
-        metavar="FOLDER",
-        help="write the paths of the bundle that fit into --memory side by side as a bundle of their own",
-    )
+#: As :func:`mprec.paths.bundle.load` gives it.
+Bundle = tuple[Sequence[bundle.Member], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -76,15 +71,16 @@ class HeldPaths:
         return table
 
 
-def held_paths(args: argparse.Namespace) -> HeldPaths | None:
-    """What ``--memory`` holds of the one bundle among ``--checkpoints``, written to ``--bundle``.
+def held_paths(args: argparse.Namespace, bundles: Mapping[Path, Bundle]) -> HeldPaths | None:
+    """What ``--memory`` holds of the one bundle among ``--checkpoints``, written to ``--bundle``; ``bundles``
+    are loaded.
 
     None without a bundle, and where no path fits or one was not measured: that is said, or a ``ValueError``
     if there is ``--bundle``.
     """
     asked = args.bundle is not None
     files = args.checkpoints
-    if args.memory is None or len(files) != 1 or not bundle.is_bundle(files[0]):
+    if args.memory is None or len(files) != 1 or files[0] not in bundles:
         if asked:
             raise ValueError("--bundle goes with --memory and one bundle as --checkpoints")
         return None
@@ -94,10 +90,12 @@ def held_paths(args: argparse.Namespace) -> HeldPaths | None:
         raise ValueError(
             f"--bundle: {args.bundle} is the bundle planned for, whose other paths would be lost"
         )
-    members, metadata = bundle.load(files[0])
+    members, metadata = bundles[files[0]]
+    weights = {member.name: embedding_weights(member.model.embeddings) for member in members}
     try:
-        candidates = [_candidate(member, args.metric) for member in members]
-        weights = {member.name: embedding_weights(member.model.embeddings) for member in members}
+        candidates = [
+            _candidate(member, args.metric, sum(weights[member.name].values())) for member in members
+        ]
         choice = paths_within(candidates, weights, args.memory, args.batch_size)
     except ValueError as error:  # Infeasible is one
         if asked:
@@ -114,8 +112,7 @@ def held_paths(args: argparse.Namespace) -> HeldPaths | None:
     return HeldPaths(files[0], args.metric, args.memory, sum(together.values()), candidates, choice)
 
 
-def _candidate(member: bundle.Member, metric: str) -> Candidate:
+def _candidate(member: bundle.Member, metric: str, nbytes: int) -> Candidate:
     latency: Mapping[str, float] = member.facts.get("latency_ms") or {}
     seconds = {int(batch): 1e-3 * time for batch, time in latency.items()}
-    nbytes = sum(embedding_weights(member.model.embeddings).values())
     return Candidate(member.name, member.quality(metric), nbytes, seconds)

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from mprec import checkpoint
-from mprec.cli._held import add_held_arguments, held_paths
+from mprec.cli._held import Bundle, held_paths
 from mprec.cli._setup import load_for, say, size_in_bytes
 from mprec.nn import DheConfig, FeatureConfig, with_representation
 from mprec.paths import bundle
@@ -78,15 +78,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dhe-hidden", metavar="N,...", help="their hidden layers (the checkpoints', or 128)")
     parser.add_argument("--batch-size", type=int, default=128, help="of predicted latencies (128)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the plans as JSON")
-    add_held_arguments(parser)
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="FOLDER",
+        help="write the paths of the bundle that fit into --memory side by side as a bundle of their own",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.memory is None and not args.device:
         raise ValueError("--memory or --device is needed")
-    held = held_paths(args)
+    bundles = {file: bundle.load(file) for file in args.checkpoints if bundle.is_bundle(file)}
+    held = held_paths(args, bundles)
     try:
-        result, plans, residual = _by_feature(args)
+        result, plans, residual = _by_feature(args, bundles)
     except (Infeasible, _NoFormsError) as error:
         if held is None:
             raise
@@ -117,9 +123,9 @@ class _NoFormsError(ValueError):
     """No path of a bundle is of tables or decoders."""
 
 
-def _by_feature(args):
+def _by_feature(args, bundles):
     """(JSON, plans by device, residual) of a representation for each feature."""
-    features, dhe, shape, measurements, counts = _inputs(args)
+    features, dhe, shape, measurements, counts = _inputs(args, bundles)
     effects = fit_effects(features, measurements, counts)
     options = default_options(features, {"": shape, "sized": shapes_by_vocabulary(dhe, features)}, effects)
     devices = [] if args.memory is None else [Device("here", args.memory, MeasuredCosts(args.batch_size))]
@@ -145,14 +151,14 @@ def _by_feature(args):
     return result, plans, effects.residual
 
 
-def _inputs(args):
+def _inputs(args, bundles):
     """(features, largest DHE shape, that of each feature, measurements, counts of IDs)."""
     features: list[FeatureConfig] | None = None
     measurements = list(args.quality)
     dhe = DheConfig()
     shapes: dict[str, DheConfig] = {}
     for file in args.checkpoints:
-        found = _measured(file, args.metric)
+        found = _measured(file, args.metric, bundles.get(file))
         for own, measurement in found:
             bare = with_representation(own, "table")
             if features is not None and bare != features:
@@ -187,10 +193,12 @@ def _inputs(args):
     return features, dhe, dhe, measurements, counts
 
 
-def _measured(file: Path, metric: str) -> list[tuple[Sequence[FeatureConfig], Measurement]]:
+def _measured(
+    file: Path, metric: str, loaded: Bundle | None
+) -> list[tuple[Sequence[FeatureConfig], Measurement]]:
     """What a checkpoint or bundle tells: (features, measurement) of each path that is one form a feature."""
-    if bundle.is_bundle(file):
-        members, _ = bundle.load(file)
+    if loaded is not None:
+        members, _ = loaded
         found = [measurement_of(member, metric) for member in members]
         if not any(found):
             raise _NoFormsError(
